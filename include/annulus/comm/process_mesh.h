@@ -1,0 +1,37 @@
+#pragma once
+
+// World rank <-> (dp, cp, tp) coordinates, and the groups along each axis. tp varies fastest, then cp,
+// then dp: ranks that exchange most are neighbours and share a node under mpirun's default placement.
+
+#include <string>
+
+#include "annulus/comm/communicator.h"
+
+namespace annulus {
+
+struct MeshShape {
+  int dp = 1, cp = 1, tp = 1;
+  int world() const { return dp * cp * tp; }
+};
+
+struct MeshCoordinates {
+  int dp = 0, cp = 0, tp = 0;
+  friend bool operator==(const MeshCoordinates&, const MeshCoordinates&) = default;
+};
+
+MeshCoordinates CoordinatesOf(const MeshShape& shape, int world_rank);
+int WorldRankOf(const MeshShape& shape, const MeshCoordinates& at);
+
+struct ProcessMesh {
+  MeshShape shape;
+  MeshCoordinates at;
+  Communicator world;
+  Communicator dp;     // same cp, tp
+  Communicator cp;     // same dp, tp: one sequence
+  Communicator dp_cp;  // same tp: gradients are summed and optimizer state is sharded over it
+
+  // InvalidArgument if shape.world() is not world.size().
+  static absl::StatusOr<ProcessMesh> Create(const MeshShape& shape, Communicator world);
+};
+
+}  // namespace annulus

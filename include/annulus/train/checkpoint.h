@@ -1,0 +1,60 @@
+#pragma once
+
+// Checkpoints of logical tensors with global shapes, so that any layout reads what any other wrote.
+//
+//   <directory>/step-00000500/manifest.json         what is in it: files with size and hash, tensors, meta
+//                             shard-00000.safetensors ...  one file per writing rank
+//                             COMMIT                hash of the manifest; written last
+//   <directory>/LATEST                              name of the newest committed step
+//
+// A save goes to <directory>/.tmp-step-00000500: files are written, synced and hashed; the manifest and COMMIT
+// follow; the directory is renamed, the parent synced, LATEST replaced by rename; only then are older steps
+// deleted, their COMMIT first. A crash at any point leaves the previous checkpoints whole and readable.
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "annulus/comm/communicator.h"
+#include "annulus/train/safetensors.h"
+
+namespace annulus {
+
+struct CheckpointMeta {
+  int64_t step = 0;                // optimizer steps done
+  int64_t consumed_sequences = 0;  // training sequences seen
+  uint64_t seed = 0;
+  uint64_t data_fingerprint = 0;
+  std::string model_fingerprint;   // names, shapes and dtypes of all parameters, readable
+  std::string config;              // resolved configuration text
+};
+
+// Writes checkpoint `meta.step` into `directory` together with all ranks of `world`. `tensors` are the logical
+// tensors that this rank writes; every tensor is written by exactly one rank. Afterwards keeps the newest `keep`
+// committed checkpoints. On an error every rank returns it and nothing already committed was touched.
+absl::Status SaveCheckpoint(Communicator& world, const std::string& directory, const CheckpointMeta& meta,
+                            std::vector<NamedTensor> tensors, int64_t keep);
+
+class Checkpoint {
+ public:
+  // Opens `path`: a step directory, or a directory of steps of which the newest committed one is taken.
+  // Verifies COMMIT, manifest, file sizes, every file's hash, and that manifest and headers agree on tensors.
+  // NotFound if there is no committed checkpoint; DataLoss names the file that is damaged or missing.
+  static absl::StatusOr<Checkpoint> Open(const std::string& path);
+  // The same on every rank of `world`, each verifying a part of the files; all ranks get the same Status.
+  static absl::StatusOr<Checkpoint> Open(Communicator& world, const std::string& path);
+
+  const CheckpointMeta& meta() const { return meta_; }
+  const std::string& path() const { return path_; }
+  std::vector<std::string> tensor_names() const;                      // sorted
+  absl::StatusOr<ConstTensorRef> Find(absl::string_view name) const;  // mapped; data may be unaligned
+
+ private:
+  std::string path_;
+  CheckpointMeta meta_;
+  std::vector<SafetensorsFile> files_;
+  std::map<std::string, ConstTensorRef, std::less<>> tensors_;
+};
+
+}  // namespace annulus

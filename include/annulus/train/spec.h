@@ -1,0 +1,111 @@
+#pragma once
+
+// A run, as plain data. Field names and nesting are those of src/config/annulus.proto, so that a message
+// about `optim.adamw.lr` names both.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "annulus/model/spec.h"
+
+namespace annulus {
+
+enum class SourceFormat { kText, kMegatron, kLlmC };
+
+struct SourceSpec {
+  SourceFormat format = SourceFormat::kText;
+  std::string path;      // text: a file; megatron: prefix of .bin and .idx; llm.c: a .bin file
+  double weight = 1.0;   // share of the sequences, relative to the other sources
+  // Text only: documents end after each occurrence of this byte string; empty = one document.
+  std::string document_separator;
+  // llm.c only: a token that starts a document; negative = one document.
+  int64_t document_start_token = -1;
+};
+
+enum class Packing {
+  kStream,     // sequences are cut from the token stream; documents may span two sequences
+  kDocuments,  // whole documents are packed in order; longer ones are cut; the rest is padding
+};
+
+struct DataSpec {
+  std::vector<SourceSpec> train;
+  std::vector<SourceSpec> validation;  // empty: the tail of each training source
+  double validation_fraction = 0.0;    // of each training source, when `validation` is empty
+  int64_t seq_len = 0;
+  bool document_mask = false;
+  Packing packing = Packing::kStream;
+};
+
+enum class LayoutKind { kContiguous, kZigzag, kStriped };
+enum class ExchangeKind { kAuto, kKvRing };
+
+struct ParallelSpec {
+  int64_t dp = 1;
+  int64_t cp = 1;
+  int64_t tp = 1;
+  LayoutKind layout = LayoutKind::kZigzag;
+  ExchangeKind exchange = ExchangeKind::kAuto;
+};
+
+enum class ScheduleKind { kConstant, kCosine, kWarmupStableDecay };
+
+struct ScheduleSpec {
+  ScheduleKind kind = ScheduleKind::kCosine;
+  int64_t warmup_steps = 0;
+  int64_t decay_steps = 0;    // warm-up-stable-decay: length of the final linear decay
+  double final_ratio = 0.1;   // lr at the end / peak lr
+};
+
+struct OptimSpec {
+  double lr = 0.0;
+  double beta1 = 0.9;
+  double beta2 = 0.95;
+  double eps = 1e-8;
+  double weight_decay = 0.1;
+  double clip_norm = 1.0;  // 0 = no clipping
+  ScheduleSpec schedule;
+  int64_t steps = 0;
+  int64_t sequences_per_step = 1;   // global batch, over all data-parallel ranks and micro-steps
+  int64_t micro_batch = 1;          // sequences that one data-parallel rank handles at a time
+};
+
+enum class NanPolicy { kStop, kSkip };
+
+struct CheckpointSpec {
+  int64_t every_steps = 0;  // 0 = only at the end and on signals
+  int64_t keep = 2;
+};
+
+struct EvalSpec {
+  int64_t every_steps = 0;  // 0 = only at the end
+  int64_t sequences = 0;    // taken from the start of the validation split; 0 = all of it
+};
+
+struct SampleSpec {
+  std::string prompt;
+  int64_t tokens = 0;  // 0 = no sample at the end of training
+  double temperature = 0.8;
+};
+
+enum class ComputeType { kF32, kF64 };
+
+struct RunSpec {
+  std::string name;
+  uint64_t seed = 0;
+  ComputeType compute = ComputeType::kF32;
+  ModelSpec model;
+  std::string pattern;  // as written
+  Recompute recompute = Recompute::kAttentionOutput;
+  DataSpec data;
+  ParallelSpec parallel;
+  OptimSpec optim;
+  NanPolicy nan_policy = NanPolicy::kStop;
+  CheckpointSpec checkpoint;
+  EvalSpec eval;
+  SampleSpec sample;
+  std::string runs_dir = "runs";
+};
+
+}  // namespace annulus
