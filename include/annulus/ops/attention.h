@@ -1,0 +1,62 @@
+#pragma once
+
+// Attention of a block of queries on a block of keys, with a carry: the online softmax continues from the partial
+// result (O, LSE) of the blocks before, so a ring of blocks equals one call up to rounding, in any order.
+//
+//   s_ij = scale q_i . k_j   where lo_i <= position(j) < hi_i, else -inf
+//   O_i = sum_j softmax(s)_ij v_j        LSE_i = log sum_j exp(s_ij), -inf where no key was allowed (then O_i = 0)
+//
+// Query head h reads KV head h / (heads / kv_heads). Sums are carried in the accumulator dtype (f32; f64 for f64).
+
+#include "absl/types/span.h"
+#include "annulus/base/status.h"
+#include "annulus/device/context.h"
+#include "annulus/ops/heads.h"
+
+namespace annulus {
+
+// Per query row and batch item the half-open range of key positions it sees: causal, window and document masks in
+// one form. Index row * batch + item, the order of tokens everywhere.
+struct MaskBounds {
+  absl::Span<const int64_t> lo, hi;
+};
+
+// Key row j of a block is at global position offset + stride * j.
+struct KeyPositions {
+  int64_t offset = 0, stride = 1;
+};
+
+struct AttentionBlock {
+  ConstHeadsRef q;  // [q_rows, batch, heads, dim]
+  ConstHeadsRef k;  // [k_rows, batch, kv_heads, dim]
+  ConstHeadsRef v;  // [k_rows, batch, kv_heads, v_dim]
+  MaskBounds bounds;  // q_rows * batch entries
+  KeyPositions key_positions;
+  double scale = 1.0;
+};
+
+// Softmax partial over the keys seen so far, in the accumulator dtype.
+struct AttentionPartial {
+  HeadsRef out;   // [q_rows, batch, heads, v_dim], normalised
+  TensorRef lse;  // [q_rows, batch, heads]
+};
+
+// out = 0, lse = -inf: no keys seen.
+absl::Status ResetPartial(Context& ctx, const AttentionPartial& partial);
+
+// Folds the block into `partial`. A block whose keys are all masked for a row leaves that row bit-identical.
+absl::Status AttentionForward(Context& ctx, const AttentionBlock& block, const AttentionPartial& partial);
+
+// delta[q_rows, batch, heads] = sum over dim of dout * out; once per attention, before the blocks' backward.
+absl::Status AttentionDelta(Context& ctx, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta);
+
+struct AttentionGradients {
+  ConstHeadsRef dout;    // [q_rows, batch, heads, v_dim]
+  ConstTensorRef lse;    // [q_rows, batch, heads], of all blocks together
+  ConstTensorRef delta;  // [q_rows, batch, heads]
+  HeadsRef dq, dk, dv;   // accumulator dtype; added to
+};
+
+absl::Status AttentionBackward(Context& ctx, const AttentionBlock& block, const AttentionGradients& gradients);
+
+}  // namespace annulus
