@@ -5,6 +5,7 @@
 
 #include "absl/types/span.h"
 #include "annulus/base/status.h"
+#include "annulus/device/context.h"
 #include "annulus/ops/heads.h"
 
 namespace annulus {

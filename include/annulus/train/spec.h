@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "annulus/model/spec.h"
+#include "annulus/parallel/sequence_layout.h"
 
 namespace annulus {
 
@@ -38,7 +39,6 @@ struct DataSpec {
   Packing packing = Packing::kStream;
 };
 
-enum class LayoutKind { kContiguous, kZigzag, kStriped };
 enum class ExchangeKind { kAuto, kKvRing };
 
 struct ParallelSpec {
