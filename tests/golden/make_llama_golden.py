@@ -5,8 +5,8 @@
 
 Needs torch >= 1.13 and nothing else. The model is written out with plain tensor operations in the conventions
 of Hugging Face's LlamaForCausalLM (RMSNorm, rotate_half rotary embedding, grouped-query attention, SwiGLU);
-gradients come from autograd and steps from torch.optim.AdamW, so nothing here shares a derivation with the C++
-code.
+gradients come from autograd and steps from torch.optim.AdamW, so nothing here shares a derivation with the
+C++ code.
 
 Inputs are formulas in integers, so that the C++ test builds the same doubles without files. With t = place in
 `parameters` and i = index in row-major order, both from 0:
@@ -16,9 +16,9 @@ Inputs are formulas in integers, so that the C++ test builds the same doubles wi
     norm weight    w[i] = 1.0 + 0.1 * wave(t, i)
     tokens         token[b][i] = (7 * i + 3 * i * i + 11 * b) % 97 for i in [0, seq_len]
 
-Targets are the next tokens, the first one of the next document included; the loss is the mean over all of them.
-The document starts of the variant `window_documents` stand in the file, one list for each sequence; positions for
-the rotary embedding count from the start of the sequence, not of the document.
+Targets are the next tokens, the first one of the next document included; the loss is the mean over all of
+them. The document starts of the variant `window_documents` stand in the file, one list for each sequence;
+positions for the rotary embedding count from the start of the sequence, not of the document.
 """
 
 import json
@@ -136,7 +136,7 @@ def mean_loss(logits, targets):
 
 
 def sample(tensor, count):
-    """Norm, and `count` evenly spread entries (all if there are fewer): n has flat index n * size // count."""
+    """Norm, and `count` evenly spread entries (all if fewer): n has flat index n * size // count."""
     flat = tensor.detach().reshape(-1)
     count = min(count, flat.numel())
     index = [n * flat.numel() // count for n in range(count)]
@@ -180,7 +180,8 @@ def main():
         "made_by": {"script": "tests/golden/make_llama_golden.py", "seed": 0, "torch": torch.__version__,
                     "python": platform.python_version(), "dtype": "float64"},
         "model": {"vocab_size": VOCAB, "d_model": D, "heads": HEADS, "kv_heads": KV_HEADS,
-                  "head_dim": HEAD_DIM, "d_ff": FF, "pattern": "(A -)^2", "rope_theta": THETA, "norm_eps": EPS, "tied_head": False},
+                  "head_dim": HEAD_DIM, "d_ff": FF, "pattern": "(A -)^2", "rope_theta": THETA,
+                  "norm_eps": EPS, "tied_head": False},
         "batch": {"sequences": BATCH, "seq_len": SEQ},
         "optim": {"steps": STEPS, "lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": ADAM_EPS,
                   "weight_decay": DECAY, "clip_norm": CLIP},
