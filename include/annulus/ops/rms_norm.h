@@ -7,7 +7,7 @@
 
 namespace annulus {
 
-// x, y: [tokens, d]   w: [d]
+// x, y: [tokens, d]   w: [d]. y may be x.
 absl::Status RmsNormForward(Context& ctx, ConstTensorRef x, ConstTensorRef w, double eps, TensorRef y);
 
 // The inverse norm is recomputed from x. dx += the gradient through the norm; dw += its weight's gradient.

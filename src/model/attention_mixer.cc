@@ -1,0 +1,131 @@
+// Grouped-query attention with rotary positions (or none) and an optional window.
+//
+//   q = RoPE(x Wq^T)   kv = [RoPE(x Wk^T) | x Wv^T]   out = softmax(q k^T / sqrt(head_dim)) v   y += out Wo^T
+//
+// Shapes: x [rows, batch, d_model]; q, out [rows, batch, heads * head_dim]; kv [rows, batch, 2 kv_heads * head_dim].
+
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "annulus/model/mixer.h"
+#include "annulus/ops/linear.h"
+#include "annulus/ops/rope.h"
+
+namespace annulus {
+namespace {
+
+class AttentionMixer : public SequenceMixer {
+ public:
+  AttentionMixer(const ModelSpec& spec, size_t layer, Recompute recompute, const ParamStore& params)
+      : recompute_(recompute),
+        rope_theta_(spec.layers[layer].rope_theta),
+        heads_(spec.heads),
+        shape_{.kv_heads = spec.kv_heads,
+               .head_dim = spec.head_dim,
+               .v_head_dim = spec.head_dim,
+               .window = spec.layers[layer].window,
+               .scale = 1.0 / std::sqrt(static_cast<double>(spec.head_dim))} {
+    const std::string prefix = absl::StrCat("layers.", layer, ".attention.");
+    const int q = params.table().IndexOf(prefix + "q.weight");
+    const int k = params.table().IndexOf(prefix + "k.weight");
+    const int v = params.table().IndexOf(prefix + "v.weight");
+    const int o = params.table().IndexOf(prefix + "o.weight");
+    wq_ = params.Value(q), dwq_ = params.Grad(q);
+    wkv_ = params.Values(k, v), dwkv_ = params.Grads(k, v);
+    wo_ = params.Value(o), dwo_ = params.Grad(o);
+  }
+
+  absl::Status Forward(Context& ctx, ModelStep& step, ConstTensorRef x, Keep keep, TensorRef y) override {
+    const bool keeping = keep == Keep::kForBackward;
+    saved_ = {};
+    if (keeping && recompute_ != Recompute::kBlock) AllocateOutput(ctx.saved, x, &saved_);
+    if (keeping && recompute_ == Recompute::kNone) AllocateProjections(ctx.saved, x, &saved_);
+    ArenaScope scope(ctx.scratch);
+    const Activations now = WithScratch(ctx, x);
+    ANNULUS_RETURN_IF_ERROR(Project(ctx, step, x, now));
+    ANNULUS_RETURN_IF_ERROR(Attend(ctx, step, now));
+    return LinearForward(ctx, now.out, wo_, Write::kAccumulate, y);
+  }
+
+  absl::Status Backward(Context& ctx, ModelStep& step, ConstTensorRef x, ConstTensorRef dy, TensorRef dx) override {
+    ArenaScope scope(ctx.scratch);
+    const Activations now = WithScratch(ctx, x);
+    if (!saved_.q.defined()) ANNULUS_RETURN_IF_ERROR(Project(ctx, step, x, now));
+    if (!saved_.out.defined()) ANNULUS_RETURN_IF_ERROR(Attend(ctx, step, now));
+
+    const TensorRef dout = ctx.scratch.Allocate(x.dtype(), now.out.shape());
+    ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dy, wo_, Write::kOverwrite, dout));
+    ANNULUS_RETURN_IF_ERROR(LinearBackwardWeight(ctx, dy, now.out, dwo_));
+
+    const TensorRef dq = ctx.scratch.AllocateZeroed(AccumOf(x.dtype()), now.q.shape());
+    const TensorRef dkv = ctx.scratch.Allocate(AccumOf(x.dtype()), now.kv.shape());
+    ANNULUS_RETURN_IF_ERROR(ContextAttentionBackward(
+        ctx, step.geometry, shape_, QHeads(now.q), now.kv,
+        {.out = QHeads(now.out), .dout = QHeads(dout), .lse = now.lse, .dq = QHeads(dq), .dkv = dkv}, &step.stats));
+    ANNULUS_RETURN_IF_ERROR(ApplyRope(ctx, step, RopeDirection::kInverse, dq, dkv));
+
+    ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dq, wq_, Write::kOverwrite, dx));
+    ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dkv, wkv_, Write::kAccumulate, dx));
+    ANNULUS_RETURN_IF_ERROR(LinearBackwardWeight(ctx, dq, x, dwq_));
+    return LinearBackwardWeight(ctx, dkv, x, dwkv_);
+  }
+
+ private:
+  struct Activations {
+    TensorRef q, kv;     // after RoPE
+    TensorRef out, lse;  // accumulator dtype
+  };
+
+  HeadsRef QHeads(TensorRef t) const { return HeadsOf(t, 0, heads_, shape_.head_dim); }
+
+  void AllocateProjections(Arena& arena, ConstTensorRef x, Activations* to) const {
+    to->q = arena.Allocate(x.dtype(), {x.dim(0), x.dim(1), heads_ * shape_.head_dim});
+    to->kv = arena.Allocate(x.dtype(), {x.dim(0), x.dim(1), KvColumns()});
+  }
+  void AllocateOutput(Arena& arena, ConstTensorRef x, Activations* to) const {
+    to->out = arena.Allocate(AccumOf(x.dtype()), {x.dim(0), x.dim(1), heads_ * shape_.head_dim});
+    to->lse = arena.Allocate(AccumOf(x.dtype()), {x.dim(0), x.dim(1), heads_});
+  }
+  // What was kept, with scratch memory in place of what was not.
+  Activations WithScratch(Context& ctx, ConstTensorRef x) const {
+    Activations now = saved_;
+    if (!now.q.defined()) AllocateProjections(ctx.scratch, x, &now);
+    if (!now.out.defined()) AllocateOutput(ctx.scratch, x, &now);
+    return now;
+  }
+  int64_t KvColumns() const { return shape_.kv_heads * (shape_.head_dim + shape_.v_head_dim); }
+
+  absl::Status ApplyRope(Context& ctx, ModelStep& step, RopeDirection direction, TensorRef q, TensorRef kv) const {
+    if (!rope_theta_.has_value()) return absl::OkStatus();
+    const auto positions = step.geometry.positions();
+    ANNULUS_RETURN_IF_ERROR(Rope(ctx, positions, *rope_theta_, direction, QHeads(q)));
+    return Rope(ctx, positions, *rope_theta_, direction, HeadsOf(kv, 0, shape_.kv_heads, shape_.head_dim));
+  }
+
+  absl::Status Project(Context& ctx, ModelStep& step, ConstTensorRef x, const Activations& to) const {
+    ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, x, wq_, Write::kOverwrite, to.q));
+    ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, x, wkv_, Write::kOverwrite, to.kv));
+    return ApplyRope(ctx, step, RopeDirection::kForward, to.q, to.kv);
+  }
+
+  absl::Status Attend(Context& ctx, ModelStep& step, const Activations& to) const {
+    return ContextAttentionForward(ctx, step.geometry, shape_, QHeads(to.q), to.kv,
+                                   {.out = QHeads(to.out), .lse = to.lse}, &step.stats);
+  }
+
+  Recompute recompute_;
+  std::optional<double> rope_theta_;
+  int64_t heads_;
+  ContextAttentionShape shape_;
+  TensorRef wq_, wkv_, wo_, dwq_, dwkv_, dwo_;
+  Activations saved_;  // of the forward in flight
+};
+
+}  // namespace
+
+std::unique_ptr<SequenceMixer> MakeAttention(const ModelSpec& spec, size_t layer, Recompute recompute,
+                                             const ParamStore& params) {
+  return std::make_unique<AttentionMixer>(spec, layer, recompute, params);
+}
+
+}  // namespace annulus

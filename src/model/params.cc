@@ -1,0 +1,131 @@
+#include "annulus/model/params.h"
+
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "annulus/base/random.h"
+
+namespace annulus {
+namespace {
+
+class TableBuilder {
+ public:
+  void StartBucket() { table_.bucket_elements.push_back(0); }
+  void Add(std::string name, Shape shape, Init init, double stddev, Decay decay) {
+    int64_t& filled = table_.bucket_elements.back();
+    const int bucket = static_cast<int>(table_.bucket_elements.size()) - 1;
+    table_.params.push_back({std::move(name), shape, init, stddev, decay, bucket, filled});
+    filled += shape.elements();
+  }
+  void AddMatrix(std::string name, int64_t out, int64_t in, double stddev) {
+    Add(std::move(name), {out, in}, Init::kNormal, stddev, Decay::kWeightDecay);
+  }
+  void AddNorm(std::string name, int64_t d) { Add(std::move(name), {d}, Init::kOnes, 0, Decay::kNone); }
+  ParamTable Take() { return std::move(table_); }
+
+ private:
+  ParamTable table_;
+};
+
+void AddLayer(const ModelSpec& spec, size_t index, TableBuilder& builder) {
+  const std::string prefix = absl::StrCat("layers.", index, ".");
+  const int64_t d = spec.d_model;
+  // Branches add up in the residual stream: their outputs start smaller with depth (GPT-2's rule).
+  const double residual_stddev = spec.init_stddev / std::sqrt(static_cast<double>(spec.layers.size()));
+  builder.StartBucket();
+  builder.AddNorm(prefix + "norm.weight", d);
+  switch (spec.layers[index].kind) {
+    case LayerKind::kAttention: {
+      const int64_t q = spec.heads * spec.head_dim, kv = spec.kv_heads * spec.head_dim;
+      builder.AddMatrix(prefix + "attention.q.weight", q, d, spec.init_stddev);
+      builder.AddMatrix(prefix + "attention.k.weight", kv, d, spec.init_stddev);
+      builder.AddMatrix(prefix + "attention.v.weight", kv, d, spec.init_stddev);
+      builder.AddMatrix(prefix + "attention.o.weight", d, q, residual_stddev);
+      break;
+    }
+    case LayerKind::kMlp:
+      builder.AddMatrix(prefix + "mlp.gate.weight", spec.d_ff, d, spec.init_stddev);
+      builder.AddMatrix(prefix + "mlp.up.weight", spec.d_ff, d, spec.init_stddev);
+      builder.AddMatrix(prefix + "mlp.down.weight", d, spec.d_ff, residual_stddev);
+      break;
+  }
+}
+
+template <typename T>
+void InitializeParam(const ParamInfo& info, uint64_t seed, TensorRef value) {
+  T* out = value.data<T>();
+  const RandomStream random(seed, absl::StrCat("init/", info.name));
+  for (int64_t i = 0; i < value.elements(); ++i) {
+    out[i] = info.init == Init::kOnes ? T{1}
+                                      : static_cast<T>(info.stddev * random.Normal(static_cast<uint64_t>(i)));
+  }
+}
+
+}  // namespace
+
+int64_t ParamTable::elements() const {
+  int64_t n = 0;
+  for (int64_t bucket : bucket_elements) n += bucket;
+  return n;
+}
+
+int ParamTable::IndexOf(absl::string_view name) const {
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (params[i].name == name) return static_cast<int>(i);
+  }
+  ANNULUS_CHECK(false) << "no parameter " << name;
+  return -1;
+}
+
+ParamTable BuildParamTable(const ModelSpec& spec) {
+  TableBuilder builder;
+  builder.StartBucket();
+  builder.AddMatrix("embed.weight", spec.vocab_size, spec.d_model, spec.init_stddev);
+  for (size_t i = 0; i < spec.layers.size(); ++i) AddLayer(spec, i, builder);
+  builder.StartBucket();
+  builder.AddNorm("final_norm.weight", spec.d_model);
+  if (!spec.tied_head) builder.AddMatrix("head.weight", spec.vocab_size, spec.d_model, spec.init_stddev);
+  return builder.Take();
+}
+
+std::string Fingerprint(const ParamTable& table) {
+  std::string text;
+  for (const ParamInfo& info : table.params) absl::StrAppend(&text, info.name, " ", ToString(info.shape), "\n");
+  return text;
+}
+
+ParamStore::ParamStore(Device device, DType dtype, ParamTable table, int64_t bucket_multiple)
+    : table_(std::move(table)), dtype_(dtype) {
+  for (int64_t elements : table_.bucket_elements) {
+    const int64_t padded = (elements + bucket_multiple - 1) / bucket_multiple * bucket_multiple;
+    values_.emplace_back(device, dtype, Shape{padded});
+    grads_.emplace_back(device, dtype, Shape{padded});
+  }
+}
+
+int64_t ParamStore::bytes() const {
+  int64_t bytes = 0;
+  for (const Tensor& bucket : values_) bytes += bucket.ref().bytes();
+  return bytes;
+}
+
+void ParamStore::Initialize(uint64_t seed) {
+  for (size_t i = 0; i < table_.params.size(); ++i) {
+    VisitFloat(dtype_, [&]<class T>() { InitializeParam<T>(table_.params[i], seed, Value(static_cast<int>(i))); });
+  }
+}
+
+TensorRef ParamStore::Slice(const std::vector<Tensor>& buckets, int first, int last) const {
+  const ParamInfo& begin = table_.params[static_cast<size_t>(first)];
+  const ParamInfo& end = table_.params[static_cast<size_t>(last)];
+  ANNULUS_CHECK(first <= last && begin.bucket == end.bucket);
+  const int64_t elements = end.offset + end.shape.elements() - begin.offset;
+  const TensorRef flat =
+      buckets[static_cast<size_t>(begin.bucket)].ref().Rows(begin.offset, begin.offset + elements);
+  if (begin.shape.rank() == 1) return flat;
+  const int64_t columns = begin.shape[1];
+  ANNULUS_CHECK(elements % columns == 0);
+  return flat.Reshaped({elements / columns, columns});
+}
+
+}  // namespace annulus
