@@ -1,0 +1,176 @@
+// Forward of block attention: per query tile an online softmax over key tiles (Milakov and Gimelshein, 2018)
+// that starts from the carry. A previous partial (O, LSE) is the state (acc, m, l) = (O, LSE, 1): its sum of
+// exp(s - LSE) is one by the definition of LSE.
+
+#include <cmath>
+
+#include "kernels/attention/attention_kernels.h"
+#include "kernels/attention/attention_tile_cpu.h"
+#include "kernels/common/vector_math.h"
+
+namespace annulus::kernels {
+namespace {
+
+template <typename T>
+constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
+
+template <typename T>
+class ForwardTiles {
+ public:
+  ForwardTiles(Context& ctx, const AttentionBlock& block, const AttentionPartial& partial)
+      : ctx_(ctx), block_(block), partial_(partial), v_dim_(block.v.dim) {
+    const int64_t height = MaxTileHeight(block);
+    const auto allocate = [&](int64_t elements) {
+      return ctx.scratch.Allocate(block.q.dtype, {elements}).template data<T>();
+    };
+    q_ = allocate(height * block.q.dim);
+    scores_ = allocate(height * kTileKeys);
+    acc_ = allocate(height * v_dim_);
+    max_ = allocate(height);
+    sum_ = allocate(height);
+  }
+
+  void Run(const QueryTile& tile, const KeyRange* ranges) {
+    Pack(block_.q, tile, static_cast<T>(block_.scale), q_);
+    Load(tile);
+    for (int64_t begin = tile.keys.begin; begin < tile.keys.end; begin += kTileKeys) {
+      Step(tile, ranges, {begin, std::min(begin + kTileKeys, tile.keys.end)});
+      ctx_.Poll();
+    }
+    Store(tile, ranges);
+  }
+
+ private:
+  void Load(const QueryTile& tile) {
+    const T* lse = partial_.lse.template data<T>();
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const T* out = TileRows<T>(partial_.out, tile) + r * partial_.out.row_stride;
+      for (int64_t h = 0; h < tile.group; ++h) {
+        const int64_t m = r * tile.group + h;
+        max_[m] = lse[StatIndex(block_.q, tile, r) + h];
+        const bool no_keys_yet = max_[m] == kMinusInfinity<T>;
+        sum_[m] = no_keys_yet ? T{0} : T{1};
+        if (no_keys_yet) {
+          std::fill_n(acc_ + m * v_dim_, v_dim_, T{0});
+        } else {
+          std::copy_n(out + h * v_dim_, v_dim_, acc_ + m * v_dim_);
+        }
+      }
+    }
+  }
+
+  void Step(const QueryTile& tile, const KeyRange* ranges, const KeyRange& keys) {
+    const int64_t count = keys.end - keys.begin;
+    Gemm<T>({.m = tile.height(),
+             .n = count,
+             .k = block_.q.dim,
+             .a = {q_, block_.q.dim},
+             .b = KeyOperand<T>(block_.k, tile, keys.begin, Transpose::kYes),
+             .beta = 0,
+             .c = scores_,
+             .c_stride = kTileKeys});
+    for (int64_t m = 0; m < tile.height(); ++m) {
+      const KeyRange& range = ranges[m / tile.group];
+      Weigh(m, {std::max(range.begin, keys.begin) - keys.begin, std::min(range.end, keys.end) - keys.begin},
+            count);
+    }
+    Gemm<T>({.m = tile.height(),
+             .n = v_dim_,
+             .k = count,
+             .a = {scores_, kTileKeys},
+             .b = KeyOperand<T>(block_.v, tile, keys.begin),
+             .beta = 1,
+             .c = acc_,
+             .c_stride = v_dim_});
+  }
+
+  // Turns the scores of tile row m into weights relative to its maximum so far; zeros outside `allowed`.
+  void Weigh(int64_t m, const KeyRange& allowed, int64_t count) {
+    T* row = scores_ + m * kTileKeys;
+    if (allowed.empty()) {
+      std::fill_n(row, count, T{0});
+      return;
+    }
+    T maximum = max_[m];
+#pragma omp simd reduction(max : maximum)
+    for (int64_t j = allowed.begin; j < allowed.end; ++j) maximum = std::max(maximum, row[j]);
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = allowed.begin; j < allowed.end; ++j) {
+      row[j] = Exp(row[j] - maximum);
+      sum += row[j];
+    }
+    std::fill_n(row, allowed.begin, T{0});
+    std::fill_n(row + allowed.end, count - allowed.end, T{0});
+    if (maximum != max_[m]) {
+      const T correction = Exp(max_[m] - maximum);
+      sum_[m] *= correction;
+      T* acc = acc_ + m * v_dim_;
+#pragma omp simd
+      for (int64_t i = 0; i < v_dim_; ++i) acc[i] *= correction;
+      max_[m] = maximum;
+    }
+    sum_[m] += sum;
+  }
+
+  // Rows that saw no key of the block are not written: they keep their bits.
+  void Store(const QueryTile& tile, const KeyRange* ranges) {
+    T* lse = partial_.lse.template data<T>();
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      if (ranges[r].empty()) continue;
+      T* out = TileRows<T>(partial_.out, tile) + r * partial_.out.row_stride;
+      for (int64_t h = 0; h < tile.group; ++h) {
+        const int64_t m = r * tile.group + h;
+        const T inverse = T{1} / sum_[m];
+        const T* acc = acc_ + m * v_dim_;
+        T* to = out + h * v_dim_;
+#pragma omp simd
+        for (int64_t i = 0; i < v_dim_; ++i) to[i] = acc[i] * inverse;
+        lse[StatIndex(block_.q, tile, r) + h] = max_[m] + std::log(sum_[m]);
+      }
+    }
+  }
+
+  Context& ctx_;
+  const AttentionBlock& block_;
+  const AttentionPartial& partial_;
+  const int64_t v_dim_;
+  T* q_;       // [height, dim], scaled
+  T* scores_;  // [height, kTileKeys], then the weights
+  T* acc_;     // [height, v_dim]
+  T* max_;     // [height]
+  T* sum_;     // [height], of exp(score - max)
+};
+
+}  // namespace
+
+template <typename T>
+absl::Status ResetPartial(CpuTag, const AttentionPartial& partial) {
+  const HeadsRef& out = partial.out;
+  for (int64_t item = 0; item < out.batch; ++item) {
+    for (int64_t row = 0; row < out.rows; ++row) {
+      std::fill_n(out.At<T>(item, 0) + row * out.row_stride, out.heads * out.dim, T{0});
+    }
+  }
+  std::fill_n(partial.lse.data<T>(), partial.lse.elements(), kMinusInfinity<T>);
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::Status AttentionForward(CpuTag, Context& ctx, const AttentionBlock& block,
+                              const AttentionPartial& partial) {
+  ArenaScope scope(ctx.scratch);
+  ForwardTiles<T> tiles(ctx, block, partial);
+  ForEachQueryTile(ctx, block,
+                   [&](const QueryTile& tile, const KeyRange* ranges) { tiles.Run(tile, ranges); });
+  return absl::OkStatus();
+}
+
+template absl::Status ResetPartial<float>(CpuTag, const AttentionPartial&);
+template absl::Status ResetPartial<double>(CpuTag, const AttentionPartial&);
+template absl::Status AttentionForward<float>(CpuTag, Context&, const AttentionBlock&,
+                                              const AttentionPartial&);
+template absl::Status AttentionForward<double>(CpuTag, Context&, const AttentionBlock&,
+                                               const AttentionPartial&);
+
+}  // namespace annulus::kernels

@@ -1,0 +1,63 @@
+#include "kernels/common/arguments.h"
+
+namespace annulus::kernels {
+namespace {
+
+bool IsFloat(DType dtype) { return dtype == DType::kF32 || dtype == DType::kF64; }
+
+}  // namespace
+
+absl::Status CheckFloat(const Context& ctx, absl::string_view name, const ConstTensorRef& tensor) {
+  if (!IsFloat(tensor.dtype())) {
+    return Invalid(name, "=", Name(tensor.dtype()), ToString(tensor.shape()), ": expected f32 or f64");
+  }
+  if (!(tensor.device() == ctx.device)) {
+    return Invalid(name, " is on ", ToString(tensor.device()), ": expected ", ToString(ctx.device));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckTensor(const Context& ctx, absl::string_view name, const ConstTensorRef& tensor,
+                         DType dtype, const Shape& shape) {
+  if (tensor.dtype() != dtype || !(tensor.shape() == shape) || !(tensor.device() == ctx.device)) {
+    return Invalid(name, "=", Name(tensor.dtype()), ToString(tensor.shape()), " on ",
+                   ToString(tensor.device()), ": expected ", Name(dtype), ToString(shape), " on ",
+                   ToString(ctx.device));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckHeads(absl::string_view name, const ConstHeadsRef& x) {
+  if (!IsFloat(x.dtype)) return Invalid(name, ".dtype=", Name(x.dtype), ": expected f32 or f64");
+  if (x.rows < 0 || x.batch < 0 || x.heads < 0 || x.dim < 0) {
+    return Invalid(name, "=[", x.rows, ", ", x.batch, ", ", x.heads, ", ", x.dim,
+                   "]: expected counts from 0");
+  }
+  if (x.rows > 1 && x.row_stride < x.heads * x.dim) {
+    return Invalid(name, ".row_stride=", x.row_stride, ": expected at least ", x.heads * x.dim, " elements");
+  }
+  if (x.batch > 1 && x.batch_stride < x.heads * x.dim) {
+    return Invalid(name, ".batch_stride=", x.batch_stride, ": expected at least ", x.heads * x.dim,
+                   " elements");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckCount(absl::string_view name, int64_t count, int64_t expected) {
+  if (count != expected) return Invalid(name, "=", count, ": expected ", expected);
+  return absl::OkStatus();
+}
+
+absl::Status CheckTokens(absl::string_view name, absl::Span<const int32_t> tokens, int64_t lowest,
+                         int64_t vocab) {
+  for (size_t t = 0; t < tokens.size(); ++t) {
+    if (tokens[t] < lowest || tokens[t] >= vocab) {
+      return absl::OutOfRangeError(absl::StrCat(name, "[", t, "]=", tokens[t],
+                                                ": expected a token below the vocabulary of ", vocab,
+                                                lowest == 0 ? " and at least 0" : ""));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace annulus::kernels

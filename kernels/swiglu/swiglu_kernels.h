@@ -1,0 +1,14 @@
+#pragma once
+
+// Typed kernels of annulus/ops/swiglu.h, one overload per device. Arguments are checked.
+
+#include "annulus/ops/swiglu.h"
+
+namespace annulus::kernels {
+
+template <typename T>
+absl::Status SwigluForward(CpuTag, ConstTensorRef gate_up, TensorRef h);
+template <typename T>
+absl::Status SwigluBackward(CpuTag, ConstTensorRef gate_up, ConstTensorRef dh, TensorRef dgate_up);
+
+}  // namespace annulus::kernels
