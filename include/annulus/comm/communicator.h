@@ -19,19 +19,21 @@ namespace annulus {
 
 enum class ReduceOp { kSum, kMax, kMin };
 
-// An operation under way. Destroying an incomplete one aborts the job: its memory would be reused.
 class RequestState {
  public:
   virtual ~RequestState() = default;
   virtual absl::StatusOr<bool> Test() = 0;  // true once complete; never blocks
 };
 
+// An operation under way. Destroying an incomplete one aborts the job: its memory would be reused.
+// One that failed counts as complete.
 class Request {
  public:
   Request() = default;  // complete
   explicit Request(std::unique_ptr<RequestState> state) : state_(std::move(state)) {}
   Request(Request&& other) noexcept = default;
-  Request& operator=(Request&& other) noexcept = default;
+  Request& operator=(Request&& other) noexcept;
+  ~Request();
 
   absl::StatusOr<bool> Test();  // true once complete
   absl::Status Wait();          // polls, yielding the core
@@ -69,12 +71,13 @@ class Communicator {
   absl::StatusOr<Request> Receive(TensorRef data, int peer, int tag) { return backend_->Receive(data, peer, tag); }
 
   // Collectives that run in the background until the Request is complete; `I` as in MPI.
-  // Sums are taken in an order that depends on the group's size only.
+  // Every sum is taken in rank order, so its bits depend on the operands only, not on the backend.
   absl::StatusOr<Request> IAllReduce(TensorRef data, ReduceOp op) { return backend_->AllReduce(data, op); }
   // in: [size * n] -> out: [n], the sum over ranks of the rank-th part.
   absl::StatusOr<Request> IReduceScatter(ConstTensorRef in, TensorRef out) { return backend_->ReduceScatter(in, out); }
   // in: [n] -> out: [size * n]. `in` may be the rank-th part of `out`.
   absl::StatusOr<Request> IAllGather(ConstTensorRef in, TensorRef out) { return backend_->AllGather(in, out); }
+  absl::StatusOr<Request> IBroadcast(TensorRef data, int root) { return backend_->Broadcast(data, root); }
 
   // Blocking forms.
   absl::Status AllReduce(TensorRef data, ReduceOp op);
@@ -93,7 +96,7 @@ class Communicator {
   // (rank of this group). Call it after anything that can fail on one rank and before the next collective.
   absl::Status AgreeOk(const absl::Status& status);
 
-  // Ranks with equal color form a group, ordered by key.
+  // Ranks with equal color (>= 0) form a group, ordered by key, then by rank.
   absl::StatusOr<Communicator> Split(int color, int key);
 
  private:
@@ -117,11 +120,14 @@ class MpiSession {
   bool active_ = false;
 };
 
-// `size` communicators of one group inside this process; each is used by its own thread.
-std::vector<Communicator> MakeLoopbackGroup(int size);
+// `size` communicators of one group inside this process; each is used by its own thread. An operation that is
+// not complete after `timeout_seconds` fails with DeadlineExceeded, and so does all later use of the group:
+// a thread that failed cannot hang the others. A send completes when its receive has copied the data.
+std::vector<Communicator> MakeLoopbackGroup(int size, double timeout_seconds = 120);
 
 // The same group with every point-to-point message completing at its receiver no earlier than `delay_us`
-// after it was sent, as over a slow network. Groups split from it keep the delay.
+// after it was sent, as over a slow network. Groups split from it keep the delay. Called by every rank of the
+// group. Send times are read from the monotonic clock, so all ranks must be on one host.
 Communicator WithMessageDelay(Communicator comm, double delay_us);
 
 }  // namespace annulus

@@ -1,0 +1,29 @@
+#include "annulus/comm/process_mesh.h"
+
+namespace annulus {
+
+MeshCoordinates CoordinatesOf(const MeshShape& shape, int world_rank) {
+  ANNULUS_CHECK(0 <= world_rank && world_rank < shape.world()) << "world rank " << world_rank;
+  return {.dp = world_rank / (shape.cp * shape.tp), .cp = world_rank / shape.tp % shape.cp, .tp = world_rank % shape.tp};
+}
+
+int WorldRankOf(const MeshShape& shape, const MeshCoordinates& at) {
+  return (at.dp * shape.cp + at.cp) * shape.tp + at.tp;
+}
+
+absl::StatusOr<ProcessMesh> ProcessMesh::Create(const MeshShape& shape, Communicator world) {
+  if (shape.dp < 1 || shape.cp < 1 || shape.tp < 1 ||
+      static_cast<int64_t>(shape.dp) * shape.cp * shape.tp != world.size()) {
+    return Invalid("mesh dp=", shape.dp, " cp=", shape.cp, " tp=", shape.tp,
+                   ": expected positive sizes whose product is the number of ranks, ", world.size());
+  }
+  ProcessMesh mesh{.shape = shape, .at = CoordinatesOf(shape, world.rank()), .world = world, .dp = {}, .cp = {},
+                   .dp_cp = {}};
+  const MeshCoordinates& at = mesh.at;
+  ANNULUS_ASSIGN_OR_RETURN(mesh.dp, world.Split(at.cp * shape.tp + at.tp, at.dp));
+  ANNULUS_ASSIGN_OR_RETURN(mesh.cp, world.Split(at.dp * shape.tp + at.tp, at.cp));
+  ANNULUS_ASSIGN_OR_RETURN(mesh.dp_cp, world.Split(at.tp, at.dp * shape.cp + at.cp));
+  return mesh;
+}
+
+}  // namespace annulus
