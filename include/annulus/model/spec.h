@@ -32,6 +32,7 @@ struct ModelSpec {
   double init_stddev = 0.02;  // projections back into the residual stream get init_stddev / sqrt(layers)
   bool tied_head = true;      // the output head is the embedding
   std::vector<LayerSpec> layers;
+  friend bool operator==(const ModelSpec&, const ModelSpec&) = default;
 };
 
 // What is kept from forward for backward; the rest is recomputed.
@@ -51,7 +52,8 @@ struct PatternDefaults {
 // Errors name the column, what stands there, and for letters that are planned but absent, that they are.
 absl::StatusOr<std::vector<LayerSpec>> ParsePattern(absl::string_view pattern, const PatternDefaults& defaults);
 
-// Checks every field; messages read "model.heads=6: expected a multiple of model.kv_heads=4".
+// Checks every field, one line a finding, with the names of the configuration:
+// "model.attention.heads=6: expected a multiple of model.attention.kv_heads=4 (nearest valid value 4 or 8)".
 absl::Status Validate(const ModelSpec& spec);
 
 }  // namespace annulus

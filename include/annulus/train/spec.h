@@ -23,6 +23,7 @@ struct SourceSpec {
   std::string document_separator;
   // llm.c only: a token that starts a document; negative = one document.
   int64_t document_start_token = -1;
+  friend bool operator==(const SourceSpec&, const SourceSpec&) = default;
 };
 
 enum class Packing {
@@ -37,16 +38,18 @@ struct DataSpec {
   int64_t seq_len = 0;
   bool document_mask = false;
   Packing packing = Packing::kStream;
+  friend bool operator==(const DataSpec&, const DataSpec&) = default;
 };
 
 enum class ExchangeKind { kAuto, kKvRing };
 
 struct ParallelSpec {
-  int64_t dp = 1;
+  int64_t dp = 1;  // 0, in a configuration loaded without a number of ranks: ranks / (cp * tp)
   int64_t cp = 1;
   int64_t tp = 1;
   LayoutKind layout = LayoutKind::kZigzag;
   ExchangeKind exchange = ExchangeKind::kAuto;
+  friend bool operator==(const ParallelSpec&, const ParallelSpec&) = default;
 };
 
 enum class ScheduleKind { kConstant, kCosine, kWarmupStableDecay };
@@ -56,6 +59,7 @@ struct ScheduleSpec {
   int64_t warmup_steps = 0;
   int64_t decay_steps = 0;    // warm-up-stable-decay: length of the final linear decay
   double final_ratio = 0.1;   // lr at the end / peak lr
+  friend bool operator==(const ScheduleSpec&, const ScheduleSpec&) = default;
 };
 
 struct OptimSpec {
@@ -69,6 +73,7 @@ struct OptimSpec {
   int64_t steps = 0;
   int64_t sequences_per_step = 1;   // global batch, over all data-parallel ranks and micro-steps
   int64_t micro_batch = 1;          // sequences that one data-parallel rank handles at a time
+  friend bool operator==(const OptimSpec&, const OptimSpec&) = default;
 };
 
 enum class NanPolicy { kStop, kSkip };
@@ -76,17 +81,20 @@ enum class NanPolicy { kStop, kSkip };
 struct CheckpointSpec {
   int64_t every_steps = 0;  // 0 = only at the end and on signals
   int64_t keep = 2;
+  friend bool operator==(const CheckpointSpec&, const CheckpointSpec&) = default;
 };
 
 struct EvalSpec {
   int64_t every_steps = 0;  // 0 = only at the end
   int64_t sequences = 0;    // taken from the start of the validation split; 0 = all of it
+  friend bool operator==(const EvalSpec&, const EvalSpec&) = default;
 };
 
 struct SampleSpec {
   std::string prompt;
   int64_t tokens = 0;  // 0 = no sample at the end of training
   double temperature = 0.8;
+  friend bool operator==(const SampleSpec&, const SampleSpec&) = default;
 };
 
 enum class ComputeType { kF32, kF64 };
@@ -106,6 +114,7 @@ struct RunSpec {
   EvalSpec eval;
   SampleSpec sample;
   std::string runs_dir = "runs";
+  friend bool operator==(const RunSpec&, const RunSpec&) = default;
 };
 
 }  // namespace annulus
