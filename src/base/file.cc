@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <utility>
 
 namespace annulus {
 namespace fs = std::filesystem;
@@ -17,10 +18,13 @@ absl::Status FileError(absl::string_view what, absl::string_view path) {
   const int error = errno;
   const std::string text = absl::StrCat(path, ": ", what, ": ", std::strerror(error));
   switch (error) {
-    case ENOENT: return absl::NotFoundError(text);
+    case ENOENT:
+    case ENOTDIR: return absl::NotFoundError(text);
     case ENOSPC:
-    case EDQUOT: return absl::ResourceExhaustedError(text);
+    case EDQUOT:
+    case EFBIG: return absl::ResourceExhaustedError(text);
     case EACCES:
+    case EPERM:
     case EROFS: return absl::PermissionDeniedError(text);
     default: return absl::UnavailableError(text);
   }
@@ -35,9 +39,25 @@ absl::Status FromErrorCode(absl::string_view what, const std::string& path, cons
 
 }  // namespace
 
+// Reads until the end instead of trusting a size, which pipes and /proc do not have.
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
-  ANNULUS_ASSIGN_OR_RETURN(MappedFile file, MappedFile::Open(path));
-  return std::string(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return FileError("open", path);
+  constexpr size_t kChunkBytes = size_t{1} << 16;
+  std::string contents;
+  for (ssize_t got = -1; got != 0;) {
+    const size_t before = contents.size();
+    contents.resize(before + kChunkBytes);
+    got = read(fd, contents.data() + before, kChunkBytes);
+    if (got < 0 && errno != EINTR) {
+      absl::Status status = FileError("read", path);
+      close(fd);
+      return status;
+    }
+    contents.resize(before + static_cast<size_t>(std::max<ssize_t>(got, 0)));
+  }
+  close(fd);
+  return contents;
 }
 
 absl::Status WriteFileDurably(const std::string& path, absl::string_view contents) {
@@ -48,8 +68,12 @@ absl::Status WriteFileDurably(const std::string& path, absl::string_view content
 
 absl::Status WriteFileAtomically(const std::string& path, absl::string_view contents) {
   const std::string tmp = path + ".tmp";
-  ANNULUS_RETURN_IF_ERROR(WriteFileDurably(tmp, contents));
-  ANNULUS_RETURN_IF_ERROR(Rename(tmp, path));
+  absl::Status status = WriteFileDurably(tmp, contents);
+  if (status.ok()) status = Rename(tmp, path);
+  if (!status.ok()) {
+    RemoveAll(tmp).IgnoreError();  // best effort; the error that counts is the first
+    return status;
+  }
   const std::string parent = fs::path(path).parent_path().string();
   return SyncDirectory(parent.empty() ? "." : parent);
 }
@@ -118,6 +142,7 @@ DurableFile::~DurableFile() {
 }
 
 absl::Status DurableFile::Write(const void* data, int64_t bytes) {
+  if (bytes == 0) return absl::OkStatus();  // `data` may be null
   const char* cursor = static_cast<const char*>(data);
   for (int64_t left = bytes; left > 0;) {
     const ssize_t written = write(fd_, cursor, static_cast<size_t>(std::min<int64_t>(left, 1 << 30)));
@@ -138,7 +163,7 @@ absl::Status DurableFile::Finish() {
 }
 
 absl::StatusOr<MappedFile> MappedFile::Open(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
   if (fd < 0) return FileError("open", path);
   struct stat info;
   if (fstat(fd, &info) != 0) {

@@ -1,6 +1,7 @@
 #include "annulus/base/random.h"
 
 #include <cmath>
+#include <utility>
 
 #include "annulus/base/check.h"
 #include "annulus/base/hash.h"

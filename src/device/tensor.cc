@@ -19,7 +19,8 @@ Shape::Shape(absl::Span<const int64_t> dims) : rank_(static_cast<int>(dims.size(
 
 int64_t Shape::elements() const {
   int64_t n = 1;
-  for (int i = 0; i < rank_; ++i) n *= dims_[static_cast<size_t>(i)];
+  for (int i = 0; i < rank_; ++i)
+    ANNULUS_CHECK(!__builtin_mul_overflow(n, dims_[static_cast<size_t>(i)], &n)) << ToString(*this);
   return n;
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <type_traits>
 
 #include "absl/strings/string_view.h"
 
@@ -13,6 +14,8 @@ namespace annulus {
 
 uint64_t Hash64(const void* data, size_t bytes, uint64_t seed = 0);
 inline uint64_t Hash64(absl::string_view s, uint64_t seed = 0) { return Hash64(s.data(), s.size(), seed); }
+template <size_t N>
+uint64_t Hash64(const char (&literal)[N], uint64_t bytes_or_seed) = delete;  // would be taken for bytes
 
 // The same hash over data that comes in pieces.
 class Hasher {
