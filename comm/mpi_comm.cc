@@ -292,6 +292,13 @@ MpiSession::~MpiSession() {
   if (!mpi_failed) MPI_Finalize();
 }
 
+std::string MpiLibraryVersion() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = {};
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  return std::string(text, std::min(static_cast<size_t>(length), std::string(text).find(',')));
+}
+
 void MpiSession::Abort(int exit_code) {
   std::fflush(nullptr);
   MPI_Abort(MPI_COMM_WORLD, exit_code);

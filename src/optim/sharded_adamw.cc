@@ -10,9 +10,6 @@
 namespace annulus {
 namespace {
 
-// Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does: equal curves for equal settings.
-constexpr double kClipEps = 1e-6;
-
 absl::Status CheckTensor(absl::string_view name, ConstTensorRef got, const Shape& shape, DType dtype) {
   if (got.shape() == shape && got.dtype() == dtype) return absl::OkStatus();
   return Invalid("checkpoint tensor ", name, ": is ", Name(got.dtype()), " ", ToString(got.shape()), ", expected ",
@@ -20,6 +17,16 @@ absl::Status CheckTensor(absl::string_view name, ConstTensorRef got, const Shape
 }
 
 }  // namespace
+
+absl::Status RestoreParameters(ParamStore& params, const TensorFinder& find) {
+  for (size_t i = 0; i < params.table().params.size(); ++i) {
+    const ParamInfo& info = params.table().params[i];
+    ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef value, find(info.name));
+    ANNULUS_RETURN_IF_ERROR(CheckTensor(info.name, value, info.shape, params.dtype()));
+    std::memcpy(params.Value(static_cast<int>(i)).raw(), value.raw(), static_cast<size_t>(value.bytes()));
+  }
+  return absl::OkStatus();
+}
 
 ShardedAdamW::ShardedAdamW(const OptimSpec& spec, ParamStore& params, Communicator group)
     : spec_(spec), params_(params), group_(std::move(group)) {
@@ -34,12 +41,16 @@ ShardedAdamW::ShardedAdamW(const OptimSpec& spec, ParamStore& params, Communicat
     shards_.push_back(std::move(shard));
   }
   for (const ParamInfo& info : params.table().params) {
-    const int64_t shard_begin = ShardBegin(info.bucket);
-    const int64_t size = shards_[static_cast<size_t>(info.bucket)].grad.ref().elements();
-    const int64_t begin = std::clamp<int64_t>(info.offset - shard_begin, 0, size);
-    const int64_t end = std::clamp<int64_t>(info.offset + info.shape.elements() - shard_begin, 0, size);
-    if (begin < end) runs_.push_back({info.bucket, begin, end, info.decay});
+    const RowRange run = RunOf(info);
+    if (!run.empty()) runs_.push_back({info.bucket, run, info.decay});
   }
+}
+
+RowRange ShardedAdamW::RunOf(const ParamInfo& info) const {
+  const int64_t shard_begin = ShardBegin(info.bucket);
+  const int64_t size = shards_[static_cast<size_t>(info.bucket)].grad.ref().elements();
+  return {std::clamp<int64_t>(info.offset - shard_begin, 0, size),
+          std::clamp<int64_t>(info.offset + info.shape.elements() - shard_begin, 0, size)};
 }
 
 ShardedAdamW::~ShardedAdamW() = default;
@@ -81,17 +92,17 @@ absl::StatusOr<double> ShardedAdamW::FinishReduce(Context& ctx) {
 
 absl::Status ShardedAdamW::Update(Context& ctx, int64_t step, double lr, double grad_norm) {
   AdamWHyper hyper{.lr = lr, .beta1 = spec_.beta1, .beta2 = spec_.beta2, .eps = spec_.eps, .step = step};
-  if (spec_.clip_norm > 0) hyper.gradient_scale = std::min(1.0, spec_.clip_norm / (grad_norm + kClipEps));
+  if (spec_.clip_norm > 0 && grad_norm > spec_.clip_norm) hyper.gradient_scale = spec_.clip_norm / grad_norm;
   for (const Run& run : runs_) {
     Shard& shard = shards_[static_cast<size_t>(run.bucket)];
     const int64_t first = ShardBegin(run.bucket);
     hyper.weight_decay = run.decay == Decay::kWeightDecay ? spec_.weight_decay : 0.0;
     ANNULUS_RETURN_IF_ERROR(
         AdamWUpdate(ctx, hyper,
-                    {.param = params_.BucketValues(run.bucket).Rows(first + run.begin, first + run.end),
-                     .m = shard.m.ref().Rows(run.begin, run.end),
-                     .v = shard.v.ref().Rows(run.begin, run.end),
-                     .grad = shard.grad.ref().Rows(run.begin, run.end)}));
+                    {.param = params_.BucketValues(run.bucket).Rows(first + run.elements.begin, first + run.elements.end),
+                     .m = shard.m.ref().Rows(run.elements.begin, run.elements.end),
+                     .v = shard.v.ref().Rows(run.elements.begin, run.elements.end),
+                     .grad = shard.grad.ref().Rows(run.elements.begin, run.elements.end)}));
   }
   std::vector<Request> gathers;
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
@@ -130,25 +141,18 @@ absl::StatusOr<GatheredTensors> ShardedAdamW::Gather() {
   return result;
 }
 
-absl::Status ShardedAdamW::Restore(const std::function<absl::StatusOr<ConstTensorRef>(absl::string_view)>& find) {
-  const ParamTable& table = params_.table();
-  for (size_t i = 0; i < table.params.size(); ++i) {
-    const ParamInfo& info = table.params[i];
-    ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef value, find(info.name));
-    ANNULUS_RETURN_IF_ERROR(CheckTensor(info.name, value, info.shape, params_.dtype()));
-    std::memcpy(params_.Value(static_cast<int>(i)).raw(), value.raw(), static_cast<size_t>(value.bytes()));
-
+absl::Status ShardedAdamW::Restore(const TensorFinder& find) {
+  ANNULUS_RETURN_IF_ERROR(RestoreParameters(params_, find));
+  for (const ParamInfo& info : params_.table().params) {
     Shard& shard = shards_[static_cast<size_t>(info.bucket)];
-    const int64_t shard_begin = ShardBegin(info.bucket), size = shard.m.ref().elements();
-    const int64_t begin = std::clamp<int64_t>(info.offset - shard_begin, 0, size);
-    const int64_t end = std::clamp<int64_t>(info.offset + info.shape.elements() - shard_begin, 0, size);
+    const RowRange run = RunOf(info);
     for (const auto& [prefix, state] : {std::pair{"optim.m.", shard.m.ref()}, std::pair{"optim.v.", shard.v.ref()}}) {
       const std::string name = prefix + info.name;
       ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef full, find(name));
       ANNULUS_RETURN_IF_ERROR(CheckTensor(name, full, info.shape, params_.dtype()));
-      if (begin >= end) continue;
-      const int64_t skip = (shard_begin + begin - info.offset) * SizeOf(params_.dtype());
-      const TensorRef part = state.Rows(begin, end);
+      if (run.empty()) continue;
+      const int64_t skip = (ShardBegin(info.bucket) + run.begin - info.offset) * SizeOf(params_.dtype());
+      const TensorRef part = state.Rows(run.begin, run.end);
       std::memcpy(part.raw(), static_cast<const char*>(full.raw()) + skip, static_cast<size_t>(part.bytes()));
     }
   }

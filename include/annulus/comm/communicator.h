@@ -120,6 +120,9 @@ class MpiSession {
   bool active_ = false;
 };
 
+// Name and version of the MPI library that is linked, on one line.
+std::string MpiLibraryVersion();
+
 // `size` communicators of one group inside this process; each is used by its own thread. An operation that is
 // not complete after `timeout_seconds` fails with DeadlineExceeded, and so does all later use of the group:
 // a thread that failed cannot hang the others. A send completes when its receive has copied the data.

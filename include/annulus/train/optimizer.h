@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "annulus/comm/communicator.h"
+#include "annulus/comm/exchange_plan.h"
 #include "annulus/device/context.h"
 #include "annulus/model/params.h"
 #include "annulus/train/safetensors.h"
@@ -23,6 +24,11 @@ struct GatheredTensors {
   std::vector<NamedTensor> tensors;
   std::vector<Tensor> memory;
 };
+
+using TensorFinder = std::function<absl::StatusOr<ConstTensorRef>(absl::string_view name)>;
+
+// Copies every parameter from the tensors that `find` gives, which must have the table's shapes and the store's dtype.
+absl::Status RestoreParameters(ParamStore& params, const TensorFinder& find);
 
 class ShardedAdamW {
  public:
@@ -45,16 +51,16 @@ class ShardedAdamW {
   // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint; buckets
   // are dealt to the ranks in turn. Collective.
   absl::StatusOr<GatheredTensors> Gather();
-  // Reads parameters and this rank's part of the state. Tensors must have the table's shapes and the store's dtype.
-  absl::Status Restore(const std::function<absl::StatusOr<ConstTensorRef>(absl::string_view)>& find);
+  // Reads parameters and this rank's part of the state, as RestoreParameters does.
+  absl::Status Restore(const TensorFinder& find);
 
   int64_t state_bytes() const;  // of this rank: m, v and the reduced gradient
 
  private:
-  // Elements [begin, end) of a bucket's shard that belong to one parameter.
+  // Elements of a bucket's shard that belong to one parameter.
   struct Run {
     int bucket;
-    int64_t begin, end;
+    RowRange elements;
     Decay decay;
   };
   struct Shard {
@@ -63,6 +69,7 @@ class ShardedAdamW {
   };
 
   int64_t ShardBegin(int bucket) const;  // first element of the bucket in this rank's shard
+  RowRange RunOf(const ParamInfo& info) const;  // elements of this rank's shard that are the parameter's
   absl::Status WaitTimed(Request& request);
 
   OptimSpec spec_;

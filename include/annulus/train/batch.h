@@ -1,0 +1,31 @@
+#pragma once
+
+// One rank's share of an optimizer step's sequences: which sequences belong to its data-parallel rank, and which of
+// their tokens to its context-parallel rank.
+
+#include <vector>
+
+#include "annulus/parallel/mask.h"
+#include "annulus/train/data.h"
+#include "annulus/train/spec.h"
+
+namespace annulus {
+
+// Sequences that go through the model together. tokens and targets are this rank's rows, ordered (row, sequence).
+struct MicroBatch {
+  SequenceBatch sequences;
+  std::vector<int32_t> tokens, targets;
+  int64_t counted_tokens = 0;  // of whole sequences, on all cp ranks together
+};
+
+using Batch = std::vector<MicroBatch>;
+
+MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const DataSpec& spec, const SequenceLayout& layout,
+                          int cp_rank);
+
+// Sequences of optimizer step `step` for data-parallel rank `dp_rank` of `dp_size`, cut into micro-batches.
+// Step s holds training sequences [s, s + 1) * sequences_per_step, whatever the number of ranks.
+absl::StatusOr<Batch> LoadBatch(const DataSet& data, const RunSpec& spec, const SequenceLayout& layout, int64_t step,
+                                int dp_rank, int dp_size, int cp_rank);
+
+}  // namespace annulus

@@ -1,0 +1,85 @@
+#include "absl/strings/numbers.h"
+#include "commands.h"
+
+namespace annulus {
+
+absl::StatusOr<Arguments> Arguments::Parse(const CommandSpec& spec, const std::vector<std::string>& args) {
+  Arguments parsed;
+  bool have_operand = false;
+  for (size_t i = 0; i < args.size(); ++i) {
+    if (args[i].rfind("--", 0) != 0) {
+      if (have_operand || *spec.operand == '\0') {
+        return Invalid("annulus ", spec.name, ": unexpected argument `", args[i], "`\n\n", Usage(spec));
+      }
+      parsed.operand_ = args[i];
+      have_operand = true;
+      continue;
+    }
+    const std::string name = args[i].substr(0, args[i].find('='));
+    const Option* option = nullptr;
+    for (const Option& candidate : spec.options) {
+      if (name == candidate.name) option = &candidate;
+    }
+    if (option == nullptr) return Invalid("annulus ", spec.name, ": unknown option ", name, "\n\n", Usage(spec));
+    const bool inline_value = name.size() < args[i].size();
+    if (option->takes == Option::Takes::kNothing) {
+      if (inline_value) return Invalid("annulus ", spec.name, ": ", name, " takes no value");
+      parsed.options_.emplace_back(name, "");
+    } else if (inline_value) {
+      parsed.options_.emplace_back(name, args[i].substr(name.size() + 1));
+    } else if (i + 1 < args.size()) {
+      parsed.options_.emplace_back(name, args[++i]);
+    } else {
+      return Invalid("annulus ", spec.name, ": ", name, ": expected ", option->value, " after it");
+    }
+  }
+  if (!have_operand && *spec.operand != '\0') {
+    return Invalid("annulus ", spec.name, ": expected ", spec.operand, "\n\n", Usage(spec));
+  }
+  return parsed;
+}
+
+bool Arguments::Has(absl::string_view option) const { return !All(option).empty(); }
+
+std::vector<std::string> Arguments::All(absl::string_view option) const {
+  std::vector<std::string> values;
+  for (const auto& [name, value] : options_) {
+    if (name == option) values.push_back(value);
+  }
+  return values;
+}
+
+std::string Arguments::Last(absl::string_view option, absl::string_view fallback) const {
+  const std::vector<std::string> values = All(option);
+  return values.empty() ? std::string(fallback) : values.back();
+}
+
+absl::StatusOr<std::optional<int64_t>> Arguments::PositiveInt(absl::string_view option) const {
+  if (!Has(option)) return std::optional<int64_t>();
+  int64_t value = 0;
+  if (!absl::SimpleAtoi(Last(option, ""), &value) || value < 1) {
+    return Invalid(option, "=", Last(option, ""), ": expected an integer of at least 1");
+  }
+  return std::optional<int64_t>(value);
+}
+
+absl::StatusOr<double> Arguments::PositiveNumber(absl::string_view option, double fallback) const {
+  if (!Has(option)) return fallback;
+  double value = 0;
+  if (!absl::SimpleAtod(Last(option, ""), &value) || !(value > 0) || value > 1e300) {
+    return Invalid(option, "=", Last(option, ""), ": expected a number above 0");
+  }
+  return value;
+}
+
+std::string Usage(const CommandSpec& spec) {
+  std::string text = absl::StrCat("usage: annulus ", spec.name, *spec.operand ? " " : "", spec.operand,
+                                  spec.options.empty() ? "" : " [options]", "\n  ", spec.summary, "\n");
+  for (const Option& option : spec.options) {
+    const std::string left = absl::StrCat("  ", option.name, *option.value ? " " : "", option.value);
+    absl::StrAppend(&text, left, std::string(left.size() < 28 ? 28 - left.size() : 1, ' '), option.help, "\n");
+  }
+  return text;
+}
+
+}  // namespace annulus

@@ -1,0 +1,179 @@
+// `annulus plan`: what a configuration costs and how its attention layers exchange, without running it.
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_format.h"
+#include "annulus/base/file.h"
+#include "annulus/model/cost.h"
+#include "annulus/parallel/mask.h"
+#include "annulus/train/config.h"
+#include "annulus/train/report.h"
+#include "commands.h"
+
+namespace annulus {
+namespace {
+
+// Assumed machine; options override it. Not measured: predictions say so.
+struct Machine {
+  double rank_gflops = 20;  // attention on one CPU core
+  double link_gbps = 5;     // GB/s between ranks of one host
+  double latency_us = 20;   // of a message, with ranks sharing cores
+};
+
+struct LayerPlan {
+  std::vector<size_t> layers;  // attention layers with this window
+  ExchangePlan plan;
+  Simulation simulation;
+  std::vector<int64_t> bytes;  // sent per rank
+};
+
+// Sequences without documents: documents differ in every batch and only remove work.
+LayerPlan MakeLayerPlan(const RunSpec& spec, const Machine& machine, int64_t window, Pass pass) {
+  const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
+  const SequenceBatch sequences{.batch = 1, .lengths = {spec.data.seq_len}, .document_starts = {}};
+  LayerPlan result;
+  result.plan = BuildKvRing(MakeExchangeProblem(layout, sequences, window), pass);
+  const double batch = static_cast<double>(spec.optim.micro_batch);
+  const double element_bytes = spec.compute == ComputeType::kF64 ? 8 : 4;
+  // A pair costs 4 head_dim FLOPs a head forward (scores, values), 2.5 times that backward (five products).
+  const double pair_flops =
+      4.0 * static_cast<double>(spec.model.heads * spec.model.head_dim) * (pass == Pass::kForward ? 1.0 : 2.5);
+  const double row_bytes = batch * 2.0 * static_cast<double>(spec.model.kv_heads * spec.model.head_dim) * element_bytes;
+  result.simulation = Simulate(result.plan, {.seconds_per_pair = batch * pair_flops / (machine.rank_gflops * 1e9),
+                                             .kv_row_bytes = row_bytes,
+                                             .grad_row_bytes = row_bytes,
+                                             .bytes_per_second = machine.link_gbps * 1e9,
+                                             .message_seconds = machine.latency_us * 1e-6,
+                                             .reduce_bytes_per_second = machine.link_gbps * 1e9});
+  for (int cp_rank = 0; cp_rank < spec.parallel.cp; ++cp_rank) {
+    result.bytes.push_back(
+        BytesSent(result.plan, cp_rank, static_cast<int64_t>(row_bytes), static_cast<int64_t>(row_bytes)));
+  }
+  return result;
+}
+
+std::vector<LayerPlan> PlansOf(const RunSpec& spec, const Machine& machine) {
+  std::map<int64_t, std::vector<size_t>> by_window;
+  for (size_t i = 0; i < spec.model.layers.size(); ++i) {
+    if (spec.model.layers[i].kind == LayerKind::kAttention) by_window[spec.model.layers[i].window].push_back(i);
+  }
+  std::vector<LayerPlan> plans;
+  for (const auto& [window, layers] : by_window) {
+    for (Pass pass : {Pass::kForward, Pass::kBackward}) {
+      plans.push_back(MakeLayerPlan(spec, machine, window, pass));
+      plans.back().layers = layers;
+    }
+  }
+  return plans;
+}
+
+double Largest(const std::vector<double>& values) { return *std::max_element(values.begin(), values.end()); }
+int64_t Largest(const std::vector<int64_t>& values) { return *std::max_element(values.begin(), values.end()); }
+
+const char* PassName(Pass pass) { return pass == Pass::kForward ? "forward" : "backward"; }
+
+MemoryPlan MemoryOf(const RunSpec& spec) {
+  const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
+  return PlanMemory(spec.model, {.element_bytes = spec.compute == ComputeType::kF64 ? 8 : 4,
+                                 .local_tokens = layout.local_rows() * spec.optim.micro_batch,
+                                 .shards = spec.parallel.dp * spec.parallel.cp,
+                                 .cp_exchange = spec.parallel.cp > 1,
+                                 .recompute = spec.recompute});
+}
+
+std::string Json(const RunSpec& spec, const Machine& machine, const std::vector<LayerPlan>& plans) {
+  const FlopsPerToken flops = TrainingFlops(spec.model, spec.data.seq_len);
+  const MemoryPlan memory = MemoryOf(spec);
+  nlohmann::ordered_json json;
+  json["name"] = spec.name;
+  json["parameters"] = BuildParamTable(spec.model).elements();
+  json["flops_per_token"] = {{"causal", flops.causal}, {"full", flops.full}};
+  json["mesh"] = {{"dp", spec.parallel.dp}, {"cp", spec.parallel.cp}, {"tp", spec.parallel.tp}};
+  json["memory_bytes_per_rank"] = {{"parameters", memory.parameters},
+                                   {"gradients", memory.gradients},
+                                   {"optimizer", memory.optimizer},
+                                   {"activations", memory.activations},
+                                   {"workspace", memory.workspace},
+                                   {"total", memory.total()}};
+  json["assumed_machine"] = {{"rank_gflops", machine.rank_gflops},
+                             {"link_gbps", machine.link_gbps},
+                             {"latency_us", machine.latency_us}};
+  json["exchange"] = nlohmann::ordered_json::array();
+  for (const LayerPlan& layer : plans) {
+    json["exchange"].push_back({{"layers", layer.layers},
+                                {"pass", PassName(layer.plan.pass)},
+                                {"plan", layer.plan.name},
+                                {"hash", HashOf(layer.plan)},
+                                {"bytes_sent_per_rank", layer.bytes},
+                                {"predicted_seconds", layer.simulation.makespan},
+                                {"predicted_exposed_seconds", layer.simulation.exposed}});
+  }
+  return json.dump(2);
+}
+
+void Print(const RunSpec& spec, const Machine& machine, const std::vector<LayerPlan>& plans) {
+  const FlopsPerToken flops = TrainingFlops(spec.model, spec.data.seq_len);
+  const MemoryPlan memory = MemoryOf(spec);
+  const auto bytes = [](int64_t value) { return FormatBytes(static_cast<double>(value)); };
+  std::printf("%s: %s on dp=%d cp=%d tp=%d\n", spec.name.c_str(), spec.pattern.c_str(),
+              static_cast<int>(spec.parallel.dp), static_cast<int>(spec.parallel.cp),
+              static_cast<int>(spec.parallel.tp));
+  std::printf("parameters        %s\n", FormatCount(static_cast<double>(BuildParamTable(spec.model).elements())).c_str());
+  std::printf("FLOPs per token   %s causal, %s full (training; recomputation not counted)\n",
+              FormatCount(flops.causal).c_str(), FormatCount(flops.full).c_str());
+  std::printf("memory per rank   parameters %s + gradients %s + optimizer %s + activations %s + workspace %s = %s\n",
+              bytes(memory.parameters).c_str(), bytes(memory.gradients).c_str(), bytes(memory.optimizer).c_str(),
+              bytes(memory.activations).c_str(), bytes(memory.workspace).c_str(), bytes(memory.total()).c_str());
+  std::printf("assumed machine   %g GFLOP/s a rank, %g GB/s a link, %g us a message (not measured; see --help)\n",
+              machine.rank_gflops, machine.link_gbps, machine.latency_us);
+  for (const LayerPlan& layer : plans) {
+    std::string layers;
+    for (size_t i : layer.layers) absl::StrAppend(&layers, layers.empty() ? "" : ",", i);
+    std::printf("\nattention layers %s, %s: %s\n", layers.c_str(), PassName(layer.plan.pass), layer.plan.name.c_str());
+    std::printf("  sent per rank, at most %s; predicted %.3g ms, of which exposed exchange %.3g ms\n",
+                bytes(Largest(layer.bytes)).c_str(), layer.simulation.makespan * 1e3,
+                Largest(layer.simulation.exposed) * 1e3);
+    std::printf("%s", Timeline(layer.plan, layer.simulation).c_str());
+  }
+}
+
+absl::Status Run(const Arguments& arguments, const std::string&) {
+  ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> world, arguments.PositiveInt("--world"));
+  ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(arguments.operand()));
+  ANNULUS_ASSIGN_OR_RETURN(ResolvedConfig config,
+                           LoadConfig(arguments.operand(), text, arguments.All("--set"), world));
+  Machine machine;
+  ANNULUS_ASSIGN_OR_RETURN(machine.rank_gflops, arguments.PositiveNumber("--rank_gflops", machine.rank_gflops));
+  ANNULUS_ASSIGN_OR_RETURN(machine.link_gbps, arguments.PositiveNumber("--link_gbps", machine.link_gbps));
+  ANNULUS_ASSIGN_OR_RETURN(machine.latency_us, arguments.PositiveNumber("--latency_us", machine.latency_us));
+  // Without --world and parallel.dp the smallest world that the configuration asks for.
+  config.spec.parallel.dp = std::max<int64_t>(1, config.spec.parallel.dp);
+  const std::vector<LayerPlan> plans = PlansOf(config.spec, machine);
+  for (const LayerPlan& layer : plans) ANNULUS_RETURN_IF_ERROR(Validate(layer.plan));
+  if (arguments.Has("--json")) {
+    std::printf("%s\n", Json(config.spec, machine, plans).c_str());
+  } else {
+    Print(config.spec, machine, plans);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+Command PlanCommand() {
+  return {{"plan",
+           "CONFIG",
+           "prints parameters, FLOPs, memory and the exchange of every attention layer",
+           {{"--world", Option::Takes::kValue, "N", "number of ranks"},
+            {"--json", Option::Takes::kNothing, "", "prints JSON"},
+            {"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field; repeatable"},
+            {"--rank_gflops", Option::Takes::kValue, "X", "attention rate of a rank for the prediction (default 20)"},
+            {"--link_gbps", Option::Takes::kValue, "X", "GB/s that a rank can send (default 5)"},
+            {"--latency_us", Option::Takes::kValue, "X", "latency of a message (default 20)"}}},
+          Run};
+}
+
+}  // namespace annulus

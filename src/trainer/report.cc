@@ -1,0 +1,126 @@
+#include "annulus/train/report.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_format.h"
+
+namespace annulus {
+namespace {
+
+constexpr double kSecondsBetweenLines = 2.0;
+constexpr int kBarColumns = 20;
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+nlohmann::json Number(double value) {
+  if (std::isfinite(value)) return value;
+  return std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
+}
+
+std::string WithThousands(int64_t value) {
+  std::string digits = absl::StrCat(value);
+  for (int i = static_cast<int>(digits.size()) - 3; i > 0; i -= 3) digits.insert(static_cast<size_t>(i), ",");
+  return digits;
+}
+
+std::string Bar(double done) {
+  const int filled = static_cast<int>(done * kBarColumns);
+  return absl::StrCat("[", std::string(static_cast<size_t>(filled), '#'),
+                      std::string(static_cast<size_t>(kBarColumns - filled), '.'), "] ");
+}
+
+}  // namespace
+
+std::string FormatDuration(double seconds) {
+  const int64_t s = static_cast<int64_t>(std::llround(std::max(0.0, seconds)));
+  if (s < 60) return absl::StrCat(s, "s");
+  if (s < 600) return absl::StrCat(s / 60, "m ", s % 60, "s");
+  if (s < 3600) return absl::StrCat(s / 60, "m");
+  return absl::StrCat(s / 3600, "h ", s % 3600 / 60, "m");
+}
+
+std::string FormatCount(double value) {
+  if (value >= 1e9) return absl::StrFormat("%.2fG", value / 1e9);
+  if (value >= 1e6) return absl::StrFormat("%.2fM", value / 1e6);
+  if (value >= 1e3) return absl::StrFormat("%.2fk", value / 1e3);
+  return absl::StrFormat("%.0f", value);
+}
+
+std::string FormatBytes(double bytes) {
+  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  int unit = 0;
+  while (bytes >= 1024 && unit < 4) bytes /= 1024, ++unit;
+  return absl::StrFormat(unit == 0 ? "%.0f %s" : "%.1f %s", bytes, units[unit]);
+}
+
+std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, double eta_seconds) {
+  const double ms = std::max(report.step_ms, 1e-9);
+  return absl::StrFormat(
+      "step %d/%d %d%% | loss %.3f | gnorm %.2f | %s ms | %s tok/s (%s/rank) | %.1f GFLOP/s causal/rank | "
+      "wait: data %.1f%% exchange %.1f%% gradients %.1f%% | %s | ETA %s%s",
+      report.step, total_steps, 100 * report.step / total_steps, report.loss, report.grad_norm,
+      WithThousands(std::llround(ms)), FormatCount(report.tokens_per_second),
+      FormatCount(report.tokens_per_second / ranks), report.tflops_causal * 1e3, 100 * report.data_ms / ms,
+      100 * report.exposed_exchange_ms / ms, 100 * report.exposed_reduce_ms / ms,
+      FormatBytes(static_cast<double>(report.memory_peak_bytes)), FormatDuration(eta_seconds),
+      report.skipped ? " | SKIPPED: not finite" : "");
+}
+
+std::string MetricsJson(const StepReport& report, std::optional<double> val_loss) {
+  nlohmann::ordered_json json;
+  json["step"] = report.step;
+  json["loss"] = Number(report.loss);
+  json["grad_norm"] = Number(report.grad_norm);
+  json["lr"] = report.lr;
+  json["tokens"] = report.tokens;
+  json["step_ms"] = report.step_ms;
+  json["tokens_per_second"] = report.tokens_per_second;
+  json["tflops_causal"] = report.tflops_causal;
+  json["tflops_full"] = report.tflops_full;
+  json["exposed_exchange_ms"] = report.exposed_exchange_ms;
+  json["exposed_reduce_ms"] = report.exposed_reduce_ms;
+  json["data_ms"] = report.data_ms;
+  json["memory_peak_bytes"] = report.memory_peak_bytes;
+  if (report.skipped) json["skipped"] = true;
+  if (val_loss.has_value()) json["val_loss"] = Number(*val_loss);
+  return json.dump() + "\n";
+}
+
+Console::Console(Output output) : output_(output), terminal_(isatty(STDOUT_FILENO) != 0) {}
+
+Console::~Console() {
+  if (open_line_) std::fputs("\n", stdout);
+  std::fflush(stdout);
+}
+
+void Console::Line(const std::string& text) {
+  if (output_ == Output::kSilent) return;
+  if (open_line_) std::fputs("\r\033[K", stdout);
+  open_line_ = false;
+  std::fprintf(stdout, "%s\n", text.c_str());
+  std::fflush(stdout);
+}
+
+void Console::Progress(const StepReport& report, int64_t total_steps, const std::string& line) {
+  if (output_ == Output::kSilent) return;
+  if (terminal_) {
+    const double done = static_cast<double>(report.step) / static_cast<double>(total_steps);
+    std::fprintf(stdout, "\r\033[K%s%s", Bar(done).c_str(), line.c_str());
+    std::fflush(stdout);
+    open_line_ = true;
+    return;
+  }
+  const bool due = Now() - last_seconds_ >= kSecondsBetweenLines;
+  if (!due && report.step != total_steps) return;
+  last_seconds_ = Now();
+  Line(line);
+}
+
+}  // namespace annulus

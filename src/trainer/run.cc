@@ -1,0 +1,228 @@
+#include "annulus/train/run.h"
+
+#include <unistd.h>
+
+#include <chrono>
+
+#include "absl/strings/str_format.h"
+#include "annulus/train/report.h"
+#include "annulus/train/sample.h"
+#include "run_directory.h"
+
+namespace annulus {
+namespace {
+
+// A run of steps whose loss stays not finite will not recover: nothing was updated in between.
+constexpr int kMaxSkippedInRow = 10;
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+MeshShape ShapeOf(const ParallelSpec& spec) {
+  return {static_cast<int>(spec.dp), static_cast<int>(spec.cp), static_cast<int>(spec.tp)};
+}
+
+class TrainingRun {
+ public:
+  TrainingRun(const ResolvedConfig& config, ProcessMesh mesh, RunDirectory directory, std::unique_ptr<DataSet> data,
+              LineFile log)
+      : config_(config),
+        spec_(config.spec),
+        mesh_(std::move(mesh)),
+        directory_(std::move(directory)),
+        data_(std::move(data)),
+        log_(std::move(log)),
+        console_(IsRoot() ? Console::Output::kPrint : Console::Output::kSilent),
+        trainer_(spec_, mesh_) {}
+
+  absl::Status Start(StartFrom start);
+  absl::Status Train();
+
+ private:
+  bool IsRoot() const { return mesh_.world.rank() == 0; }
+  absl::Status Resume();
+  absl::StatusOr<StepReport> OneStep();
+  absl::Status Finish(const StepReport& report);
+  absl::Status WriteLogs(const StepReport& report, const std::string& line, std::optional<double> val_loss);
+  absl::Status Save();
+  absl::Status PrintSample();
+  absl::StatusOr<bool> StopAgreed();
+  absl::Status PrintStart();
+  // Rank 0 does `write`; all ranks learn whether it worked.
+  template <typename Fn>
+  absl::Status OnRoot(Fn&& write) {
+    return mesh_.world.AgreeOk(IsRoot() ? write() : absl::OkStatus());
+  }
+
+  const ResolvedConfig& config_;
+  const RunSpec& spec_;
+  ProcessMesh mesh_;
+  RunDirectory directory_;
+  std::unique_ptr<DataSet> data_;
+  LineFile log_;
+  Console console_;
+  Trainer trainer_;
+  int64_t saved_step_ = -1;
+  int64_t first_step_ = 0;
+  double first_time_ = 0;
+  int skipped_in_row_ = 0;
+};
+
+absl::Status TrainingRun::PrintStart() {
+  char host[256] = {};
+  gethostname(host, sizeof(host) - 1);
+  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> ranks,
+                           mesh_.world.AllGatherStrings(absl::StrFormat(
+                               "dp=%d cp=%d tp=%d  %s  pid %d", mesh_.at.dp, mesh_.at.cp, mesh_.at.tp, host, getpid())));
+  const FlopsPerToken flops = TrainingFlops(spec_.model, spec_.data.seq_len);
+  const int64_t local_rows = trainer_.layout().local_rows();
+  const MemoryPlan memory = PlanMemory(
+      spec_.model, {.element_bytes = SizeOf(DTypeOf(spec_.compute)),
+                    .local_tokens = local_rows * spec_.optim.micro_batch,
+                    .shards = mesh_.dp_cp.size(),
+                    .cp_exchange = mesh_.shape.cp > 1,
+                    .recompute = spec_.recompute});
+  console_.Line("resolved configuration (value, then where it comes from):\n" + config_.text);
+  for (size_t i = 0; i < ranks.size(); ++i) console_.Line(absl::StrCat("rank ", i, ": ", ranks[i]));
+  console_.Line(absl::StrFormat("model: %s parameters, %s training FLOPs per token causal, %s full",
+                                FormatCount(static_cast<double>(trainer_.params().table().elements())),
+                                FormatCount(flops.causal), FormatCount(flops.full)));
+  console_.Line(absl::StrFormat(
+      "memory per rank, planned: parameters %s, gradients %s, optimizer %s, activations %s, workspace %s, total %s",
+      FormatBytes(static_cast<double>(memory.parameters)), FormatBytes(static_cast<double>(memory.gradients)),
+      FormatBytes(static_cast<double>(memory.optimizer)), FormatBytes(static_cast<double>(memory.activations)),
+      FormatBytes(static_cast<double>(memory.workspace)), FormatBytes(static_cast<double>(memory.total()))));
+  console_.Line(absl::StrFormat("data: %s training tokens, %s validation tokens, fingerprint %s",
+                                FormatCount(static_cast<double>(data_->train_tokens())),
+                                FormatCount(static_cast<double>(data_->validation_tokens())),
+                                Hex64(data_->fingerprint())));
+  console_.Line("run directory: " + directory_.path);
+  return absl::OkStatus();
+}
+
+absl::Status TrainingRun::Start(StartFrom start) {
+  ANNULUS_RETURN_IF_ERROR(PrintStart());
+  if (start == StartFrom::kLatestCheckpoint) ANNULUS_RETURN_IF_ERROR(Resume());
+  return OnRoot([&] { return directory_.Event("start", trainer_.step(), absl::StrCat(mesh_.world.size(), " ranks")); });
+}
+
+absl::Status TrainingRun::Resume() {
+  absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(mesh_.world, directory_.checkpoints());
+  if (absl::IsNotFound(checkpoint.status())) {
+    console_.Line("no checkpoint yet: starting from step 0");
+  } else {
+    ANNULUS_RETURN_IF_ERROR(checkpoint.status());
+    ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(trainer_.Restore(*checkpoint, data_->fingerprint())));
+    saved_step_ = trainer_.step();
+    console_.Line(absl::StrCat("resumed from ", checkpoint->path(), " at step ", trainer_.step()));
+  }
+  return OnRoot([&] { return directory_.TrimMetrics(trainer_.step()); });
+}
+
+absl::StatusOr<StepReport> TrainingRun::OneStep() {
+  const double start = Now();
+  absl::StatusOr<Batch> batch = LoadBatch(*data_, spec_, trainer_.layout(), trainer_.step(), mesh_.at.dp,
+                                          mesh_.shape.dp, mesh_.at.cp);
+  ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(batch.status()));
+  ANNULUS_ASSIGN_OR_RETURN(StepReport report, trainer_.Step(*batch, Now() - start));
+  skipped_in_row_ = report.skipped ? skipped_in_row_ + 1 : 0;
+  if (skipped_in_row_ >= kMaxSkippedInRow) {
+    return absl::FailedPreconditionError(absl::StrCat("step ", report.step, ": loss or gradient norm not finite in ",
+                                                      skipped_in_row_, " steps in a row; the parameters were not touched"));
+  }
+  return report;
+}
+
+absl::Status TrainingRun::Save() {
+  if (saved_step_ == trainer_.step()) return absl::OkStatus();
+  const double start = Now();
+  ANNULUS_RETURN_IF_ERROR(trainer_.Save(directory_.checkpoints(), config_.text, data_->fingerprint()));
+  saved_step_ = trainer_.step();
+  console_.Line(absl::StrFormat("checkpoint: %s/step-%08d (%.0f ms)", directory_.checkpoints(), saved_step_,
+                                (Now() - start) * 1e3));
+  return OnRoot([&] { return directory_.Event("checkpoint", saved_step_, ""); });
+}
+
+// Everything that follows a step at its boundary: evaluation, metrics, logs.
+absl::Status TrainingRun::Finish(const StepReport& report) {
+  const bool last = report.step == spec_.optim.steps;
+  const bool evaluate = data_->validation_sequences() > 0 &&
+                        (last || (spec_.eval.every_steps > 0 && report.step % spec_.eval.every_steps == 0));
+  const double done = static_cast<double>(report.step - first_step_);
+  const double eta = (Now() - first_time_) / done * static_cast<double>(spec_.optim.steps - report.step);
+  const std::string line = StepLine(report, spec_.optim.steps, mesh_.world.size(), eta);
+  console_.Progress(report, spec_.optim.steps, line);
+  std::optional<double> val_loss;
+  if (evaluate) {
+    ANNULUS_ASSIGN_OR_RETURN(val_loss, trainer_.Evaluate(*data_));
+    console_.Line(absl::StrFormat("step %d: validation loss %.4f nats per token", report.step, *val_loss));
+  }
+  return mesh_.world.AgreeOk(WriteLogs(report, line, val_loss));
+}
+
+absl::Status TrainingRun::WriteLogs(const StepReport& report, const std::string& line,
+                                    std::optional<double> val_loss) {
+  ANNULUS_RETURN_IF_ERROR(log_.Write(absl::StrCat(UtcNow("%H:%M:%S "), line, "\n")));
+  if (!IsRoot()) return absl::OkStatus();
+  ANNULUS_ASSIGN_OR_RETURN(LineFile metrics, LineFile::Append(directory_.path + "/metrics.jsonl"));
+  return metrics.Write(MetricsJson(report, val_loss));
+}
+
+absl::StatusOr<bool> TrainingRun::StopAgreed() {
+  ANNULUS_ASSIGN_OR_RETURN(const double stop, mesh_.world.AllReduceValue(StopRequested() ? 1 : 0, ReduceOp::kMax));
+  return stop != 0;
+}
+
+absl::Status TrainingRun::Train() {
+  first_step_ = trainer_.step();
+  first_time_ = Now();
+  while (trainer_.step() < spec_.optim.steps) {
+    ANNULUS_ASSIGN_OR_RETURN(const StepReport report, OneStep());
+    ANNULUS_RETURN_IF_ERROR(Finish(report));
+    ANNULUS_ASSIGN_OR_RETURN(const bool stop, StopAgreed());
+    const int64_t every = spec_.checkpoint.every_steps;
+    if (stop || trainer_.step() == spec_.optim.steps || (every > 0 && trainer_.step() % every == 0)) {
+      ANNULUS_RETURN_IF_ERROR(Save());
+    }
+    if (stop && trainer_.step() < spec_.optim.steps) {
+      console_.Line(absl::StrFormat("stopped by a signal after step %d; go on with --run_dir %s --resume",
+                                    trainer_.step(), directory_.path));
+      return OnRoot([&] { return directory_.Event("stopped", trainer_.step(), "signal"); });
+    }
+  }
+  ANNULUS_RETURN_IF_ERROR(PrintSample());
+  console_.Line("done: " + directory_.path);
+  return OnRoot([&] { return directory_.Event("done", trainer_.step(), ""); });
+}
+
+absl::Status TrainingRun::PrintSample() {
+  if (spec_.sample.tokens == 0) return absl::OkStatus();
+  // Parameters are whole on every rank: rank 0 samples alone.
+  return OnRoot([&]() -> absl::Status {
+    std::string text = spec_.sample.prompt;
+    ANNULUS_RETURN_IF_ERROR(Sample(spec_.model, trainer_.params(), spec_.sample, spec_.data.seq_len, spec_.seed,
+                                   [&](char byte) { text += byte; }));
+    console_.Line("---- sample ----\n" + text + "\n----------------");
+    return absl::OkStatus();
+  });
+}
+
+}  // namespace
+
+absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const RunOptions& options) {
+  ANNULUS_ASSIGN_OR_RETURN(ProcessMesh mesh, ProcessMesh::Create(ShapeOf(config.spec.parallel), world));
+  // Data before the directory: a bad path must not leave an empty run behind.
+  absl::StatusOr<std::unique_ptr<DataSet>> data =
+      DataSet::Open(config.spec.data, config.spec.seed, config.spec.model.vocab_size);
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(data.status()));
+  ANNULUS_ASSIGN_OR_RETURN(RunDirectory directory, RunDirectory::Open(world, config, options));
+  absl::StatusOr<LineFile> log =
+      LineFile::Append(absl::StrFormat("%s/logs/rank-%05d.log", directory.path, world.rank()));
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(log.status()));
+  TrainingRun run(config, std::move(mesh), std::move(directory), *std::move(data), *std::move(log));
+  ANNULUS_RETURN_IF_ERROR(run.Start(options.start));
+  return run.Train();
+}
+
+}  // namespace annulus

@@ -1,0 +1,177 @@
+#include "annulus/train/trainer.h"
+
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+namespace annulus {
+namespace {
+
+double SecondsSince(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double PeakResidentBytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_maxrss) * 1024;  // Linux reports KiB
+}
+
+}  // namespace
+
+DType DTypeOf(ComputeType compute) { return compute == ComputeType::kF64 ? DType::kF64 : DType::kF32; }
+
+Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh)
+    : spec_(spec),
+      mesh_(mesh),
+      ctx_(Device{}),
+      params_(Device{}, DTypeOf(spec.compute), BuildParamTable(spec.model), mesh.dp_cp.size()),
+      geometry_(SequenceLayout(spec.parallel.layout, spec.data.seq_len, mesh.shape.cp), mesh.cp),
+      decoder_(spec.model, spec.recompute, params_),
+      optimizer_(spec.optim, params_, mesh.dp_cp),
+      flops_(TrainingFlops(spec.model, spec.data.seq_len)) {
+  params_.Initialize(spec.seed);
+}
+
+// Sum of the loss over this rank's tokens; leaves the gradients' reduction under way.
+absl::StatusOr<double> Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
+  for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
+    const TensorRef grads = params_.BucketGrads(bucket);
+    std::memset(grads.raw(), 0, static_cast<size_t>(grads.bytes()));
+  }
+  ctx_.progress = [this] { optimizer_.Poll(); };
+  double loss = 0;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const MicroBatch& micro = batch[i];
+    geometry_.SetBatch(micro.sequences);
+    ModelStep step{.geometry = geometry_, .stats = {}};
+    const bool last = i + 1 == batch.size();  // gradients are complete only then
+    ANNULUS_ASSIGN_OR_RETURN(
+        const double sum,
+        decoder_.LossAndGradients(ctx_, step, {.tokens = micro.tokens, .targets = micro.targets}, loss_scale,
+                                  [&](int bucket) {
+                                    return last ? optimizer_.StartReduce(bucket) : absl::OkStatus();
+                                  }));
+    loss += sum;
+    exchange_.exposed_seconds += step.stats.exposed_seconds;
+    exchange_.bytes_sent += step.stats.bytes_sent;
+  }
+  ctx_.progress = nullptr;
+  return loss;
+}
+
+absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds) {
+  const auto start = std::chrono::steady_clock::now();
+  double counted = 0;
+  for (const MicroBatch& micro : batch) counted += static_cast<double>(micro.counted_tokens);
+  ANNULUS_ASSIGN_OR_RETURN(counted, mesh_.dp.AllReduceValue(counted, ReduceOp::kSum));
+  if (counted == 0) return Invalid("step ", step_ + 1, ": no token of the batch is counted in the loss");
+
+  exchange_ = {};
+  ANNULUS_ASSIGN_OR_RETURN(double loss, ForwardBackward(batch, 1.0 / counted));
+  StepReport report;
+  report.lr = LearningRate(spec_.optim, step_);
+  ANNULUS_ASSIGN_OR_RETURN(report.grad_norm, optimizer_.FinishReduce(ctx_));
+  ANNULUS_ASSIGN_OR_RETURN(loss, mesh_.dp_cp.AllReduceValue(loss, ReduceOp::kSum));
+  report.step = step_ + 1;
+  report.loss = loss / counted;
+  report.tokens = static_cast<int64_t>(counted);
+  report.skipped = !std::isfinite(report.loss) || !std::isfinite(report.grad_norm);
+  if (report.skipped && spec_.nan_policy == NanPolicy::kStop) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("step ", report.step, ": loss=", report.loss, " grad_norm=", report.grad_norm,
+                     ": expected finite values (nan_policy: STOP); parameters are as before this step"));
+  }
+  if (!report.skipped) {
+    ANNULUS_RETURN_IF_ERROR(optimizer_.Update(ctx_, step_ + 1, report.lr, report.grad_norm));
+  }
+  ++step_;
+  ANNULUS_RETURN_IF_ERROR(FillTimes(SecondsSince(start) + data_seconds, data_seconds, &report));
+  return report;
+}
+
+absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport* report) {
+  double worst[4] = {exchange_.exposed_seconds * 1e3, optimizer_.TakeExposedSeconds() * 1e3, data_seconds * 1e3,
+                     PeakResidentBytes()};
+  ANNULUS_RETURN_IF_ERROR(mesh_.world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {4}), ReduceOp::kMax));
+  report->exposed_exchange_ms = worst[0];
+  report->exposed_reduce_ms = worst[1];
+  report->data_ms = worst[2];
+  report->memory_peak_bytes = static_cast<int64_t>(worst[3]);
+  report->step_ms = seconds * 1e3;
+  report->tokens_per_second = static_cast<double>(report->tokens) / seconds;
+  const double per_rank = report->tokens_per_second / mesh_.world.size() / 1e12;
+  report->tflops_causal = flops_.causal * per_rank;
+  report->tflops_full = flops_.full * per_rank;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<double> Trainer::Evaluate(const DataSet& data) {
+  int64_t sequences = data.validation_sequences();
+  if (spec_.eval.sequences > 0) sequences = std::min(sequences, spec_.eval.sequences);
+  double sums[2] = {0, 0};  // loss, counted tokens
+  const auto run = [&]() -> absl::Status {
+    std::vector<Sequence> pending;
+    for (int64_t i = mesh_.at.dp; i < sequences; i += mesh_.shape.dp) {
+      ANNULUS_ASSIGN_OR_RETURN(Sequence sequence, data.Validation(i));
+      pending.push_back(std::move(sequence));
+      if (static_cast<int64_t>(pending.size()) < spec_.optim.micro_batch && i + mesh_.shape.dp < sequences) continue;
+      const MicroBatch micro = MakeMicroBatch(pending, spec_.data, layout(), mesh_.at.cp);
+      pending.clear();
+      geometry_.SetBatch(micro.sequences);
+      ModelStep step{.geometry = geometry_, .stats = {}};
+      ANNULUS_ASSIGN_OR_RETURN(const double loss,
+                               decoder_.Loss(ctx_, step, {.tokens = micro.tokens, .targets = micro.targets}));
+      sums[0] += loss;
+      // Every cp rank knows the count of the whole sequences; one of them reports it.
+      if (mesh_.at.cp == 0) sums[1] += static_cast<double>(micro.counted_tokens);
+    }
+    return absl::OkStatus();
+  };
+  ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(run()));
+  ANNULUS_RETURN_IF_ERROR(mesh_.dp_cp.AllReduce(TensorRef(sums, DType::kF64, Device{}, {2}), ReduceOp::kSum));
+  if (sums[1] == 0) return Invalid("validation split: no token is counted in the loss");
+  return sums[0] / sums[1];
+}
+
+absl::Status Trainer::Save(const std::string& directory, const std::string& config, uint64_t data_fingerprint) {
+  CheckpointMeta meta{.step = step_,
+                      .consumed_sequences = step_ * spec_.optim.sequences_per_step,
+                      .seed = spec_.seed,
+                      .data_fingerprint = data_fingerprint,
+                      .model_fingerprint = Fingerprint(params_.table()),
+                      .config = config};
+  ANNULUS_ASSIGN_OR_RETURN(GatheredTensors gathered, optimizer_.Gather());
+  return SaveCheckpoint(mesh_.world, directory, meta, std::move(gathered.tensors), spec_.checkpoint.keep);
+}
+
+absl::Status Trainer::Restore(const Checkpoint& checkpoint, uint64_t data_fingerprint) {
+  const CheckpointMeta& meta = checkpoint.meta();
+  const std::string fingerprint = Fingerprint(params_.table());
+  if (meta.model_fingerprint != fingerprint) {
+    return Invalid(checkpoint.path(), ": holds another model; its parameters are\n", meta.model_fingerprint,
+                   "expected those of the configured model\n", fingerprint);
+  }
+  if (meta.seed != spec_.seed) {
+    return Invalid(checkpoint.path(), ": seed=", spec_.seed, ": expected ", meta.seed,
+                   ", the checkpoint's, or the data would be read in another order");
+  }
+  if (meta.data_fingerprint != data_fingerprint) {
+    return Invalid(checkpoint.path(), ": the data sources differ from those the checkpoint was trained on ",
+                   "(files, splits, sequence length or packing changed); expected fingerprint ",
+                   Hex64(meta.data_fingerprint), ", got ", Hex64(data_fingerprint));
+  }
+  if (meta.consumed_sequences != meta.step * spec_.optim.sequences_per_step) {
+    return Invalid(checkpoint.path(), ": optim.sequences_per_step=", spec_.optim.sequences_per_step, ": expected ",
+                   meta.consumed_sequences / std::max<int64_t>(1, meta.step), ", the checkpoint's");
+  }
+  ANNULUS_RETURN_IF_ERROR(
+      optimizer_.Restore([&](absl::string_view name) { return checkpoint.Find(name); }));
+  step_ = meta.step;
+  return absl::OkStatus();
+}
+
+}  // namespace annulus
