@@ -36,6 +36,8 @@ class DataSet {
   // OutOfRange names file, position, token and vocabulary for a token outside [0, vocab_size).
   virtual absl::StatusOr<Sequence> Train(int64_t sequence) const = 0;
 
+  // One pass over the validation parts, each window once, in one pseudo-random order that is the same for
+  // every seed: the first few sequences sample all sources. Weights do not apply.
   virtual int64_t validation_sequences() const = 0;
   virtual absl::StatusOr<Sequence> Validation(int64_t sequence) const = 0;
 
@@ -43,6 +45,7 @@ class DataSet {
   virtual int64_t validation_tokens() const = 0;
 
   // Changes whenever what Train returns could change: sizes and sampled contents of the files, spec, seed.
+  // Paths and validation sources do not count: files may move between two runs.
   virtual uint64_t fingerprint() const = 0;
 };
 
