@@ -1,0 +1,289 @@
+#include "bind.h"
+
+#include <algorithm>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "section.h"
+#include "suggest.h"
+
+namespace annulus::config {
+namespace {
+
+using Bound = RealRange::Bound;
+
+// Bounds on sizes are far above any use; they keep the products that later code forms (parameters, bytes,
+// tokens of a run) inside 64 bits.
+constexpr IntRange kCount{0, int64_t{1} << 40};
+constexpr IntRange kSteps{1, int64_t{1} << 32};
+constexpr IntRange kWarmup{0, int64_t{1} << 32};
+constexpr IntRange kSequences{1, int64_t{1} << 24};
+constexpr IntRange kSeqLen{1, int64_t{1} << 32};
+constexpr IntRange kWidth{1, int64_t{1} << 20};
+constexpr IntRange kHeads{1, int64_t{1} << 16};
+constexpr IntRange kVocab{1, (int64_t{1} << 31) - 1};  // tokens are int32
+constexpr IntRange kRanks{1, int64_t{1} << 20};
+constexpr RealRange kFraction{0.0, 1.0, Bound::kClosed, Bound::kOpen};
+constexpr RealRange kRatio{0.0, 1.0};
+constexpr RealRange kPositive{0.0, 1e9, Bound::kOpen};
+constexpr RealRange kNotNegative{0.0, 1e9};
+constexpr RealRange kRopeTheta{1.0, 1e15};
+constexpr int64_t kByteVocabulary = 256;
+constexpr size_t kMostSources = 1000;
+constexpr size_t kLongestName = 100;
+
+void BindHeadDim(const Section& attention, ModelSpec* model) {
+  if (attention.Has("head_dim")) {
+    attention.Int("head_dim", Presence::kRequired, kHeads, &model->head_dim);
+  } else if (model->heads == 0 || model->d_model == 0) {
+    attention.provenance()->NoFindingsOn(attention.PathOf("head_dim"));
+  } else if (model->d_model % model->heads != 0) {
+    attention.provenance()->Missing(
+        attention.PathOf("head_dim"),
+        absl::StrCat("it, since model.d_model=", model->d_model, " is no multiple of heads=", model->heads));
+  } else {
+    model->head_dim = model->d_model / model->heads;
+    attention.Derive("head_dim", model->head_dim, "d_model / heads");
+  }
+}
+
+void BindAttention(const Section& attention, ModelSpec* model, PatternDefaults* defaults) {
+  attention.Int("heads", Presence::kRequired, kHeads, &model->heads);
+  if (attention.Has("kv_heads")) {
+    attention.Int("kv_heads", Presence::kRequired, kHeads, &model->kv_heads);
+  } else if (model->heads > 0) {
+    model->kv_heads = model->heads;
+    attention.Derive("kv_heads", model->kv_heads, "heads");
+  } else {
+    attention.provenance()->NoFindingsOn(attention.PathOf("kv_heads"));
+  }
+  BindHeadDim(attention, model);
+  attention.Int("window", Presence::kOptional, kCount, &defaults->window);
+  if (attention.Has("rope")) {
+    bool rope = false;
+    attention.Enum<bool>("rope", {{"NONE", false}}, &rope);
+    defaults->rope_theta.reset();
+  } else {
+    attention.Real("rope_theta", Presence::kOptional, kRopeTheta, &*defaults->rope_theta);
+  }
+}
+
+// Text is bytes, so that a run on text alone needs no vocabulary.
+bool AllText(const RunSpec& spec) {
+  const auto is_text = [](const SourceSpec& source) { return source.format == SourceFormat::kText; };
+  return !spec.data.train.empty() && std::all_of(spec.data.train.begin(), spec.data.train.end(), is_text) &&
+         std::all_of(spec.data.validation.begin(), spec.data.validation.end(), is_text);
+}
+
+void BindModel(const Section& model, RunSpec* spec) {
+  ModelSpec* out = &spec->model;
+  model.Int("d_model", Presence::kRequired, kWidth, &out->d_model);
+  if (model.Has("vocab_size") || !AllText(*spec)) {
+    model.Int("vocab_size", Presence::kRequired, kVocab, &out->vocab_size);
+  } else {
+    out->vocab_size = kByteVocabulary;
+    model.Derive("vocab_size", kByteVocabulary, "text is read as bytes");
+  }
+  PatternDefaults defaults;
+  if (const auto attention = model.RequiredChild("attention")) BindAttention(*attention, out, &defaults);
+  if (const auto mlp = model.RequiredChild("mlp")) mlp->Int("d_ff", Presence::kRequired, kWidth, &out->d_ff);
+  model.Real("norm_eps", Presence::kOptional, {0.0, 1.0, Bound::kOpen, Bound::kOpen}, &out->norm_eps);
+  model.Real("init_stddev", Presence::kOptional, {0.0, 10.0}, &out->init_stddev);
+  model.Bool("tied_head", &out->tied_head);
+  model.String("pattern", Presence::kRequired, &spec->pattern);
+  if (spec->pattern.empty()) return;
+  auto layers = ParsePattern(spec->pattern, defaults);
+  if (layers.ok()) {
+    out->layers = *std::move(layers);
+  } else {
+    model.provenance()->Refuse(model.PathOf("pattern"), absl::StrCat("\"", Printable(spec->pattern), "\""),
+                               layers.status().message());
+  }
+}
+
+void BindPath(const Section& section, const std::string& name, Presence presence, std::string* path) {
+  section.String(name, presence, path);
+  const bool empty = presence == Presence::kOptional && path->empty();  // String refuses a required one
+  if (!empty && !absl::StrContains(*path, absl::string_view("\0", 1))) return;
+  section.provenance()->Refuse(section.PathOf(name), absl::StrCat("\"", Printable(*path), "\""),
+                               "expected a path that is not empty and holds no zero byte");
+}
+
+SourceSpec BindSource(const Section& source) {
+  SourceSpec out;
+  source.Real("weight", Presence::kOptional, kPositive, &out.weight);
+  const std::string kind = source.Chosen("source");
+  if (kind == "text") {
+    out.format = SourceFormat::kText;
+    const Section text = source.Child("text");
+    BindPath(text, "path", Presence::kRequired, &out.path);
+    text.String("document_separator", Presence::kOptional, &out.document_separator);
+  } else if (kind == "megatron") {
+    out.format = SourceFormat::kMegatron;
+    BindPath(source.Child("megatron"), "prefix", Presence::kRequired, &out.path);
+  } else if (kind == "llmc") {
+    out.format = SourceFormat::kLlmC;
+    const Section llmc = source.Child("llmc");
+    BindPath(llmc, "path", Presence::kRequired, &out.path);
+    llmc.Int("document_start_token", Presence::kOptional, {-1, kVocab.high - 1}, &out.document_start_token);
+  } else {
+    source.provenance()->Missing(source.path(), "one of text { path }, megatron { prefix }, llmc { path }");
+  }
+  return out;
+}
+
+std::vector<SourceSpec> BindSources(const Section& data, const std::string& name) {
+  const std::vector<Section> sources = data.Children(name);
+  std::vector<SourceSpec> out;
+  if (sources.size() > kMostSources) {
+    data.provenance()->Refuse(data.PathOf(name), absl::StrCat(sources.size(), " sources"),
+                              absl::StrCat("expected at most ", kMostSources));
+    return out;
+  }
+  for (const Section& source : sources) out.push_back(BindSource(source));
+  return out;
+}
+
+void BindData(const Section& data, DataSpec* out) {
+  out->train = BindSources(data, "train");
+  out->validation = BindSources(data, "validation");
+  if (data.Children("train").empty()) {
+    data.provenance()->Missing(data.PathOf("train"),
+                               "at least one source, such as train { text { path: \"...\" } }");
+  }
+  data.Real("validation_fraction", Presence::kOptional, kFraction, &out->validation_fraction);
+  data.Int("seq_len", Presence::kRequired, kSeqLen, &out->seq_len);
+  data.Bool("document_mask", &out->document_mask);
+  data.Enum<Packing>("packing", {{"STREAM", Packing::kStream}, {"DOCUMENTS", Packing::kDocuments}},
+                     &out->packing);
+}
+
+void BindParallel(const Section& parallel, ParallelSpec* out) {
+  parallel.Int("cp", Presence::kOptional, kRanks, &out->cp);
+  parallel.Int("tp", Presence::kOptional, kRanks, &out->tp);
+  out->dp = 0;
+  if (parallel.Has("dp")) parallel.Int("dp", Presence::kRequired, kRanks, &out->dp);
+  parallel.Enum<LayoutKind>("layout",
+                            {{"CONTIGUOUS", LayoutKind::kContiguous},
+                             {"ZIGZAG", LayoutKind::kZigzag},
+                             {"STRIPED", LayoutKind::kStriped}},
+                            &out->layout);
+  parallel.Child("exchange")
+      .Enum<ExchangeKind>("plan", {{"AUTO", ExchangeKind::kAuto}, {"KV_RING", ExchangeKind::kKvRing}},
+                          &out->exchange);
+}
+
+void BindSchedule(const Section& schedule, ScheduleSpec* out) {
+  const std::string kind = schedule.Chosen("kind");
+  if (kind == "constant") {
+    out->kind = ScheduleKind::kConstant;
+    schedule.Child(kind).Int("warmup_steps", Presence::kOptional, kWarmup, &out->warmup_steps);
+  } else if (kind == "warmup_stable_decay") {
+    out->kind = ScheduleKind::kWarmupStableDecay;
+    const Section decay = schedule.Child(kind);
+    decay.Int("warmup_steps", Presence::kOptional, kWarmup, &out->warmup_steps);
+    decay.Int("decay_steps", Presence::kRequired, kSteps, &out->decay_steps);
+    decay.Real("final_ratio", Presence::kOptional, kRatio, &out->final_ratio);
+  } else {
+    out->kind = ScheduleKind::kCosine;
+    const Section cosine = schedule.Child("cosine");
+    cosine.Int("warmup_steps", Presence::kOptional, kWarmup, &out->warmup_steps);
+    cosine.Real("final_ratio", Presence::kOptional, kRatio, &out->final_ratio);
+  }
+}
+
+// sequences_per_step as given, or from tokens_per_step.
+void BindBatch(const Section& optim, int64_t seq_len, int64_t* sequences) {
+  if (optim.Chosen("batch") != "tokens_per_step") {
+    return optim.Int("sequences_per_step", Presence::kRequired, kSequences, sequences);
+  }
+  int64_t tokens = 0;
+  optim.Int("tokens_per_step", Presence::kRequired, {1, kSequences.high * kSeqLen.high}, &tokens);
+  if (tokens == 0 || seq_len == 0) return;  // already refused
+  const std::string path = optim.PathOf("tokens_per_step");
+  if (tokens % seq_len != 0) {
+    optim.provenance()->Refuse(
+        path, absl::StrCat(tokens),
+        absl::StrCat("expected a multiple of data.seq_len=", seq_len, NearestMultiple(tokens, seq_len)));
+    return;
+  }
+  if (tokens / seq_len > kSequences.high) {
+    optim.provenance()->Refuse(
+        path, absl::StrCat(tokens),
+        absl::StrCat("expected at most ", kSequences.high, " sequences of data.seq_len=", seq_len,
+                     " (nearest valid value ", kSequences.high * seq_len, ")"));
+    return;
+  }
+  *sequences = tokens / seq_len;
+  optim.provenance()->MarkUnset(
+      optim.PathOf("sequences_per_step"),
+      absl::StrCat("sequences_per_step: ", *sequences, " (derived: tokens_per_step / data.seq_len)"));
+}
+
+void BindOptim(const Section& optim, int64_t seq_len, OptimSpec* out) {
+  if (const auto adamw = optim.RequiredChild("adamw")) {
+    adamw->Real("lr", Presence::kRequired, kPositive, &out->lr);
+    adamw->Real("beta1", Presence::kOptional, kFraction, &out->beta1);
+    adamw->Real("beta2", Presence::kOptional, kFraction, &out->beta2);
+    adamw->Real("eps", Presence::kOptional, kPositive, &out->eps);
+    adamw->Real("weight_decay", Presence::kOptional, kNotNegative, &out->weight_decay);
+  }
+  BindSchedule(optim.Child("schedule"), &out->schedule);
+  optim.Real("clip_norm", Presence::kOptional, kNotNegative, &out->clip_norm);
+  optim.Int("steps", Presence::kRequired, kSteps, &out->steps);
+  BindBatch(optim, seq_len, &out->sequences_per_step);
+  optim.Int("micro_batch", Presence::kOptional, kSequences, &out->micro_batch);
+}
+
+// The name becomes a part of a directory's name.
+void BindName(const Section& run, std::string* name) {
+  run.String("name", Presence::kRequired, name);
+  const auto allowed = [](char c) { return absl::ascii_isalnum(c) || c == '-' || c == '_' || c == '.'; };
+  const bool fits = name->size() <= kLongestName && std::all_of(name->begin(), name->end(), allowed);
+  if (name->empty() || (fits && name->front() != '.')) return;
+  run.provenance()->Refuse("name", absl::StrCat("\"", Printable(*name), "\""),
+                           absl::StrCat("expected at most ", kLongestName,
+                                        " letters, digits, '-', '_' or '.', not beginning with '.'"));
+}
+
+// In the order of the schema, except that the data is read before the model that may take its vocabulary.
+void BindSections(const Section& root, RunSpec* spec) {
+  if (const auto data = root.RequiredChild("data")) BindData(*data, &spec->data);
+  if (const auto model = root.RequiredChild("model")) BindModel(*model, spec);
+  BindParallel(root.Child("parallel"), &spec->parallel);
+  if (const auto optim = root.RequiredChild("optim")) BindOptim(*optim, spec->data.seq_len, &spec->optim);
+  const Section checkpoint = root.Child("checkpoint");
+  checkpoint.Int("every_steps", Presence::kOptional, kCount, &spec->checkpoint.every_steps);
+  checkpoint.Int("keep", Presence::kOptional, {1, 1 << 20}, &spec->checkpoint.keep);
+  bool on_usr1 = true;  // the only signal there is: always handled
+  checkpoint.Enum<bool>("on_signal", {{"SIGUSR1", true}}, &on_usr1);
+  const Section eval = root.Child("eval");
+  eval.Int("every_steps", Presence::kOptional, kCount, &spec->eval.every_steps);
+  eval.Int("sequences", Presence::kOptional, kCount, &spec->eval.sequences);
+  const Section sample = root.Child("sample");
+  sample.String("prompt", Presence::kOptional, &spec->sample.prompt);
+  sample.Int("tokens", Presence::kOptional, {0, 1 << 24}, &spec->sample.tokens);
+  sample.Real("temperature", Presence::kOptional, {0.0, 100.0, Bound::kOpen}, &spec->sample.temperature);
+}
+
+}  // namespace
+
+RunSpec Bind(Run* run, Provenance* provenance) {
+  RunSpec spec;
+  const Section root(run, "", provenance);
+  BindName(root, &spec.name);
+  root.Seed("seed", &spec.seed);
+  root.Enum<ComputeType>("compute", {{"F32", ComputeType::kF32}, {"F64", ComputeType::kF64}}, &spec.compute);
+  root.Enum<annulus::Recompute>("recompute",
+                                {{"NONE", annulus::Recompute::kNone},
+                                 {"ATTENTION_OUTPUT", annulus::Recompute::kAttentionOutput},
+                                 {"BLOCK", annulus::Recompute::kBlock}},
+                                &spec.recompute);
+  root.Enum<NanPolicy>("nan_policy", {{"STOP", NanPolicy::kStop}, {"SKIP", NanPolicy::kSkip}},
+                       &spec.nan_policy);
+  BindSections(root, &spec);
+  BindPath(root, "runs_dir", Presence::kOptional, &spec.runs_dir);
+  return spec;
+}
+
+}  // namespace annulus::config

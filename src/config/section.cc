@@ -1,0 +1,186 @@
+#include "section.h"
+
+#include <cmath>
+
+#include "absl/strings/str_join.h"
+#include "path.h"
+
+namespace annulus::config {
+namespace {
+
+namespace pb = google::protobuf;
+
+std::string Describe(const IntRange& range) {
+  if (range.high == std::numeric_limits<int64_t>::max())
+    return absl::StrCat("an integer of at least ", range.low);
+  return absl::StrCat("an integer from ", range.low, " to ", range.high);
+}
+
+std::string Describe(const RealRange& range) {
+  const bool open_low = range.low_bound == RealRange::Bound::kOpen;
+  const bool open_high = range.high_bound == RealRange::Bound::kOpen;
+  return absl::StrCat("a number in ", open_low ? "(" : "[", range.low, ", ", range.high,
+                      open_high ? ")" : "]");
+}
+
+bool Contains(const RealRange& range, double value) {
+  if (!std::isfinite(value)) return false;
+  const bool above = range.low_bound == RealRange::Bound::kOpen ? value > range.low : value >= range.low;
+  const bool below = range.high_bound == RealRange::Bound::kOpen ? value < range.high : value <= range.high;
+  return above && below;
+}
+
+// Only a closed bound is a valid value itself.
+std::string NearestIn(const RealRange& range, double value) {
+  const bool too_low = value < range.low;
+  const bool too_high = value > range.high;
+  if (too_low && range.low_bound == RealRange::Bound::kClosed) {
+    return absl::StrCat(" (nearest valid value ", range.low, ")");
+  }
+  if (too_high && range.high_bound == RealRange::Bound::kClosed) {
+    return absl::StrCat(" (nearest valid value ", range.high, ")");
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string Section::PathOf(const std::string& name) const { return JoinPath(path_, name); }
+
+const pb::FieldDescriptor* Section::Field(const std::string& name) const {
+  const pb::FieldDescriptor* field = message_->GetDescriptor()->FindFieldByName(name);
+  ANNULUS_CHECK(field != nullptr) << "no field " << PathOf(name) << " in the schema";
+  return field;
+}
+
+bool Section::Has(const std::string& name) const {
+  return message_->GetReflection()->HasField(*message_, Field(name));
+}
+
+Section Section::Child(const std::string& name) const {
+  return Section(message_->GetReflection()->MutableMessage(message_, Field(name)), PathOf(name), provenance_);
+}
+
+std::optional<Section> Section::RequiredChild(const std::string& name) const {
+  if (Has(name)) return Child(name);
+  const std::string fields = absl::StrJoin(FieldNames(*Field(name)->message_type()), ", ");
+  provenance_->Missing(PathOf(name), absl::StrCat(name, " { ... } with ", fields));
+  return std::nullopt;
+}
+
+std::vector<Section> Section::Children(const std::string& name) const {
+  const pb::Reflection* reflection = message_->GetReflection();
+  std::vector<Section> children;
+  for (int i = 0; i < reflection->FieldSize(*message_, Field(name)); ++i) {
+    children.emplace_back(reflection->MutableRepeatedMessage(message_, Field(name), i),
+                          JoinPath(path_, name, i), provenance_);
+  }
+  return children;
+}
+
+std::string Section::Chosen(const std::string& oneof) const {
+  const pb::OneofDescriptor* group = message_->GetDescriptor()->FindOneofByName(oneof);
+  ANNULUS_CHECK(group != nullptr) << "no oneof " << PathOf(oneof) << " in the schema";
+  const auto* field = message_->GetReflection()->GetOneofFieldDescriptor(*message_, group);
+  return field == nullptr ? "" : field->name();
+}
+
+bool Section::Given(const std::string& name, Presence presence, const std::string& expected) const {
+  if (Has(name)) return true;
+  if (presence == Presence::kRequired) {
+    provenance_->Missing(PathOf(name), expected);
+  } else {
+    provenance_->MarkFilled(PathOf(name), "default");
+  }
+  return false;
+}
+
+void Section::Int(const std::string& name, Presence presence, const IntRange& range, int64_t* value) const {
+  const pb::FieldDescriptor* field = Field(name);
+  const pb::Reflection* reflection = message_->GetReflection();
+  if (!Given(name, presence, Describe(range))) {
+    if (presence == Presence::kOptional) reflection->SetInt64(message_, field, *value);
+    return;
+  }
+  const int64_t given = reflection->GetInt64(*message_, field);
+  if (given < range.low || given > range.high) {
+    const int64_t nearest = given < range.low ? range.low : range.high;
+    provenance_->Refuse(PathOf(name), absl::StrCat(given),
+                        absl::StrCat("expected ", Describe(range), " (nearest valid value ", nearest, ")"));
+    return;
+  }
+  *value = given;
+}
+
+void Section::Seed(const std::string& name, uint64_t* value) const {
+  const pb::Reflection* reflection = message_->GetReflection();
+  if (Given(name, Presence::kOptional, "")) {
+    *value = reflection->GetUInt64(*message_, Field(name));
+  } else {
+    reflection->SetUInt64(message_, Field(name), *value);
+  }
+}
+
+void Section::Real(const std::string& name, Presence presence, const RealRange& range, double* value) const {
+  const pb::FieldDescriptor* field = Field(name);
+  const pb::Reflection* reflection = message_->GetReflection();
+  if (!Given(name, presence, Describe(range))) {
+    if (presence == Presence::kOptional) reflection->SetDouble(message_, field, *value);
+    return;
+  }
+  const double given = reflection->GetDouble(*message_, field);
+  if (!Contains(range, given)) {
+    provenance_->Refuse(PathOf(name), absl::StrCat(given),
+                        absl::StrCat("expected ", Describe(range), NearestIn(range, given)));
+    return;
+  }
+  *value = given;
+}
+
+void Section::Bool(const std::string& name, bool* value) const {
+  const pb::Reflection* reflection = message_->GetReflection();
+  if (Given(name, Presence::kOptional, "")) {
+    *value = reflection->GetBool(*message_, Field(name));
+  } else {
+    reflection->SetBool(message_, Field(name), *value);
+  }
+}
+
+void Section::String(const std::string& name, Presence presence, std::string* value) const {
+  const pb::FieldDescriptor* field = Field(name);
+  const pb::Reflection* reflection = message_->GetReflection();
+  if (!Given(name, presence, "a text in quotes")) {
+    if (presence == Presence::kOptional) reflection->SetString(message_, field, *value);
+    return;
+  }
+  std::string given = reflection->GetString(*message_, field);
+  if (presence == Presence::kRequired && given.empty()) {
+    provenance_->Refuse(PathOf(name), "\"\"", "expected a text that is not empty");
+    return;
+  }
+  *value = std::move(given);
+}
+
+std::string Section::EnumName(const std::string& name, const std::string& fallback) const {
+  const pb::FieldDescriptor* field = Field(name);
+  const pb::Reflection* reflection = message_->GetReflection();
+  if (!Given(name, Presence::kOptional, "")) {
+    reflection->SetEnum(message_, field, field->enum_type()->FindValueByName(fallback));
+    return fallback;
+  }
+  // The parser takes any number for an enum of proto3.
+  const int number = reflection->GetEnumValue(*message_, field);
+  const auto* value = field->enum_type()->FindValueByNumber(number);
+  if (value == nullptr) {
+    provenance_->Refuse(PathOf(name), absl::StrCat(number), NoSuchValue(*field->enum_type(), ""));
+    return fallback;
+  }
+  return value->name();
+}
+
+void Section::Derive(const std::string& name, int64_t value, const std::string& how) const {
+  message_->GetReflection()->SetInt64(message_, Field(name), value);
+  provenance_->MarkFilled(PathOf(name), absl::StrCat("derived: ", how));
+}
+
+}  // namespace annulus::config

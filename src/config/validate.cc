@@ -1,0 +1,132 @@
+#include "validate.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "annulus/train/config.h"
+#include "suggest.h"
+
+namespace annulus::config {
+namespace {
+
+constexpr int64_t kMostRanks = int64_t{1} << 20;
+constexpr double kMostTokens = 4.6e18;  // 2^62: token counters of a run are int64
+
+void CheckSchedule(const OptimSpec& optim, std::vector<std::string>* findings) {
+  if (optim.steps < 1) return;  // refused on its own
+  const bool decays = optim.schedule.kind == ScheduleKind::kWarmupStableDecay;
+  const std::string kind = optim.schedule.kind == ScheduleKind::kConstant ? "constant"
+                           : decays                                       ? "warmup_stable_decay"
+                                                                          : "cosine";
+  const int64_t decay_steps = decays ? optim.schedule.decay_steps : 0;
+  const int64_t most = std::max<int64_t>(0, optim.steps - decay_steps);
+  if (decay_steps > optim.steps) {
+    findings->push_back(absl::StrCat("optim.schedule.warmup_stable_decay.decay_steps=", decay_steps,
+                                     ": expected at most optim.steps=", optim.steps, " (nearest valid value ",
+                                     optim.steps, ")"));
+  } else if (optim.schedule.warmup_steps > most) {
+    findings->push_back(absl::StrCat("optim.schedule.", kind, ".warmup_steps=", optim.schedule.warmup_steps,
+                                     ": expected at most optim.steps=", optim.steps,
+                                     decays ? absl::StrCat(" - decay_steps=", decay_steps) : "",
+                                     " (nearest valid value ", most, ")"));
+  }
+}
+
+void CheckData(const RunSpec& spec, std::vector<std::string>* findings) {
+  const DataSpec& data = spec.data;
+  if (!data.validation.empty() && data.validation_fraction > 0) {
+    findings->push_back(absl::StrCat("data.validation_fraction=", data.validation_fraction,
+                                     ": expected 0, since data.validation is given (nearest valid value 0)"));
+  }
+  if (spec.eval.every_steps > 0 && data.validation.empty() && data.validation_fraction == 0) {
+    findings->push_back(absl::StrCat("eval.every_steps=", spec.eval.every_steps,
+                                     ": expected data.validation or data.validation_fraction to evaluate on "
+                                     "(nearest valid value 0)"));
+  }
+  const auto check_starts = [&](const std::vector<SourceSpec>& sources, absl::string_view name) {
+    for (size_t i = 0; i < sources.size(); ++i) {
+      const int64_t token = sources[i].document_start_token;
+      if (spec.model.vocab_size < 1 || token < spec.model.vocab_size) continue;
+      findings->push_back(absl::StrCat("data.", name, "[", i, "].llmc.document_start_token=", token,
+                                       ": expected a token below model.vocab_size=", spec.model.vocab_size));
+    }
+  };
+  check_starts(data.train, "train");
+  check_starts(data.validation, "validation");
+}
+
+void CheckBatch(const RunSpec& spec, int64_t dp, std::vector<std::string>* findings) {
+  const OptimSpec& optim = spec.optim;
+  if (dp < 1 || optim.micro_batch < 1) return;  // refused on their own
+  const int64_t unit = dp * optim.micro_batch;
+  if (optim.sequences_per_step % unit == 0) return;
+  findings->push_back(absl::StrCat("optim.sequences_per_step=", optim.sequences_per_step,
+                                   ": expected a multiple of dp * micro_batch = ", dp, " * ",
+                                   optim.micro_batch, " = ", unit,
+                                   NearestMultiple(optim.sequences_per_step, unit)));
+}
+
+// The data-parallel size on `world` ranks, or nothing and a finding.
+std::optional<int64_t> CheckMesh(const ParallelSpec& parallel, int64_t world,
+                                 std::vector<std::string>* findings) {
+  if (parallel.cp < 1 || parallel.tp < 1) return std::nullopt;  // refused on their own
+  if (world < 1 || world > kMostRanks) {
+    findings->push_back(absl::StrCat("world=", world, ": expected 1 to ", kMostRanks, " ranks"));
+    return std::nullopt;
+  }
+  const int64_t inner = parallel.cp * parallel.tp;
+  if (world % inner != 0) {
+    findings->push_back(absl::StrCat("parallel.cp=", parallel.cp, ": expected cp * tp = ", inner,
+                                     " to divide the ", world, " ranks", NearestDivisor(parallel.cp, world)));
+    return std::nullopt;
+  }
+  const int64_t dp = world / inner;
+  if (parallel.dp != 0 && parallel.dp != dp) {
+    findings->push_back(absl::StrCat("parallel.dp=", parallel.dp, ": expected dp * cp * tp = ", parallel.dp,
+                                     " * ", parallel.cp, " * ", parallel.tp, " = ", parallel.dp * inner,
+                                     " to be the ", world, " ranks (nearest valid value ", dp, ")"));
+    return std::nullopt;
+  }
+  return dp;
+}
+
+}  // namespace
+
+std::vector<std::string> CheckRun(const RunSpec& spec, std::optional<int64_t> world) {
+  std::vector<std::string> findings;
+  if (const absl::Status model = Validate(spec.model); !model.ok()) {
+    findings = absl::StrSplit(model.message(), '\n');
+  }
+  CheckData(spec, &findings);
+  CheckSchedule(spec.optim, &findings);
+  if (spec.parallel.tp != 1) {
+    findings.push_back(absl::StrCat("parallel.tp=", spec.parallel.tp,
+                                    ": expected 1; tensor parallelism is planned but not available "
+                                    "(nearest valid value 1)"));
+  }
+  const double tokens = static_cast<double>(spec.optim.steps) *
+                        static_cast<double>(spec.optim.sequences_per_step) *
+                        static_cast<double>(spec.data.seq_len);
+  if (tokens > kMostTokens) {
+    findings.push_back(absl::StrCat("optim.steps=", spec.optim.steps,
+                                    ": expected steps * sequences_per_step * seq_len of at most ",
+                                    kMostTokens, " tokens, got ", tokens));
+  }
+  std::optional<int64_t> dp;
+  if (world.has_value()) dp = CheckMesh(spec.parallel, *world, &findings);
+  CheckBatch(spec, dp.value_or(std::max<int64_t>(1, spec.parallel.dp)), &findings);
+  return findings;
+}
+
+}  // namespace annulus::config
+
+namespace annulus {
+
+absl::Status ValidateForWorld(const RunSpec& spec, int64_t world) {
+  const std::vector<std::string> findings = config::CheckRun(spec, world);
+  if (findings.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrJoin(findings, "\n"));
+}
+
+}  // namespace annulus
