@@ -31,6 +31,7 @@ class SafetensorsFile {
  public:
   // Errors name the file and what is wrong with which tensor. The data is mapped, not read.
   static absl::StatusOr<SafetensorsFile> Open(const std::string& path);
+  static absl::StatusOr<SafetensorsFile> Open(MappedFile file);
   // The same for bytes in memory; `name` stands for the path in errors. `bytes` must outlive the result.
   static absl::StatusOr<SafetensorsFile> Parse(absl::string_view name, absl::Span<const uint8_t> bytes);
 
@@ -40,6 +41,7 @@ class SafetensorsFile {
   absl::Span<const uint8_t> bytes() const { return bytes_; }
 
  private:
+  std::string name_;
   MappedFile file_;
   absl::Span<const uint8_t> bytes_;
   std::vector<NamedTensor> tensors_;
