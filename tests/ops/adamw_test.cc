@@ -1,0 +1,88 @@
+#include "annulus/ops/adamw.h"
+
+#include "ops/harness.h"
+
+namespace annulus::testing {
+namespace {
+
+template <typename T>
+class AdamWTest : public ::testing::Test {};
+TYPED_TEST_SUITE(AdamWTest, FloatTypes);
+
+template <typename W>
+struct State {
+  std::vector<W> param, m, v;
+};
+
+// The paper's algorithm, one element at a time.
+template <typename W>
+void Step(const AdamWHyper& h, const std::vector<W>& grad, State<W>* state) {
+  for (size_t i = 0; i < grad.size(); ++i) {
+    const W g = static_cast<W>(h.gradient_scale) * grad[i];
+    W &p = state->param[i], &m = state->m[i], &v = state->v[i];
+    m = static_cast<W>(h.beta1) * m + static_cast<W>(1 - h.beta1) * g;
+    v = static_cast<W>(h.beta2) * v + static_cast<W>(1 - h.beta2) * g * g;
+    const W m_hat = m / static_cast<W>(1 - std::pow(h.beta1, h.step));
+    const W v_hat = v / static_cast<W>(1 - std::pow(h.beta2, h.step));
+    p -= static_cast<W>(h.lr) *
+         (m_hat / (std::sqrt(v_hat) + static_cast<W>(h.eps)) + static_cast<W>(h.weight_decay) * p);
+  }
+}
+
+TYPED_TEST(AdamWTest, TwentyStepsMatchThePaper) {
+  using T = TypeParam;
+  Context ctx{Device{}};
+  AdamWHyper hyper{
+      .lr = 0.01, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .gradient_scale = 0.7};
+  for (const int64_t n : {0, 1, 15, 16, 17, 100}) {
+    const auto param0 = NormalValues<T>(n, "param");
+    Guarded<T> param({n}, param0), m({n}, T{0}), v({n}, T{0});
+    const auto zeros = std::vector<T>(static_cast<size_t>(n));
+    State<T> naive{param0, zeros, zeros};
+    State<Wide<T>> wide{Cast<Wide<T>>(param0), Cast<Wide<T>>(zeros), Cast<Wide<T>>(zeros)};
+    for (hyper.step = 1; hyper.step <= 20; ++hyper.step) {
+      hyper.lr = 0.01 / static_cast<double>(hyper.step);
+      Guarded<T> grad({n}, NormalValues<T>(n, absl::StrCat("grad", hyper.step)));
+      ANNULUS_CHECK_OK(AdamWUpdate(ctx, hyper, {param.ref(), m.ref(), v.ref(), grad.ref()}));
+      Step(hyper, grad.values(), &naive);
+      Step(hyper, Cast<Wide<T>>(grad.values()), &wide);
+    }
+    const auto expect = [](Guarded<T>& got, const std::vector<T>& in_t, const std::vector<Wide<T>>& in_wide) {
+      ExpectMatches<T>(got.values(), [&]<class W>() {
+        if constexpr (std::is_same_v<W, T>)
+          return in_t;
+        else
+          return in_wide;
+      });
+    };
+    expect(param, naive.param, wide.param);
+    expect(m, naive.m, wide.m);
+    expect(v, naive.v, wide.v);
+  }
+}
+
+// The first bias-corrected step has the size of the learning rate, whatever the gradient's.
+TEST(AdamW, FirstStepIsTheSignOfTheGradient) {
+  Context ctx{Device{}};
+  Guarded<double> param({2}, {1.0, 1.0}), m({2}, 0.0), v({2}, 0.0), grad({2}, {1e-3, -1e3});
+  ANNULUS_CHECK_OK(AdamWUpdate(ctx, {.lr = 0.25, .eps = 0}, {param.ref(), m.ref(), v.ref(), grad.ref()}));
+  EXPECT_NEAR(param.values()[0], 0.75, 1e-15);
+  EXPECT_NEAR(param.values()[1], 1.25, 1e-15);
+}
+
+TEST(AdamWArguments, AreRefusedByName) {
+  Context ctx{Device{}};
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  Guarded<float> a({3}, 0.0f), b({2}, 0.0f);
+  const auto update = [&](const AdamWHyper& hyper, TensorRef v) {
+    return AdamWUpdate(ctx, hyper, {a.ref(), a.ref(), v, a.ref()});
+  };
+  ExpectRefused(update({.step = 0}, a.ref()), kInvalid, "adamw.step=0");
+  ExpectRefused(update({.beta1 = 1}, a.ref()), kInvalid, "adamw.beta1=1");
+  ExpectRefused(update({.beta2 = -0.5}, a.ref()), kInvalid, "adamw.beta2=-0.5");
+  ExpectRefused(update({.eps = -1}, a.ref()), kInvalid, "adamw.eps=-1");
+  ExpectRefused(update({}, b.ref()), kInvalid, "adamw.v=f32[2] on cpu: expected f32[3] on cpu");
+}
+
+}  // namespace
+}  // namespace annulus::testing
