@@ -19,8 +19,8 @@ class Backoff {
   }
 
  private:
-  static constexpr int kYields = 300;   // a fraction of a millisecond when the core is free
-  static constexpr int kSleepUs = 20;   // below the timer slack: the wake-up adds about 50 us
+  static constexpr int kYields = 300;  // a fraction of a millisecond when the core is free
+  static constexpr int kSleepUs = 20;  // below the timer slack: the wake-up adds about 50 us
   int polls_ = 0;
 };
 

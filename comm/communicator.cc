@@ -7,6 +7,8 @@
 namespace annulus {
 namespace {
 
+constexpr char kAgreedPayload[] = "annulus/agreed";  // marks a status that every rank has
+
 template <typename T>
 TensorRef HostRef(T* data, int64_t elements) {
   return TensorRef(data, DTypeOf<T>(), Device{}, Shape{elements});
@@ -44,7 +46,9 @@ absl::Status Request::Wait() {
   }
 }
 
-absl::Status Communicator::AllReduce(TensorRef data, ReduceOp op) { return WaitFor(backend_->AllReduce(data, op)); }
+absl::Status Communicator::AllReduce(TensorRef data, ReduceOp op) {
+  return WaitFor(backend_->AllReduce(data, op));
+}
 
 absl::Status Communicator::ReduceScatter(ConstTensorRef in, TensorRef out) {
   return WaitFor(backend_->ReduceScatter(in, out));
@@ -54,7 +58,9 @@ absl::Status Communicator::AllGather(ConstTensorRef in, TensorRef out) {
   return WaitFor(backend_->AllGather(in, out));
 }
 
-absl::Status Communicator::Broadcast(TensorRef data, int root) { return WaitFor(backend_->Broadcast(data, root)); }
+absl::Status Communicator::Broadcast(TensorRef data, int root) {
+  return WaitFor(backend_->Broadcast(data, root));
+}
 
 absl::Status Communicator::Barrier() { return AllReduceValue(0, ReduceOp::kMax).status(); }
 
@@ -90,15 +96,22 @@ absl::StatusOr<double> Communicator::AllReduceValue(double value, ReduceOp op) {
   return value;
 }
 
+bool IsAgreed(const absl::Status& status) { return status.GetPayload(kAgreedPayload).has_value(); }
+
 absl::Status Communicator::AgreeOk(const absl::Status& status) {
   int32_t lowest = status.ok() ? size() : rank();
   ANNULUS_RETURN_IF_ERROR(AllReduce(HostRef(&lowest, 1), ReduceOp::kMin));
   if (lowest == size()) return absl::OkStatus();
 
+  int32_t failed = status.ok() ? 0 : 1;
+  ANNULUS_RETURN_IF_ERROR(AllReduce(HostRef(&failed, 1), ReduceOp::kSum));
   int32_t code = static_cast<int32_t>(status.code());
   ANNULUS_RETURN_IF_ERROR(Broadcast(HostRef(&code, 1), lowest));
   ANNULUS_ASSIGN_OR_RETURN(const std::string message, BroadcastString(std::string(status.message()), lowest));
-  return absl::Status(static_cast<absl::StatusCode>(code), absl::StrCat("rank ", lowest, ": ", message));
+  const std::string where = failed == size() ? "" : absl::StrCat("rank ", lowest, ": ");
+  absl::Status agreed(static_cast<absl::StatusCode>(code), where + message);
+  agreed.SetPayload(kAgreedPayload, absl::Cord());
+  return agreed;
 }
 
 absl::StatusOr<Communicator> Communicator::Split(int color, int key) {

@@ -9,7 +9,8 @@ namespace annulus {
 namespace {
 
 int64_t NowNs() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
 
@@ -65,12 +66,18 @@ class DelayComm : public CommBackend {
     state->Track(std::move(header), std::move(body));
     return Request(std::move(state));
   }
-  absl::StatusOr<Request> AllReduce(TensorRef data, ReduceOp op) override { return inner_.IAllReduce(data, op); }
+  absl::StatusOr<Request> AllReduce(TensorRef data, ReduceOp op) override {
+    return inner_.IAllReduce(data, op);
+  }
   absl::StatusOr<Request> ReduceScatter(ConstTensorRef in, TensorRef out) override {
     return inner_.IReduceScatter(in, out);
   }
-  absl::StatusOr<Request> AllGather(ConstTensorRef in, TensorRef out) override { return inner_.IAllGather(in, out); }
-  absl::StatusOr<Request> Broadcast(TensorRef data, int root) override { return inner_.IBroadcast(data, root); }
+  absl::StatusOr<Request> AllGather(ConstTensorRef in, TensorRef out) override {
+    return inner_.IAllGather(in, out);
+  }
+  absl::StatusOr<Request> Broadcast(TensorRef data, int root) override {
+    return inner_.IBroadcast(data, root);
+  }
   absl::StatusOr<std::shared_ptr<CommBackend>> Split(int color, int key) override {
     ANNULUS_ASSIGN_OR_RETURN(Communicator inner, inner_.Split(color, key));
     ANNULUS_ASSIGN_OR_RETURN(std::shared_ptr<DelayComm> group, Create(std::move(inner), delay_ns_));

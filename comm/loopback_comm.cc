@@ -74,7 +74,9 @@ class Group {
   std::map<std::pair<int64_t, int>, std::pair<std::shared_ptr<Group>, int>> subgroups_;  // group, takers left
 };
 
-std::string Describe(const ConstTensorRef& data) { return absl::StrCat(data.elements(), " ", Name(data.dtype())); }
+std::string Describe(const ConstTensorRef& data) {
+  return absl::StrCat(data.elements(), " ", Name(data.dtype()));
+}
 
 void CopyInto(const ConstTensorRef& from, void* to) {
   if (from.raw() != to && from.bytes() > 0) std::memcpy(to, from.raw(), static_cast<size_t>(from.bytes()));
@@ -83,8 +85,8 @@ void CopyInto(const ConstTensorRef& from, void* to) {
 void Group::Deliver(Side& send, Side& receive) {
   send.complete = receive.complete = true;
   if (send.in.bytes() == receive.out.bytes()) return CopyInto(send.in, receive.out.raw());
-  send.status = receive.status = absl::InternalError(
-      absl::StrCat("a message of ", send.in.bytes(), " bytes meets a receive of ", receive.out.bytes(), " bytes"));
+  send.status = receive.status = absl::InternalError(absl::StrCat(
+      "a message of ", send.in.bytes(), " bytes meets a receive of ", receive.out.bytes(), " bytes"));
 }
 
 absl::StatusOr<std::shared_ptr<Side>> Group::Send(ConstTensorRef data, int from, int to, int tag) {
@@ -115,8 +117,8 @@ absl::StatusOr<std::shared_ptr<Side>> Group::Receive(TensorRef data, int from, i
   return side;
 }
 
-absl::StatusOr<std::shared_ptr<Side>> Group::Join(int64_t sequence, int rank, const Call& call, ConstTensorRef in,
-                                                  TensorRef out) {
+absl::StatusOr<std::shared_ptr<Side>> Group::Join(int64_t sequence, int rank, const Call& call,
+                                                  ConstTensorRef in, TensorRef out) {
   const std::lock_guard<std::mutex> lock(mutex_);
   ANNULUS_RETURN_IF_ERROR(broken_);
   Collective& collective = collectives_[sequence];
@@ -125,8 +127,9 @@ absl::StatusOr<std::shared_ptr<Side>> Group::Join(int64_t sequence, int rank, co
   auto side = std::make_shared<Side>(Side{.in = in, .out = out, .complete = false, .status = {}});
   collective.sides[static_cast<size_t>(rank)] = side;
   if (collective.call.signature != call.signature) {
-    collective.disagreement = absl::InternalError(absl::StrCat(
-        "collective ", sequence, ": rank ", rank, " calls ", call.signature, ", others ", collective.call.signature));
+    collective.disagreement =
+        absl::InternalError(absl::StrCat("collective ", sequence, ": rank ", rank, " calls ", call.signature,
+                                         ", others ", collective.call.signature));
   }
   if (++collective.arrived == size_) {
     Finish(collective);
@@ -146,17 +149,20 @@ void Group::Finish(Collective& collective) {
   const DType dtype = first.in.dtype();
   switch (collective.call.kind) {
     case Kind::kBroadcast:
-      for (const auto& side : sides) CopyInto(sides[static_cast<size_t>(collective.call.root)]->in, side->out.raw());
+      for (const auto& side : sides)
+        CopyInto(sides[static_cast<size_t>(collective.call.root)]->in, side->out.raw());
       return;
     case Kind::kAllGather:
       for (const auto& side : sides) {
         for (size_t r = 0; r < sides.size(); ++r) {
-          CopyInto(sides[r]->in, static_cast<char*>(side->out.raw()) + static_cast<int64_t>(r) * first.in.bytes());
+          CopyInto(sides[r]->in,
+                   static_cast<char*>(side->out.raw()) + static_cast<int64_t>(r) * first.in.bytes());
         }
       }
       return;
     case Kind::kAllReduce:
-    case Kind::kReduceScatter: break;
+    case Kind::kReduceScatter:
+      break;
   }
   std::vector<char> sum(static_cast<size_t>(first.in.bytes()));
   CopyInto(first.in, sum.data());
@@ -179,8 +185,8 @@ absl::StatusOr<bool> Group::Test(const Side& side, Clock::time_point posted) {
   }
   ANNULUS_RETURN_IF_ERROR(broken_);
   if (std::chrono::duration<double>(Clock::now() - posted).count() > timeout_seconds_) {
-    broken_ = absl::DeadlineExceededError(
-        absl::StrCat("loopback group of ", size_, ": an operation is not complete after ", timeout_seconds_, " s"));
+    broken_ = absl::DeadlineExceededError(absl::StrCat(
+        "loopback group of ", size_, ": an operation is not complete after ", timeout_seconds_, " s"));
     return broken_;
   }
   return false;
@@ -238,7 +244,8 @@ class LoopbackComm : public CommBackend {
   absl::StatusOr<Request> AllGather(ConstTensorRef in, TensorRef out) override {
     ANNULUS_CHECK(in.elements() * size() == out.elements() && in.dtype() == out.dtype())
         << Describe(in) << " -> " << Describe(out);
-    return Joined({.kind = Kind::kAllGather, .signature = absl::StrCat("AllGather of ", Describe(in))}, in, out);
+    return Joined({.kind = Kind::kAllGather, .signature = absl::StrCat("AllGather of ", Describe(in))}, in,
+                  out);
   }
   absl::StatusOr<Request> Broadcast(TensorRef data, int root) override {
     ANNULUS_CHECK(0 <= root && root < size()) << "root " << root;
@@ -268,9 +275,9 @@ class LoopbackComm : public CommBackend {
 absl::StatusOr<std::shared_ptr<CommBackend>> LoopbackComm::Split(int color, int key) {
   std::vector<int32_t> mine = {color, key}, all(2 * static_cast<size_t>(size()));
   const int64_t split = sequence_;
-  ANNULUS_ASSIGN_OR_RETURN(Request request,
-                           AllGather(TensorRef(mine.data(), DType::kI32, Device{}, Shape{2}),
-                                     TensorRef(all.data(), DType::kI32, Device{}, Shape{2 * int64_t{size()}})));
+  ANNULUS_ASSIGN_OR_RETURN(
+      Request request, AllGather(TensorRef(mine.data(), DType::kI32, Device{}, Shape{2}),
+                                 TensorRef(all.data(), DType::kI32, Device{}, Shape{2 * int64_t{size()}})));
   ANNULUS_RETURN_IF_ERROR(request.Wait());
   std::vector<std::pair<int, int>> members;  // key, rank
   for (int r = 0; r < size(); ++r) {

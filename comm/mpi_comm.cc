@@ -65,7 +65,8 @@ class MpiGroup {
 
 class MpiComm : public CommBackend {
  public:
-  static absl::StatusOr<std::shared_ptr<CommBackend>> Create(MPI_Comm comm, std::shared_ptr<MpiProgress> progress) {
+  static absl::StatusOr<std::shared_ptr<CommBackend>> Create(MPI_Comm comm,
+                                                             std::shared_ptr<MpiProgress> progress) {
     std::shared_ptr<MpiComm> result(new MpiComm);
     ANNULUS_ASSIGN_OR_RETURN(result->group_, MpiGroup::Duplicate(comm));
     ANNULUS_ASSIGN_OR_RETURN(result->reductions_, MpiGroup::Duplicate(comm));
@@ -122,9 +123,15 @@ absl::StatusOr<Request> MpiComm::AllReduce(TensorRef data, ReduceOp op) {
   const int64_t whole = data.elements() / size_, rest = data.elements() % size_;
   for (int64_t p = 0; p <= size_; ++p) offsets.push_back(p * whole + std::min(p, rest));
   void* out = static_cast<char*>(data.raw()) + offsets[static_cast<size_t>(rank_)] * SizeOf(data.dtype());
-  return Request(StartReduction({.comm = reductions_->get(), .tag = NextReductionTag(), .dtype = data.dtype(),
-                                 .op = op, .in = data.raw(), .offsets = std::move(offsets), .out = out,
-                                 .gathered = data.raw()}, progress_));
+  return Request(StartReduction({.comm = reductions_->get(),
+                                 .tag = NextReductionTag(),
+                                 .dtype = data.dtype(),
+                                 .op = op,
+                                 .in = data.raw(),
+                                 .offsets = std::move(offsets),
+                                 .out = out,
+                                 .gathered = data.raw()},
+                                progress_));
 }
 
 absl::StatusOr<Request> MpiComm::ReduceScatter(ConstTensorRef in, TensorRef out) {
@@ -132,9 +139,15 @@ absl::StatusOr<Request> MpiComm::ReduceScatter(ConstTensorRef in, TensorRef out)
       << ToString(in.shape()) << " -> " << ToString(out.shape());
   std::vector<int64_t> offsets;
   for (int64_t p = 0; p <= size_; ++p) offsets.push_back(p * out.elements());
-  return Request(StartReduction({.comm = reductions_->get(), .tag = NextReductionTag(), .dtype = in.dtype(),
-                                 .op = ReduceOp::kSum, .in = in.raw(), .offsets = std::move(offsets),
-                                 .out = out.raw(), .gathered = nullptr}, progress_));
+  return Request(StartReduction({.comm = reductions_->get(),
+                                 .tag = NextReductionTag(),
+                                 .dtype = in.dtype(),
+                                 .op = ReduceOp::kSum,
+                                 .in = in.raw(),
+                                 .offsets = std::move(offsets),
+                                 .out = out.raw(),
+                                 .gathered = nullptr},
+                                progress_));
 }
 
 absl::StatusOr<Request> MpiComm::AllGather(ConstTensorRef in, TensorRef out) {
@@ -203,11 +216,16 @@ absl::Status MpiStatus(int code, const char* call) {
 
 MPI_Datatype MpiType(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return MPI_FLOAT;
-    case DType::kF64: return MPI_DOUBLE;
-    case DType::kI32: return MPI_INT32_T;
-    case DType::kI64: return MPI_INT64_T;
-    case DType::kU8: return MPI_UINT8_T;
+    case DType::kF32:
+      return MPI_FLOAT;
+    case DType::kF64:
+      return MPI_DOUBLE;
+    case DType::kI32:
+      return MPI_INT32_T;
+    case DType::kI64:
+      return MPI_INT64_T;
+    case DType::kU8:
+      return MPI_UINT8_T;
   }
   return MPI_DATATYPE_NULL;
 }
@@ -220,7 +238,8 @@ void MpiProgress::Poll() {
   for (MpiOperation* operation : operations_) operation->Advance();
 }
 
-absl::Status MpiParts::Send(const void* data, DType dtype, int64_t elements, int peer, int tag, MPI_Comm comm) {
+absl::Status MpiParts::Send(const void* data, DType dtype, int64_t elements, int peer, int tag,
+                            MPI_Comm comm) {
   for (int64_t begin = 0; begin < elements; begin += kPieceElements) {
     const int count = static_cast<int>(std::min(kPieceElements, elements - begin));
     const void* at = static_cast<const char*>(data) + begin * SizeOf(dtype);
@@ -287,8 +306,8 @@ MpiSession::MpiSession(MpiSession&& other) noexcept
 MpiSession::~MpiSession() {
   if (!active_) return;
   world_ = Communicator();
-  // After a failure peers may never reach MPI_Finalize, which would wait for them. Leaving without it makes mpirun
-  // end the job.
+  // After a failure peers may never reach MPI_Finalize, which would wait for them. Leaving without it makes
+  // mpirun end the job.
   if (!mpi_failed) MPI_Finalize();
 }
 

@@ -2,7 +2,7 @@
 
 // What the MPI backend's files share: calls that turn errors into Status, datatypes, requests, and sums.
 
-#define OMPI_SKIP_MPICXX 1   // the C++ bindings are gone since MPI-3.0
+#define OMPI_SKIP_MPICXX 1  // the C++ bindings are gone since MPI-3.0
 #define MPICH_SKIP_MPICXX 1
 #include <mpi.h>
 
@@ -13,15 +13,16 @@
 
 namespace annulus {
 
-// OK, or Internal naming the call and MPI's text for `code`. Any error means that the session cannot finalize.
+// OK, or Internal naming the call and MPI's text for `code`. Any error means that the session cannot
+// finalize.
 absl::Status MpiStatus(int code, const char* call);
 
 #define ANNULUS_MPI(call) ANNULUS_RETURN_IF_ERROR(MpiStatus(call, #call))
 
 MPI_Datatype MpiType(DType dtype);
 
-// MPI counts are int: larger tensors travel in pieces of this many elements (16 Mi, 64 MiB of f32, so that the
-// cost of a piece is its bytes).
+// MPI counts are int: larger tensors travel in pieces of this many elements (16 Mi, 64 MiB of f32, so that
+// the cost of a piece is its bytes).
 inline constexpr int64_t kPieceElements = int64_t{1} << 24;
 
 // An operation of this process that needs polling to make progress: MPI moves it only in parts.
@@ -31,8 +32,8 @@ class MpiOperation {
   virtual void Advance() = 0;  // never blocks; keeps its own errors
 };
 
-// All operations under way. Testing any request advances every one, as MPI does for its own: a rank that waits for
-// one operation must not hold up a peer that waits for another.
+// All operations under way. Testing any request advances every one, as MPI does for its own: a rank that
+// waits for one operation must not hold up a peer that waits for another.
 class MpiProgress {
  public:
   void Add(MpiOperation* operation) { operations_.push_back(operation); }
@@ -66,8 +67,8 @@ class MpiParts {
   std::vector<Part> parts_;
 };
 
-// A reduction in rank order, whatever the size of the tensor: every rank receives all contributions to its part
-// of the tensor and adds them up itself; an all-reduce then sends the parts to everyone.
+// A reduction in rank order, whatever the size of the tensor: every rank receives all contributions to its
+// part of the tensor and adds them up itself; an all-reduce then sends the parts to everyone.
 struct MpiReduction {
   MPI_Comm comm;
   int tag;
@@ -78,6 +79,7 @@ struct MpiReduction {
   void* out;                     // this rank's part
   void* gathered;                // all parts, or null for a reduce-scatter
 };
-std::unique_ptr<RequestState> StartReduction(const MpiReduction& reduction, std::shared_ptr<MpiProgress> progress);
+std::unique_ptr<RequestState> StartReduction(const MpiReduction& reduction,
+                                             std::shared_ptr<MpiProgress> progress);
 
 }  // namespace annulus

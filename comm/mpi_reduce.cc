@@ -1,5 +1,6 @@
-// MPI's own reductions pick their order of summation by message size and algorithm; this one does not, and moves
-// the minimum of bytes: each rank sends and receives (size - 1) / size of the tensor once, and once more to gather.
+// MPI's own reductions pick their order of summation by message size and algorithm; this one does not, and
+// moves the minimum of bytes: each rank sends and receives (size - 1) / size of the tensor once, and once
+// more to gather.
 
 #include <algorithm>
 #include <array>
@@ -49,7 +50,8 @@ class OrderedReduction : public RequestState, public MpiOperation {
   enum class Phase { kReduce, kGather, kDone };
   struct InFlight {
     MpiParts parts;
-    std::vector<char> contributions;  // [size * segment], by rank; this rank's own is not used unless it is rank 0
+    std::vector<char>
+        contributions;  // [size * segment], by rank; this rank's own is not used unless it is rank 0
   };
 
   int64_t PartElements(int p) const {
@@ -90,8 +92,8 @@ class OrderedReduction : public RequestState, public MpiOperation {
     MpiParts& parts = SlotOf(segment).parts;
     for (int step = 1; step < size_; ++step) {
       const int from = (rank_ - step + size_) % size_, to = (rank_ + step) % size_;
-      ANNULUS_RETURN_IF_ERROR(parts.Receive(ContributionOf(from, segment), r_.dtype, SegmentSize(rank_, segment), from,
-                                            r_.tag, r_.comm));
+      ANNULUS_RETURN_IF_ERROR(parts.Receive(ContributionOf(from, segment), r_.dtype,
+                                            SegmentSize(rank_, segment), from, r_.tag, r_.comm));
       ANNULUS_RETURN_IF_ERROR(
           parts.Send(Contribution(to, segment), r_.dtype, SegmentSize(to, segment), to, r_.tag, r_.comm));
     }
@@ -133,7 +135,8 @@ class OrderedReduction : public RequestState, public MpiOperation {
 
 }  // namespace
 
-std::unique_ptr<RequestState> StartReduction(const MpiReduction& reduction, std::shared_ptr<MpiProgress> progress) {
+std::unique_ptr<RequestState> StartReduction(const MpiReduction& reduction,
+                                             std::shared_ptr<MpiProgress> progress) {
   return std::make_unique<OrderedReduction>(reduction, std::move(progress));
 }
 

@@ -4,7 +4,9 @@ namespace annulus {
 
 MeshCoordinates CoordinatesOf(const MeshShape& shape, int world_rank) {
   ANNULUS_CHECK(0 <= world_rank && world_rank < shape.world()) << "world rank " << world_rank;
-  return {.dp = world_rank / (shape.cp * shape.tp), .cp = world_rank / shape.tp % shape.cp, .tp = world_rank % shape.tp};
+  return {.dp = world_rank / (shape.cp * shape.tp),
+          .cp = world_rank / shape.tp % shape.cp,
+          .tp = world_rank % shape.tp};
 }
 
 int WorldRankOf(const MeshShape& shape, const MeshCoordinates& at) {
@@ -17,7 +19,11 @@ absl::StatusOr<ProcessMesh> ProcessMesh::Create(const MeshShape& shape, Communic
     return Invalid("mesh dp=", shape.dp, " cp=", shape.cp, " tp=", shape.tp,
                    ": expected positive sizes whose product is the number of ranks, ", world.size());
   }
-  ProcessMesh mesh{.shape = shape, .at = CoordinatesOf(shape, world.rank()), .world = world, .dp = {}, .cp = {},
+  ProcessMesh mesh{.shape = shape,
+                   .at = CoordinatesOf(shape, world.rank()),
+                   .world = world,
+                   .dp = {},
+                   .cp = {},
                    .dp_cp = {}};
   const MeshCoordinates& at = mesh.at;
   ANNULUS_ASSIGN_OR_RETURN(mesh.dp, world.Split(at.cp * shape.tp + at.tp, at.dp));

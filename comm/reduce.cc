@@ -26,11 +26,16 @@ void AccumulateTyped(ReduceOp op, const void* in, int64_t elements, void* acc) {
 
 void Accumulate(DType dtype, ReduceOp op, const void* in, int64_t elements, void* acc) {
   switch (dtype) {
-    case DType::kF32: return AccumulateTyped<float>(op, in, elements, acc);
-    case DType::kF64: return AccumulateTyped<double>(op, in, elements, acc);
-    case DType::kI32: return AccumulateTyped<int32_t>(op, in, elements, acc);
-    case DType::kI64: return AccumulateTyped<int64_t>(op, in, elements, acc);
-    case DType::kU8: return AccumulateTyped<uint8_t>(op, in, elements, acc);
+    case DType::kF32:
+      return AccumulateTyped<float>(op, in, elements, acc);
+    case DType::kF64:
+      return AccumulateTyped<double>(op, in, elements, acc);
+    case DType::kI32:
+      return AccumulateTyped<int32_t>(op, in, elements, acc);
+    case DType::kI64:
+      return AccumulateTyped<int64_t>(op, in, elements, acc);
+    case DType::kU8:
+      return AccumulateTyped<uint8_t>(op, in, elements, acc);
   }
 }
 

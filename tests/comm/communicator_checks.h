@@ -34,7 +34,8 @@ template <typename T>
 std::vector<T> Integers(int rank, int64_t elements, uint64_t seed) {
   std::vector<T> values(static_cast<size_t>(elements));
   for (size_t i = 0; i < values.size(); ++i) {
-    const uint64_t mixed = (i + 1) * 0x9e3779b97f4a7c15u + (seed + 7 * static_cast<uint64_t>(rank)) * 0xbf58476d1ce4e5b9u;
+    const uint64_t mixed =
+        (i + 1) * 0x9e3779b97f4a7c15u + (seed + 7 * static_cast<uint64_t>(rank)) * 0xbf58476d1ce4e5b9u;
     values[i] = static_cast<T>((mixed >> 40) % 7);
   }
   return values;
@@ -48,7 +49,9 @@ void CheckAllReduce(Communicator comm, int64_t elements) {
       const std::vector<T> theirs = Integers<T>(r, elements, 1);
       for (size_t i = 0; i < expected.size(); ++i) {
         const T a = expected[i], b = theirs[i];
-        expected[i] = op == ReduceOp::kSum ? static_cast<T>(a + b) : op == ReduceOp::kMax ? std::max(a, b) : std::min(a, b);
+        expected[i] = op == ReduceOp::kSum   ? static_cast<T>(a + b)
+                      : op == ReduceOp::kMax ? std::max(a, b)
+                                             : std::min(a, b);
       }
     }
     std::vector<T> values = Integers<T>(comm.rank(), elements, 1);
@@ -112,8 +115,8 @@ inline double Dot(const std::vector<double>& a, const std::vector<double>& b) {
   return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
 }
 
-// <A x, y> = <x, A^T y>, summed over ranks: all-gather and reduce-scatter are each other's adjoint; the sum over
-// all ranks is its own.
+// <A x, y> = <x, A^T y>, summed over ranks: all-gather and reduce-scatter are each other's adjoint; the sum
+// over all ranks is its own.
 inline void CheckAdjoints(Communicator comm) {
   const int64_t part = 37, whole = part * comm.size();
   const auto total = [&](double value) { return comm.AllReduceValue(value, ReduceOp::kSum).value(); };
@@ -151,7 +154,9 @@ inline void CheckSumOrder(Communicator comm) {
 inline void CheckMessages(Communicator comm) {
   constexpr int kMessages = 3;
   const int64_t elements = 20000;  // beyond what MPI sends eagerly
-  const auto seed = [&](int from, int to, int m) { return static_cast<uint64_t>((from * 100 + to) * 10 + m); };
+  const auto seed = [&](int from, int to, int m) {
+    return static_cast<uint64_t>((from * 100 + to) * 10 + m);
+  };
   std::vector<std::vector<int32_t>> sent, received, expected;
   for (int peer = 0; peer < comm.size(); ++peer) {
     for (int m = 0; m < kMessages; ++m) {
@@ -172,7 +177,8 @@ inline void CheckMessages(Communicator comm) {
       requests.push_back(*std::move(send));
     }
   }
-  for (auto request = requests.rbegin(); request != requests.rend(); ++request) ASSERT_EQ(request->Wait(), absl::OkStatus());
+  for (auto request = requests.rbegin(); request != requests.rend(); ++request)
+    ASSERT_EQ(request->Wait(), absl::OkStatus());
   EXPECT_EQ(received, expected);
 }
 
@@ -180,7 +186,8 @@ inline void CheckMessages(Communicator comm) {
 inline void CheckBackground(Communicator comm) {
   const int64_t elements = 70001;
   const auto ones = [&](int64_t n) { return std::vector<float>(static_cast<size_t>(n), 1.0f); };
-  std::vector<float> a = ones(elements), b = ones(elements), in = ones(elements * comm.size()), out = ones(elements);
+  std::vector<float> a = ones(elements), b = ones(elements), in = ones(elements * comm.size()),
+                     out = ones(elements);
   std::vector<float> token(50000, static_cast<float>(comm.rank())), previous(token.size());
   const int next = (comm.rank() + 1) % comm.size(), last = (comm.rank() + comm.size() - 1) % comm.size();
 
@@ -209,18 +216,24 @@ inline void CheckBackground(Communicator comm) {
 inline void CheckAgreeOk(Communicator comm) {
   EXPECT_TRUE(comm.AgreeOk(absl::OkStatus()).ok());
   for (int failing = 0; failing < comm.size(); ++failing) {
-    // `failing` and all above it fail; everyone sees the error of the lowest.
-    const absl::Status mine = comm.rank() < failing ? absl::OkStatus()
-                                                    : absl::NotFoundError(absl::StrCat("file ", comm.rank()));
+    // `failing` and all above it fail; everyone sees the error of the lowest, by name unless all failed.
+    const absl::Status mine =
+        comm.rank() < failing ? absl::OkStatus() : absl::NotFoundError(absl::StrCat("file ", comm.rank()));
     const absl::Status agreed = comm.AgreeOk(mine);
     EXPECT_EQ(agreed.code(), absl::StatusCode::kNotFound);
-    EXPECT_EQ(agreed.message(), absl::StrCat("rank ", failing, ": file ", failing));
+    const std::string text = absl::StrCat("file ", failing);
+    EXPECT_EQ(agreed.message(), failing == 0 ? text : absl::StrCat("rank ", failing, ": ", text));
+    EXPECT_TRUE(IsAgreed(agreed));
+    EXPECT_FALSE(IsAgreed(mine));
   }
 }
 
 inline void CheckStrings(Communicator comm) {
-  const auto text = [](int r) { return r == 1 ? std::string() : std::string(static_cast<size_t>(3 * r + 1), 'a') + '\0'; };
-  for (int root = 0; root < comm.size(); ++root) EXPECT_EQ(comm.BroadcastString(text(comm.rank()), root).value(), text(root));
+  const auto text = [](int r) {
+    return r == 1 ? std::string() : std::string(static_cast<size_t>(3 * r + 1), 'a') + '\0';
+  };
+  for (int root = 0; root < comm.size(); ++root)
+    EXPECT_EQ(comm.BroadcastString(text(comm.rank()), root).value(), text(root));
   std::vector<std::string> expected;
   for (int r = 0; r < comm.size(); ++r) expected.push_back(text(r));
   EXPECT_EQ(comm.AllGatherStrings(text(comm.rank())).value(), expected);
@@ -280,7 +293,8 @@ inline void CheckDelay(Communicator comm) {
     EXPECT_FALSE(receive->Test().value());
     ASSERT_TRUE(receive->Wait().ok());
     // The sender may have left the barrier a little earlier than this rank, hence the margin.
-    EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::microseconds(static_cast<int>(kDelayUs) / 2));
+    EXPECT_GE(std::chrono::steady_clock::now() - begin,
+              std::chrono::microseconds(static_cast<int>(kDelayUs) / 2));
     ASSERT_TRUE(send->Wait().ok());
     EXPECT_EQ(in[0], last);
   }

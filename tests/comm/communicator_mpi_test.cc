@@ -14,14 +14,17 @@ TEST(Mpi, SplitsLargeTensors) {
   const int64_t elements = (int64_t{1} << 24) + 5;
   const auto pattern = [&](int rank) {
     std::vector<uint8_t> values(static_cast<size_t>(elements));
-    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint8_t>(i * 31 + static_cast<size_t>(rank));
+    for (size_t i = 0; i < values.size(); ++i)
+      values[i] = static_cast<uint8_t>(i * 31 + static_cast<size_t>(rank));
     return values;
   };
   const std::vector<uint8_t> mine = pattern(world.rank());
   std::vector<uint8_t> all(mine.size() * static_cast<size_t>(world.size()));
   std::copy(mine.begin(), mine.end(), all.begin() + elements * world.rank());
-  ASSERT_TRUE(world.AllGather(testing::RefOf(all).Rows(elements * world.rank(), elements * (world.rank() + 1)),
-                              testing::RefOf(all)).ok());
+  ASSERT_TRUE(world
+                  .AllGather(testing::RefOf(all).Rows(elements * world.rank(), elements * (world.rank() + 1)),
+                             testing::RefOf(all))
+                  .ok());
   for (int r = 0; r < world.size(); ++r) {
     const std::vector<uint8_t> theirs = pattern(r);
     EXPECT_TRUE(std::equal(theirs.begin(), theirs.end(), all.begin() + elements * r)) << "part " << r;
@@ -48,8 +51,8 @@ TEST(Mpi, AShortMessageIsAnError) {
   EXPECT_TRUE(send.Wait().ok());
   const absl::Status status = receive.Wait();
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
-  EXPECT_EQ(status.message(), absl::StrCat("a message from rank ", world.rank(),
-                                           " with tag 4 has 2 elements: expected 3"));
+  EXPECT_EQ(status.message(),
+            absl::StrCat("a message from rank ", world.rank(), " with tag 4 has 2 elements: expected 3"));
 }
 
 }  // namespace

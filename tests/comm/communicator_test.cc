@@ -46,12 +46,15 @@ TEST(LoopbackFailure, CollectivesMustMatch) {
 
 TEST(LoopbackFailure, AMissingRankEndsTheOthers) {
   const auto begin = std::chrono::steady_clock::now();
-  testing::OnLoopback(3, [](Communicator comm) {
-    if (comm.rank() == 2) return;  // failed
-    const absl::Status status = comm.Barrier();
-    EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
-    EXPECT_EQ(comm.Barrier().code(), absl::StatusCode::kDeadlineExceeded);
-  }, 0.2);
+  testing::OnLoopback(
+      3,
+      [](Communicator comm) {
+        if (comm.rank() == 2) return;  // failed
+        const absl::Status status = comm.Barrier();
+        EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+        EXPECT_EQ(comm.Barrier().code(), absl::StatusCode::kDeadlineExceeded);
+      },
+      0.2);
   EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(60));
 }
 

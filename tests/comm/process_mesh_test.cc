@@ -8,7 +8,8 @@ namespace annulus {
 namespace {
 
 TEST(ProcessMesh, CoordinatesAreABijectionWithTpFastest) {
-  for (const MeshShape shape : {MeshShape{1, 1, 1}, MeshShape{2, 3, 4}, MeshShape{4, 1, 2}, MeshShape{1, 5, 1}}) {
+  for (const MeshShape shape :
+       {MeshShape{1, 1, 1}, MeshShape{2, 3, 4}, MeshShape{4, 1, 2}, MeshShape{1, 5, 1}}) {
     for (int rank = 0; rank < shape.world(); ++rank) {
       const MeshCoordinates at = CoordinatesOf(shape, rank);
       EXPECT_TRUE(at.dp < shape.dp && at.cp < shape.cp && at.tp < shape.tp);
@@ -23,7 +24,8 @@ TEST(ProcessMesh, CoordinatesAreABijectionWithTpFastest) {
 
 // Every group holds exactly the ranks that share the other coordinates, in order of its own coordinate.
 TEST(ProcessMesh, GroupsHoldTheirRanks) {
-  for (const MeshShape shape : {MeshShape{2, 2, 1}, MeshShape{3, 2, 1}, MeshShape{2, 2, 2}, MeshShape{1, 4, 1}}) {
+  for (const MeshShape shape :
+       {MeshShape{2, 2, 1}, MeshShape{3, 2, 1}, MeshShape{2, 2, 2}, MeshShape{1, 4, 1}}) {
     testing::OnLoopback(shape.world(), [&](Communicator world) {
       const absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create(shape, world);
       ASSERT_TRUE(mesh.ok()) << mesh.status();
@@ -50,7 +52,8 @@ TEST(ProcessMesh, GroupsHoldTheirRanks) {
 
 TEST(ProcessMesh, RefusesAShapeThatDoesNotFit) {
   testing::OnLoopback(3, [](Communicator world) {
-    for (const MeshShape shape : {MeshShape{2, 2, 1}, MeshShape{0, 3, 1}, MeshShape{-1, -3, 1}, MeshShape{1, 1, 1}}) {
+    for (const MeshShape shape :
+         {MeshShape{2, 2, 1}, MeshShape{0, 3, 1}, MeshShape{-1, -3, 1}, MeshShape{1, 1, 1}}) {
       const absl::Status status = ProcessMesh::Create(shape, world).status();
       EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
       EXPECT_NE(std::string(status.message()).find("the number of ranks, 3"), std::string::npos) << status;

@@ -67,16 +67,24 @@ class Communicator {
 
   // Point to point. Messages between one pair with one tag arrive in order. 0 <= tag < kMaxTag.
   static constexpr int kMaxTag = 32767;  // what every MPI offers (MPI-4.0, 9.1.2: MPI_TAG_UB >= 32767)
-  absl::StatusOr<Request> Send(ConstTensorRef data, int peer, int tag) { return backend_->Send(data, peer, tag); }
-  absl::StatusOr<Request> Receive(TensorRef data, int peer, int tag) { return backend_->Receive(data, peer, tag); }
+  absl::StatusOr<Request> Send(ConstTensorRef data, int peer, int tag) {
+    return backend_->Send(data, peer, tag);
+  }
+  absl::StatusOr<Request> Receive(TensorRef data, int peer, int tag) {
+    return backend_->Receive(data, peer, tag);
+  }
 
   // Collectives that run in the background until the Request is complete; `I` as in MPI.
   // Every sum is taken in rank order, so its bits depend on the operands only, not on the backend.
   absl::StatusOr<Request> IAllReduce(TensorRef data, ReduceOp op) { return backend_->AllReduce(data, op); }
   // in: [size * n] -> out: [n], the sum over ranks of the rank-th part.
-  absl::StatusOr<Request> IReduceScatter(ConstTensorRef in, TensorRef out) { return backend_->ReduceScatter(in, out); }
+  absl::StatusOr<Request> IReduceScatter(ConstTensorRef in, TensorRef out) {
+    return backend_->ReduceScatter(in, out);
+  }
   // in: [n] -> out: [size * n]. `in` may be the rank-th part of `out`.
-  absl::StatusOr<Request> IAllGather(ConstTensorRef in, TensorRef out) { return backend_->AllGather(in, out); }
+  absl::StatusOr<Request> IAllGather(ConstTensorRef in, TensorRef out) {
+    return backend_->AllGather(in, out);
+  }
   absl::StatusOr<Request> IBroadcast(TensorRef data, int root) { return backend_->Broadcast(data, root); }
 
   // Blocking forms.
@@ -93,7 +101,8 @@ class Communicator {
   absl::StatusOr<double> AllReduceValue(double value, ReduceOp op);
 
   // OK if every rank passed OK; else, on every rank, the error of the lowest failing rank, which it names
-  // (rank of this group). Call it after anything that can fail on one rank and before the next collective.
+  // (rank of this group) unless all ranks failed; IsAgreed() tells such a status from one rank's own. Call it
+  // after anything that can fail on one rank and before the next collective.
   absl::Status AgreeOk(const absl::Status& status);
 
   // Ranks with equal color (>= 0) form a group, ordered by key, then by rank.
@@ -102,6 +111,9 @@ class Communicator {
  private:
   std::shared_ptr<CommBackend> backend_;
 };
+
+// Whether every rank of a group got this error from AgreeOk: then one of them reports it.
+bool IsAgreed(const absl::Status& status);
 
 // MPI_Init (thread level: funneled), and MPI_Finalize on destruction. One per process.
 class MpiSession {
