@@ -16,7 +16,8 @@ namespace {
 
 // A file of a committed checkpoint that is missing or malformed was there and well-formed once.
 absl::Status AsDataLoss(const absl::Status& status, const std::string& path) {
-  if (absl::IsNotFound(status)) return absl::DataLossError(absl::StrCat(path, ": missing from this checkpoint"));
+  if (absl::IsNotFound(status))
+    return absl::DataLossError(absl::StrCat(path, ": missing from this checkpoint"));
   if (absl::IsInvalidArgument(status)) return absl::DataLossError(status.message());
   return status;
 }
@@ -29,7 +30,8 @@ absl::StatusOr<Manifest> ReadManifest(const std::string& step_path) {
   if (!text.ok()) return AsDataLoss(text.status(), path);
   if (*commit != CommitText(*text))
     return absl::DataLossError(absl::StrCat(commit_path, ": does not hold the hash of ", path, ", ",
-                                            absl::StripSuffix(CommitText(*text), "\n"), ": one of them is damaged"));
+                                            absl::StripSuffix(CommitText(*text), "\n"),
+                                            ": one of them is damaged"));
   absl::StatusOr<Manifest> manifest = ManifestFromText(path, *text);
   if (!manifest.ok()) return AsDataLoss(manifest.status(), path);
   return manifest;
@@ -37,7 +39,8 @@ absl::StatusOr<Manifest> ReadManifest(const std::string& step_path) {
 
 enum class HashCheck { kVerify, kLeaveToOthers };
 
-absl::StatusOr<SafetensorsFile> OpenShard(const std::string& path, const ManifestFile& expected, HashCheck check) {
+absl::StatusOr<SafetensorsFile> OpenShard(const std::string& path, const ManifestFile& expected,
+                                          HashCheck check) {
   absl::StatusOr<MappedFile> mapped = MappedFile::Open(path);
   if (!mapped.ok()) return AsDataLoss(mapped.status(), path);
   const absl::Span<const uint8_t> bytes = mapped->bytes();
@@ -57,7 +60,8 @@ absl::StatusOr<SafetensorsFile> OpenShard(const std::string& path, const Manifes
   const auto [in_file, in_manifest] =
       std::mismatch(found.begin(), found.end(), expected.tensors.begin(), expected.tensors.end());
   const auto text = [](auto at, const std::vector<ManifestTensor>& list) {
-    return at == list.end() ? std::string("no tensor") : absl::StrCat("\"", at->name, "\" ", ToString(at->type));
+    return at == list.end() ? std::string("no tensor")
+                            : absl::StrCat("\"", at->name, "\" ", ToString(at->type));
   };
   if (in_file != found.end() || in_manifest != expected.tensors.end())
     return absl::DataLossError(absl::StrCat(path, ": holds ", text(in_file, found), ": expected ",
@@ -98,10 +102,11 @@ absl::StatusOr<Choice> ChooseStep(std::string path) {
 
 absl::Status WithOtherSteps(const absl::Status& status, const std::string& other_steps) {
   if (!absl::IsDataLoss(status)) return status;
-  return absl::DataLossError(absl::StrCat(
-      status.message(), other_steps.empty() ? "; there is no other committed checkpoint beside it"
-                                            : "; other committed checkpoints, to be named in its place:",
-      other_steps));
+  return absl::DataLossError(absl::StrCat(status.message(),
+                                          other_steps.empty()
+                                              ? "; there is no other committed checkpoint beside it"
+                                              : "; other committed checkpoints, to be named in its place:",
+                                          other_steps));
 }
 
 }  // namespace

@@ -32,7 +32,10 @@ json ToJson(const ManifestFile& file) {
     tensors.push_back({{"name", t.name},
                        {"dtype", std::string(SafetensorsName(t.type.dtype))},
                        {"shape", t.type.shape.dims()}});
-  return {{"name", file.name}, {"bytes", file.bytes}, {"hash", Hex64(file.hash)}, {"tensors", std::move(tensors)}};
+  return {{"name", file.name},
+          {"bytes", file.bytes},
+          {"hash", Hex64(file.hash)},
+          {"tensors", std::move(tensors)}};
 }
 
 absl::StatusOr<ManifestTensor> TensorFromJson(const json& value, absl::string_view where) {
@@ -48,7 +51,8 @@ absl::StatusOr<ManifestFile> FileFromJson(const json& value, absl::string_view w
   ManifestFile file;
   ANNULUS_ASSIGN_OR_RETURN(file.name, AsString(value["name"], absl::StrCat(where, ".name")));
   if (!IsShardName(file.name))
-    return Invalid(where, ".name=", value["name"].dump(), ": expected ", kShardPrefix, "<digits>", kShardSuffix);
+    return Invalid(where, ".name=", value["name"].dump(), ": expected ", kShardPrefix, "<digits>",
+                   kShardSuffix);
   ANNULUS_ASSIGN_OR_RETURN(file.bytes, AsCount(value["bytes"], absl::StrCat(where, ".bytes")));
   ANNULUS_ASSIGN_OR_RETURN(file.hash, AsHex64(value["hash"], absl::StrCat(where, ".hash")));
   const json& tensors = value["tensors"];
@@ -70,16 +74,18 @@ json ToJson(const CheckpointMeta& meta) {
 }
 
 absl::StatusOr<CheckpointMeta> MetaFromJson(const json& value) {
-  ANNULUS_RETURN_IF_ERROR(ExpectKeys(
-      value, "meta",
-      {"step", "consumed_sequences", "seed", "data_fingerprint", "model_fingerprint", "config"}));
+  ANNULUS_RETURN_IF_ERROR(
+      ExpectKeys(value, "meta",
+                 {"step", "consumed_sequences", "seed", "data_fingerprint", "model_fingerprint", "config"}));
   CheckpointMeta meta;
   ANNULUS_ASSIGN_OR_RETURN(meta.step, AsCount(value["step"], "meta.step"));
   ANNULUS_ASSIGN_OR_RETURN(meta.consumed_sequences,
                            AsCount(value["consumed_sequences"], "meta.consumed_sequences"));
   ANNULUS_ASSIGN_OR_RETURN(meta.seed, AsUint64(value["seed"], "meta.seed"));
-  ANNULUS_ASSIGN_OR_RETURN(meta.data_fingerprint, AsHex64(value["data_fingerprint"], "meta.data_fingerprint"));
-  ANNULUS_ASSIGN_OR_RETURN(meta.model_fingerprint, AsString(value["model_fingerprint"], "meta.model_fingerprint"));
+  ANNULUS_ASSIGN_OR_RETURN(meta.data_fingerprint,
+                           AsHex64(value["data_fingerprint"], "meta.data_fingerprint"));
+  ANNULUS_ASSIGN_OR_RETURN(meta.model_fingerprint,
+                           AsString(value["model_fingerprint"], "meta.model_fingerprint"));
   ANNULUS_ASSIGN_OR_RETURN(meta.config, AsString(value["config"], "meta.config"));
   return meta;
 }
@@ -101,8 +107,8 @@ absl::StatusOr<Manifest> ManifestFromJson(const json& value) {
   ANNULUS_ASSIGN_OR_RETURN(const std::string format, AsString(value["format"], "format"));
   ANNULUS_ASSIGN_OR_RETURN(const int64_t version, AsCount(value["version"], "version"));
   if (format != kFormat || version != kVersion)
-    return Invalid("format=", value["format"].dump(), " version=", version, ": expected ", kFormat, " version ",
-                   kVersion);
+    return Invalid("format=", value["format"].dump(), " version=", version, ": expected ", kFormat,
+                   " version ", kVersion);
   Manifest manifest;
   ANNULUS_ASSIGN_OR_RETURN(manifest.meta, MetaFromJson(value["meta"]));
   const json& files = value["files"];

@@ -40,7 +40,8 @@ absl::StatusOr<std::string> FileToText(const ManifestFile& file);
 absl::StatusOr<ManifestFile> FileFromText(absl::string_view text);
 
 absl::StatusOr<std::string> ManifestToText(const Manifest& manifest);
-// Refuses file names that are not those of shards, and files or tensors that appear twice. `path` is for errors.
+// Refuses file names that are not those of shards, and files or tensors that appear twice. `path` is for
+// errors.
 absl::StatusOr<Manifest> ManifestFromText(absl::string_view path, absl::string_view text);
 
 }  // namespace annulus

@@ -71,19 +71,22 @@ absl::Status CheckRanges(absl::string_view file, const std::vector<Entry>& entri
   int64_t expected = 0;
   for (const Entry* entry : order) {
     if (entry->begin != expected)
-      return Invalid(Where(file, entry->name), " begins at data byte ", entry->begin, ": expected ", expected,
-                     entry->begin < expected ? " (it overlaps another tensor)" : " (there is a hole before it)");
+      return Invalid(
+          Where(file, entry->name), " begins at data byte ", entry->begin, ": expected ", expected,
+          entry->begin < expected ? " (it overlaps another tensor)" : " (there is a hole before it)");
     expected = entry->end;
   }
   if (expected != data_bytes)
-    return Invalid(file, ": ", data_bytes, " bytes of data: expected ", expected,
-                   expected > data_bytes ? "; the file is truncated" : "; there is data after the last tensor");
+    return Invalid(
+        file, ": ", data_bytes, " bytes of data: expected ", expected,
+        expected > data_bytes ? "; the file is truncated" : "; there is data after the last tensor");
   return absl::OkStatus();
 }
 
 absl::StatusOr<absl::string_view> FindHeader(absl::string_view file, absl::Span<const uint8_t> bytes) {
   if (bytes.size() < kLengthBytes)
-    return Invalid(file, ": ", bytes.size(), " bytes: expected at least ", kLengthBytes, " of a safetensors file");
+    return Invalid(file, ": ", bytes.size(), " bytes: expected at least ", kLengthBytes,
+                   " of a safetensors file");
   uint64_t length = 0;
   std::memcpy(&length, bytes.data(), kLengthBytes);
   if (length > kMaxHeaderBytes)
@@ -111,9 +114,9 @@ absl::StatusOr<std::string> HeaderText(const std::vector<NamedTensor>& tensors,
   for (const NamedTensor& t : tensors) {
     ANNULUS_ASSIGN_OR_RETURN(const std::string name, QuotedJson(t.name));
     const int64_t end = offset + t.tensor.bytes();
-    absl::StrAppend(&text, text.size() > 1 ? "," : "", name, ":{\"dtype\":\"", SafetensorsName(t.tensor.dtype()),
-                    "\",\"shape\":", json(t.tensor.shape().dims()).dump(), ",\"data_offsets\":[", offset, ",", end,
-                    "]}");
+    absl::StrAppend(&text, text.size() > 1 ? "," : "", name, ":{\"dtype\":\"",
+                    SafetensorsName(t.tensor.dtype()), "\",\"shape\":", json(t.tensor.shape().dims()).dump(),
+                    ",\"data_offsets\":[", offset, ",", end, "]}");
     offset = end;
   }
   text += "}";
@@ -125,9 +128,11 @@ absl::StatusOr<std::string> HeaderText(const std::vector<NamedTensor>& tensors,
 
 absl::Status SortForWriting(std::vector<NamedTensor>& tensors) {
   for (const NamedTensor& t : tensors) {
-    ANNULUS_CHECK(t.tensor.device().kind == DeviceKind::kCpu) << t.name << " is on " << ToString(t.tensor.device());
+    ANNULUS_CHECK(t.tensor.device().kind == DeviceKind::kCpu)
+        << t.name << " is on " << ToString(t.tensor.device());
     ANNULUS_CHECK(t.tensor.defined() || t.tensor.bytes() == 0) << t.name << " has no memory";
-    if (t.name == kMetadataKey) return Invalid("tensor name \"", kMetadataKey, "\" is reserved by the format");
+    if (t.name == kMetadataKey)
+      return Invalid("tensor name \"", kMetadataKey, "\" is reserved by the format");
   }
   const auto by_name = [](const NamedTensor& a, const NamedTensor& b) { return a.name < b.name; };
   std::sort(tensors.begin(), tensors.end(), by_name);
@@ -152,8 +157,7 @@ absl::StatusOr<WrittenFile> WriteSafetensors(const std::string& path, std::vecto
   ANNULUS_ASSIGN_OR_RETURN(DurableFile file, DurableFile::Create(path));
   ANNULUS_RETURN_IF_ERROR(file.Write(&length, sizeof(length)));
   ANNULUS_RETURN_IF_ERROR(file.Write(header->data(), static_cast<int64_t>(length)));
-  for (const NamedTensor& t : tensors)
-    ANNULUS_RETURN_IF_ERROR(file.Write(t.tensor.raw(), t.tensor.bytes()));
+  for (const NamedTensor& t : tensors) ANNULUS_RETURN_IF_ERROR(file.Write(t.tensor.raw(), t.tensor.bytes()));
   ANNULUS_RETURN_IF_ERROR(file.Finish());
   return WrittenFile{.bytes = file.bytes_written(), .hash = file.hash()};
 }
@@ -169,7 +173,8 @@ absl::StatusOr<SafetensorsFile> SafetensorsFile::Open(MappedFile mapped) {
   return file;
 }
 
-absl::StatusOr<SafetensorsFile> SafetensorsFile::Parse(absl::string_view name, absl::Span<const uint8_t> bytes) {
+absl::StatusOr<SafetensorsFile> SafetensorsFile::Parse(absl::string_view name,
+                                                       absl::Span<const uint8_t> bytes) {
   ANNULUS_ASSIGN_OR_RETURN(const absl::string_view text, FindHeader(name, bytes));
   const absl::StatusOr<json> header = ParseStrictJson(text, kHeaderDepth);
   if (!header.ok()) return Prefixed(header.status(), absl::StrCat(name, ": header: "));

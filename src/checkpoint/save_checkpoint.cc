@@ -57,8 +57,8 @@ absl::Status CheckVisible(const SavePaths& paths, const ManifestFile& file) {
   if (!error && bytes == static_cast<uintmax_t>(file.bytes)) return absl::OkStatus();
   return absl::FailedPreconditionError(
       absl::StrCat(path, ": rank 0 does not see the ", file.bytes, " bytes that its rank wrote (",
-                   error ? error.message() : absl::StrCat(bytes, " bytes"), "): expected a directory on a file ",
-                   "system that all ranks share"));
+                   error ? error.message() : absl::StrCat(bytes, " bytes"),
+                   "): expected a directory on a file ", "system that all ranks share"));
 }
 
 absl::Status WriteManifest(const SavePaths& paths, const CheckpointMeta& meta,
@@ -82,13 +82,15 @@ absl::Status PutInPlace(const SavePaths& paths) {
   const bool replaces = Exists(paths.step);
   if (replaces) ANNULUS_RETURN_IF_ERROR(Rename(paths.step, replaced));
   if (absl::Status status = Rename(paths.temporary, paths.step); !status.ok()) {
-    if (replaces) Rename(replaced, paths.step).IgnoreError();  // if this fails too, readers know the .old name
+    if (replaces)
+      Rename(replaced, paths.step).IgnoreError();  // if this fails too, readers know the .old name
     return status;
   }
   return SyncDirectory(paths.directory);
 }
 
-absl::Status Commit(const SavePaths& paths, const CheckpointMeta& meta, const std::vector<std::string>& shards) {
+absl::Status Commit(const SavePaths& paths, const CheckpointMeta& meta,
+                    const std::vector<std::string>& shards) {
   ANNULUS_RETURN_IF_ERROR(WriteManifest(paths, meta, shards));
   // LATEST's new contents are written before the step becomes visible: a full disk then fails the whole save
   // instead of leaving a committed step that LATEST does not name.

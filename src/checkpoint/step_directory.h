@@ -20,9 +20,9 @@ inline constexpr char kTemporaryPrefix[] = ".tmp-";
 inline constexpr char kReplacedSuffix[] = ".old";
 
 std::string JoinPath(absl::string_view directory, absl::string_view name);
-std::string StepName(int64_t step);                                // "step-00000500"
-std::optional<int64_t> StepFromName(absl::string_view name);       // the inverse; empty for any other name
-std::string CommitText(absl::string_view manifest_text);           // contents of COMMIT
+std::string StepName(int64_t step);                           // "step-00000500"
+std::optional<int64_t> StepFromName(absl::string_view name);  // the inverse; empty for any other name
+std::string CommitText(absl::string_view manifest_text);      // contents of COMMIT
 
 struct StepDirectory {
   int64_t step = 0;
@@ -30,7 +30,8 @@ struct StepDirectory {
   bool committed = false;
 };
 
-// By step, ascending. Where a replacement was cut short this is the one of step-N and step-N.old that is committed.
+// By step, ascending. Where a replacement was cut short this is the one of step-N and step-N.old that is
+// committed.
 absl::StatusOr<std::vector<StepDirectory>> ListSteps(const std::string& directory);
 
 // Deletes COMMIT first, so that what a crash leaves is no checkpoint.

@@ -104,7 +104,8 @@ absl::Status ExpectKeys(const json& value, absl::string_view where,
   for (const absl::string_view key : keys)
     if (!value.contains(std::string(key))) return Invalid(where, ": \"", key, "\" is missing");
   for (const auto& [key, unused] : value.items())
-    if (std::find(keys.begin(), keys.end(), key) == keys.end()) return Invalid(where, ": unknown key \"", key, "\"");
+    if (std::find(keys.begin(), keys.end(), key) == keys.end())
+      return Invalid(where, ": unknown key \"", key, "\"");
   return absl::OkStatus();
 }
 

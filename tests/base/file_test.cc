@@ -30,10 +30,10 @@ class FileTest : public ::testing::Test {
 
 TEST_F(FileTest, ErrorsNamePathActionAndReason) {
   const std::pair<int, absl::StatusCode> codes[] = {
-      {ENOENT, absl::StatusCode::kNotFound},           {ENOTDIR, absl::StatusCode::kNotFound},
-      {ENOSPC, absl::StatusCode::kResourceExhausted},  {EDQUOT, absl::StatusCode::kResourceExhausted},
-      {EFBIG, absl::StatusCode::kResourceExhausted},   {EACCES, absl::StatusCode::kPermissionDenied},
-      {EPERM, absl::StatusCode::kPermissionDenied},    {EROFS, absl::StatusCode::kPermissionDenied},
+      {ENOENT, absl::StatusCode::kNotFound},          {ENOTDIR, absl::StatusCode::kNotFound},
+      {ENOSPC, absl::StatusCode::kResourceExhausted}, {EDQUOT, absl::StatusCode::kResourceExhausted},
+      {EFBIG, absl::StatusCode::kResourceExhausted},  {EACCES, absl::StatusCode::kPermissionDenied},
+      {EPERM, absl::StatusCode::kPermissionDenied},   {EROFS, absl::StatusCode::kPermissionDenied},
       {EIO, absl::StatusCode::kUnavailable}};
   for (const auto& [error, code] : codes) {
     errno = error;
@@ -81,7 +81,8 @@ TEST_F(FileTest, AtomicWriteReplacesOrLeavesAlone) {
   EXPECT_EQ(ReadFile(Path("f")).value(), "new");
   ASSERT_TRUE(MakeDirectories(Path("taken/below")).ok());
   EXPECT_FALSE(WriteFileAtomically(Path("taken"), "text").ok());  // a full directory cannot be replaced
-  EXPECT_EQ(ListDirectory(directory_).value(), (std::vector<std::string>{"f", "taken"}));  // no f.tmp, taken.tmp
+  EXPECT_EQ(ListDirectory(directory_).value(),
+            (std::vector<std::string>{"f", "taken"}));  // no f.tmp, taken.tmp
 }
 
 TEST_F(FileTest, FullDiskIsResourceExhausted) {
@@ -127,7 +128,8 @@ TEST_F(FileTest, MappedFileEdges) {
   EXPECT_TRUE(absl::IsNotFound(MappedFile::Open(Path("none")).status()));
   EXPECT_TRUE(absl::IsInvalidArgument(MappedFile::Open(directory_).status()));
   ASSERT_EQ(mkfifo(Path("pipe").c_str(), 0600), 0);
-  EXPECT_TRUE(absl::IsInvalidArgument(MappedFile::Open(Path("pipe")).status()));  // and does not wait for a writer
+  EXPECT_TRUE(
+      absl::IsInvalidArgument(MappedFile::Open(Path("pipe")).status()));  // and does not wait for a writer
 }
 
 TEST_F(FileTest, DirectoriesRenameAndRemove) {

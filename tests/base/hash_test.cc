@@ -9,7 +9,9 @@ namespace annulus {
 namespace {
 
 template <typename... Args>
-concept CanHash = requires(Args... args) { Hash64(args...); };
+concept CanHash = requires(Args... args) {
+  Hash64(args...);
+};
 
 TEST(Hash64, KnownAnswers) {
   // XXH3-64 of nothing with seed 0, from the specification's reference implementation.

@@ -51,8 +51,8 @@ TEST_F(CheckpointTest, FilesAreWhatTheHeaderSays) {
   EXPECT_EQ(Names(directory()), (Strings{"LATEST", "step-00000500"}));
   EXPECT_EQ(Contents(Path("LATEST")), "step-00000500\n");
   const std::string step = Path("step-00000500");
-  EXPECT_EQ(Names(step), (Strings{"COMMIT", "manifest.json", "shard-00000.safetensors", "shard-00001.safetensors",
-                                  "shard-00002.safetensors"}));
+  EXPECT_EQ(Names(step), (Strings{"COMMIT", "manifest.json", "shard-00000.safetensors",
+                                  "shard-00001.safetensors", "shard-00002.safetensors"}));
   const std::string manifest = Contents(step + "/manifest.json");
   EXPECT_EQ(Contents(step + "/COMMIT"), Hex64(Hash64(manifest)) + "\n");
 
@@ -87,14 +87,14 @@ TEST_F(CheckpointTest, SurvivesMoves) {
   const Checkpoint moved = *std::move(opened);
   EXPECT_EQ(Difference(moved, sample), "");
   EXPECT_EQ(moved.Find("none").status(),
-            absl::NotFoundError(absl::StrCat(Path("step-00000001"), ": tensor \"none\" is not in this checkpoint")));
+            absl::NotFoundError(
+                absl::StrCat(Path("step-00000001"), ": tensor \"none\" is not in this checkpoint")));
 }
 
 TEST_F(CheckpointTest, CreatesTheDirectoryAndAcceptsNoTensors) {
   const std::string deep = Path("a/b");
-  const std::vector<absl::Status> saved = OnRanks(2, [&](Communicator& world) {
-    return SaveCheckpoint(world, deep, CheckpointMeta(), {}, 1);
-  });
+  const std::vector<absl::Status> saved =
+      OnRanks(2, [&](Communicator& world) { return SaveCheckpoint(world, deep, CheckpointMeta(), {}, 1); });
   for (const absl::Status& status : saved) EXPECT_TRUE(status.ok()) << status;
   const absl::StatusOr<Checkpoint> opened = Checkpoint::Open(deep);
   ASSERT_TRUE(opened.ok()) << opened.status();
@@ -123,7 +123,8 @@ TEST_F(CheckpointTest, ARunContinuedFromAnEarlierStepLeavesLaterOnesUntilItPasse
   for (int64_t step : {10, 20, 30}) Save(1, directory(), Sample(step), 3);
   Save(1, directory(), Sample(15), 1);
   EXPECT_EQ(Names(directory()), (Strings{"LATEST", "step-00000015", "step-00000020", "step-00000030"}));
-  EXPECT_EQ(Difference(Checkpoint::Open(directory()), Sample(15)), "");  // what was saved last, not the highest
+  EXPECT_EQ(Difference(Checkpoint::Open(directory()), Sample(15)),
+            "");  // what was saved last, not the highest
   Save(1, directory(), Sample(40), 1);
   EXPECT_EQ(Names(directory()), (Strings{"LATEST", "step-00000040"}));
 }
@@ -189,15 +190,16 @@ TEST_F(CheckpointTest, NotFoundWithoutACommittedStep) {
   expect_not_found(Path("file"));
   ASSERT_TRUE(MakeDirectories(Path("step-00000001")).ok());
   expect_not_found(directory());
-  const std::vector<absl::Status> statuses = OnRanks(
-      3, [&](Communicator& world) { return Checkpoint::Open(world, Path("none")).status(); });
+  const std::vector<absl::Status> statuses =
+      OnRanks(3, [&](Communicator& world) { return Checkpoint::Open(world, Path("none")).status(); });
   for (const absl::Status& status : statuses) {
     EXPECT_TRUE(absl::IsNotFound(status)) << status;
     EXPECT_EQ(status, statuses[0]);
   }
 }
 
-void ExpectSameError(const std::vector<absl::Status>& statuses, absl::StatusCode code, const std::string& message) {
+void ExpectSameError(const std::vector<absl::Status>& statuses, absl::StatusCode code,
+                     const std::string& message) {
   for (const absl::Status& status : statuses) {
     EXPECT_EQ(status.code(), code) << status;
     EXPECT_TRUE(absl::StrContains(status.message(), message)) << status << "\nexpected: " << message;

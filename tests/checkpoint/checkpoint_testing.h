@@ -1,6 +1,7 @@
 #pragma once
 
-// Tensors with known contents, groups of ranks as threads, and the comparison of a checkpoint with what was saved.
+// Tensors with known contents, groups of ranks as threads, and the comparison of a checkpoint with what was
+// saved.
 
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -58,7 +59,8 @@ class Sample {
   std::vector<NamedTensor> tensors_of(int rank, int ranks) const {
     std::vector<NamedTensor> mine;
     const std::vector<NamedTensor> all = tensors();
-    for (size_t i = static_cast<size_t>(rank); i < all.size(); i += static_cast<size_t>(ranks)) mine.push_back(all[i]);
+    for (size_t i = static_cast<size_t>(rank); i < all.size(); i += static_cast<size_t>(ranks))
+      mine.push_back(all[i]);
     return mine;
   }
 
@@ -100,12 +102,14 @@ auto OnRanks(int ranks, Fn fn) {
 inline std::vector<absl::Status> SaveOnRanks(int ranks, const std::string& directory, const Sample& sample,
                                              int64_t keep) {
   return OnRanks(ranks, [&](Communicator& world) {
-    return SaveCheckpoint(world, directory, sample.meta(), sample.tensors_of(world.rank(), world.size()), keep);
+    return SaveCheckpoint(world, directory, sample.meta(), sample.tensors_of(world.rank(), world.size()),
+                          keep);
   });
 }
 
 inline void Save(int ranks, const std::string& directory, const Sample& sample, int64_t keep) {
-  for (const absl::Status& status : SaveOnRanks(ranks, directory, sample, keep)) ASSERT_TRUE(status.ok()) << status;
+  for (const absl::Status& status : SaveOnRanks(ranks, directory, sample, keep))
+    ASSERT_TRUE(status.ok()) << status;
 }
 
 // "" if bit for bit the same, else the first difference.
@@ -135,11 +139,14 @@ inline std::string Difference(const absl::StatusOr<Checkpoint>& checkpoint, cons
 
 inline std::string Contents(const std::string& path) { return ReadFile(path).value(); }
 inline void Overwrite(const std::string& path, absl::string_view contents) {
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);  // no fsync, which thousands of cases would wait for
+  std::ofstream file(
+      path, std::ios::binary | std::ios::trunc);  // no fsync, which thousands of cases would wait for
   file.write(contents.data(), static_cast<std::streamsize>(contents.size()));
   file.close();
   ANNULUS_CHECK(file.good()) << path;
 }
-inline std::vector<std::string> Names(const std::string& directory) { return ListDirectory(directory).value(); }
+inline std::vector<std::string> Names(const std::string& directory) {
+  return ListDirectory(directory).value();
+}
 
 }  // namespace annulus::testing

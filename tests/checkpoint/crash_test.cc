@@ -23,8 +23,8 @@
 namespace annulus {
 namespace {
 
-// The program's own definitions of write(), fsync(), rename() ... below take precedence over the C library's, so
-// the code under test is the code that ships. Armed, they count and record, and stop or fail one call.
+// The program's own definitions of write(), fsync(), rename() ... below take precedence over the C library's,
+// so the code under test is the code that ships. Armed, they count and record, and stop or fail one call.
 enum class AtCall {
   kCount,
   kKill,         // SIGKILL to this process in place of the call
@@ -81,7 +81,8 @@ bool Intercept(const std::string& call, Torn torn) {
     errno = ENOSPC;
     return true;
   }
-  if (number != calls.at || calls.action == AtCall::kCount || calls.action == AtCall::kNoSpaceLeft) return false;
+  if (number != calls.at || calls.action == AtCall::kCount || calls.action == AtCall::kNoSpaceLeft)
+    return false;
   if (calls.action == AtCall::kKillTorn) torn();
   kill(getpid(), SIGKILL);
   return true;
@@ -120,7 +121,8 @@ ssize_t write(int fd, const void* data, size_t bytes) {
 
 int fsync(int fd) {
   if (Calls().armed && Intercept("fsync " + PathOf(fd))) return -1;
-  // What a killed process has written stays in the page cache; waiting for the disk here would show nothing more.
+  // What a killed process has written stays in the page cache; waiting for the disk here would show nothing
+  // more.
   return fcntl(fd, F_GETFD) < 0 ? -1 : 0;
 }
 
@@ -135,7 +137,8 @@ int mkdir(const char* path, mode_t mode) noexcept {
 }
 
 int unlinkat(int directory, const char* path, int flags) noexcept {
-  if (Calls().armed && Intercept(absl::StrCat("remove ", directory == AT_FDCWD ? "" : PathOf(directory) + "/", path)))
+  if (Calls().armed &&
+      Intercept(absl::StrCat("remove ", directory == AT_FDCWD ? "" : PathOf(directory) + "/", path)))
     return -1;
   return static_cast<int>(syscall(SYS_unlinkat, directory, path, flags));
 }
@@ -217,7 +220,8 @@ TEST_P(CrashTest, KilledAtEveryOperation) {
       if (!WasKilled(status)) break;
       ++kills;
     }
-    EXPECT_GE(kills, 20);  // create, write, fsync of four files, directories, renames, and the old one's removal
+    EXPECT_GE(kills,
+              20);  // create, write, fsync of four files, directories, renames, and the old one's removal
   }
 }
 
@@ -233,7 +237,8 @@ TEST_P(CrashTest, EveryOperationOutOfSpace) {
       const bool reached = static_cast<int>(Disarm().size()) > failures;
       for (const absl::Status& status : statuses) {
         EXPECT_EQ(status, statuses[0]) << where;
-        EXPECT_TRUE(status.ok() ? !reached || action == AtCall::kNoSpaceLeft : absl::IsResourceExhausted(status))
+        EXPECT_TRUE(status.ok() ? !reached || action == AtCall::kNoSpaceLeft
+                                : absl::IsResourceExhausted(status))
             << where << ": " << status;
       }
       if (statuses[0].ok()) {
@@ -306,9 +311,11 @@ TEST(FullDisk, EveryRankReturnsTheErrorAndOldCheckpointsStay) {
       const rlimit file_size{limit, limit};
       if (setrlimit(RLIMIT_FSIZE, &file_size) != 0) _exit(2);
       for (const absl::Status& saved : SaveOnRanks(3, directory.path(), Sample(2), 2))
-        if (!absl::IsResourceExhausted(saved) || !absl::StrContains(saved.message(), directory.path())) _exit(3);
+        if (!absl::IsResourceExhausted(saved) || !absl::StrContains(saved.message(), directory.path()))
+          _exit(3);
     });
-    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "limit " << limit << ": wait status " << status;
+    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0)
+        << "limit " << limit << ": wait status " << status;
     EXPECT_EQ(Difference(Checkpoint::Open(directory.path()), before), "") << "limit " << limit;
     EXPECT_EQ(Names(directory.path()), (Strings{"LATEST", "step-00000001"})) << "limit " << limit;
   }

@@ -89,7 +89,8 @@ TEST_F(DamageTest, ExchangedShardsAreNoticed) {
 TEST_F(DamageTest, EveryRankReturnsTheSameError) {
   const std::string path = step_ + "/shard-00001.safetensors", whole = Contents(path);
   std::string damaged = whole;
-  damaged.back() = static_cast<char>(damaged.back() ^ 1);  // data: only the rank that hashes this file sees it
+  damaged.back() =
+      static_cast<char>(damaged.back() ^ 1);  // data: only the rank that hashes this file sees it
   Overwrite(path, damaged);
   for (const int ranks : {1, 2, 3, 4}) {
     const std::vector<absl::Status> statuses = OnRanks(
@@ -145,14 +146,19 @@ TEST_F(ForgeryTest, TheManifestIsCheckedFieldByField) {
   ExpectRefused([](json& m) { m["version"] = 2; }, "version=2: expected annulus-checkpoint version 1");
   ExpectRefused([](json& m) { m["meta"]["step"] = -1; }, "meta.step=-1: expected an integer");
   ExpectRefused([](json& m) { m["meta"]["seed"] = 1.5; }, "meta.seed=1.5: expected an integer");
-  ExpectRefused([](json& m) { m["meta"]["data_fingerprint"] = "12"; }, "meta.data_fingerprint=\"12\": expected 16");
+  ExpectRefused([](json& m) { m["meta"]["data_fingerprint"] = "12"; },
+                "meta.data_fingerprint=\"12\": expected 16");
   ExpectRefused([](json& m) { m["meta"]["config"] = nullptr; }, "meta.config=null: expected a string");
   ExpectRefused([](json& m) { m["files"] = 3; }, "files=3: expected an array");
-  ExpectRefused([](json& m) { m["files"][0]["bytes"] = uint64_t{1} << 63; }, "files[0].bytes=9223372036854775808");
-  ExpectRefused([](json& m) { m["files"][0]["hash"] = 7; }, "files[0].hash=7: expected 16 hexadecimal digits");
-  ExpectRefused([](json& m) { m["files"][1] = m["files"][0]; }, "file shard-00000.safetensors is listed twice");
+  ExpectRefused([](json& m) { m["files"][0]["bytes"] = uint64_t{1} << 63; },
+                "files[0].bytes=9223372036854775808");
+  ExpectRefused([](json& m) { m["files"][0]["hash"] = 7; },
+                "files[0].hash=7: expected 16 hexadecimal digits");
+  ExpectRefused([](json& m) { m["files"][1] = m["files"][0]; },
+                "file shard-00000.safetensors is listed twice");
   for (const char* name : {"../shard-00000.safetensors", "/dev/zero", "shard-.safetensors", "", "COMMIT"})
-    ExpectRefused([&](json& m) { m["files"][0]["name"] = name; }, absl::StrCat("files[0].name=\"", name, "\""));
+    ExpectRefused([&](json& m) { m["files"][0]["name"] = name; },
+                  absl::StrCat("files[0].name=\"", name, "\""));
 }
 
 TEST_F(ForgeryTest, FilesAndTensorsMustBeThoseOfTheManifest) {
@@ -161,11 +167,14 @@ TEST_F(ForgeryTest, FilesAndTensorsMustBeThoseOfTheManifest) {
   ExpectRefused([](json& m) { m["files"][0]["name"] = "shard-00007.safetensors"; },
                 "shard-00007.safetensors: missing from this checkpoint");
   ExpectRefused([](json& m) { m["files"][0]["tensors"].erase(0); }, "(manifest)");
-  ExpectRefused([](json& m) { m["files"][0]["tensors"].push_back(
-                                  {{"name", "zz"}, {"dtype", "F32"}, {"shape", {2}}}); },
-                "holds no tensor: expected \"zz\" F32 [2] (manifest)");
+  ExpectRefused(
+      [](json& m) {
+        m["files"][0]["tensors"].push_back({{"name", "zz"}, {"dtype", "F32"}, {"shape", {2}}});
+      },
+      "holds no tensor: expected \"zz\" F32 [2] (manifest)");
   ExpectRefused([](json& m) { m["files"][0]["tensors"][0]["shape"] = {1}; }, "(manifest)");
-  ExpectRefused([](json& m) { m["files"][0]["tensors"][0]["dtype"] = "BF16"; }, "dtype=BF16 is not supported");
+  ExpectRefused([](json& m) { m["files"][0]["tensors"][0]["dtype"] = "BF16"; },
+                "dtype=BF16 is not supported");
   ExpectRefused([](json& m) { m["files"][1]["tensors"].push_back(m["files"][0]["tensors"][0]); },
                 "is in shard-00000.safetensors and in shard-00001.safetensors");
 }

@@ -33,12 +33,46 @@ class Dice {
 
 // Bytes that mean something to the formats, and numbers around their limits.
 const std::string& Token(Dice& dice) {
-  static const auto* const tokens = new std::vector<std::string>{
-      "{", "}", "[", "]", "\"", ":", ",", "0", "1", "-1", "4", "1e9", "1.5", "9223372036854775807",
-      "9223372036854775808", "18446744073709551615", "99999999999999999999", "4294967296", "null", "true", "\"F32\"",
-      "\"F64\"", "\"BF16\"", "\"dtype\"", "\"shape\"", "\"data_offsets\"", "\"__metadata__\"", "{}", "[]", "\\u0000",
-      "\\ud800", "\xff", "\xc3", std::string(1, '\0'), std::string(64, '['), "[[[[[[[[", " ", "shard-00000.safetensors",
-      "../", "0000000000000000"};
+  static const auto* const tokens = new std::vector<std::string>{"{",
+                                                                 "}",
+                                                                 "[",
+                                                                 "]",
+                                                                 "\"",
+                                                                 ":",
+                                                                 ",",
+                                                                 "0",
+                                                                 "1",
+                                                                 "-1",
+                                                                 "4",
+                                                                 "1e9",
+                                                                 "1.5",
+                                                                 "9223372036854775807",
+                                                                 "9223372036854775808",
+                                                                 "18446744073709551615",
+                                                                 "99999999999999999999",
+                                                                 "4294967296",
+                                                                 "null",
+                                                                 "true",
+                                                                 "\"F32\"",
+                                                                 "\"F64\"",
+                                                                 "\"BF16\"",
+                                                                 "\"dtype\"",
+                                                                 "\"shape\"",
+                                                                 "\"data_offsets\"",
+                                                                 "\"__metadata__\"",
+                                                                 "{}",
+                                                                 "[]",
+                                                                 "\\u0000",
+                                                                 "\\ud800",
+                                                                 "\xff",
+                                                                 "\xc3",
+                                                                 std::string(1, '\0'),
+                                                                 std::string(64, '['),
+                                                                 "[[[[[[[[",
+                                                                 " ",
+                                                                 "shard-00000.safetensors",
+                                                                 "../",
+                                                                 "0000000000000000"};
   return (*tokens)[dice.Below(tokens->size())];
 }
 
@@ -50,11 +84,21 @@ std::string Mutated(std::string text, Dice& dice) {
       case 0:
         if (at < text.size()) text[at] = static_cast<char>(text[at] ^ (1 << dice.Below(8)));
         break;
-      case 1: text.erase(at, length); break;
-      case 2: text.insert(at, Token(dice)); break;
-      case 3: text.replace(at, length, Token(dice)); break;
-      case 4: text.insert(dice.Below(text.size() + 1), text.substr(at, 4 * length)); break;
-      default: text.resize(at); break;
+      case 1:
+        text.erase(at, length);
+        break;
+      case 2:
+        text.insert(at, Token(dice));
+        break;
+      case 3:
+        text.replace(at, length, Token(dice));
+        break;
+      case 4:
+        text.insert(dice.Below(text.size() + 1), text.substr(at, 4 * length));
+        break;
+      default:
+        text.resize(at);
+        break;
     }
   }
   return text;
@@ -108,7 +152,9 @@ Parts Split(const std::string& file) {
 }
 
 // Reads every byte of every tensor, so that a sanitizer sees a range that is not inside the file.
-uint64_t Touch(const ConstTensorRef& tensor) { return Hash64(tensor.raw(), static_cast<size_t>(tensor.bytes())); }
+uint64_t Touch(const ConstTensorRef& tensor) {
+  return Hash64(tensor.raw(), static_cast<size_t>(tensor.bytes()));
+}
 
 struct Tally {
   int accepted = 0, refused = 0;

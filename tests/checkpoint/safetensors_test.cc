@@ -34,22 +34,22 @@ TEST(WriteSafetensors, LaysOutLikeOtherWriters) {
   const uint8_t bytes[3] = {'a', 'b', 'c'};
   const TemporaryDirectory directory;
   const std::string path = directory.path() + "/f";
-  const absl::StatusOr<WrittenFile> written = WriteSafetensors(path,
-                                                               {{"u", {bytes, DType::kU8, Device{}, Shape({3})}},
-                                                                {"b", {single, DType::kF32, Device{}, Shape({2, 1})}},
-                                                                {"none", {nullptr, DType::kF32, Device{}, Shape({0})}},
-                                                                {"z", {&wide, DType::kF64, Device{}, Shape()}},
-                                                                {"a", {&number, DType::kI64, Device{}, Shape({1})}}},
-                                                               {{"k", "v\n"}});
+  const absl::StatusOr<WrittenFile> written =
+      WriteSafetensors(path,
+                       {{"u", {bytes, DType::kU8, Device{}, Shape({3})}},
+                        {"b", {single, DType::kF32, Device{}, Shape({2, 1})}},
+                        {"none", {nullptr, DType::kF32, Device{}, Shape({0})}},
+                        {"z", {&wide, DType::kF64, Device{}, Shape()}},
+                        {"a", {&number, DType::kI64, Device{}, Shape({1})}}},
+                       {{"k", "v\n"}});
   ASSERT_TRUE(written.ok()) << written.status();
 
-  std::string header =
-      R"({"__metadata__":{"k":"v\n"},)"
-      R"("a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},)"
-      R"("z":{"dtype":"F64","shape":[],"data_offsets":[8,16]},)"
-      R"("b":{"dtype":"F32","shape":[2,1],"data_offsets":[16,24]},)"
-      R"("none":{"dtype":"F32","shape":[0],"data_offsets":[24,24]},)"
-      R"("u":{"dtype":"U8","shape":[3],"data_offsets":[24,27]}})";
+  std::string header = R"({"__metadata__":{"k":"v\n"},)"
+                       R"("a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},)"
+                       R"("z":{"dtype":"F64","shape":[],"data_offsets":[8,16]},)"
+                       R"("b":{"dtype":"F32","shape":[2,1],"data_offsets":[16,24]},)"
+                       R"("none":{"dtype":"F32","shape":[0],"data_offsets":[24,24]},)"
+                       R"("u":{"dtype":"U8","shape":[3],"data_offsets":[24,27]}})";
   while (header.size() % 8 != 0) header += ' ';
   std::string data(27, '\0');
   std::memcpy(&data[0], &number, 8);
@@ -85,7 +85,8 @@ TEST(WriteSafetensors, ReadsBackBitForBitAndSurvivesMoves) {
     EXPECT_EQ(found->dtype(), t.tensor.dtype());
     EXPECT_EQ(found->shape(), t.tensor.shape());
     if (t.tensor.bytes() > 0) {
-      EXPECT_EQ(std::memcmp(found->raw(), t.tensor.raw(), static_cast<size_t>(t.tensor.bytes())), 0) << t.name;
+      EXPECT_EQ(std::memcmp(found->raw(), t.tensor.raw(), static_cast<size_t>(t.tensor.bytes())), 0)
+          << t.name;
     }
   }
   EXPECT_EQ(file.Find("layers.9").status(),
@@ -100,7 +101,8 @@ TEST(WriteSafetensors, RefusesNamesThatCannotBeRead) {
   const auto write = [&](std::vector<NamedTensor> tensors) {
     return WriteSafetensors(path, std::move(tensors), {}).status();
   };
-  EXPECT_EQ(write({{"a", tensor}, {"b", tensor}, {"a", tensor}}), Invalid(path, ": tensor \"a\" is given twice"));
+  EXPECT_EQ(write({{"a", tensor}, {"b", tensor}, {"a", tensor}}),
+            Invalid(path, ": tensor \"a\" is given twice"));
   EXPECT_EQ(write({{"__metadata__", tensor}}),
             Invalid(path, ": tensor name \"__metadata__\" is reserved by the format"));
   EXPECT_TRUE(absl::StrContains(write({{"\xff", tensor}}).message(), "expected UTF-8"));
@@ -109,9 +111,9 @@ TEST(WriteSafetensors, RefusesNamesThatCannotBeRead) {
 }
 
 TEST(SafetensorsFile, AcceptsWhatTheFormatAllows) {
-  const std::string unaligned = FileOf(
-      R"({"b":{"data_offsets":[1,9],"dtype":"F32","shape":[2]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})",
-      "123456789");
+  const std::string unaligned = FileOf(R"({"b":{"data_offsets":[1,9],"dtype":"F32","shape":[2]},)"
+                                       R"("a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})",
+                                       "123456789");
   absl::StatusOr<SafetensorsFile> file = ParseText(unaligned);
   ASSERT_TRUE(file.ok()) << file.status();
   EXPECT_EQ(static_cast<const char*>(file->Find("b")->raw()), unaligned.data() + unaligned.size() - 8);
@@ -151,7 +153,8 @@ TEST(SafetensorsFile, RefusesEverythingElseByName) {
       {FileOf(R"({"t":[[[[1]]]]})"), "nested deeper than the 3 levels"},
       {FileOf("{\"t\":" + std::string(1'000'000, '[')), "nested deeper than the 3 levels"},
       {FileOf(R"({"t":{},"t":{}})"), "key \"t\" appears twice"},
-      {FileOf(R"({"t":{"dtype":"U8","dtype":"U8","shape":[0],"data_offsets":[0,0]}})"), "key \"dtype\" appears twice"},
+      {FileOf(R"({"t":{"dtype":"U8","dtype":"U8","shape":[0],"data_offsets":[0,0]}})"),
+       "key \"dtype\" appears twice"},
       {FileOf(R"({"__metadata__":{"k":1}})"), "__metadata__ \"k\"=1: expected a string"},
       {FileOf(R"({"__metadata__":[]})"), "__metadata__: expected an object"},
       {FileOf(R"({"t":3})"), "tensor \"t\"=3: expected an object"},
@@ -163,30 +166,41 @@ TEST(SafetensorsFile, RefusesEverythingElseByName) {
       {OneTensor(R"("dtype":"f32","shape":[1],"data_offsets":[0,4])", "1234"), "dtype=\"f32\" is unknown"},
       {OneTensor(R"("dtype":7,"shape":[1],"data_offsets":[0,4])", "1234"), "dtype=7: expected a string"},
       {OneTensor(R"("dtype":"U8","shape":4,"data_offsets":[0,4])", "1234"), "shape=4: expected an array"},
-      {OneTensor(R"("dtype":"U8","shape":[-4],"data_offsets":[0,4])", "1234"), "shape[0]=-4: expected an integer from 0"},
-      {OneTensor(R"("dtype":"U8","shape":[-0],"data_offsets":[0,0])", ""), "shape[0]=0: expected an integer from 0"},
-      {OneTensor(R"("dtype":"U8","shape":[4.0],"data_offsets":[0,4])", "1234"), "shape[0]=4.0: expected an integer"},
+      {OneTensor(R"("dtype":"U8","shape":[-4],"data_offsets":[0,4])", "1234"),
+       "shape[0]=-4: expected an integer from 0"},
+      {OneTensor(R"("dtype":"U8","shape":[-0],"data_offsets":[0,0])", ""),
+       "shape[0]=0: expected an integer from 0"},
+      {OneTensor(R"("dtype":"U8","shape":[4.0],"data_offsets":[0,4])", "1234"),
+       "shape[0]=4.0: expected an integer"},
       {OneTensor(R"("dtype":"U8","shape":[9223372036854775808],"data_offsets":[0,4])", "1234"),
        "shape[0]=9223372036854775808: expected an integer from 0 to 2^63 - 1"},
-      {OneTensor(R"("dtype":"U8","shape":[99999999999999999999],"data_offsets":[0,4])", "1234"), "shape[0]=1e+20"},
+      {OneTensor(R"("dtype":"U8","shape":[99999999999999999999],"data_offsets":[0,4])", "1234"),
+       "shape[0]=1e+20"},
       {OneTensor(R"("dtype":"U8","shape":[1e999],"data_offsets":[0,4])", "1234"), "not valid JSON at byte"},
-      {OneTensor(R"("dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0])", ""), "fewer than 2^63 bytes"},
-      {OneTensor(R"("dtype":"F32","shape":[0,4611686018427387904,4],"data_offsets":[0,0])", ""), "fewer than 2^63"},
-      {OneTensor(R"("dtype":"U8","shape":[1,1,1,1,1],"data_offsets":[0,1])", "1"), "5 dimensions: expected at most 4"},
+      {OneTensor(R"("dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0])", ""),
+       "fewer than 2^63 bytes"},
+      {OneTensor(R"("dtype":"F32","shape":[0,4611686018427387904,4],"data_offsets":[0,0])", ""),
+       "fewer than 2^63"},
+      {OneTensor(R"("dtype":"U8","shape":[1,1,1,1,1],"data_offsets":[0,1])", "1"),
+       "5 dimensions: expected at most 4"},
       {OneTensor(R"("dtype":"U8","shape":[4],"data_offsets":[0])", "1234"), "data_offsets has 1 entries"},
       {OneTensor(R"("dtype":"U8","shape":[4],"data_offsets":[0,-4])", "1234"), "data_offsets[1]=-4"},
-      {OneTensor(R"("dtype":"U8","shape":[4],"data_offsets":[4,0])", "1234"), "data_offsets=[4,0]: expected 4 bytes"},
-      {OneTensor(R"("dtype":"F32","shape":[1],"data_offsets":[0,5])", "12345"), "expected 4 bytes for F32 [1]"},
+      {OneTensor(R"("dtype":"U8","shape":[4],"data_offsets":[4,0])", "1234"),
+       "data_offsets=[4,0]: expected 4 bytes"},
+      {OneTensor(R"("dtype":"F32","shape":[1],"data_offsets":[0,5])", "12345"),
+       "expected 4 bytes for F32 [1]"},
       {OneTensor(R"("dtype":"U8","shape":[4],"data_offsets":[1,5])", "12345"),
        "tensor \"t\" begins at data byte 1: expected 0 (there is a hole before it)"},
       {OneTensor(R"("dtype":"U8","shape":[4],"data_offsets":[0,4])", "123"),
        "3 bytes of data: expected 4; the file is truncated"},
       {OneTensor(R"("dtype":"U8","shape":[4],"data_offsets":[0,4])", "12345"),
        "5 bytes of data: expected 4; there is data after the last tensor"},
-      {FileOf(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}})",
+      {FileOf(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},)"
+              R"("b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}})",
               "123"),
        "tensor \"b\" begins at data byte 1: expected 2 (it overlaps another tensor)"},
-      {FileOf(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})",
+      {FileOf(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+              R"("b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})",
               "123"),
        "tensor \"b\" begins at data byte 2: expected 1 (there is a hole before it)"},
   };

@@ -55,7 +55,8 @@ TEST(Arena, AllocationsAreAlignedAndDisjoint) {
   for (const int64_t elements : {1, 0, 63, 64, 65, 1000, 3'000'000, 5'000'000, 2}) {
     tensors.push_back(arena.Allocate(DType::kF32, Shape({elements})));
     EXPECT_TRUE(Aligned(tensors.back().raw()));
-    std::memset(tensors.back().raw(), static_cast<int>(tensors.size()), static_cast<size_t>(tensors.back().bytes()));
+    std::memset(tensors.back().raw(), static_cast<int>(tensors.size()),
+                static_cast<size_t>(tensors.back().bytes()));
   }
   for (size_t i = 0; i < tensors.size(); ++i) {
     EXPECT_TRUE(AllBytesAre(tensors[i].raw(), tensors[i].bytes(), static_cast<uint8_t>(i + 1))) << i;

@@ -35,8 +35,9 @@ class SafetensorsFile {
   // The same for bytes in memory; `name` stands for the path in errors. `bytes` must outlive the result.
   static absl::StatusOr<SafetensorsFile> Parse(absl::string_view name, absl::Span<const uint8_t> bytes);
 
-  const std::vector<NamedTensor>& tensors() const { return tensors_; }  // sorted by name; data may be unaligned
-  absl::StatusOr<ConstTensorRef> Find(absl::string_view name) const;    // NotFound names file and tensor
+  // Sorted by name; data may be unaligned.
+  const std::vector<NamedTensor>& tensors() const { return tensors_; }
+  absl::StatusOr<ConstTensorRef> Find(absl::string_view name) const;  // NotFound names file and tensor
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   absl::Span<const uint8_t> bytes() const { return bytes_; }
 
