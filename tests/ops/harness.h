@@ -198,10 +198,9 @@ double MaxAbs(const std::vector<T>& values) {
 //   max |got - wide| <= 2 max |naive - wide| + 4 epsilon operand_norm
 // where naive and wide are the reference in T and in the next wider type. operand_norm bounds what is summed
 // into an output; left out, it is the largest output. The four epsilons: a naive result may by luck be exact.
-template <typename T, typename Reference>
-void ExpectMatches(const std::vector<T>& got, const Reference& reference, double operand_norm = 0) {
-  const std::vector<T> naive = reference.template operator()<T>();
-  const std::vector<Wide<T>> wide = reference.template operator()<Wide<T>>();
+template <typename T>
+void ExpectMatches(const std::vector<T>& got, const std::vector<T>& naive, const std::vector<Wide<T>>& wide,
+                   double operand_norm = 0) {
   ASSERT_EQ(got.size(), wide.size());
   ASSERT_EQ(naive.size(), wide.size());
   for (size_t i = 0; i < got.size(); ++i) {
@@ -213,6 +212,13 @@ void ExpectMatches(const std::vector<T>& got, const Reference& reference, double
   const double norm = std::max(operand_norm, MaxAbs(wide));
   const double atol = 4 * static_cast<double>(std::numeric_limits<T>::epsilon()) * norm;
   EXPECT_LE(MaxDifference(got, wide), 2 * MaxDifference(naive, wide) + atol);
+}
+
+// The same for a reference that is a template lambda on the type it computes in.
+template <typename T, typename Reference>
+void ExpectMatches(const std::vector<T>& got, const Reference& reference, double operand_norm = 0) {
+  ExpectMatches<T>(got, reference.template operator()<T>(), reference.template operator()<Wide<T>>(),
+                   operand_norm);
 }
 
 template <typename T>

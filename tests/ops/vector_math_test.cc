@@ -11,8 +11,8 @@ double WorstUlp(int64_t count) {
   using Traits = kernels::ExpTraits<T>;
   double worst = 0;
   for (int64_t i = 0; i <= count; ++i) {
-    const T x =
-        Traits::kLowest + (Traits::kHighest - Traits::kLowest) * static_cast<T>(i) / static_cast<T>(count);
+    const T fraction = static_cast<T>(i) / static_cast<T>(count);
+    const T x = std::min(Traits::kHighest, Traits::kLowest + (Traits::kHighest - Traits::kLowest) * fraction);
     const Wide<T> expected = std::exp(static_cast<Wide<T>>(x));
     const T rounded = static_cast<T>(expected);
     const T ulp = std::nextafter(rounded, std::numeric_limits<T>::infinity()) - rounded;

@@ -6,6 +6,7 @@
 //   s_ij = scale q_i . k_j   where lo_i <= position(j) < hi_i, else -inf
 //   O_i = sum_j softmax(s)_ij v_j        LSE_i = log sum_j exp(s_ij), -inf where no key was allowed (then O_i = 0)
 //
+// Keys outside every row's range are not read. Between ranges they may meet a weight of zero: K and V must be finite.
 // Query head h reads KV head h / (heads / kv_heads). Sums are carried in the accumulator dtype (f32; f64 for f64).
 
 #include "absl/types/span.h"
