@@ -40,7 +40,8 @@ int Main(const std::vector<std::string>& args) {
     }
     const absl::Status status = command.run(*arguments, command_line);
     if (status.ok()) return 0;
-    std::fprintf(stderr, "error: %s\n", std::string(status.message()).c_str());
+    // An empty message: another rank reports it.
+    if (!status.message().empty()) std::fprintf(stderr, "error: %s\n", std::string(status.message()).c_str());
     return 1;
   }
   std::fprintf(stderr, "annulus: unknown command `%s`\n\n", args[1].c_str());

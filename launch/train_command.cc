@@ -9,16 +9,15 @@
 namespace annulus {
 namespace {
 
-// How long other ranks leave an error to rank 0, which prints what all agreed on and ends the job.
-constexpr unsigned kGraceSeconds = 2;
-
 // Rank 0 reads, all ranks check: a wrong file gives every rank the same error.
 absl::StatusOr<ResolvedConfig> LoadEverywhere(Communicator world, const Arguments& arguments) {
   const std::string& path = arguments.operand();
   absl::StatusOr<std::string> text = world.rank() == 0 ? ReadFile(path) : std::string();
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(text.status()));
   ANNULUS_ASSIGN_OR_RETURN(const std::string agreed, world.BroadcastString(*text, 0));
-  return LoadConfig(path, agreed, arguments.All("--set"), world.size());
+  absl::StatusOr<ResolvedConfig> config = LoadConfig(path, agreed, arguments.All("--set"), world.size());
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(config.status()));
+  return config;
 }
 
 absl::Status Train(Communicator world, const Arguments& arguments, const std::string& command_line) {
@@ -35,11 +34,13 @@ absl::Status Run(const Arguments& arguments, const std::string& command_line) {
   const int rank = session.world().rank();
   const absl::Status status = Train(session.world(), arguments, command_line);
   if (status.ok()) return status;
-  // Another rank may be inside a collective that will never complete: the job ends here, not in MPI_Finalize.
-  if (rank != 0) sleep(kGraceSeconds);
-  const std::string where = rank == 0 ? "" : absl::StrCat("rank ", rank, ": ");
-  std::fprintf(stderr, "error: %s%s\n", where.c_str(), std::string(status.message()).c_str());
-  MpiSession::Abort(1);
+  if (!IsAgreed(status)) {
+    // The other ranks may be inside a collective that will never complete: the job ends here and now.
+    std::fprintf(stderr, "error: rank %d: %s\n", rank, std::string(status.message()).c_str());
+    MpiSession::Abort(1);
+  }
+  if (rank == 0) return status;
+  return absl::CancelledError();  // rank 0 reports it
 }
 
 }  // namespace

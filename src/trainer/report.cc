@@ -1,5 +1,6 @@
 #include "annulus/train/report.h"
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -32,6 +33,18 @@ std::string WithThousands(int64_t value) {
     text += digits[i];
   }
   return text;
+}
+
+// Columns of the terminal that standard output is; 0 where it is none. Under mpirun every rank has a terminal of its
+// own between itself and mpirun, so there launch/mpirun says what its own output is.
+int TerminalColumns() {
+  const char* columns = std::getenv("ANNULUS_TERMINAL_COLUMNS");
+  if (columns != nullptr || std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr) {
+    return columns == nullptr ? 0 : std::atoi(columns);
+  }
+  winsize size{};
+  if (isatty(STDOUT_FILENO) == 0) return 0;
+  return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
 }
 
 std::string Bar(double done) {
@@ -97,7 +110,7 @@ std::string MetricsJson(const StepReport& report, std::optional<double> val_loss
   return json.dump() + "\n";
 }
 
-Console::Console(Output output) : output_(output), terminal_(isatty(STDOUT_FILENO) != 0) {}
+Console::Console(Output output) : output_(output), columns_(TerminalColumns()) {}
 
 Console::~Console() {
   if (open_line_) std::fputs("\n", stdout);
@@ -114,9 +127,11 @@ void Console::Line(const std::string& text) {
 
 void Console::Progress(const StepReport& report, int64_t total_steps, const std::string& line) {
   if (output_ == Output::kSilent) return;
-  if (terminal_) {
+  if (columns_ > 0) {
     const double done = static_cast<double>(report.step) / static_cast<double>(total_steps);
-    std::fprintf(stdout, "\r\033[K%s%s", Bar(done).c_str(), line.c_str());
+    // One column short: a full line would wrap, and what wraps is not redrawn.
+    const std::string text = (Bar(done) + line).substr(0, static_cast<size_t>(columns_ - 1));
+    std::fprintf(stdout, "\r\033[K%s", text.c_str());
     std::fflush(stdout);
     open_line_ = true;
     return;

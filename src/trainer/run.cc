@@ -128,8 +128,9 @@ absl::StatusOr<StepReport> TrainingRun::OneStep() {
   ANNULUS_ASSIGN_OR_RETURN(StepReport report, trainer_.Step(*batch, Now() - start));
   skipped_in_row_ = report.skipped ? skipped_in_row_ + 1 : 0;
   if (skipped_in_row_ >= kMaxSkippedInRow) {
-    return absl::FailedPreconditionError(absl::StrCat("step ", report.step, ": loss or gradient norm not finite in ",
-                                                      skipped_in_row_, " steps in a row; the parameters were not touched"));
+    return mesh_.world.AgreeOk(absl::FailedPreconditionError(
+        absl::StrCat("step ", report.step, ": loss or gradient norm not finite in ", skipped_in_row_,
+                     " steps in a row (nan_policy: SKIP); the parameters were left as they were")));
   }
   return report;
 }

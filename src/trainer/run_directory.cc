@@ -80,7 +80,7 @@ absl::Status LineFile::Write(absl::string_view text) {
 absl::StatusOr<RunDirectory> RunDirectory::Open(Communicator& world, const ResolvedConfig& config,
                                                 const RunOptions& options) {
   if (options.start == StartFrom::kLatestCheckpoint && options.run_dir.empty()) {
-    return Invalid("--resume: expected --run_dir DIR, the directory of the run to go on with");
+    return world.AgreeOk(Invalid("--resume: expected --run_dir DIR, the directory of the run to go on with"));
   }
   ANNULUS_ASSIGN_OR_RETURN(std::string path, world.BroadcastString(
                                options.run_dir.empty() ? NewRunPath(config) : options.run_dir, 0));

@@ -68,7 +68,9 @@ absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds
   double counted = 0;
   for (const MicroBatch& micro : batch) counted += static_cast<double>(micro.counted_tokens);
   ANNULUS_ASSIGN_OR_RETURN(counted, mesh_.dp.AllReduceValue(counted, ReduceOp::kSum));
-  if (counted == 0) return Invalid("step ", step_ + 1, ": no token of the batch is counted in the loss");
+  if (counted == 0) {
+    return mesh_.world.AgreeOk(Invalid("step ", step_ + 1, ": no token of the batch is counted in the loss"));
+  }
 
   exchange_ = {};
   ANNULUS_ASSIGN_OR_RETURN(double loss, ForwardBackward(batch, 1.0 / counted));
@@ -81,9 +83,9 @@ absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds
   report.tokens = static_cast<int64_t>(counted);
   report.skipped = !std::isfinite(report.loss) || !std::isfinite(report.grad_norm);
   if (report.skipped && spec_.nan_policy == NanPolicy::kStop) {
-    return absl::FailedPreconditionError(
+    return mesh_.world.AgreeOk(absl::FailedPreconditionError(
         absl::StrCat("step ", report.step, ": loss=", report.loss, " grad_norm=", report.grad_norm,
-                     ": expected finite values (nan_policy: STOP); parameters are as before this step"));
+                     ": expected finite values (nan_policy: STOP); parameters are as before this step")));
   }
   if (!report.skipped) {
     ANNULUS_RETURN_IF_ERROR(optimizer_.Update(ctx_, step_ + 1, report.lr, report.grad_norm));
@@ -133,7 +135,7 @@ absl::StatusOr<double> Trainer::Evaluate(const DataSet& data) {
   };
   ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(run()));
   ANNULUS_RETURN_IF_ERROR(mesh_.dp_cp.AllReduce(TensorRef(sums, DType::kF64, Device{}, {2}), ReduceOp::kSum));
-  if (sums[1] == 0) return Invalid("validation split: no token is counted in the loss");
+  if (sums[1] == 0) return mesh_.world.AgreeOk(Invalid("validation split: no token is counted in the loss"));
   return sums[0] / sums[1];
 }
 

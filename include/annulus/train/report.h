@@ -33,7 +33,7 @@ class Console {
 
  private:
   Output output_;
-  bool terminal_;
+  int columns_;  // 0: not a terminal
   bool open_line_ = false;
   double last_seconds_ = -1e9;
 };
