@@ -6,27 +6,19 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
-#include <functional>
 #include <numeric>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "annulus/base/random.h"
 #include "annulus/comm/communicator.h"
+#include "support/loopback.h"
 
 namespace annulus::testing {
 
 template <typename T>
 TensorRef RefOf(std::vector<T>& values) {
   return TensorRef(values.data(), DTypeOf<T>(), Device{}, Shape{static_cast<int64_t>(values.size())});
-}
-
-// Runs fn(communicator) on a thread per rank.
-inline void OnLoopback(int ranks, const std::function<void(Communicator)>& fn, double timeout_seconds = 120) {
-  std::vector<std::thread> threads;
-  for (const Communicator& comm : MakeLoopbackGroup(ranks, timeout_seconds)) threads.emplace_back(fn, comm);
-  for (std::thread& thread : threads) thread.join();
 }
 
 // Small integers that depend on (seed, rank, index).

@@ -1,0 +1,116 @@
+#include "annulus/parallel/mask.h"
+
+#include <gtest/gtest.h>
+
+#include "parallel/sequences.h"
+
+namespace annulus::testing {
+namespace {
+
+// A random layout, batch and window.
+struct Draw {
+  SequenceLayout layout;
+  SequenceBatch sequences;
+  int64_t window;
+};
+
+Draw MakeDraw(uint64_t seed) {
+  const RandomStream random(seed, "mask draws");
+  const int64_t length = 1 + static_cast<int64_t>(random.Below(0, 40));
+  const int ranks = 1 + static_cast<int>(random.Below(1, 8));
+  const int64_t batch = 1 + static_cast<int64_t>(random.Below(2, 3));
+  const Lengths lengths = random.Below(3, 2) == 0 ? Lengths::kFull : Lengths::kRandom;
+  const Documents documents = random.Below(4, 2) == 0 ? Documents::kNone : Documents::kRandom;
+  const int64_t window = random.Below(5, 2) == 0 ? 0 : 1 + static_cast<int64_t>(random.Below(6, 12));
+  return {SequenceLayout(kLayouts[random.Below(7, 3)], length, ranks),
+          RandomSequences(seed, length, batch, lengths, documents), window};
+}
+
+constexpr uint64_t kDraws = 300;
+
+TEST(VisibleKeys, AreThoseOfThePairwiseMask) {
+  for (uint64_t seed = 0; seed < kDraws; ++seed) {
+    const Draw draw = MakeDraw(seed);
+    for (int64_t item = 0; item < draw.sequences.batch; ++item) {
+      for (int64_t q = 0; q < draw.layout.padded_length(); ++q) {
+        const KeyRange keys = VisibleKeys(draw.sequences, draw.window, item, q);
+        for (int64_t k = 0; k < draw.layout.padded_length(); ++k) {
+          ASSERT_EQ(keys.lo <= k && k < keys.hi, Sees(draw.sequences, draw.window, item, q, k))
+              << "draw " << seed << ", item " << item << ", query " << q << ", key " << k;
+        }
+      }
+    }
+  }
+}
+
+TEST(LocalBounds, AreThoseOfTheRowsInOrder) {
+  for (uint64_t seed = 0; seed < kDraws; ++seed) {
+    const Draw draw = MakeDraw(seed);
+    const int64_t rows = draw.layout.local_rows(), batch = draw.sequences.batch;
+    for (int r = 0; r < draw.layout.ranks(); ++r) {
+      const BoundsTable table = LocalBounds(draw.layout, draw.sequences, draw.window, r);
+      ASSERT_EQ(static_cast<int64_t>(table.lo.size()), rows * batch);
+      for (int64_t row = 0; row < rows; ++row) {
+        const MaskBounds bounds = table.Rows(row, row + 1, batch);
+        ASSERT_EQ(static_cast<int64_t>(bounds.hi.size()), batch);
+        for (int64_t item = 0; item < batch; ++item) {
+          const int64_t q = draw.layout.PositionOf(r, row);
+          for (int64_t k = 0; k < draw.layout.padded_length(); ++k) {
+            const bool in_bounds = bounds.lo[static_cast<size_t>(item)] <= k && k < bounds.hi[static_cast<size_t>(item)];
+            ASSERT_EQ(in_bounds, Sees(draw.sequences, draw.window, item, q, k)) << "draw " << seed;
+          }
+        }
+      }
+    }
+  }
+}
+
+// What the cell (q_chunk, kv_chunk) of the problem must say, counted pair by pair.
+struct Cell {
+  RowRange hull;
+  int64_t pairs = 0;
+};
+
+Cell CountCell(const Draw& draw, const Chunk& q, const Chunk& kv) {
+  Cell cell;
+  for (int64_t item = 0; item < draw.sequences.batch; ++item) {
+    for (int64_t i = q.rows.begin; i < q.rows.end; ++i) {
+      for (int64_t j = kv.rows.begin; j < kv.rows.end; ++j) {
+        if (!Sees(draw.sequences, draw.window, item, draw.layout.PositionOf(q.owner, i),
+                  draw.layout.PositionOf(kv.owner, j))) {
+          continue;
+        }
+        cell.hull = cell.pairs == 0 ? RowRange{j, j + 1}
+                                    : RowRange{std::min(cell.hull.begin, j), std::max(cell.hull.end, j + 1)};
+        ++cell.pairs;
+      }
+    }
+  }
+  return cell;
+}
+
+TEST(ExchangeProblem, HoldsHullsAndPairCounts) {
+  for (uint64_t seed = 0; seed < kDraws; ++seed) {
+    SCOPED_TRACE(::testing::Message() << "draw " << seed);
+    const Draw draw = MakeDraw(seed);
+    const ExchangeProblem problem = MakeExchangeProblem(draw.layout, draw.sequences, draw.window);
+    ASSERT_EQ(problem.ranks, draw.layout.ranks());
+    ASSERT_EQ(problem.block_rows, draw.layout.local_rows());
+    ASSERT_EQ(problem.chunks.size(), draw.layout.chunks(0).size() * static_cast<size_t>(problem.ranks));
+    ASSERT_EQ(problem.keys.size(), problem.chunks.size() * problem.chunks.size());
+    ASSERT_EQ(problem.pairs.size(), problem.keys.size());
+    for (size_t i = 0; i < problem.chunks.size(); ++i) {
+      for (size_t j = 0; j < problem.chunks.size(); ++j) {
+        const Cell cell = CountCell(draw, problem.chunks[i], problem.chunks[j]);
+        ASSERT_EQ(problem.pairs_of(i, j), cell.pairs) << "chunks " << i << ", " << j;
+        ASSERT_EQ(problem.keys_of(i, j).empty(), cell.pairs == 0) << "chunks " << i << ", " << j;
+        if (cell.pairs > 0) {
+          ASSERT_EQ(problem.keys_of(i, j), cell.hull) << "chunks " << i << ", " << j;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace annulus::testing
