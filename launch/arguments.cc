@@ -20,7 +20,8 @@ absl::StatusOr<Arguments> Arguments::Parse(const CommandSpec& spec, const std::v
     for (const Option& candidate : spec.options) {
       if (name == candidate.name) option = &candidate;
     }
-    if (option == nullptr) return Invalid("annulus ", spec.name, ": unknown option ", name, "\n\n", Usage(spec));
+    if (option == nullptr)
+      return Invalid("annulus ", spec.name, ": unknown option ", name, "\n\n", Usage(spec));
     const bool inline_value = name.size() < args[i].size();
     if (option->takes == Option::Takes::kNothing) {
       if (inline_value) return Invalid("annulus ", spec.name, ": ", name, " takes no value");
@@ -77,7 +78,8 @@ std::string Usage(const CommandSpec& spec) {
                                   spec.options.empty() ? "" : " [options]", "\n  ", spec.summary, "\n");
   for (const Option& option : spec.options) {
     const std::string left = absl::StrCat("  ", option.name, *option.value ? " " : "", option.value);
-    absl::StrAppend(&text, left, std::string(left.size() < 28 ? 28 - left.size() : 1, ' '), option.help, "\n");
+    absl::StrAppend(&text, left, std::string(left.size() < 28 ? 28 - left.size() : 1, ' '), option.help,
+                    "\n");
   }
   return text;
 }

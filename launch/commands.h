@@ -1,7 +1,7 @@
 #pragma once
 
-// The subcommands of the `annulus` program. Each takes the arguments after its name and returns a Status; main prints
-// errors and sets the exit code.
+// The subcommands of the `annulus` program. Each takes the arguments after its name and returns a Status;
+// main prints errors and sets the exit code.
 
 #include <optional>
 #include <string>
@@ -13,7 +13,7 @@ namespace annulus {
 
 struct Option {
   enum class Takes { kNothing, kValue };
-  const char* name;   // "--set"
+  const char* name;  // "--set"
   Takes takes;
   const char* value;  // placeholder in the usage text
   const char* help;

@@ -45,13 +45,14 @@ absl::Status Run(const Arguments&, const std::string&) {
   utsname system{};
   uname(&system);
   Item("system", absl::StrCat(system.sysname, " ", system.release, " ", system.machine));
-  Item("cpu", absl::StrCat(ProcValue("/proc/cpuinfo", "model name"), ", ", std::thread::hardware_concurrency(),
-                           " cores usable"));
+  Item("cpu", absl::StrCat(ProcValue("/proc/cpuinfo", "model name"), ", ",
+                           std::thread::hardware_concurrency(), " cores usable"));
   Item("memory", absl::StrCat("total ", ProcValue("/proc/meminfo", "MemTotal"), ", available ",
                               ProcValue("/proc/meminfo", "MemAvailable")));
   Item("compiler", absl::StrCat("built with gcc ", __VERSION__));
-  Item("blas", absl::StrCat(openblas_get_config(), "; core ", openblas_get_corename(), "; ",
-                            openblas_get_num_threads(), " threads (launch/mpirun sets OPENBLAS_NUM_THREADS=1)"));
+  Item("blas",
+       absl::StrCat(openblas_get_config(), "; core ", openblas_get_corename(), "; ",
+                    openblas_get_num_threads(), " threads (launch/mpirun sets OPENBLAS_NUM_THREADS=1)"));
   Item("mpi", MpiLibraryVersion());
   if (OnPath("mpirun")) {
     Item("mpirun", "found");
@@ -67,9 +68,11 @@ absl::Status Run(const Arguments&, const std::string&) {
   }
   char directory[4096] = {};
   const bool writable = getcwd(directory, sizeof(directory)) != nullptr && access(directory, W_OK) == 0;
-  Item("directory", absl::StrCat(directory, writable ? " (writable)" : " (NOT writable: runs need --run_dir elsewhere)"));
+  Item("directory",
+       absl::StrCat(directory, writable ? " (writable)" : " (NOT writable: runs need --run_dir elsewhere)"));
   if (!writable) ++missing;
-  if (missing > 0) return absl::FailedPreconditionError(absl::StrCat(missing, " of the above must be mended"));
+  if (missing > 0)
+    return absl::FailedPreconditionError(absl::StrCat(missing, " of the above must be mended"));
   std::printf("all that Annulus needs is here\n");
   return absl::OkStatus();
 }

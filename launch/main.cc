@@ -15,9 +15,12 @@ std::vector<Command> Commands() {
 int PrintHelp(std::FILE* to, int exit_code) {
   std::fprintf(to, "annulus pretrains language models whose sequences are split over several ranks.\n\n");
   for (const Command& command : Commands()) {
-    std::fprintf(to, "  annulus %-7s %-7s %s\n", command.spec.name, command.spec.operand, command.spec.summary);
+    std::fprintf(to, "  annulus %-7s %-7s %s\n", command.spec.name, command.spec.operand,
+                 command.spec.summary);
   }
-  std::fprintf(to, "\nannulus COMMAND --help explains one. Several ranks: launch/mpirun -n 4 build/annulus train CONFIG\n");
+  std::fprintf(to,
+               "\nannulus COMMAND --help explains one. Several ranks: launch/mpirun -n 4 build/annulus train "
+               "CONFIG\n");
   return exit_code;
 }
 

@@ -24,6 +24,7 @@ struct Machine {
 };
 
 struct LayerPlan {
+  int64_t window = 0;
   std::vector<size_t> layers;  // attention layers with this window
   ExchangePlan plan;
   Simulation simulation;
@@ -39,15 +40,17 @@ LayerPlan MakeLayerPlan(const RunSpec& spec, const Machine& machine, int64_t win
   const double batch = static_cast<double>(spec.optim.micro_batch);
   const double element_bytes = spec.compute == ComputeType::kF64 ? 8 : 4;
   // A pair costs 4 head_dim FLOPs a head forward (scores, values), 2.5 times that backward (five products).
-  const double pair_flops =
-      4.0 * static_cast<double>(spec.model.heads * spec.model.head_dim) * (pass == Pass::kForward ? 1.0 : 2.5);
-  const double row_bytes = batch * 2.0 * static_cast<double>(spec.model.kv_heads * spec.model.head_dim) * element_bytes;
-  result.simulation = Simulate(result.plan, {.seconds_per_pair = batch * pair_flops / (machine.rank_gflops * 1e9),
-                                             .kv_row_bytes = row_bytes,
-                                             .grad_row_bytes = row_bytes,
-                                             .bytes_per_second = machine.link_gbps * 1e9,
-                                             .message_seconds = machine.latency_us * 1e-6,
-                                             .reduce_bytes_per_second = machine.link_gbps * 1e9});
+  const double pair_flops = 4.0 * static_cast<double>(spec.model.heads * spec.model.head_dim) *
+                            (pass == Pass::kForward ? 1.0 : 2.5);
+  const double row_bytes =
+      batch * 2.0 * static_cast<double>(spec.model.kv_heads * spec.model.head_dim) * element_bytes;
+  result.simulation =
+      Simulate(result.plan, {.seconds_per_pair = batch * pair_flops / (machine.rank_gflops * 1e9),
+                             .kv_row_bytes = row_bytes,
+                             .grad_row_bytes = row_bytes,
+                             .bytes_per_second = machine.link_gbps * 1e9,
+                             .message_seconds = machine.latency_us * 1e-6,
+                             .reduce_bytes_per_second = machine.link_gbps * 1e9});
   for (int cp_rank = 0; cp_rank < spec.parallel.cp; ++cp_rank) {
     result.bytes.push_back(
         BytesSent(result.plan, cp_rank, static_cast<int64_t>(row_bytes), static_cast<int64_t>(row_bytes)));
@@ -58,12 +61,14 @@ LayerPlan MakeLayerPlan(const RunSpec& spec, const Machine& machine, int64_t win
 std::vector<LayerPlan> PlansOf(const RunSpec& spec, const Machine& machine) {
   std::map<int64_t, std::vector<size_t>> by_window;
   for (size_t i = 0; i < spec.model.layers.size(); ++i) {
-    if (spec.model.layers[i].kind == LayerKind::kAttention) by_window[spec.model.layers[i].window].push_back(i);
+    if (spec.model.layers[i].kind == LayerKind::kAttention)
+      by_window[spec.model.layers[i].window].push_back(i);
   }
   std::vector<LayerPlan> plans;
   for (const auto& [window, layers] : by_window) {
     for (Pass pass : {Pass::kForward, Pass::kBackward}) {
       plans.push_back(MakeLayerPlan(spec, machine, window, pass));
+      plans.back().window = window;
       plans.back().layers = layers;
     }
   }
@@ -71,7 +76,9 @@ std::vector<LayerPlan> PlansOf(const RunSpec& spec, const Machine& machine) {
 }
 
 double Largest(const std::vector<double>& values) { return *std::max_element(values.begin(), values.end()); }
-int64_t Largest(const std::vector<int64_t>& values) { return *std::max_element(values.begin(), values.end()); }
+int64_t Largest(const std::vector<int64_t>& values) {
+  return *std::max_element(values.begin(), values.end());
+}
 
 const char* PassName(Pass pass) { return pass == Pass::kForward ? "forward" : "backward"; }
 
@@ -92,18 +99,16 @@ std::string Json(const RunSpec& spec, const Machine& machine, const std::vector<
   json["parameters"] = BuildParamTable(spec.model).elements();
   json["flops_per_token"] = {{"causal", flops.causal}, {"full", flops.full}};
   json["mesh"] = {{"dp", spec.parallel.dp}, {"cp", spec.parallel.cp}, {"tp", spec.parallel.tp}};
-  json["memory_bytes_per_rank"] = {{"parameters", memory.parameters},
-                                   {"gradients", memory.gradients},
-                                   {"optimizer", memory.optimizer},
-                                   {"activations", memory.activations},
-                                   {"workspace", memory.workspace},
-                                   {"total", memory.total()}};
+  json["memory_bytes_per_rank"] = {{"parameters", memory.parameters}, {"gradients", memory.gradients},
+                                   {"optimizer", memory.optimizer},   {"activations", memory.activations},
+                                   {"workspace", memory.workspace},   {"total", memory.total()}};
   json["assumed_machine"] = {{"rank_gflops", machine.rank_gflops},
                              {"link_gbps", machine.link_gbps},
                              {"latency_us", machine.latency_us}};
   json["exchange"] = nlohmann::ordered_json::array();
   for (const LayerPlan& layer : plans) {
     json["exchange"].push_back({{"layers", layer.layers},
+                                {"window", layer.window},
                                 {"pass", PassName(layer.plan.pass)},
                                 {"plan", layer.plan.name},
                                 {"hash", HashOf(layer.plan)},
@@ -121,21 +126,24 @@ void Print(const RunSpec& spec, const Machine& machine, const std::vector<LayerP
   std::printf("%s: %s on dp=%d cp=%d tp=%d\n", spec.name.c_str(), spec.pattern.c_str(),
               static_cast<int>(spec.parallel.dp), static_cast<int>(spec.parallel.cp),
               static_cast<int>(spec.parallel.tp));
-  std::printf("parameters        %s\n", FormatCount(static_cast<double>(BuildParamTable(spec.model).elements())).c_str());
+  std::printf("parameters        %s\n",
+              FormatCount(static_cast<double>(BuildParamTable(spec.model).elements())).c_str());
   std::printf("FLOPs per token   %s causal, %s full (training; recomputation not counted)\n",
               FormatCount(flops.causal).c_str(), FormatCount(flops.full).c_str());
-  std::printf("memory per rank   parameters %s + gradients %s + optimizer %s + activations %s + workspace %s = %s\n",
-              bytes(memory.parameters).c_str(), bytes(memory.gradients).c_str(), bytes(memory.optimizer).c_str(),
-              bytes(memory.activations).c_str(), bytes(memory.workspace).c_str(), bytes(memory.total()).c_str());
-  std::printf("assumed machine   %g GFLOP/s a rank, %g GB/s a link, %g us a message (not measured; see --help)\n",
-              machine.rank_gflops, machine.link_gbps, machine.latency_us);
+  std::printf(
+      "memory per rank   parameters %s + gradients %s + optimizer %s + activations %s + workspace %s = %s\n",
+      bytes(memory.parameters).c_str(), bytes(memory.gradients).c_str(), bytes(memory.optimizer).c_str(),
+      bytes(memory.activations).c_str(), bytes(memory.workspace).c_str(), bytes(memory.total()).c_str());
+  std::printf(
+      "assumed machine   %g GFLOP/s a rank, %g GB/s a link, %g us a message (not measured; see --help)\n",
+      machine.rank_gflops, machine.link_gbps, machine.latency_us);
   for (const LayerPlan& layer : plans) {
-    std::string layers;
-    for (size_t i : layer.layers) absl::StrAppend(&layers, layers.empty() ? "" : ",", i);
-    std::printf("\nattention layers %s, %s: %s\n", layers.c_str(), PassName(layer.plan.pass), layer.plan.name.c_str());
-    std::printf("  sent per rank, at most %s; predicted %.3g ms, of which exposed exchange %.3g ms\n",
-                bytes(Largest(layer.bytes)).c_str(), layer.simulation.makespan * 1e3,
-                Largest(layer.simulation.exposed) * 1e3);
+    const std::string window = layer.window == 0 ? "all keys" : absl::StrCat("window ", layer.window);
+    std::printf(
+        "\n%zu attention layers (%s), %s: sent per rank at most %s, predicted %.3g ms, of which exposed "
+        "exchange %.3g ms\n",
+        layer.layers.size(), window.c_str(), PassName(layer.plan.pass), bytes(Largest(layer.bytes)).c_str(),
+        layer.simulation.makespan * 1e3, Largest(layer.simulation.exposed) * 1e3);
     std::printf("%s", Timeline(layer.plan, layer.simulation).c_str());
   }
 }
@@ -146,7 +154,8 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   ANNULUS_ASSIGN_OR_RETURN(ResolvedConfig config,
                            LoadConfig(arguments.operand(), text, arguments.All("--set"), world));
   Machine machine;
-  ANNULUS_ASSIGN_OR_RETURN(machine.rank_gflops, arguments.PositiveNumber("--rank_gflops", machine.rank_gflops));
+  ANNULUS_ASSIGN_OR_RETURN(machine.rank_gflops,
+                           arguments.PositiveNumber("--rank_gflops", machine.rank_gflops));
   ANNULUS_ASSIGN_OR_RETURN(machine.link_gbps, arguments.PositiveNumber("--link_gbps", machine.link_gbps));
   ANNULUS_ASSIGN_OR_RETURN(machine.latency_us, arguments.PositiveNumber("--latency_us", machine.latency_us));
   // Without --world and parallel.dp the smallest world that the configuration asks for.
@@ -170,7 +179,8 @@ Command PlanCommand() {
            {{"--world", Option::Takes::kValue, "N", "number of ranks"},
             {"--json", Option::Takes::kNothing, "", "prints JSON"},
             {"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field; repeatable"},
-            {"--rank_gflops", Option::Takes::kValue, "X", "attention rate of a rank for the prediction (default 20)"},
+            {"--rank_gflops", Option::Takes::kValue, "X",
+             "attention rate of a rank for the prediction (default 20)"},
             {"--link_gbps", Option::Takes::kValue, "X", "GB/s that a rank can send (default 5)"},
             {"--latency_us", Option::Takes::kValue, "X", "latency of a message (default 20)"}}},
           Run};

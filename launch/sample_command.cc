@@ -13,12 +13,13 @@ namespace {
 absl::Status Run(const Arguments& arguments, const std::string&) {
   if (!arguments.Has("--prompt")) return Invalid("--prompt: expected TEXT to continue");
   ANNULUS_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(arguments.operand()));
-  ANNULUS_ASSIGN_OR_RETURN(const ResolvedConfig config,
-                           LoadConfig(checkpoint.path() + "/manifest.json: config", checkpoint.meta().config, {}));
+  ANNULUS_ASSIGN_OR_RETURN(
+      const ResolvedConfig config,
+      LoadConfig(checkpoint.path() + "/manifest.json: config", checkpoint.meta().config, {}));
   const RunSpec& spec = config.spec;
   ParamStore params(Device{}, DTypeOf(spec.compute), BuildParamTable(spec.model), 1);
-  ANNULUS_RETURN_IF_ERROR(RestoreParameters(
-      params, [&](absl::string_view name) { return checkpoint.Find(name); }));
+  ANNULUS_RETURN_IF_ERROR(
+      RestoreParameters(params, [&](absl::string_view name) { return checkpoint.Find(name); }));
 
   SampleSpec sample = spec.sample;
   sample.prompt = arguments.Last("--prompt", "");
@@ -28,11 +29,13 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   if (arguments.Last("--temperature", "") == "0") {
     sample.temperature = 0;
   } else {
-    ANNULUS_ASSIGN_OR_RETURN(sample.temperature, arguments.PositiveNumber("--temperature", sample.temperature));
+    ANNULUS_ASSIGN_OR_RETURN(sample.temperature,
+                             arguments.PositiveNumber("--temperature", sample.temperature));
   }
   std::fputs(sample.prompt.c_str(), stdout);
   ANNULUS_RETURN_IF_ERROR(Sample(spec.model, params, sample, spec.data.seq_len,
-                                 static_cast<uint64_t>(seed.value_or(static_cast<int64_t>(spec.seed))), [](char byte) {
+                                 static_cast<uint64_t>(seed.value_or(static_cast<int64_t>(spec.seed))),
+                                 [](char byte) {
                                    std::fputc(byte, stdout);
                                    std::fflush(stdout);
                                  }));

@@ -46,13 +46,15 @@ absl::Status Run(const Arguments& arguments, const std::string& command_line) {
 }  // namespace
 
 Command TrainCommand() {
-  return {{"train",
-           "CONFIG",
-           "trains the model of a configuration on all ranks of mpirun",
-           {{"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field, e.g. optim.steps=100; repeatable"},
-            {"--run_dir", Option::Takes::kValue, "DIR", "run directory (default: <runs_dir>/<name>-<UTC>-<hash>)"},
-            {"--resume", Option::Takes::kNothing, "", "goes on from the newest checkpoint of --run_dir"}}},
-          Run};
+  return {
+      {"train",
+       "CONFIG",
+       "trains the model of a configuration on all ranks of mpirun",
+       {{"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field, e.g. optim.steps=100; repeatable"},
+        {"--run_dir", Option::Takes::kValue, "DIR",
+         "run directory (default: <runs_dir>/<name>-<UTC>-<hash>)"},
+        {"--resume", Option::Takes::kNothing, "", "goes on from the newest checkpoint of --run_dir"}}},
+      Run};
 }
 
 }  // namespace annulus

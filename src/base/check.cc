@@ -1,9 +1,10 @@
 #include "annulus/base/check.h"
 
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <string>
-#include <unistd.h>
 
 namespace annulus {
 

@@ -19,14 +19,18 @@ absl::Status FileError(absl::string_view what, absl::string_view path) {
   const std::string text = absl::StrCat(path, ": ", what, ": ", std::strerror(error));
   switch (error) {
     case ENOENT:
-    case ENOTDIR: return absl::NotFoundError(text);
+    case ENOTDIR:
+      return absl::NotFoundError(text);
     case ENOSPC:
     case EDQUOT:
-    case EFBIG: return absl::ResourceExhaustedError(text);
+    case EFBIG:
+      return absl::ResourceExhaustedError(text);
     case EACCES:
     case EPERM:
-    case EROFS: return absl::PermissionDeniedError(text);
-    default: return absl::UnavailableError(text);
+    case EROFS:
+      return absl::PermissionDeniedError(text);
+    default:
+      return absl::UnavailableError(text);
   }
 }
 

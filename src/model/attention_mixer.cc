@@ -2,7 +2,8 @@
 //
 //   q = RoPE(x Wq^T)   kv = [RoPE(x Wk^T) | x Wv^T]   out = softmax(q k^T / sqrt(head_dim)) v   y += out Wo^T
 //
-// Shapes: x [rows, batch, d_model]; q, out [rows, batch, heads * head_dim]; kv [rows, batch, 2 kv_heads * head_dim].
+// Shapes: x [rows, batch, d_model]; q, out [rows, batch, heads * head_dim]; kv [rows, batch, 2 kv_heads *
+// head_dim].
 
 #include <cmath>
 
@@ -47,7 +48,8 @@ class AttentionMixer : public SequenceMixer {
     return LinearForward(ctx, now.out, wo_, Write::kAccumulate, y);
   }
 
-  absl::Status Backward(Context& ctx, ModelStep& step, ConstTensorRef x, ConstTensorRef dy, TensorRef dx) override {
+  absl::Status Backward(Context& ctx, ModelStep& step, ConstTensorRef x, ConstTensorRef dy,
+                        TensorRef dx) override {
     ArenaScope scope(ctx.scratch);
     const Activations now = WithScratch(ctx, x);
     if (!saved_.q.defined()) ANNULUS_RETURN_IF_ERROR(Project(ctx, step, x, now));
@@ -61,7 +63,8 @@ class AttentionMixer : public SequenceMixer {
     const TensorRef dkv = ctx.scratch.Allocate(AccumOf(x.dtype()), now.kv.shape());
     ANNULUS_RETURN_IF_ERROR(ContextAttentionBackward(
         ctx, step.geometry, shape_, QHeads(now.q), now.kv,
-        {.out = QHeads(now.out), .dout = QHeads(dout), .lse = now.lse, .dq = QHeads(dq), .dkv = dkv}, &step.stats));
+        {.out = QHeads(now.out), .dout = QHeads(dout), .lse = now.lse, .dq = QHeads(dq), .dkv = dkv},
+        &step.stats));
     ANNULUS_RETURN_IF_ERROR(ApplyRope(ctx, step, RopeDirection::kInverse, dq, dkv));
 
     ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dq, wq_, Write::kOverwrite, dx));
@@ -95,7 +98,8 @@ class AttentionMixer : public SequenceMixer {
   }
   int64_t KvColumns() const { return shape_.kv_heads * (shape_.head_dim + shape_.v_head_dim); }
 
-  absl::Status ApplyRope(Context& ctx, ModelStep& step, RopeDirection direction, TensorRef q, TensorRef kv) const {
+  absl::Status ApplyRope(Context& ctx, ModelStep& step, RopeDirection direction, TensorRef q,
+                         TensorRef kv) const {
     if (!rope_theta_.has_value()) return absl::OkStatus();
     const auto positions = step.geometry.positions();
     ANNULUS_RETURN_IF_ERROR(Rope(ctx, positions, *rope_theta_, direction, QHeads(q)));

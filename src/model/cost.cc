@@ -17,7 +17,8 @@ struct LayerElements {
 LayerElements ElementsOf(const ModelSpec& spec, LayerKind kind, const MemoryInputs& inputs) {
   const int64_t d = spec.d_model;
   const bool keep_all = inputs.recompute == Recompute::kNone;
-  if (kind == LayerKind::kMlp) return {keep_all ? d + 3 * spec.d_ff : 0, 2 * d + (keep_all ? 3 : 6) * spec.d_ff};
+  if (kind == LayerKind::kMlp)
+    return {keep_all ? d + 3 * spec.d_ff : 0, 2 * d + (keep_all ? 3 : 6) * spec.d_ff};
   const int64_t q = spec.heads * spec.head_dim, kv = 2 * spec.kv_heads * spec.head_dim;
   const int64_t output = q + spec.heads;
   const int64_t exchange_slots = inputs.cp_exchange ? 6 : 0;  // two of KV, four of their gradients

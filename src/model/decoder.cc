@@ -57,11 +57,13 @@ absl::Status Decoder::LayerBackward(Context& ctx, ModelStep& step, Layer& layer,
   }
   const TensorRef dnormed = ctx.scratch.Allocate(dtype_, layer.x.shape());
   ANNULUS_RETURN_IF_ERROR(layer.mixer->Backward(ctx, step, normed, gradient, dnormed));
-  return RmsNormBackward(ctx, Tokens(layer.x), layer.norm, Tokens(dnormed), eps_, Tokens(gradient), layer.dnorm);
+  return RmsNormBackward(ctx, Tokens(layer.x), layer.norm, Tokens(dnormed), eps_, Tokens(gradient),
+                         layer.dnorm);
 }
 
 // The residual stream after the last layer; without backward one buffer serves all layers.
-absl::StatusOr<TensorRef> Decoder::Trunk(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens, Keep keep) {
+absl::StatusOr<TensorRef> Decoder::Trunk(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens,
+                                         Keep keep) {
   const int64_t rows = step.geometry.layout().local_rows(), batch = step.geometry.sequences().batch;
   ANNULUS_CHECK(static_cast<int64_t>(tokens.size()) == rows * batch) << tokens.size();
   const Shape shape{rows, batch, d_model_};
@@ -94,8 +96,8 @@ absl::StatusOr<double> Decoder::LossAndGradients(Context& ctx, ModelStep& step, 
   ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, Tokens(x), final_norm_, eps_, Tokens(normed)));
   ANNULUS_ASSIGN_OR_RETURN(
       const double loss,
-      LinearCrossEntropyForwardBackward(ctx, {.x = Tokens(normed), .w = head_, .targets = slice.targets}, loss_scale,
-                                        Tokens(dnormed), dhead_));
+      LinearCrossEntropyForwardBackward(ctx, {.x = Tokens(normed), .w = head_, .targets = slice.targets},
+                                        loss_scale, Tokens(dnormed), dhead_));
   const TensorRef gradient = ctx.scratch.AllocateZeroed(dtype_, x.shape());
   ANNULUS_RETURN_IF_ERROR(
       RmsNormBackward(ctx, Tokens(x), final_norm_, Tokens(dnormed), eps_, Tokens(gradient), dfinal_norm_));
@@ -111,7 +113,8 @@ absl::StatusOr<double> Decoder::LossAndGradients(Context& ctx, ModelStep& step, 
   return loss;
 }
 
-absl::Status Decoder::Logits(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens, TensorRef logits) {
+absl::Status Decoder::Logits(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens,
+                             TensorRef logits) {
   ArenaScope saved(ctx.saved);
   ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, tokens, Keep::kNothing));
   ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, Tokens(x), final_norm_, eps_, Tokens(x)));

@@ -29,7 +29,8 @@ class MlpMixer : public SequenceMixer {
     return LinearForward(ctx, now.h, w_down_, Write::kAccumulate, y);
   }
 
-  absl::Status Backward(Context& ctx, ModelStep&, ConstTensorRef x, ConstTensorRef dy, TensorRef dx) override {
+  absl::Status Backward(Context& ctx, ModelStep&, ConstTensorRef x, ConstTensorRef dy,
+                        TensorRef dx) override {
     ArenaScope scope(ctx.scratch);
     const Activations now = saved_.h.defined() ? saved_ : Allocate(ctx.scratch, x);
     if (!saved_.h.defined()) ANNULUS_RETURN_IF_ERROR(Compute(ctx, x, now));

@@ -90,7 +90,8 @@ ParamTable BuildParamTable(const ModelSpec& spec) {
 
 std::string Fingerprint(const ParamTable& table) {
   std::string text;
-  for (const ParamInfo& info : table.params) absl::StrAppend(&text, info.name, " ", ToString(info.shape), "\n");
+  for (const ParamInfo& info : table.params)
+    absl::StrAppend(&text, info.name, " ", ToString(info.shape), "\n");
   return text;
 }
 
@@ -111,7 +112,8 @@ int64_t ParamStore::bytes() const {
 
 void ParamStore::Initialize(uint64_t seed) {
   for (size_t i = 0; i < table_.params.size(); ++i) {
-    VisitFloat(dtype_, [&]<class T>() { InitializeParam<T>(table_.params[i], seed, Value(static_cast<int>(i))); });
+    VisitFloat(dtype_,
+               [&]<class T>() { InitializeParam<T>(table_.params[i], seed, Value(static_cast<int>(i))); });
   }
 }
 

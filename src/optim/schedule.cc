@@ -17,7 +17,8 @@ double LearningRate(const OptimSpec& spec, int64_t step) {
     return std::min(1.0, static_cast<double>(step - decay_start) / static_cast<double>(length));
   };
   switch (schedule.kind) {
-    case ScheduleKind::kConstant: return spec.lr;
+    case ScheduleKind::kConstant:
+      return spec.lr;
     case ScheduleKind::kCosine: {
       const double done = progress(schedule.warmup_steps);
       return spec.lr * (floor + (1 - floor) * 0.5 * (1 + std::cos(3.14159265358979323846 * done)));

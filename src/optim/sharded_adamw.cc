@@ -12,8 +12,8 @@ namespace {
 
 absl::Status CheckTensor(absl::string_view name, ConstTensorRef got, const Shape& shape, DType dtype) {
   if (got.shape() == shape && got.dtype() == dtype) return absl::OkStatus();
-  return Invalid("checkpoint tensor ", name, ": is ", Name(got.dtype()), " ", ToString(got.shape()), ", expected ",
-                 Name(dtype), " ", ToString(shape));
+  return Invalid("checkpoint tensor ", name, ": is ", Name(got.dtype()), " ", ToString(got.shape()),
+                 ", expected ", Name(dtype), " ", ToString(shape));
 }
 
 }  // namespace
@@ -41,16 +41,18 @@ ShardedAdamW::ShardedAdamW(const OptimSpec& spec, ParamStore& params, Communicat
     shards_.push_back(std::move(shard));
   }
   for (const ParamInfo& info : params.table().params) {
-    const RowRange run = RunOf(info);
-    if (!run.empty()) runs_.push_back({info.bucket, run, info.decay});
+    const Run run = RunOf(info);
+    if (run.begin < run.end) runs_.push_back(run);
   }
 }
 
-RowRange ShardedAdamW::RunOf(const ParamInfo& info) const {
+ShardedAdamW::Run ShardedAdamW::RunOf(const ParamInfo& info) const {
   const int64_t shard_begin = ShardBegin(info.bucket);
   const int64_t size = shards_[static_cast<size_t>(info.bucket)].grad.ref().elements();
-  return {std::clamp<int64_t>(info.offset - shard_begin, 0, size),
-          std::clamp<int64_t>(info.offset + info.shape.elements() - shard_begin, 0, size)};
+  return {.bucket = info.bucket,
+          .begin = std::clamp<int64_t>(info.offset - shard_begin, 0, size),
+          .end = std::clamp<int64_t>(info.offset + info.shape.elements() - shard_begin, 0, size),
+          .decay = info.decay};
 }
 
 ShardedAdamW::~ShardedAdamW() = default;
@@ -61,7 +63,8 @@ int64_t ShardedAdamW::ShardBegin(int bucket) const {
 
 absl::Status ShardedAdamW::StartReduce(int bucket) {
   Shard& shard = shards_[static_cast<size_t>(bucket)];
-  ANNULUS_ASSIGN_OR_RETURN(shard.reduce, group_.IReduceScatter(params_.BucketGrads(bucket), shard.grad.ref()));
+  ANNULUS_ASSIGN_OR_RETURN(shard.reduce,
+                           group_.IReduceScatter(params_.BucketGrads(bucket), shard.grad.ref()));
   return absl::OkStatus();
 }
 
@@ -99,10 +102,10 @@ absl::Status ShardedAdamW::Update(Context& ctx, int64_t step, double lr, double 
     hyper.weight_decay = run.decay == Decay::kWeightDecay ? spec_.weight_decay : 0.0;
     ANNULUS_RETURN_IF_ERROR(
         AdamWUpdate(ctx, hyper,
-                    {.param = params_.BucketValues(run.bucket).Rows(first + run.elements.begin, first + run.elements.end),
-                     .m = shard.m.ref().Rows(run.elements.begin, run.elements.end),
-                     .v = shard.v.ref().Rows(run.elements.begin, run.elements.end),
-                     .grad = shard.grad.ref().Rows(run.elements.begin, run.elements.end)}));
+                    {.param = params_.BucketValues(run.bucket).Rows(first + run.begin, first + run.end),
+                     .m = shard.m.ref().Rows(run.begin, run.end),
+                     .v = shard.v.ref().Rows(run.begin, run.end),
+                     .grad = shard.grad.ref().Rows(run.begin, run.end)}));
   }
   std::vector<Request> gathers;
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
@@ -122,7 +125,8 @@ absl::StatusOr<GatheredTensors> ShardedAdamW::Gather() {
   const ParamTable& table = params_.table();
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
     const TensorRef values = params_.BucketValues(bucket);
-    Tensor m(values.device(), values.dtype(), values.shape()), v(values.device(), values.dtype(), values.shape());
+    Tensor m(values.device(), values.dtype(), values.shape()),
+        v(values.device(), values.dtype(), values.shape());
     const Shard& shard = shards_[static_cast<size_t>(bucket)];
     ANNULUS_RETURN_IF_ERROR(group_.AllGather(shard.m.ref(), m.ref()));
     ANNULUS_RETURN_IF_ERROR(group_.AllGather(shard.v.ref(), v.ref()));
@@ -145,12 +149,13 @@ absl::Status ShardedAdamW::Restore(const TensorFinder& find) {
   ANNULUS_RETURN_IF_ERROR(RestoreParameters(params_, find));
   for (const ParamInfo& info : params_.table().params) {
     Shard& shard = shards_[static_cast<size_t>(info.bucket)];
-    const RowRange run = RunOf(info);
-    for (const auto& [prefix, state] : {std::pair{"optim.m.", shard.m.ref()}, std::pair{"optim.v.", shard.v.ref()}}) {
+    const Run run = RunOf(info);
+    for (const auto& [prefix, state] :
+         {std::pair{"optim.m.", shard.m.ref()}, std::pair{"optim.v.", shard.v.ref()}}) {
       const std::string name = prefix + info.name;
       ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef full, find(name));
       ANNULUS_RETURN_IF_ERROR(CheckTensor(name, full, info.shape, params_.dtype()));
-      if (run.empty()) continue;
+      if (run.begin >= run.end) continue;
       const int64_t skip = (ShardBegin(info.bucket) + run.begin - info.offset) * SizeOf(params_.dtype());
       const TensorRef part = state.Rows(run.begin, run.end);
       std::memcpy(part.raw(), static_cast<const char*>(full.raw()) + skip, static_cast<size_t>(part.bytes()));

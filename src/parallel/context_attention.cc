@@ -20,10 +20,12 @@ KvHeads<Byte> SplitKv(const BasicTensorRef<Byte>& kv, const ContextAttentionShap
 }
 
 // Global positions of key rows [keys.begin, keys.end) of one chunk.
-KeyPositions PositionsOf(const AttentionGeometry& geometry, const ExchangeProblem& problem, const BlockPair& pair) {
+KeyPositions PositionsOf(const AttentionGeometry& geometry, const ExchangeProblem& problem,
+                         const BlockPair& pair) {
   const size_t chunks_per_rank = problem.chunks.size() / static_cast<size_t>(problem.ranks);
   const size_t kv_chunk = static_cast<size_t>(pair.kv_chunk);
-  const LayoutChunk chunk = geometry.layout().chunks(problem.chunks[kv_chunk].owner)[kv_chunk % chunks_per_rank];
+  const LayoutChunk chunk =
+      geometry.layout().chunks(problem.chunks[kv_chunk].owner)[kv_chunk % chunks_per_rank];
   return {chunk.position + chunk.stride * (pair.keys.begin - chunk.row), chunk.stride};
 }
 
@@ -44,8 +46,9 @@ struct Pair {
 };
 
 // Kernel arguments of one block pair of a step.
-Pair MakePair(const AttentionGeometry& geometry, const AttentionGeometry::Mask& mask, const ExchangeProblem& problem,
-              const ContextAttentionShape& shape, ConstHeadsRef q, const KvHeads<void>& kv, const BlockPair& pair) {
+Pair MakePair(const AttentionGeometry& geometry, const AttentionGeometry::Mask& mask,
+              const ExchangeProblem& problem, const ContextAttentionShape& shape, ConstHeadsRef q,
+              const KvHeads<void>& kv, const BlockPair& pair) {
   const RowRange rows = problem.chunks[static_cast<size_t>(pair.q_chunk)].rows;
   AttentionBlock block{.q = q.Rows(rows.begin, rows.end),
                        .k = kv.k.Rows(pair.keys.begin, pair.keys.end),
@@ -79,9 +82,9 @@ absl::StatusOr<const AttentionGeometry::Mask*> AttentionGeometry::MaskFor(int64_
   return &masks_.emplace(window, std::move(mask)).first->second;
 }
 
-absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry, const ContextAttentionShape& shape,
-                                     ConstHeadsRef q, TensorRef kv, const AttentionPartial& partial,
-                                     ExchangeStats* stats) {
+absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
+                                     const ContextAttentionShape& shape, ConstHeadsRef q, TensorRef kv,
+                                     const AttentionPartial& partial, ExchangeStats* stats) {
   ANNULUS_ASSIGN_OR_RETURN(const AttentionGeometry::Mask* mask, geometry.MaskFor(shape.window));
   ANNULUS_RETURN_IF_ERROR(ResetPartial(ctx, partial));
   ArenaScope scope(ctx.scratch);
@@ -103,9 +106,9 @@ absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry, 
   return Execute(ctx, plan, geometry.cp(), binding, stats);
 }
 
-absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry, const ContextAttentionShape& shape,
-                                      ConstHeadsRef q, TensorRef kv, const ContextAttentionGradients& gradients,
-                                      ExchangeStats* stats) {
+absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
+                                      const ContextAttentionShape& shape, ConstHeadsRef q, TensorRef kv,
+                                      const ContextAttentionGradients& gradients, ExchangeStats* stats) {
   ANNULUS_ASSIGN_OR_RETURN(const AttentionGeometry::Mask* mask, geometry.MaskFor(shape.window));
   ArenaScope scope(ctx.scratch);
   const TensorRef delta = ctx.scratch.Allocate(gradients.dq.dtype, gradients.lse.shape());
@@ -119,7 +122,8 @@ absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
     if (step.grad_write == GradWrite::kOverwrite) {
       ANNULUS_RETURN_IF_ERROR(Zero(ctx, grad_slot.Rows(step.rows.begin, step.rows.end)));
     }
-    const KvHeads<void> heads = SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(kv.shape()), shape);
+    const KvHeads<void> heads =
+        SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(kv.shape()), shape);
     const KvHeads<void> grads = SplitKv(grad_slot.Reshaped(kv.shape()), shape);
     for (const BlockPair& item : step.pairs) {
       const Pair pair = MakePair(geometry, *mask, plan.problem, shape, q, heads, item);

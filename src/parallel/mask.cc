@@ -29,7 +29,8 @@ void AddVisible(const LayoutChunk& q, const LayoutChunk& kv, const SequenceBatch
       if (keys.lo >= keys.hi) continue;
       const RowRange rows = RowsIn(kv, keys);
       if (rows.empty()) continue;
-      *hull = hull->empty() ? rows : RowRange{std::min(hull->begin, rows.begin), std::max(hull->end, rows.end)};
+      *hull =
+          hull->empty() ? rows : RowRange{std::min(hull->begin, rows.begin), std::max(hull->end, rows.end)};
       *pairs += rows.size();
     }
   }
@@ -42,12 +43,14 @@ KeyRange VisibleKeys(const SequenceBatch& sequences, int64_t window, int64_t ite
   KeyRange keys{0, position + 1};
   if (window > 0) keys.lo = std::max(keys.lo, position - window + 1);
   if (!sequences.document_starts.empty()) {
-    keys.lo = std::max(keys.lo, sequences.document_starts[static_cast<size_t>(item)][static_cast<size_t>(position)]);
+    keys.lo = std::max(keys.lo,
+                       sequences.document_starts[static_cast<size_t>(item)][static_cast<size_t>(position)]);
   }
   return keys;
 }
 
-BoundsTable LocalBounds(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window, int cp_rank) {
+BoundsTable LocalBounds(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window,
+                        int cp_rank) {
   BoundsTable table;
   table.lo.reserve(static_cast<size_t>(layout.local_rows() * sequences.batch));
   table.hi.reserve(static_cast<size_t>(layout.local_rows() * sequences.batch));
@@ -61,7 +64,8 @@ BoundsTable LocalBounds(const SequenceLayout& layout, const SequenceBatch& seque
   return table;
 }
 
-ExchangeProblem MakeExchangeProblem(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window) {
+ExchangeProblem MakeExchangeProblem(const SequenceLayout& layout, const SequenceBatch& sequences,
+                                    int64_t window) {
   ExchangeProblem problem;
   problem.ranks = layout.ranks();
   problem.block_rows = layout.local_rows();
@@ -77,7 +81,8 @@ ExchangeProblem MakeExchangeProblem(const SequenceLayout& layout, const Sequence
   for (size_t i = 0; i < placed.size(); ++i) {
     for (size_t j = 0; j < placed.size(); ++j) {
       const size_t cell = i * placed.size() + j;
-      AddVisible(placed[i].chunk, placed[j].chunk, sequences, window, &problem.keys[cell], &problem.pairs[cell]);
+      AddVisible(placed[i].chunk, placed[j].chunk, sequences, window, &problem.keys[cell],
+                 &problem.pairs[cell]);
     }
   }
   return problem;

@@ -2,8 +2,8 @@
 
 namespace annulus {
 
-MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const DataSpec& spec, const SequenceLayout& layout,
-                          int cp_rank) {
+MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const DataSpec& spec,
+                          const SequenceLayout& layout, int cp_rank) {
   MicroBatch micro;
   micro.sequences.batch = static_cast<int64_t>(sequences.size());
   for (const Sequence& sequence : sequences) {
@@ -22,8 +22,8 @@ MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const DataSpec
   return micro;
 }
 
-absl::StatusOr<Batch> LoadBatch(const DataSet& data, const RunSpec& spec, const SequenceLayout& layout, int64_t step,
-                                int dp_rank, int dp_size, int cp_rank) {
+absl::StatusOr<Batch> LoadBatch(const DataSet& data, const RunSpec& spec, const SequenceLayout& layout,
+                                int64_t step, int dp_rank, int dp_size, int cp_rank) {
   const int64_t per_rank = spec.optim.sequences_per_step / dp_size;
   const int64_t first = step * spec.optim.sequences_per_step + dp_rank * per_rank;
   Batch batch;

@@ -35,8 +35,8 @@ std::string WithThousands(int64_t value) {
   return text;
 }
 
-// Columns of the terminal that standard output is; 0 where it is none. Under mpirun every rank has a terminal of its
-// own between itself and mpirun, so there launch/mpirun says what its own output is.
+// Columns of the terminal that standard output is; 0 where it is none. Under mpirun every rank has a terminal
+// of its own between itself and mpirun, so there launch/mpirun says what its own output is.
 int TerminalColumns() {
   const char* columns = std::getenv("ANNULUS_TERMINAL_COLUMNS");
   if (columns != nullptr || std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr) {

@@ -25,8 +25,8 @@ MeshShape ShapeOf(const ParallelSpec& spec) {
 
 class TrainingRun {
  public:
-  TrainingRun(const ResolvedConfig& config, ProcessMesh mesh, RunDirectory directory, std::unique_ptr<DataSet> data,
-              LineFile log)
+  TrainingRun(const ResolvedConfig& config, ProcessMesh mesh, RunDirectory directory,
+              std::unique_ptr<DataSet> data, LineFile log)
       : config_(config),
         spec_(config.spec),
         mesh_(std::move(mesh)),
@@ -72,26 +72,28 @@ class TrainingRun {
 absl::Status TrainingRun::PrintStart() {
   char host[256] = {};
   gethostname(host, sizeof(host) - 1);
-  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> ranks,
-                           mesh_.world.AllGatherStrings(absl::StrFormat(
-                               "dp=%d cp=%d tp=%d  %s  pid %d", mesh_.at.dp, mesh_.at.cp, mesh_.at.tp, host, getpid())));
+  ANNULUS_ASSIGN_OR_RETURN(
+      const std::vector<std::string> ranks,
+      mesh_.world.AllGatherStrings(absl::StrFormat("dp=%d cp=%d tp=%d  %s  pid %d", mesh_.at.dp, mesh_.at.cp,
+                                                   mesh_.at.tp, host, getpid())));
   const FlopsPerToken flops = TrainingFlops(spec_.model, spec_.data.seq_len);
   const int64_t local_rows = trainer_.layout().local_rows();
-  const MemoryPlan memory = PlanMemory(
-      spec_.model, {.element_bytes = SizeOf(DTypeOf(spec_.compute)),
-                    .local_tokens = local_rows * spec_.optim.micro_batch,
-                    .shards = mesh_.dp_cp.size(),
-                    .cp_exchange = mesh_.shape.cp > 1,
-                    .recompute = spec_.recompute});
+  const MemoryPlan memory = PlanMemory(spec_.model, {.element_bytes = SizeOf(DTypeOf(spec_.compute)),
+                                                     .local_tokens = local_rows * spec_.optim.micro_batch,
+                                                     .shards = mesh_.dp_cp.size(),
+                                                     .cp_exchange = mesh_.shape.cp > 1,
+                                                     .recompute = spec_.recompute});
   console_.Line("resolved configuration (value, then where it comes from):\n" + config_.text);
   for (size_t i = 0; i < ranks.size(); ++i) console_.Line(absl::StrCat("rank ", i, ": ", ranks[i]));
   console_.Line(absl::StrFormat("model: %s parameters, %s training FLOPs per token causal, %s full",
                                 FormatCount(static_cast<double>(trainer_.params().table().elements())),
                                 FormatCount(flops.causal), FormatCount(flops.full)));
   console_.Line(absl::StrFormat(
-      "memory per rank, planned: parameters %s, gradients %s, optimizer %s, activations %s, workspace %s, total %s",
+      "memory per rank, planned: parameters %s, gradients %s, optimizer %s, activations %s, workspace %s, "
+      "total %s",
       FormatBytes(static_cast<double>(memory.parameters)), FormatBytes(static_cast<double>(memory.gradients)),
-      FormatBytes(static_cast<double>(memory.optimizer)), FormatBytes(static_cast<double>(memory.activations)),
+      FormatBytes(static_cast<double>(memory.optimizer)),
+      FormatBytes(static_cast<double>(memory.activations)),
       FormatBytes(static_cast<double>(memory.workspace)), FormatBytes(static_cast<double>(memory.total()))));
   console_.Line(absl::StrFormat("data: %s training tokens, %s validation tokens, fingerprint %s",
                                 FormatCount(static_cast<double>(data_->train_tokens())),
@@ -104,7 +106,8 @@ absl::Status TrainingRun::PrintStart() {
 absl::Status TrainingRun::Start(StartFrom start) {
   ANNULUS_RETURN_IF_ERROR(PrintStart());
   if (start == StartFrom::kLatestCheckpoint) ANNULUS_RETURN_IF_ERROR(Resume());
-  return OnRoot([&] { return directory_.Event("start", trainer_.step(), absl::StrCat(mesh_.world.size(), " ranks")); });
+  return OnRoot(
+      [&] { return directory_.Event("start", trainer_.step(), absl::StrCat(mesh_.world.size(), " ranks")); });
 }
 
 absl::Status TrainingRun::Resume() {
@@ -122,8 +125,8 @@ absl::Status TrainingRun::Resume() {
 
 absl::StatusOr<StepReport> TrainingRun::OneStep() {
   const double start = Now();
-  absl::StatusOr<Batch> batch = LoadBatch(*data_, spec_, trainer_.layout(), trainer_.step(), mesh_.at.dp,
-                                          mesh_.shape.dp, mesh_.at.cp);
+  absl::StatusOr<Batch> batch =
+      LoadBatch(*data_, spec_, trainer_.layout(), trainer_.step(), mesh_.at.dp, mesh_.shape.dp, mesh_.at.cp);
   ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(batch.status()));
   ANNULUS_ASSIGN_OR_RETURN(StepReport report, trainer_.Step(*batch, Now() - start));
   skipped_in_row_ = report.skipped ? skipped_in_row_ + 1 : 0;
@@ -171,7 +174,8 @@ absl::Status TrainingRun::WriteLogs(const StepReport& report, const std::string&
 }
 
 absl::StatusOr<bool> TrainingRun::StopAgreed() {
-  ANNULUS_ASSIGN_OR_RETURN(const double stop, mesh_.world.AllReduceValue(StopRequested() ? 1 : 0, ReduceOp::kMax));
+  ANNULUS_ASSIGN_OR_RETURN(const double stop,
+                           mesh_.world.AllReduceValue(StopRequested() ? 1 : 0, ReduceOp::kMax));
   return stop != 0;
 }
 
@@ -202,8 +206,8 @@ absl::Status TrainingRun::PrintSample() {
   // Parameters are whole on every rank: rank 0 samples alone.
   return OnRoot([&]() -> absl::Status {
     std::string text = spec_.sample.prompt;
-    ANNULUS_RETURN_IF_ERROR(Sample(spec_.model, trainer_.params(), spec_.sample, spec_.data.seq_len, spec_.seed,
-                                   [&](char byte) { text += byte; }));
+    ANNULUS_RETURN_IF_ERROR(Sample(spec_.model, trainer_.params(), spec_.sample, spec_.data.seq_len,
+                                   spec_.seed, [&](char byte) { text += byte; }));
     console_.Line("---- sample ----\n" + text + "\n----------------");
     return absl::OkStatus();
   });

@@ -18,8 +18,8 @@ std::string HostName() {
   return name;
 }
 
-absl::Status WriteHeaderFiles(const std::string& path, const ResolvedConfig& config, const RunOptions& options,
-                              int ranks) {
+absl::Status WriteHeaderFiles(const std::string& path, const ResolvedConfig& config,
+                              const RunOptions& options, int ranks) {
   ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(path + "/config.resolved.textproto", config.text));
   ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(path + "/command.txt", options.command + "\n"));
   nlohmann::ordered_json env;
@@ -40,13 +40,16 @@ std::string NewRunPath(const ResolvedConfig& config) {
 }
 
 // Rank 0's part of Open.
-absl::Status Prepare(const std::string& path, const ResolvedConfig& config, const RunOptions& options, int ranks) {
+absl::Status Prepare(const std::string& path, const ResolvedConfig& config, const RunOptions& options,
+                     int ranks) {
   const bool holds_run = Exists(path + "/metrics.jsonl");
   if (options.start == StartFrom::kLatestCheckpoint && !holds_run) {
-    return absl::NotFoundError(absl::StrCat("--run_dir=", path, ": expected the directory of an earlier run to resume"));
+    return absl::NotFoundError(
+        absl::StrCat("--run_dir=", path, ": expected the directory of an earlier run to resume"));
   }
   if (options.start == StartFrom::kScratch && holds_run) {
-    return Invalid("--run_dir=", path, ": already holds a run; expected a new directory, or --resume to go on with it");
+    return Invalid("--run_dir=", path,
+                   ": already holds a run; expected a new directory, or --resume to go on with it");
   }
   ANNULUS_RETURN_IF_ERROR(MakeDirectories(path + "/logs"));
   ANNULUS_RETURN_IF_ERROR(MakeDirectories(path + "/ckpt"));
@@ -82,8 +85,9 @@ absl::StatusOr<RunDirectory> RunDirectory::Open(Communicator& world, const Resol
   if (options.start == StartFrom::kLatestCheckpoint && options.run_dir.empty()) {
     return world.AgreeOk(Invalid("--resume: expected --run_dir DIR, the directory of the run to go on with"));
   }
-  ANNULUS_ASSIGN_OR_RETURN(std::string path, world.BroadcastString(
-                               options.run_dir.empty() ? NewRunPath(config) : options.run_dir, 0));
+  ANNULUS_ASSIGN_OR_RETURN(
+      std::string path,
+      world.BroadcastString(options.run_dir.empty() ? NewRunPath(config) : options.run_dir, 0));
   absl::Status status = world.rank() == 0 ? Prepare(path, config, options, world.size()) : absl::OkStatus();
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(status));
   return RunDirectory{path};

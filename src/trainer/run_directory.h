@@ -28,8 +28,8 @@ struct RunDirectory {
   std::string path;
   std::string checkpoints() const { return path + "/ckpt"; }
 
-  // Makes or reopens the directory; collective, the same answer on every rank. A directory that already holds a run
-  // is refused unless options.start is kLatestCheckpoint, which in turn needs one that exists.
+  // Makes or reopens the directory; collective, the same answer on every rank. A directory that already holds
+  // a run is refused unless options.start is kLatestCheckpoint, which in turn needs one that exists.
   static absl::StatusOr<RunDirectory> Open(Communicator& world, const ResolvedConfig& config,
                                            const RunOptions& options);
 

@@ -27,8 +27,8 @@ int32_t Draw(absl::Span<const T> logits, double temperature, double u) {
 
 }  // namespace
 
-absl::Status Sample(const ModelSpec& model, const ParamStore& params, const SampleSpec& spec, int64_t max_context,
-                    uint64_t seed, const std::function<void(char)>& emit) {
+absl::Status Sample(const ModelSpec& model, const ParamStore& params, const SampleSpec& spec,
+                    int64_t max_context, uint64_t seed, const std::function<void(char)>& emit) {
   if (model.vocab_size < 256) {
     return Invalid("model.vocab_size=", model.vocab_size, ": expected at least 256 to sample bytes");
   }

@@ -51,10 +51,9 @@ absl::StatusOr<double> Trainer::ForwardBackward(const Batch& batch, double loss_
     const bool last = i + 1 == batch.size();  // gradients are complete only then
     ANNULUS_ASSIGN_OR_RETURN(
         const double sum,
-        decoder_.LossAndGradients(ctx_, step, {.tokens = micro.tokens, .targets = micro.targets}, loss_scale,
-                                  [&](int bucket) {
-                                    return last ? optimizer_.StartReduce(bucket) : absl::OkStatus();
-                                  }));
+        decoder_.LossAndGradients(
+            ctx_, step, {.tokens = micro.tokens, .targets = micro.targets}, loss_scale,
+            [&](int bucket) { return last ? optimizer_.StartReduce(bucket) : absl::OkStatus(); }));
     loss += sum;
     exchange_.exposed_seconds += step.stats.exposed_seconds;
     exchange_.bytes_sent += step.stats.bytes_sent;
@@ -96,9 +95,10 @@ absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds
 }
 
 absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport* report) {
-  double worst[4] = {exchange_.exposed_seconds * 1e3, optimizer_.TakeExposedSeconds() * 1e3, data_seconds * 1e3,
-                     PeakResidentBytes()};
-  ANNULUS_RETURN_IF_ERROR(mesh_.world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {4}), ReduceOp::kMax));
+  double worst[4] = {exchange_.exposed_seconds * 1e3, optimizer_.TakeExposedSeconds() * 1e3,
+                     data_seconds * 1e3, PeakResidentBytes()};
+  ANNULUS_RETURN_IF_ERROR(
+      mesh_.world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {4}), ReduceOp::kMax));
   report->exposed_exchange_ms = worst[0];
   report->exposed_reduce_ms = worst[1];
   report->data_ms = worst[2];
@@ -120,7 +120,8 @@ absl::StatusOr<double> Trainer::Evaluate(const DataSet& data) {
     for (int64_t i = mesh_.at.dp; i < sequences; i += mesh_.shape.dp) {
       ANNULUS_ASSIGN_OR_RETURN(Sequence sequence, data.Validation(i));
       pending.push_back(std::move(sequence));
-      if (static_cast<int64_t>(pending.size()) < spec_.optim.micro_batch && i + mesh_.shape.dp < sequences) continue;
+      if (static_cast<int64_t>(pending.size()) < spec_.optim.micro_batch && i + mesh_.shape.dp < sequences)
+        continue;
       const MicroBatch micro = MakeMicroBatch(pending, spec_.data, layout(), mesh_.at.cp);
       pending.clear();
       geometry_.SetBatch(micro.sequences);
@@ -139,7 +140,8 @@ absl::StatusOr<double> Trainer::Evaluate(const DataSet& data) {
   return sums[0] / sums[1];
 }
 
-absl::Status Trainer::Save(const std::string& directory, const std::string& config, uint64_t data_fingerprint) {
+absl::Status Trainer::Save(const std::string& directory, const std::string& config,
+                           uint64_t data_fingerprint) {
   CheckpointMeta meta{.step = step_,
                       .consumed_sequences = step_ * spec_.optim.sequences_per_step,
                       .seed = spec_.seed,
@@ -167,11 +169,11 @@ absl::Status Trainer::Restore(const Checkpoint& checkpoint, uint64_t data_finger
                    Hex64(meta.data_fingerprint), ", got ", Hex64(data_fingerprint));
   }
   if (meta.consumed_sequences != meta.step * spec_.optim.sequences_per_step) {
-    return Invalid(checkpoint.path(), ": optim.sequences_per_step=", spec_.optim.sequences_per_step, ": expected ",
-                   meta.consumed_sequences / std::max<int64_t>(1, meta.step), ", the checkpoint's");
+    return Invalid(checkpoint.path(), ": optim.sequences_per_step=", spec_.optim.sequences_per_step,
+                   ": expected ", meta.consumed_sequences / std::max<int64_t>(1, meta.step),
+                   ", the checkpoint's");
   }
-  ANNULUS_RETURN_IF_ERROR(
-      optimizer_.Restore([&](absl::string_view name) { return checkpoint.Find(name); }));
+  ANNULUS_RETURN_IF_ERROR(optimizer_.Restore([&](absl::string_view name) { return checkpoint.Find(name); }));
   step_ = meta.step;
   return absl::OkStatus();
 }

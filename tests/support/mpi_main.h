@@ -34,8 +34,7 @@ int main(int argc, char** argv) {
     delete listeners.Release(listeners.default_result_printer());
   }
   const int failed = RUN_ALL_TESTS();
-  const absl::StatusOr<double> worst =
-      session->world().AllReduceValue(failed, annulus::ReduceOp::kMax);
+  const absl::StatusOr<double> worst = session->world().AllReduceValue(failed, annulus::ReduceOp::kMax);
   annulus::testing::World() = annulus::Communicator();
   return worst.ok() ? static_cast<int>(*worst) : 1;
 }

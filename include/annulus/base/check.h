@@ -27,14 +27,12 @@ struct CheckVoidify {
 
 }  // namespace annulus
 
-#define ANNULUS_CHECK(cond)                          \
-  (cond) ? (void)0                                   \
-         : ::annulus::CheckVoidify() &               \
-               ::annulus::CheckFailure(__FILE__, __LINE__, #cond).stream()
+#define ANNULUS_CHECK(cond) \
+  (cond) ? (void)0 : ::annulus::CheckVoidify() & ::annulus::CheckFailure(__FILE__, __LINE__, #cond).stream()
 
 // Aborts unless `expr` (an absl::Status) is OK.
-#define ANNULUS_CHECK_OK(expr)                                           \
-  do {                                                                   \
-    const auto annulus_check_status = (expr);                            \
-    ANNULUS_CHECK(annulus_check_status.ok()) << annulus_check_status;    \
+#define ANNULUS_CHECK_OK(expr)                                        \
+  do {                                                                \
+    const auto annulus_check_status = (expr);                         \
+    ANNULUS_CHECK(annulus_check_status.ok()) << annulus_check_status; \
   } while (false)

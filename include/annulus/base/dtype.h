@@ -15,11 +15,16 @@ enum class DType : uint8_t { kF32, kF64, kI32, kI64, kU8 };
 
 constexpr int64_t SizeOf(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return 4;
-    case DType::kF64: return 8;
-    case DType::kI32: return 4;
-    case DType::kI64: return 8;
-    case DType::kU8: return 1;
+    case DType::kF32:
+      return 4;
+    case DType::kF64:
+      return 8;
+    case DType::kI32:
+      return 4;
+    case DType::kI64:
+      return 8;
+    case DType::kU8:
+      return 1;
   }
   return 0;
 }
@@ -29,10 +34,14 @@ absl::string_view Name(DType dtype);
 template <typename T>
 constexpr DType DTypeOf() {
   using U = std::remove_const_t<T>;
-  if constexpr (std::is_same_v<U, float>) return DType::kF32;
-  else if constexpr (std::is_same_v<U, double>) return DType::kF64;
-  else if constexpr (std::is_same_v<U, int32_t>) return DType::kI32;
-  else if constexpr (std::is_same_v<U, int64_t>) return DType::kI64;
+  if constexpr (std::is_same_v<U, float>)
+    return DType::kF32;
+  else if constexpr (std::is_same_v<U, double>)
+    return DType::kF64;
+  else if constexpr (std::is_same_v<U, int32_t>)
+    return DType::kI32;
+  else if constexpr (std::is_same_v<U, int64_t>)
+    return DType::kI64;
   else {
     static_assert(std::is_same_v<U, uint8_t>, "no DType for this type");
     return DType::kU8;

@@ -14,7 +14,8 @@
 namespace annulus {
 
 // Status for a failed system call on `path`, with strerror(errno). NotFound for ENOENT and ENOTDIR,
-// ResourceExhausted for ENOSPC, EDQUOT and EFBIG, PermissionDenied for EACCES, EPERM and EROFS, else Unavailable.
+// ResourceExhausted for ENOSPC, EDQUOT and EFBIG, PermissionDenied for EACCES, EPERM and EROFS, else
+// Unavailable.
 absl::Status FileError(absl::string_view what, absl::string_view path);
 
 absl::StatusOr<std::string> ReadFile(const std::string& path);

@@ -18,9 +18,9 @@ class RandomStream {
  public:
   RandomStream(uint64_t seed, absl::string_view stream);
 
-  uint64_t Bits(uint64_t index) const;       // 64 uniform bits
-  double Uniform(uint64_t index) const;      // [0, 1), 53 bits
-  double Normal(uint64_t index) const;       // mean 0, variance 1 (Box-Muller)
+  uint64_t Bits(uint64_t index) const;   // 64 uniform bits
+  double Uniform(uint64_t index) const;  // [0, 1), 53 bits
+  double Normal(uint64_t index) const;   // mean 0, variance 1 (Box-Muller)
   // Uniform in [0, n), n >= 1; the bias of at most n / 2^64 is ignored.
   uint64_t Below(uint64_t index, uint64_t n) const;
 

@@ -29,10 +29,9 @@ absl::Status Prefixed(const absl::Status& status, absl::string_view prefix);
 #define ANNULUS_CONCAT_INNER(a, b) a##b
 #define ANNULUS_CONCAT(a, b) ANNULUS_CONCAT_INNER(a, b)
 
-#define ANNULUS_RETURN_IF_ERROR(expr)                              \
-  do {                                                             \
-    if (absl::Status annulus_status = (expr); !annulus_status.ok()) \
-      return annulus_status;                                       \
+#define ANNULUS_RETURN_IF_ERROR(expr)                                                      \
+  do {                                                                                     \
+    if (absl::Status annulus_status = (expr); !annulus_status.ok()) return annulus_status; \
   } while (false)
 
 #define ANNULUS_ASSIGN_OR_RETURN(lhs, expr) \

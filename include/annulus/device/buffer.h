@@ -1,7 +1,8 @@
 #pragma once
 
 // Owners of memory. Buffer: one zeroed allocation. Arena: a bump allocator with Mark/Release that grows
-// by whole blocks, so a step that repeats allocates nothing after its first run; it knows its high-water mark.
+// by whole blocks, so a step that repeats allocates nothing after its first run; it knows its high-water
+// mark.
 
 #include <cstdint>
 #include <vector>

@@ -1,7 +1,7 @@
 #pragma once
 
-// What a model costs, from its spec alone: parameters, FLOPs, memory. Used by `annulus plan`, the step report and
-// the scaling studies.
+// What a model costs, from its spec alone: parameters, FLOPs, memory. Used by `annulus plan`, the step report
+// and the scaling studies.
 
 #include <cstdint>
 
@@ -9,8 +9,8 @@
 
 namespace annulus {
 
-// Training FLOPs per token (forward and backward, recomputation not counted), N matmul parameters (embedding lookup
-// left out, head included), H query heads of head_dim:
+// Training FLOPs per token (forward and backward, recomputation not counted), N matmul parameters (embedding
+// lookup left out, head included), H query heads of head_dim:
 //   causal: 6 N + sum over attention layers of 12 H head_dim mean-visible-keys   (S/2 without a window)
 //   full:   6 N + sum over attention layers of 12 H head_dim min(S, window)
 struct FlopsPerToken {

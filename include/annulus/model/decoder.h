@@ -1,7 +1,8 @@
 #pragma once
 
-// The decoder: embedding, residual branches as the pattern says, final RMSNorm, output head with chunked loss.
-// Forward and backward are explicit; what is kept and what is recomputed is each layer's business (model/spec.h).
+// The decoder: embedding, residual branches as the pattern says, final RMSNorm, output head with chunked
+// loss. Forward and backward are explicit; what is kept and what is recomputed is each layer's business
+// (model/spec.h).
 
 #include <functional>
 #include <memory>
@@ -25,9 +26,10 @@ class Decoder {
   // Sum of the loss over this rank's counted tokens, in nats.
   absl::StatusOr<double> Loss(Context& ctx, ModelStep& step, const TokenSlice& slice);
 
-  // The same, and adds loss_scale * d(sum)/d(parameter) to every gradient. `bucket_done(bucket)` is called as soon
-  // as a bucket's gradients are complete, in reverse order of the model.
-  absl::StatusOr<double> LossAndGradients(Context& ctx, ModelStep& step, const TokenSlice& slice, double loss_scale,
+  // The same, and adds loss_scale * d(sum)/d(parameter) to every gradient. `bucket_done(bucket)` is called as
+  // soon as a bucket's gradients are complete, in reverse order of the model.
+  absl::StatusOr<double> LossAndGradients(Context& ctx, ModelStep& step, const TokenSlice& slice,
+                                          double loss_scale,
                                           const std::function<absl::Status(int)>& bucket_done);
 
   // Logits of this rank's tokens: [rows * batch, vocab]. For sampling and tests: full size.
@@ -41,7 +43,8 @@ class Decoder {
   };
 
   absl::StatusOr<TensorRef> Trunk(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens, Keep keep);
-  absl::Status LayerForward(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef x, Keep keep, TensorRef y);
+  absl::Status LayerForward(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef x, Keep keep,
+                            TensorRef y);
   absl::Status LayerBackward(Context& ctx, ModelStep& step, Layer& layer, TensorRef gradient);
 
   Recompute recompute_;

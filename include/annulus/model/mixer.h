@@ -1,8 +1,8 @@
 #pragma once
 
-// The inside of a residual branch, y = x + mixer(RMSNorm(x)). SequenceMixer is the one open interface of the model:
-// attention today; latent attention and state-space layers have the same shape. The MLP is the mixer that mixes
-// nothing along the sequence.
+// The inside of a residual branch, y = x + mixer(RMSNorm(x)). SequenceMixer is the one open interface of the
+// model: attention today; latent attention and state-space layers have the same shape. The MLP is the mixer
+// that mixes nothing along the sequence.
 //
 // Tokens are ordered (row, batch item): tensors are [rows, batch, columns] with row = this rank's local row.
 
@@ -27,7 +27,8 @@ class SequenceMixer {
  public:
   virtual ~SequenceMixer() = default;
 
-  // y += mixer(x). With kForBackward keeps in ctx.saved what the recompute policy says; one forward is in flight.
+  // y += mixer(x). With kForBackward keeps in ctx.saved what the recompute policy says; one forward is in
+  // flight.
   virtual absl::Status Forward(Context& ctx, ModelStep& step, ConstTensorRef x, Keep keep, TensorRef y) = 0;
 
   // dx (overwritten) and parameter gradients (added to) from x as given to Forward and dy.

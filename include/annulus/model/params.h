@@ -1,8 +1,8 @@
 #pragma once
 
-// Names, shapes, initialisation, decay and place of every parameter, from the model spec alone; and the memory of
-// parameters and gradients. Parameters live in buckets, one per block of the model: a bucket is one contiguous
-// piece of memory, reduced, updated and gathered as a whole.
+// Names, shapes, initialisation, decay and place of every parameter, from the model spec alone; and the
+// memory of parameters and gradients. Parameters live in buckets, one per block of the model: a bucket is one
+// contiguous piece of memory, reduced, updated and gathered as a whole.
 
 #include <cstdint>
 #include <string>
@@ -27,8 +27,8 @@ struct ParamInfo {
 };
 
 struct ParamTable {
-  std::vector<ParamInfo> params;          // in bucket order, offsets ascending without gaps
-  std::vector<int64_t> bucket_elements;   // embedding, each layer, final norm and head
+  std::vector<ParamInfo> params;         // in bucket order, offsets ascending without gaps
+  std::vector<int64_t> bucket_elements;  // embedding, each layer, final norm and head
 
   int64_t elements() const;
   int IndexOf(absl::string_view name) const;  // the parameter must exist

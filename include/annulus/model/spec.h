@@ -50,7 +50,8 @@ struct PatternDefaults {
 
 // Expands a pattern such as "(A{w=128} -)^3 (A{rope=none} -)" (the grammar stands in src/model/pattern.cc).
 // Errors name the column, what stands there, and for letters that are planned but absent, that they are.
-absl::StatusOr<std::vector<LayerSpec>> ParsePattern(absl::string_view pattern, const PatternDefaults& defaults);
+absl::StatusOr<std::vector<LayerSpec>> ParsePattern(absl::string_view pattern,
+                                                    const PatternDefaults& defaults);
 
 // Checks every field, one line a finding, with the names of the configuration:
 // "model.attention.heads=6: expected a multiple of model.attention.kv_heads=4 (nearest valid value 4 or 8)".

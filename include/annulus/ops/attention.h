@@ -1,13 +1,16 @@
 #pragma once
 
-// Attention of a block of queries on a block of keys, with a carry: the online softmax continues from the partial
-// result (O, LSE) of the blocks before, so a ring of blocks equals one call up to rounding, in any order.
+// Attention of a block of queries on a block of keys, with a carry: the online softmax continues from the
+// partial result (O, LSE) of the blocks before, so a ring of blocks equals one call up to rounding, in any
+// order.
 //
 //   s_ij = scale q_i . k_j   where lo_i <= position(j) < hi_i, else -inf
-//   O_i = sum_j softmax(s)_ij v_j        LSE_i = log sum_j exp(s_ij), -inf where no key was allowed (then O_i = 0)
+//   O_i = sum_j softmax(s)_ij v_j        LSE_i = log sum_j exp(s_ij), -inf where no key was allowed (then O_i
+//   = 0)
 //
-// Keys outside every row's range are not read. Between ranges they may meet a weight of zero: K and V must be finite.
-// Query head h reads KV head h / (heads / kv_heads). Sums are carried in the accumulator dtype (f32; f64 for f64).
+// Keys outside every row's range are not read. Between ranges they may meet a weight of zero: K and V must be
+// finite. Query head h reads KV head h / (heads / kv_heads). Sums are carried in the accumulator dtype (f32;
+// f64 for f64).
 
 #include "absl/types/span.h"
 #include "annulus/base/status.h"
@@ -16,8 +19,8 @@
 
 namespace annulus {
 
-// Per query row and batch item the half-open range of key positions it sees: causal, window and document masks in
-// one form. Index row * batch + item, the order of tokens everywhere.
+// Per query row and batch item the half-open range of key positions it sees: causal, window and document
+// masks in one form. Index row * batch + item, the order of tokens everywhere.
 struct MaskBounds {
   absl::Span<const int64_t> lo, hi;
 };
@@ -28,9 +31,9 @@ struct KeyPositions {
 };
 
 struct AttentionBlock {
-  ConstHeadsRef q;  // [q_rows, batch, heads, dim]
-  ConstHeadsRef k;  // [k_rows, batch, kv_heads, dim]
-  ConstHeadsRef v;  // [k_rows, batch, kv_heads, v_dim]
+  ConstHeadsRef q;    // [q_rows, batch, heads, dim]
+  ConstHeadsRef k;    // [k_rows, batch, kv_heads, dim]
+  ConstHeadsRef v;    // [k_rows, batch, kv_heads, v_dim]
   MaskBounds bounds;  // q_rows * batch entries
   KeyPositions key_positions;
   double scale = 1.0;
@@ -58,6 +61,7 @@ struct AttentionGradients {
   HeadsRef dq, dk, dv;   // accumulator dtype; added to
 };
 
-absl::Status AttentionBackward(Context& ctx, const AttentionBlock& block, const AttentionGradients& gradients);
+absl::Status AttentionBackward(Context& ctx, const AttentionBlock& block,
+                               const AttentionGradients& gradients);
 
 }  // namespace annulus

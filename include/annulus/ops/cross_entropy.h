@@ -12,9 +12,9 @@ namespace annulus {
 inline constexpr int64_t kLossChunkTokens = 8192;  // logits of one chunk at a 128K vocabulary: 4 GiB in f32
 
 struct LinearCrossEntropy {
-  ConstTensorRef x;                     // [tokens, d]
-  ConstTensorRef w;                     // [vocab, d]
-  absl::Span<const int32_t> targets;    // negative: not counted
+  ConstTensorRef x;                   // [tokens, d]
+  ConstTensorRef w;                   // [vocab, d]
+  absl::Span<const int32_t> targets;  // negative: not counted
   int64_t chunk_tokens = kLossChunkTokens;
 };
 
@@ -22,7 +22,7 @@ struct LinearCrossEntropy {
 absl::StatusOr<double> LinearCrossEntropyForward(Context& ctx, const LinearCrossEntropy& args);
 
 // The same, and dx = scale * d(sum)/dx (overwritten), dw += scale * d(sum)/dw.
-absl::StatusOr<double> LinearCrossEntropyForwardBackward(Context& ctx, const LinearCrossEntropy& args, double scale,
-                                                         TensorRef dx, TensorRef dw);
+absl::StatusOr<double> LinearCrossEntropyForwardBackward(Context& ctx, const LinearCrossEntropy& args,
+                                                         double scale, TensorRef dx, TensorRef dw);
 
 }  // namespace annulus

@@ -8,7 +8,7 @@
 namespace annulus {
 
 absl::Status Zero(Context& ctx, TensorRef x);
-absl::Status Copy(Context& ctx, ConstTensorRef x, TensorRef y);       // equal dtypes
+absl::Status Copy(Context& ctx, ConstTensorRef x, TensorRef y);        // equal dtypes
 absl::Status AddInPlace(Context& ctx, ConstTensorRef x, TensorRef y);  // y += x, equal dtypes
 absl::Status Scale(Context& ctx, double factor, TensorRef x);
 // Sum of squares, accumulated in f64 in a fixed order.

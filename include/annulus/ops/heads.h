@@ -1,7 +1,7 @@
 #pragma once
 
-// Erased view of [rows, batch, heads, dim] with free strides between rows and between batch items, so that K and V
-// that share a buffer, or one item of a batch, need no copy. Heads and dim are contiguous.
+// Erased view of [rows, batch, heads, dim] with free strides between rows and between batch items, so that K
+// and V that share a buffer, or one item of a batch, need no copy. Heads and dim are contiguous.
 
 #include "annulus/device/tensor.h"
 
@@ -19,7 +19,8 @@ struct BasicHeadsRef {
   }
   // Rows [begin, end).
   BasicHeadsRef Rows(int64_t begin, int64_t end) const {
-    ANNULUS_CHECK(0 <= begin && begin <= end && end <= rows) << "rows [" << begin << ", " << end << ") of " << rows;
+    ANNULUS_CHECK(0 <= begin && begin <= end && end <= rows)
+        << "rows [" << begin << ", " << end << ") of " << rows;
     BasicHeadsRef part = *this;
     part.data = Offset(begin * row_stride);
     part.rows = end - begin;
@@ -47,8 +48,14 @@ template <typename Byte>
 BasicHeadsRef<Byte> HeadsOf(const BasicTensorRef<Byte>& t, int64_t first, int64_t heads, int64_t dim) {
   ANNULUS_CHECK(t.rank() == 3 && first + heads * dim <= t.dim(2)) << ToString(t.shape());
   using Char = std::conditional_t<std::is_const_v<Byte>, const char, char>;
-  return {static_cast<Char*>(t.raw()) + first * SizeOf(t.dtype()), t.dtype(), t.dim(0), t.dim(1), heads, dim,
-          t.dim(1) * t.dim(2), t.dim(2)};
+  return {static_cast<Char*>(t.raw()) + first * SizeOf(t.dtype()),
+          t.dtype(),
+          t.dim(0),
+          t.dim(1),
+          heads,
+          dim,
+          t.dim(1) * t.dim(2),
+          t.dim(2)};
 }
 
 }  // namespace annulus

@@ -16,7 +16,8 @@ struct BasicMatrixRef {
   int64_t rows = 0, cols = 0, stride = 0;
 
   BasicMatrixRef() = default;
-  BasicMatrixRef(Byte* d, DType t, int64_t r, int64_t c, int64_t s) : data(d), dtype(t), rows(r), cols(c), stride(s) {}
+  BasicMatrixRef(Byte* d, DType t, int64_t r, int64_t c, int64_t s)
+      : data(d), dtype(t), rows(r), cols(c), stride(s) {}
   template <typename OtherByte>
   BasicMatrixRef(const BasicTensorRef<OtherByte>& t)  // NOLINT: implicit on purpose
       : data(t.raw()), dtype(t.dtype()), cols(t.dim(t.rank() - 1)), stride(cols) {
@@ -39,7 +40,8 @@ enum class Write { kOverwrite, kAccumulate };
 // y[t, out] (=, +=) sum_in x[t, in] w[out, in]
 absl::Status LinearForward(Context& ctx, ConstMatrixRef x, ConstMatrixRef w, Write write, MatrixRef y);
 // dx[t, in] (=, +=) sum_out dy[t, out] w[out, in]
-absl::Status LinearBackwardInput(Context& ctx, ConstMatrixRef dy, ConstMatrixRef w, Write write, MatrixRef dx);
+absl::Status LinearBackwardInput(Context& ctx, ConstMatrixRef dy, ConstMatrixRef w, Write write,
+                                 MatrixRef dx);
 // dw[out, in] += sum_t dy[t, out] x[t, in]
 absl::Status LinearBackwardWeight(Context& ctx, ConstMatrixRef dy, ConstMatrixRef x, MatrixRef dw);
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// Rotary position embedding (Su et al., 2021) in the half-split convention: element i of a head is paired with
-// element i + head_dim / 2; the pair turns by position * theta^(-2i / head_dim).
+// Rotary position embedding (Su et al., 2021) in the half-split convention: element i of a head is paired
+// with element i + head_dim / 2; the pair turns by position * theta^(-2i / head_dim).
 
 #include "absl/types/span.h"
 #include "annulus/base/status.h"

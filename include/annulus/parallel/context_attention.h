@@ -1,7 +1,7 @@
 #pragma once
 
-// Softmax attention of a sequence that is split over a context-parallel group: block kernels and the exchange of KV
-// blocks, driven by an ExchangePlan. One rank is the plan without transfers.
+// Softmax attention of a sequence that is split over a context-parallel group: block kernels and the exchange
+// of KV blocks, driven by an ExchangePlan. One rank is the plan without transfers.
 
 #include <map>
 #include <memory>
@@ -12,8 +12,8 @@
 
 namespace annulus {
 
-// Everything about one batch of sequences that attention layers share: layout, masks and plans. Plans are built once
-// per window; without documents they are the same for every batch and are kept across batches.
+// Everything about one batch of sequences that attention layers share: layout, masks and plans. Plans are
+// built once per window; without documents they are the same for every batch and are kept across batches.
 class AttentionGeometry {
  public:
   AttentionGeometry(SequenceLayout layout, Communicator cp) : layout_(layout), cp_(std::move(cp)) {}
@@ -43,16 +43,16 @@ class AttentionGeometry {
 
 struct ContextAttentionShape {
   int64_t kv_heads = 0;
-  int64_t head_dim = 0;    // of keys
+  int64_t head_dim = 0;  // of keys
   int64_t v_head_dim = 0;
   int64_t window = 0;
   double scale = 1.0;
 };
 
 // kv: [rows, batch, kv_heads * (head_dim + v_head_dim)], all keys first. partial is reset first.
-absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry, const ContextAttentionShape& shape,
-                                     ConstHeadsRef q, TensorRef kv, const AttentionPartial& partial,
-                                     ExchangeStats* stats);
+absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
+                                     const ContextAttentionShape& shape, ConstHeadsRef q, TensorRef kv,
+                                     const AttentionPartial& partial, ExchangeStats* stats);
 
 // dq and dkv (laid out as kv) are in the accumulator dtype. dkv is overwritten; dq is added to.
 struct ContextAttentionGradients {
@@ -61,8 +61,8 @@ struct ContextAttentionGradients {
   HeadsRef dq;
   TensorRef dkv;
 };
-absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry, const ContextAttentionShape& shape,
-                                      ConstHeadsRef q, TensorRef kv, const ContextAttentionGradients& gradients,
-                                      ExchangeStats* stats);
+absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
+                                      const ContextAttentionShape& shape, ConstHeadsRef q, TensorRef kv,
+                                      const ContextAttentionGradients& gradients, ExchangeStats* stats);
 
 }  // namespace annulus

@@ -1,7 +1,7 @@
 #pragma once
 
-// Attention masks as bounds: the query at global position p sees keys in [lo(p), hi(p)). Causal, window and document
-// masks are all of this form, and so are their intersections.
+// Attention masks as bounds: the query at global position p sees keys in [lo(p), hi(p)). Causal, window and
+// document masks are all of this form, and so are their intersections.
 
 #include <cstdint>
 #include <vector>
@@ -16,7 +16,7 @@ namespace annulus {
 // Which positions of each sequence of a batch exist, and where documents start.
 struct SequenceBatch {
   int64_t batch = 1;
-  std::vector<int64_t> lengths;                       // [batch]; keys at or after a length are padding
+  std::vector<int64_t> lengths;  // [batch]; keys at or after a length are padding
   // [batch][position], the position at which the document of a position starts; empty = one document.
   std::vector<std::vector<int64_t>> document_starts;
 };
@@ -34,14 +34,17 @@ struct BoundsTable {
   std::vector<int64_t> lo, hi;
   // Of local rows [begin, end).
   MaskBounds Rows(int64_t begin, int64_t end, int64_t batch) const {
-    const size_t first = static_cast<size_t>(begin * batch), count = static_cast<size_t>((end - begin) * batch);
+    const size_t first = static_cast<size_t>(begin * batch),
+                 count = static_cast<size_t>((end - begin) * batch);
     return {absl::MakeConstSpan(lo).subspan(first, count), absl::MakeConstSpan(hi).subspan(first, count)};
   }
 };
-BoundsTable LocalBounds(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window, int cp_rank);
+BoundsTable LocalBounds(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window,
+                        int cp_rank);
 
-// What the group must compute, for the exchange builders: which key rows of each chunk the queries of each other
-// chunk see, hulls over rows and over the batch.
-ExchangeProblem MakeExchangeProblem(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window);
+// What the group must compute, for the exchange builders: which key rows of each chunk the queries of each
+// other chunk see, hulls over rows and over the batch.
+ExchangeProblem MakeExchangeProblem(const SequenceLayout& layout, const SequenceBatch& sequences,
+                                    int64_t window);
 
 }  // namespace annulus

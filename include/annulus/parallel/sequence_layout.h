@@ -1,8 +1,8 @@
 #pragma once
 
-// Global token <-> (cp rank, local row) of a sequence split over a context-parallel group. Positions are always
-// global. The sequence is padded so that every rank holds the same number of rows; padding rows are positions
-// [length, padded_length): never attended, never counted.
+// Global token <-> (cp rank, local row) of a sequence split over a context-parallel group. Positions are
+// always global. The sequence is padded so that every rank holds the same number of rows; padding rows are
+// positions [length, padded_length): never attended, never counted.
 //
 //   contiguous, P = 2:  | 0 0 0 0 1 1 1 1 |        one chunk a rank
 //   zigzag,     P = 2:  | 0 0 1 1 1 1 0 0 |        chunks r and 2P-1-r: equal causal work
@@ -41,7 +41,7 @@ class SequenceLayout {
     int64_t row;
     friend bool operator==(const Place&, const Place&) = default;
   };
-  Place PlaceOf(int64_t position) const;                   // position < padded_length()
+  Place PlaceOf(int64_t position) const;  // position < padded_length()
   int64_t PositionOf(int cp_rank, int64_t row) const;
   std::vector<int64_t> LocalPositions(int cp_rank) const;  // local_rows() entries
 

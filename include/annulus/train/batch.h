@@ -1,7 +1,7 @@
 #pragma once
 
-// One rank's share of an optimizer step's sequences: which sequences belong to its data-parallel rank, and which of
-// their tokens to its context-parallel rank.
+// One rank's share of an optimizer step's sequences: which sequences belong to its data-parallel rank, and
+// which of their tokens to its context-parallel rank.
 
 #include <vector>
 
@@ -11,7 +11,8 @@
 
 namespace annulus {
 
-// Sequences that go through the model together. tokens and targets are this rank's rows, ordered (row, sequence).
+// Sequences that go through the model together. tokens and targets are this rank's rows, ordered (row,
+// sequence).
 struct MicroBatch {
   SequenceBatch sequences;
   std::vector<int32_t> tokens, targets;
@@ -20,12 +21,12 @@ struct MicroBatch {
 
 using Batch = std::vector<MicroBatch>;
 
-MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const DataSpec& spec, const SequenceLayout& layout,
-                          int cp_rank);
+MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const DataSpec& spec,
+                          const SequenceLayout& layout, int cp_rank);
 
 // Sequences of optimizer step `step` for data-parallel rank `dp_rank` of `dp_size`, cut into micro-batches.
 // Step s holds training sequences [s, s + 1) * sequences_per_step, whatever the number of ranks.
-absl::StatusOr<Batch> LoadBatch(const DataSet& data, const RunSpec& spec, const SequenceLayout& layout, int64_t step,
-                                int dp_rank, int dp_size, int cp_rank);
+absl::StatusOr<Batch> LoadBatch(const DataSet& data, const RunSpec& spec, const SequenceLayout& layout,
+                                int64_t step, int dp_rank, int dp_size, int cp_rank);
 
 }  // namespace annulus

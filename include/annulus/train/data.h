@@ -18,9 +18,9 @@ inline constexpr int32_t kIgnoredTarget = -1;
 // One sequence of seq_len positions; all vectors have that length.
 struct Sequence {
   std::vector<int32_t> tokens;
-  std::vector<int32_t> targets;            // next token; kIgnoredTarget where it is not counted
-  std::vector<int64_t> document_starts;    // position at which the token's document starts (0 without a mask)
-  int64_t length = 0;                      // tokens [length, seq_len) are padding: never attended, never counted
+  std::vector<int32_t> targets;          // next token; kIgnoredTarget where it is not counted
+  std::vector<int64_t> document_starts;  // position at which the token's document starts (0 without a mask)
+  int64_t length = 0;  // tokens [length, seq_len) are padding: never attended, never counted
 };
 
 // One opened set of sources with its splits. Thread-compatible; reads are from memory maps.
@@ -29,7 +29,8 @@ class DataSet {
   virtual ~DataSet() = default;
 
   // Opens and checks every source (sizes, headers, index consistency). Errors name file, field and value.
-  static absl::StatusOr<std::unique_ptr<DataSet>> Open(const DataSpec& spec, uint64_t seed, int64_t vocab_size);
+  static absl::StatusOr<std::unique_ptr<DataSet>> Open(const DataSpec& spec, uint64_t seed,
+                                                       int64_t vocab_size);
 
   // Training sequence number `sequence` (global over the run: step * sequences_per_step + index).
   // Every window of a source is seen once per epoch, in an order that depends on (seed, epoch).

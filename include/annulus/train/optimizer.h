@@ -1,14 +1,13 @@
 #pragma once
 
-// AdamW with its state sharded over the dp x cp group (ZeRO stage 1; Rajbhandari et al., 2020): gradients of a bucket
-// are reduce-scattered as soon as they are complete, each rank updates its 1/N of every bucket, and the new
-// parameters are all-gathered. Also the learning-rate schedules.
+// AdamW with its state sharded over the dp x cp group (ZeRO stage 1; Rajbhandari et al., 2020): gradients of
+// a bucket are reduce-scattered as soon as they are complete, each rank updates its 1/N of every bucket, and
+// the new parameters are all-gathered. Also the learning-rate schedules.
 
 #include <functional>
 #include <vector>
 
 #include "annulus/comm/communicator.h"
-#include "annulus/comm/exchange_plan.h"
 #include "annulus/device/context.h"
 #include "annulus/model/params.h"
 #include "annulus/train/safetensors.h"
@@ -27,7 +26,8 @@ struct GatheredTensors {
 
 using TensorFinder = std::function<absl::StatusOr<ConstTensorRef>(absl::string_view name)>;
 
-// Copies every parameter from the tensors that `find` gives, which must have the table's shapes and the store's dtype.
+// Copies every parameter from the tensors that `find` gives, which must have the table's shapes and the
+// store's dtype.
 absl::Status RestoreParameters(ParamStore& params, const TensorFinder& find);
 
 class ShardedAdamW {
@@ -42,14 +42,15 @@ class ShardedAdamW {
   // Waits for all sums and returns the global norm of the gradient (the same on every rank).
   absl::StatusOr<double> FinishReduce(Context& ctx);
 
-  // Clips to spec.clip_norm, updates this rank's shards and gathers the parameters. `step` is 1 for the first update.
+  // Clips to spec.clip_norm, updates this rank's shards and gathers the parameters. `step` is 1 for the first
+  // update.
   absl::Status Update(Context& ctx, int64_t step, double lr, double grad_norm);
 
   // Seconds that FinishReduce and Update waited for transfers since the last call.
   double TakeExposedSeconds();
 
-  // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint; buckets
-  // are dealt to the ranks in turn. Collective.
+  // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint;
+  // buckets are dealt to the ranks in turn. Collective.
   absl::StatusOr<GatheredTensors> Gather();
   // Reads parameters and this rank's part of the state, as RestoreParameters does.
   absl::Status Restore(const TensorFinder& find);
@@ -57,19 +58,19 @@ class ShardedAdamW {
   int64_t state_bytes() const;  // of this rank: m, v and the reduced gradient
 
  private:
-  // Elements of a bucket's shard that belong to one parameter.
+  // Elements [begin, end) of this rank's shard of a bucket that belong to one parameter.
   struct Run {
-    int bucket;
-    RowRange elements;
-    Decay decay;
+    int bucket = 0;
+    int64_t begin = 0, end = 0;
+    Decay decay = Decay::kNone;
   };
   struct Shard {
     Tensor grad, m, v;
     Request reduce;
   };
 
-  int64_t ShardBegin(int bucket) const;  // first element of the bucket in this rank's shard
-  RowRange RunOf(const ParamInfo& info) const;  // elements of this rank's shard that are the parameter's
+  int64_t ShardBegin(int bucket) const;    // first element of the bucket in this rank's shard
+  Run RunOf(const ParamInfo& info) const;  // empty if the shard holds none of the parameter
   absl::Status WaitTimed(Request& request);
 
   OptimSpec spec_;

@@ -10,9 +10,9 @@
 
 namespace annulus {
 
-std::string FormatDuration(double seconds);        // "46m", "2h 5m", "8s"
-std::string FormatCount(double value);             // "88.4k", "1.2M"
-std::string FormatBytes(double bytes);             // "71.2 GiB"
+std::string FormatDuration(double seconds);  // "46m", "2h 5m", "8s"
+std::string FormatCount(double value);       // "88.4k", "1.2M"
+std::string FormatBytes(double bytes);       // "71.2 GiB"
 
 // "step 120/2000 6% | loss 2.913 | gnorm 0.71 | 1,482 ms | 88.4k tok/s (11.05k/rank) | ... | ETA 46m"
 std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, double eta_seconds);
@@ -20,8 +20,9 @@ std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, d
 // One line of metrics.jsonl. Numbers that are not finite are written as strings ("nan", "inf").
 std::string MetricsJson(const StepReport& report, std::optional<double> val_loss);
 
-// Console of rank 0. On a terminal the newest step line is redrawn in place behind a bar; elsewhere step lines are
-// printed at most every `seconds` seconds, and always the first and the last. Other ranks print nothing.
+// Console of rank 0. On a terminal the newest step line is redrawn in place behind a bar; elsewhere step
+// lines are printed at most every `seconds` seconds, and always the first and the last. Other ranks print
+// nothing.
 class Console {
  public:
   enum class Output { kPrint, kSilent };

@@ -1,6 +1,7 @@
 #pragma once
 
-// A whole training run: run directory, steps, evaluation, checkpoints, signals, sample. Collective over the world.
+// A whole training run: run directory, steps, evaluation, checkpoints, signals, sample. Collective over the
+// world.
 
 #include <string>
 
@@ -18,12 +19,12 @@ struct RunOptions {
   std::string command;  // as typed, for command.txt
 };
 
-// Trains config.spec on all ranks of `world`. The spec has been validated for world.size() and is equal on all ranks.
-// Errors are the same on every rank unless a rank fails alone; then the caller must end the job.
+// Trains config.spec on all ranks of `world`. The spec has been validated for world.size() and is equal on
+// all ranks. Errors are the same on every rank unless a rank fails alone; then the caller must end the job.
 absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const RunOptions& options);
 
-// SIGUSR1 and SIGTERM from now on set a flag instead of ending the process. TrainRun saves and stops at the next step
-// boundary when any rank's flag is set.
+// SIGUSR1 and SIGTERM from now on set a flag instead of ending the process. TrainRun saves and stops at the
+// next step boundary when any rank's flag is set.
 void InstallStopSignals();
 bool StopRequested();
 

@@ -17,8 +17,8 @@ enum class SourceFormat { kText, kMegatron, kLlmC };
 
 struct SourceSpec {
   SourceFormat format = SourceFormat::kText;
-  std::string path;      // text: a file; megatron: prefix of .bin and .idx; llm.c: a .bin file
-  double weight = 1.0;   // share of the sequences, relative to the other sources
+  std::string path;     // text: a file; megatron: prefix of .bin and .idx; llm.c: a .bin file
+  double weight = 1.0;  // share of the sequences, relative to the other sources
   // Text only: documents end after each occurrence of this byte string; empty = one document.
   std::string document_separator;
   // llm.c only: a token that starts a document; negative = one document.
@@ -57,8 +57,8 @@ enum class ScheduleKind { kConstant, kCosine, kWarmupStableDecay };
 struct ScheduleSpec {
   ScheduleKind kind = ScheduleKind::kCosine;
   int64_t warmup_steps = 0;
-  int64_t decay_steps = 0;    // warm-up-stable-decay: length of the final linear decay
-  double final_ratio = 0.1;   // lr at the end / peak lr
+  int64_t decay_steps = 0;   // warm-up-stable-decay: length of the final linear decay
+  double final_ratio = 0.1;  // lr at the end / peak lr
   friend bool operator==(const ScheduleSpec&, const ScheduleSpec&) = default;
 };
 
@@ -71,8 +71,8 @@ struct OptimSpec {
   double clip_norm = 1.0;  // 0 = no clipping
   ScheduleSpec schedule;
   int64_t steps = 0;
-  int64_t sequences_per_step = 1;   // global batch, over all data-parallel ranks and micro-steps
-  int64_t micro_batch = 1;          // sequences that one data-parallel rank handles at a time
+  int64_t sequences_per_step = 1;  // global batch, over all data-parallel ranks and micro-steps
+  int64_t micro_batch = 1;         // sequences that one data-parallel rank handles at a time
   friend bool operator==(const OptimSpec&, const OptimSpec&) = default;
 };
 

@@ -1,8 +1,8 @@
 #pragma once
 
-// One optimizer step over a process mesh: forward and backward of this rank's micro-batches, reduction of loss and
-// gradients, clipping, AdamW. The loss is the global sum over counted tokens divided by their global count, so it
-// does not depend on how sequences are spread over ranks.
+// One optimizer step over a process mesh: forward and backward of this rank's micro-batches, reduction of
+// loss and gradients, clipping, AdamW. The loss is the global sum over counted tokens divided by their global
+// count, so it does not depend on how sequences are spread over ranks.
 
 #include <memory>
 #include <optional>
@@ -19,19 +19,19 @@
 namespace annulus {
 
 struct StepReport {
-  int64_t step = 0;       // 1-based: optimizer steps done, this one included
-  double loss = 0;        // nats per counted token
-  double grad_norm = 0;   // before clipping
+  int64_t step = 0;      // 1-based: optimizer steps done, this one included
+  double loss = 0;       // nats per counted token
+  double grad_norm = 0;  // before clipping
   double lr = 0;
-  int64_t tokens = 0;     // counted, over all ranks
+  int64_t tokens = 0;  // counted, over all ranks
   double step_ms = 0;
   double tokens_per_second = 0;
   double tflops_causal = 0, tflops_full = 0;  // per rank, of the model's FLOPs (model/cost.h)
   double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next two
   double exposed_reduce_ms = 0;
   double data_ms = 0;
-  int64_t memory_peak_bytes = 0;              // of the largest rank, resident
-  bool skipped = false;                       // not finite: parameters were left as they were
+  int64_t memory_peak_bytes = 0;  // of the largest rank, resident
+  bool skipped = false;           // not finite: parameters were left as they were
 };
 
 class Trainer {
@@ -39,10 +39,12 @@ class Trainer {
   // The spec has been validated for mesh.shape. Parameters are initialised from spec.seed.
   Trainer(const RunSpec& spec, ProcessMesh& mesh);
 
-  // Collective over the mesh. FailedPrecondition if loss or gradient norm is not finite and the policy is to stop.
+  // Collective over the mesh. FailedPrecondition if loss or gradient norm is not finite and the policy is to
+  // stop.
   absl::StatusOr<StepReport> Step(const Batch& batch, double data_seconds);
 
-  // Mean loss in nats per counted token over the validation split, or its first spec.eval.sequences. Collective.
+  // Mean loss in nats per counted token over the validation split, or its first spec.eval.sequences.
+  // Collective.
   absl::StatusOr<double> Evaluate(const DataSet& data);
 
   int64_t step() const { return step_; }  // optimizer steps done
