@@ -47,12 +47,23 @@ struct Ring {
   std::vector<std::vector<BlockPair>> own_pairs;  // [rank]
 };
 
+// Indices [first, last) of a rank's chunks.
+std::pair<size_t, size_t> ChunksOf(const ExchangeProblem& problem, int cp_rank) {
+  const std::vector<Chunk>& chunks = problem.chunks;
+  const auto first = std::partition_point(chunks.begin(), chunks.end(),
+                                          [&](const Chunk& chunk) { return chunk.owner < cp_rank; });
+  const auto last =
+      std::partition_point(first, chunks.end(), [&](const Chunk& chunk) { return chunk.owner == cp_rank; });
+  return {first - chunks.begin(), last - chunks.begin()};
+}
+
 std::vector<BlockPair> PairsOf(const ExchangeProblem& problem, int q_rank, int kv_rank) {
+  const auto [q_first, q_last] = ChunksOf(problem, q_rank);
+  const auto [kv_first, kv_last] = ChunksOf(problem, kv_rank);
   std::vector<BlockPair> pairs;
-  for (size_t i = 0; i < problem.chunks.size(); ++i) {
-    if (problem.chunks[i].owner != q_rank) continue;
-    for (size_t j = 0; j < problem.chunks.size(); ++j) {
-      if (problem.chunks[j].owner != kv_rank || problem.keys_of(i, j).empty()) continue;
+  for (size_t i = q_first; i < q_last; ++i) {
+    for (size_t j = kv_first; j < kv_last; ++j) {
+      if (problem.keys_of(i, j).empty()) continue;
       pairs.push_back(
           {static_cast<int>(i), static_cast<int>(j), problem.keys_of(i, j), problem.pairs_of(i, j)});
     }

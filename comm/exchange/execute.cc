@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <optional>
+#include <map>
 
 #include "../backoff.h"
 #include "../reduce.h"
@@ -42,7 +42,13 @@ class Executor {
     const size_t count = rank_.steps.size();
     waits_for_.resize(count);
     waiters_.resize(count);
+    tags_.resize(count);
+    std::map<std::pair<StepKind, int>, int> messages;  // of each peer and direction
     for (size_t s = 0; s < count; ++s) {
+      const Step& step = rank_.steps[s];
+      ANNULUS_CHECK(IsCompute(step.kind) || IsTransfer(step.kind)) << StepText(plan_, cp.rank(), s);
+      // A valid plan lists the messages of a pair of ranks in the same order at both ends.
+      if (IsTransfer(step.kind)) tags_[s] = messages[{step.kind, step.peer}]++;
       waits_for_[s] = rank_.steps[s].after.size();
       for (const int dependency : rank_.steps[s].after)
         waiters_[static_cast<size_t>(dependency)].push_back(s);
@@ -124,7 +130,7 @@ class Executor {
           binding_.slots[static_cast<size_t>(step.slot)].Rows(step.rows.begin, step.rows.end);
       const bool send = step.kind == StepKind::kSend;
       absl::StatusOr<Request> request =
-          send ? cp_.Send(rows, step.peer, step.message) : cp_.Receive(rows, step.peer, step.message);
+          send ? cp_.Send(rows, step.peer, tags_[s]) : cp_.Receive(rows, step.peer, tags_[s]);
       CheckTransfer(s, request.status());
       if (send) bytes_sent_ += rows.bytes();
       running_.push_back({s, *std::move(request)});
@@ -151,6 +157,7 @@ class Executor {
   const RankPlan& rank_;
   std::vector<size_t> waits_for_;             // by step: how many steps it still waits for
   std::vector<std::vector<size_t>> waiters_;  // by step
+  std::vector<int> tags_;                     // by step, of transfers
   std::vector<size_t> compute_;               // computing steps in order
   std::vector<size_t> startable_;             // transfers that wait for nothing and have not started
   std::vector<Running> running_;

@@ -8,6 +8,12 @@ namespace {
 TEST(Mpi, Communicates) { testing::CheckCommunicator(testing::World()); }
 TEST(Mpi, Delays) { testing::CheckDelay(testing::World()); }
 
+// Several segments of a reduction, the last of them partly filled.
+TEST(Mpi, ReducesInSegments) {
+  testing::CheckAllReduce<int32_t>(testing::World(), 1100003);
+  testing::CheckReduceScatter<float>(testing::World(), 600001);
+}
+
 // MPI counts are int, so larger tensors travel in pieces of 16 Mi elements.
 TEST(Mpi, SplitsLargeTensors) {
   Communicator world = testing::World();

@@ -146,6 +146,17 @@ TEST(Validate, IsQuick) {
   }
 }
 
+// More messages than an MPI tag can number.
+TEST(Validate, AcceptsManyRanks) {
+  const ExchangePlan plan = BuildKvRing(ZigzagCausal(160, 2), Pass::kBackward, RingDirection::kTowardLower);
+  EXPECT_EQ(Validate(plan), absl::OkStatus());
+  int messages = 0;
+  for (const RankPlan& rank : plan.ranks) {
+    for (const Step& step : rank.steps) messages += step.kind == StepKind::kSend ? 1 : 0;
+  }
+  EXPECT_GT(messages, Communicator::kMaxTag);
+}
+
 TEST(Plan, HashTellsPlansApart) {
   const ExchangeProblem problem = ZigzagCausal(3, 4);
   const ExchangePlan plan = BuildKvRing(problem, Pass::kBackward);

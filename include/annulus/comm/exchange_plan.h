@@ -98,7 +98,7 @@ struct Step {
   int block = -1;                                 // owner of the rows
   RowRange rows = {};                             // rows touched
   int peer = -1;                                  // kSend, kReceive
-  int message = -1;                               // kSend, kReceive: unique in the plan; the MPI tag
+  int message = -1;                               // kSend, kReceive: unique in the plan
   std::vector<BlockPair> pairs = {};              // kAttend
   std::vector<int> after = {};  // earlier steps of the same rank that must be complete before this one starts
 };
