@@ -143,7 +143,7 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(Communicator& world, const std::stri
   ANNULUS_ASSIGN_OR_RETURN(choice->other_steps, world.BroadcastString(choice->other_steps, 0));
 
   absl::StatusOr<Checkpoint> checkpoint = OpenStep(choice->path, world.rank(), world.size());
-  ANNULUS_RETURN_IF_ERROR(WithOtherSteps(world.AgreeOk(checkpoint.status()), choice->other_steps));
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(WithOtherSteps(checkpoint.status(), choice->other_steps)));
   return checkpoint;
 }
 

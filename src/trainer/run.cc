@@ -36,7 +36,7 @@ class TrainingRun {
         console_(IsRoot() ? Console::Output::kPrint : Console::Output::kSilent),
         trainer_(spec_, mesh_) {}
 
-  absl::Status Start(StartFrom start);
+  absl::Status Start(const RunOptions& options);
   absl::Status Train();
 
  private:
@@ -103,11 +103,13 @@ absl::Status TrainingRun::PrintStart() {
   return absl::OkStatus();
 }
 
-absl::Status TrainingRun::Start(StartFrom start) {
+absl::Status TrainingRun::Start(const RunOptions& options) {
   ANNULUS_RETURN_IF_ERROR(PrintStart());
-  if (start == StartFrom::kLatestCheckpoint) ANNULUS_RETURN_IF_ERROR(Resume());
-  return OnRoot(
-      [&] { return directory_.Event("start", trainer_.step(), absl::StrCat(mesh_.world.size(), " ranks")); });
+  if (options.start == StartFrom::kLatestCheckpoint) ANNULUS_RETURN_IF_ERROR(Resume());
+  return OnRoot([&]() -> absl::Status {
+    ANNULUS_RETURN_IF_ERROR(directory_.Describe(config_, options, mesh_.world.size()));
+    return directory_.Event("start", trainer_.step(), absl::StrCat(mesh_.world.size(), " ranks"));
+  });
 }
 
 absl::Status TrainingRun::Resume() {
@@ -226,7 +228,7 @@ absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const Ru
       LineFile::Append(absl::StrFormat("%s/logs/rank-%05d.log", directory.path, world.rank()));
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(log.status()));
   TrainingRun run(config, std::move(mesh), std::move(directory), *std::move(data), *std::move(log));
-  ANNULUS_RETURN_IF_ERROR(run.Start(options.start));
+  ANNULUS_RETURN_IF_ERROR(run.Start(options));
   return run.Train();
 }
 

@@ -18,21 +18,6 @@ std::string HostName() {
   return name;
 }
 
-absl::Status WriteHeaderFiles(const std::string& path, const ResolvedConfig& config,
-                              const RunOptions& options, int ranks) {
-  ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(path + "/config.resolved.textproto", config.text));
-  ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(path + "/command.txt", options.command + "\n"));
-  nlohmann::ordered_json env;
-  env["time"] = UtcNow("%Y-%m-%dT%H:%M:%SZ");
-  env["host"] = HostName();
-  env["ranks"] = ranks;
-  env["compiler"] = __VERSION__;
-  for (const char* name : {"OMPI_ARGV", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}) {
-    if (const char* value = std::getenv(name)) env["environment"][name] = value;
-  }
-  return WriteFileAtomically(path + "/env.json", env.dump(2) + "\n");
-}
-
 std::string NewRunPath(const ResolvedConfig& config) {
   const std::string salt = absl::StrCat(config.text, getpid(), UtcNow("%s"));
   return absl::StrCat(config.spec.runs_dir, "/", config.spec.name, "-", UtcNow("%Y%m%d-%H%M%S"), "-",
@@ -40,20 +25,18 @@ std::string NewRunPath(const ResolvedConfig& config) {
 }
 
 // Rank 0's part of Open.
-absl::Status Prepare(const std::string& path, const ResolvedConfig& config, const RunOptions& options,
-                     int ranks) {
+absl::Status Prepare(const std::string& path, StartFrom start) {
   const bool holds_run = Exists(path + "/metrics.jsonl");
-  if (options.start == StartFrom::kLatestCheckpoint && !holds_run) {
+  if (start == StartFrom::kLatestCheckpoint && !holds_run) {
     return absl::NotFoundError(
         absl::StrCat("--run_dir=", path, ": expected the directory of an earlier run to resume"));
   }
-  if (options.start == StartFrom::kScratch && holds_run) {
+  if (start == StartFrom::kScratch && holds_run) {
     return Invalid("--run_dir=", path,
                    ": already holds a run; expected a new directory, or --resume to go on with it");
   }
   ANNULUS_RETURN_IF_ERROR(MakeDirectories(path + "/logs"));
   ANNULUS_RETURN_IF_ERROR(MakeDirectories(path + "/ckpt"));
-  ANNULUS_RETURN_IF_ERROR(WriteHeaderFiles(path, config, options, ranks));
   ANNULUS_ASSIGN_OR_RETURN(LineFile metrics, LineFile::Append(path + "/metrics.jsonl"));  // it marks a run
   return metrics.Write("");
 }
@@ -88,9 +71,24 @@ absl::StatusOr<RunDirectory> RunDirectory::Open(Communicator& world, const Resol
   ANNULUS_ASSIGN_OR_RETURN(
       std::string path,
       world.BroadcastString(options.run_dir.empty() ? NewRunPath(config) : options.run_dir, 0));
-  absl::Status status = world.rank() == 0 ? Prepare(path, config, options, world.size()) : absl::OkStatus();
+  absl::Status status = world.rank() == 0 ? Prepare(path, options.start) : absl::OkStatus();
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(status));
   return RunDirectory{path};
+}
+
+absl::Status RunDirectory::Describe(const ResolvedConfig& config, const RunOptions& options,
+                                    int ranks) const {
+  ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(path + "/config.resolved.textproto", config.text));
+  ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(path + "/command.txt", options.command + "\n"));
+  nlohmann::ordered_json env;
+  env["time"] = UtcNow("%Y-%m-%dT%H:%M:%SZ");
+  env["host"] = HostName();
+  env["ranks"] = ranks;
+  env["compiler"] = __VERSION__;
+  for (const char* name : {"OMPI_ARGV", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}) {
+    if (const char* value = std::getenv(name)) env["environment"][name] = value;
+  }
+  return WriteFileAtomically(path + "/env.json", env.dump(2) + "\n");
 }
 
 absl::Status RunDirectory::TrimMetrics(int64_t step) const {

@@ -33,6 +33,9 @@ struct RunDirectory {
   static absl::StatusOr<RunDirectory> Open(Communicator& world, const ResolvedConfig& config,
                                            const RunOptions& options);
 
+  // Writes config.resolved.textproto, command.txt and env.json. Rank 0, once the run is known to start: a
+  // resume that is refused changes nothing.
+  absl::Status Describe(const ResolvedConfig& config, const RunOptions& options, int ranks) const;
   // Drops lines of metrics.jsonl of steps after `step`, which a resumed run will write again. Rank 0.
   absl::Status TrimMetrics(int64_t step) const;
   // Adds {"time", "event", "step", "detail"} to events.jsonl. Rank 0.

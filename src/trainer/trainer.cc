@@ -173,7 +173,8 @@ absl::Status Trainer::Restore(const Checkpoint& checkpoint, uint64_t data_finger
                    ": expected ", meta.consumed_sequences / std::max<int64_t>(1, meta.step),
                    ", the checkpoint's");
   }
-  ANNULUS_RETURN_IF_ERROR(optimizer_.Restore([&](absl::string_view name) { return checkpoint.Find(name); }));
+  const auto find = [&](absl::string_view name) { return checkpoint.Find(name); };
+  ANNULUS_RETURN_IF_ERROR(Prefixed(optimizer_.Restore(find), checkpoint.path() + ": "));
   step_ = meta.step;
   return absl::OkStatus();
 }
