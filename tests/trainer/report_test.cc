@@ -1,0 +1,141 @@
+// What a run prints and writes: durations, sizes, the step line, metrics, and which rank prints at all.
+
+#include "annulus/train/report.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/match.h"
+
+namespace annulus {
+namespace {
+
+StepReport Report() {
+  return {.step = 120,
+          .loss = 2.9134,
+          .grad_norm = 0.714,
+          .lr = 3e-4,
+          .tokens = 131072,
+          .step_ms = 1482.4,
+          .tokens_per_second = 88400,
+          .tflops_causal = 0.0123,
+          .tflops_full = 0.02,
+          .exposed_exchange_ms = 14.824,
+          .exposed_reduce_ms = 29.648,
+          .data_ms = 148.24,
+          .memory_peak_bytes = int64_t{3} << 29,
+          .skipped = false};
+}
+
+TEST(Format, Durations) {
+  const std::pair<double, const char*> cases[] = {
+      {-3, "0s"},      {0, "0s"},       {8.4, "8s"},      {59.4, "59s"}, {59.6, "1m 0s"},
+      {61, "1m 1s"},   {599, "9m 59s"}, {600, "10m"},     {2760, "46m"}, {3599, "59m"},
+      {3600, "1h 0m"}, {7500, "2h 5m"}, {90000, "25h 0m"}};
+  for (const auto& [seconds, text] : cases) EXPECT_EQ(FormatDuration(seconds), text) << seconds;
+}
+
+TEST(Format, CountsAndBytes) {
+  EXPECT_EQ(FormatCount(0), "0");
+  EXPECT_EQ(FormatCount(999), "999");
+  EXPECT_EQ(FormatCount(88400), "88.40k");
+  EXPECT_EQ(FormatCount(1.2e6), "1.20M");
+  EXPECT_EQ(FormatCount(8e9), "8.00G");
+  EXPECT_EQ(FormatBytes(0), "0 B");
+  EXPECT_EQ(FormatBytes(1023), "1023 B");
+  EXPECT_EQ(FormatBytes(1024), "1.0 KiB");
+  EXPECT_EQ(FormatBytes(71.2 * 1024 * 1024 * 1024), "71.2 GiB");
+  EXPECT_EQ(FormatBytes(5e15), "4547.5 TiB");
+}
+
+TEST(StepLine, SaysWhatHappenedAndWhatIsLeft) {
+  const std::string line = StepLine(Report(), 2000, 8, 2760);
+  for (const char* part :
+       {"step 120/2000 6%", "loss 2.913", "gnorm 0.71", "1,482 ms", "88.40k tok/s (11.05k/rank)",
+        "12.3 GFLOP/s causal/rank", "data 10.0%", "exchange 1.0%", "gradients 2.0%", "1.5 GiB", "ETA 46m"}) {
+    EXPECT_TRUE(absl::StrContains(line, part)) << part << " in: " << line;
+  }
+  EXPECT_FALSE(absl::StrContains(line, "SKIPPED"));
+  EXPECT_FALSE(absl::StrContains(line, "\n"));
+  StepReport skipped = Report();
+  skipped.skipped = true;
+  EXPECT_TRUE(absl::StrContains(StepLine(skipped, 2000, 8, 0), "SKIPPED"));
+}
+
+TEST(Metrics, AreOneObjectOnOneLine) {
+  const std::string line = MetricsJson(Report(), 1.25);
+  EXPECT_EQ(line.find('\n'), line.size() - 1);
+  const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+  ASSERT_TRUE(json.is_object()) << line;
+  EXPECT_EQ(json["step"], 120);
+  EXPECT_EQ(json["loss"], 2.9134);  // all digits: runs are compared bit for bit
+  EXPECT_EQ(json["grad_norm"], 0.714);
+  EXPECT_EQ(json["lr"], 3e-4);
+  EXPECT_EQ(json["tokens"], 131072);
+  EXPECT_EQ(json["step_ms"], 1482.4);
+  EXPECT_EQ(json["tokens_per_second"], 88400);
+  EXPECT_EQ(json["tflops_causal"], 0.0123);
+  EXPECT_EQ(json["tflops_full"], 0.02);
+  EXPECT_EQ(json["exposed_exchange_ms"], 14.824);
+  EXPECT_EQ(json["memory_peak_bytes"], int64_t{3} << 29);
+  EXPECT_EQ(json["val_loss"], 1.25);
+  EXPECT_FALSE(json.contains("skipped"));
+  EXPECT_FALSE(nlohmann::json::parse(MetricsJson(Report(), std::nullopt)).contains("val_loss"));
+}
+
+TEST(Metrics, StayJsonWhenNumbersAreNotFinite) {
+  StepReport report = Report();
+  report.loss = std::numeric_limits<double>::quiet_NaN();
+  report.grad_norm = std::numeric_limits<double>::infinity();
+  report.skipped = true;
+  const std::string line = MetricsJson(report, -std::numeric_limits<double>::infinity());
+  const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+  ASSERT_TRUE(json.is_object()) << line;
+  EXPECT_EQ(json["loss"], "nan");
+  EXPECT_EQ(json["grad_norm"], "inf");
+  EXPECT_EQ(json["val_loss"], "-inf");
+  EXPECT_EQ(json["skipped"], true);
+}
+
+// What a console prints for a line and the steps 1 to 5 of 5, taken within moments.
+std::string Printed(Console::Output output) {
+  ::testing::internal::CaptureStdout();
+  {
+    Console console(output);
+    console.Line("a line");
+    StepReport report = Report();
+    for (report.step = 1; report.step <= 5; ++report.step) {
+      console.Progress(report, 5, absl::StrCat("step ", report.step, "."));
+    }
+  }
+  return ::testing::internal::GetCapturedStdout();
+}
+
+TEST(Console, PrintsTheFirstAndTheLastStepWhenNothingIsRedrawn) {
+  unsetenv("ANNULUS_TERMINAL_COLUMNS");
+  EXPECT_EQ(Printed(Console::Output::kPrint), "a line\nstep 1.\nstep 5.\n");
+}
+
+TEST(Console, RedrawsTheStepLineOnATerminal) {
+  setenv("ANNULUS_TERMINAL_COLUMNS", "60", 1);
+  const std::string printed = Printed(Console::Output::kPrint);
+  unsetenv("ANNULUS_TERMINAL_COLUMNS");
+  EXPECT_TRUE(absl::StartsWith(printed, "a line\n\r"));
+  for (int step = 1; step <= 5; ++step)
+    EXPECT_TRUE(absl::StrContains(printed, absl::StrCat("step ", step, ".")));
+  EXPECT_EQ(std::count(printed.begin(), printed.end(), '\n'), 2) << printed;
+  EXPECT_TRUE(absl::EndsWith(printed, "\n"));
+}
+
+TEST(Console, OtherRanksPrintNothing) {
+  EXPECT_EQ(Printed(Console::Output::kSilent), "");
+  setenv("ANNULUS_TERMINAL_COLUMNS", "60", 1);
+  EXPECT_EQ(Printed(Console::Output::kSilent), "");
+  unsetenv("ANNULUS_TERMINAL_COLUMNS");
+}
+
+}  // namespace
+}  // namespace annulus

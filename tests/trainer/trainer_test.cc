@@ -1,0 +1,118 @@
+// The trainer on meshes of threads: validation is the same on every mesh, leaves training alone, and a step
+// that is not finite changes no parameter.
+
+#include "annulus/train/trainer.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "absl/strings/match.h"
+#include "trainer/trainer_testing.h"
+
+namespace annulus::testing {
+namespace {
+
+absl::StatusOr<StepReport> NextStep(const RankOfRun& rank, const RunSpec& spec) {
+  const absl::StatusOr<Batch> batch = LoadBatch(rank.data, spec, rank.trainer.layout(), rank.trainer.step(),
+                                                rank.mesh.at.dp, rank.mesh.shape.dp, rank.mesh.at.cp);
+  ANNULUS_CHECK(batch.ok()) << batch.status();
+  return rank.trainer.Step(*batch, 0);
+}
+
+double EvaluateOn(const RunSpec& spec, int dp, int cp) {
+  std::vector<double> losses(static_cast<size_t>(dp * cp));
+  OnMesh(spec, dp, cp, [&](RankOfRun rank) {
+    const absl::StatusOr<double> loss = rank.trainer.Evaluate(rank.data);
+    ANNULUS_CHECK(loss.ok()) << loss.status();
+    losses[static_cast<size_t>(rank.mesh.world.rank())] = *loss;
+  });
+  for (double loss : losses) EXPECT_EQ(loss, losses[0]) << "dp " << dp << " cp " << cp;
+  return losses[0];
+}
+
+TEST(Evaluate, IsTheSameOnEveryMesh) {
+  for (const char* sequences : {"0", "7", "1"}) {  // all; dealt unevenly; fewer than data-parallel ranks
+    const RunSpec spec = SmallRun({absl::StrCat("eval.sequences=", sequences)});
+    const double want = EvaluateOn(spec, 1, 1);
+    EXPECT_NEAR(want, std::log(256.0), 0.5) << "an untrained model knows nothing";
+    for (const auto& [dp, cp] : {std::pair(1, 2), {1, 3}, {2, 1}, {2, 2}, {3, 1}, {2, 3}}) {
+      EXPECT_NEAR(EvaluateOn(spec, dp, cp), want, 1e-13 * want) << "dp " << dp << " cp " << cp;
+    }
+  }
+  EXPECT_NE(EvaluateOn(SmallRun({"eval.sequences=7"}), 1, 1),
+            EvaluateOn(SmallRun({"eval.sequences=8"}), 1, 1));
+}
+
+TEST(Evaluate, LeavesTrainingAlone) {
+  const RunSpec spec = SmallRun();
+  const auto losses = [&](bool evaluate) {
+    std::vector<double> losses;
+    OnMesh(spec, 2, 2, [&](RankOfRun rank) {
+      for (int i = 0; i < 4; ++i) {
+        if (evaluate) ANNULUS_CHECK_OK(rank.trainer.Evaluate(rank.data).status());
+        const absl::StatusOr<StepReport> report = NextStep(rank, spec);
+        ANNULUS_CHECK(report.ok()) << report.status();
+        if (rank.mesh.world.rank() == 0) losses.push_back(report->loss);
+      }
+    });
+    return losses;
+  };
+  const std::vector<double> want = losses(false);
+  EXPECT_EQ(losses(true), want);
+  EXPECT_LT(want.back(), want.front());
+}
+
+std::vector<double> ValuesOf(ParamStore& params) {
+  std::vector<double> values;
+  for (int bucket = 0; bucket < params.buckets(); ++bucket) {
+    const TensorRef all = params.BucketValues(bucket);
+    values.insert(values.end(), all.data<double>(), all.data<double>() + all.elements());
+  }
+  return values;
+}
+
+TEST(NotFinite, SkippedStepLeavesParametersAndTheNextOneGoesOn) {
+  const RunSpec spec = SmallRun({"nan_policy=SKIP"});
+  OnMesh(spec, 2, 2, [&](RankOfRun rank) {
+    ASSERT_TRUE(NextStep(rank, spec).ok());
+    double* weight =
+        rank.trainer.params().Value(rank.trainer.params().table().IndexOf("embed.weight")).data<double>();
+    const double before = weight['w' * spec.model.d_model];
+    weight['w' * spec.model.d_model] = std::numeric_limits<double>::quiet_NaN();
+    const std::vector<double> poisoned = ValuesOf(rank.trainer.params());
+    const absl::StatusOr<StepReport> skipped = NextStep(rank, spec);
+    ASSERT_TRUE(skipped.ok()) << skipped.status();
+    EXPECT_TRUE(skipped->skipped);
+    EXPECT_TRUE(std::isnan(skipped->loss));
+    EXPECT_EQ(skipped->step, 2);
+    EXPECT_EQ(rank.trainer.step(), 2);
+    const std::vector<double> after = ValuesOf(rank.trainer.params());
+    EXPECT_EQ(std::memcmp(after.data(), poisoned.data(), after.size() * sizeof(double)), 0);
+
+    weight['w' * spec.model.d_model] = before;
+    const absl::StatusOr<StepReport> next = NextStep(rank, spec);
+    ASSERT_TRUE(next.ok()) << next.status();
+    EXPECT_FALSE(next->skipped);
+    EXPECT_TRUE(std::isfinite(next->loss));
+    EXPECT_NE(ValuesOf(rank.trainer.params()), after);
+  });
+}
+
+TEST(NotFinite, StopsOnAllRanksAlikeEvenIfOneRankMeetsIt) {
+  const RunSpec spec = SmallRun();
+  OnMesh(spec, 2, 1, [&](RankOfRun rank) {
+    if (rank.mesh.world.rank() == 1) {
+      const int norm = rank.trainer.params().table().IndexOf("final_norm.weight");
+      *rank.trainer.params().Value(norm).data<double>() = std::numeric_limits<double>::infinity();
+    }
+    const absl::Status status = NextStep(rank, spec).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    EXPECT_TRUE(absl::StrContains(status.message(), "step 1: loss=")) << status;
+    EXPECT_TRUE(absl::StrContains(status.message(), "nan_policy: STOP")) << status;
+    EXPECT_EQ(rank.trainer.step(), 0);
+  });
+}
+
+}  // namespace
+}  // namespace annulus::testing
