@@ -7,18 +7,14 @@
 #include "kernels/common/vector_math.h"
 #include "kernels/cross_entropy/cross_entropy_kernels.h"
 
-namespace annulus::kernels {
+namespace annulus {
+namespace kernels {
 namespace {
 
 // A chunk's logits are read back right after they are written: at a small vocabulary 1024 rows stay in cache.
 // At a large one 64 MiB in f32 bound the scratch, and 128 rows (at 128K) still amortise packing w.
 constexpr int64_t kMaxChunkRows = 1024;
 constexpr int64_t kMaxChunkLogits = int64_t{1} << 24;
-
-int64_t ChunkRows(int64_t chunk_tokens, int64_t vocab) {
-  const int64_t bounded = kMaxChunkLogits / std::max<int64_t>(vocab, 1);
-  return std::max<int64_t>(1, std::min({chunk_tokens, bounded, kMaxChunkRows}));
-}
 
 // Log-sum-exp with the maximum subtracted; afterwards logits[i] = exp(logits[i] - maximum).
 template <typename T>
@@ -63,7 +59,7 @@ template <typename T>
 absl::StatusOr<double> LinearCrossEntropy(CpuTag, Context& ctx, const annulus::LinearCrossEntropy& args,
                                           const LossGradients* gradients) {
   const int64_t tokens = args.x.dim(0), d = args.x.dim(1), vocab = args.w.dim(0);
-  const int64_t chunk_rows = ChunkRows(args.chunk_tokens, vocab);
+  const int64_t chunk_rows = CpuLossChunkTokens(args.chunk_tokens, vocab);
   const T* w = args.w.data<T>();
   ArenaScope scope(ctx.scratch);
   T* logits = ctx.scratch.Allocate(args.x.dtype(), {std::min(chunk_rows, tokens), vocab}).template data<T>();
@@ -121,4 +117,11 @@ template absl::StatusOr<double> LinearCrossEntropy<double>(CpuTag, Context&,
                                                            const annulus::LinearCrossEntropy&,
                                                            const LossGradients*);
 
-}  // namespace annulus::kernels
+}  // namespace kernels
+
+int64_t CpuLossChunkTokens(int64_t chunk_tokens, int64_t vocab) {
+  const int64_t bounded = kernels::kMaxChunkLogits / std::max<int64_t>(vocab, 1);
+  return std::max<int64_t>(1, std::min({chunk_tokens, bounded, kernels::kMaxChunkRows}));
+}
+
+}  // namespace annulus

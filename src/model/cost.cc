@@ -17,14 +17,17 @@ struct LayerElements {
 LayerElements ElementsOf(const ModelSpec& spec, LayerKind kind, const MemoryInputs& inputs) {
   const int64_t d = spec.d_model;
   const bool keep_all = inputs.recompute == Recompute::kNone;
+  // Gradient of the normed input; and, where they are not kept, the normed input and what is made of it.
+  const int64_t norms = keep_all ? d : 2 * d;
   if (kind == LayerKind::kMlp)
-    return {keep_all ? d + 3 * spec.d_ff : 0, 2 * d + (keep_all ? 3 : 6) * spec.d_ff};
+    return {keep_all ? d + 3 * spec.d_ff : 0, norms + (keep_all ? 3 : 6) * spec.d_ff};
   const int64_t q = spec.heads * spec.head_dim, kv = 2 * spec.kv_heads * spec.head_dim;
   const int64_t output = q + spec.heads;
   const int64_t exchange_slots = inputs.cp_exchange ? 6 : 0;  // two of KV, four of their gradients
   LayerElements elements;
   elements.kept = (keep_all ? d + q + kv : 0) + (inputs.recompute == Recompute::kBlock ? 0 : output);
-  elements.workspace = 2 * d + 3 * q + 2 * kv + exchange_slots * kv;
+  elements.workspace = norms + (keep_all ? 0 : q + kv);
+  elements.workspace += 2 * q + kv + spec.heads + exchange_slots * kv;  // dout, dq, dkv, delta
   if (inputs.recompute == Recompute::kBlock) elements.workspace += output;
   return elements;
 }
@@ -62,7 +65,8 @@ MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs) {
     kept += spec.d_model + elements.kept;
     workspace = std::max(workspace, elements.workspace);
   }
-  const int64_t loss_tokens = std::min(inputs.local_tokens, kLossChunkTokens);
+  const int64_t loss_tokens =
+      std::min(inputs.local_tokens, CpuLossChunkTokens(kLossChunkTokens, spec.vocab_size));
   const int64_t loss = loss_tokens * spec.vocab_size + 2 * inputs.local_tokens * spec.d_model;
   const int64_t gradient = inputs.local_tokens * spec.d_model;
 

@@ -85,22 +85,31 @@ absl::StatusOr<double> Decoder::Loss(Context& ctx, ModelStep& step, const TokenS
   return LinearCrossEntropyForward(ctx, {.x = Tokens(x), .w = head_, .targets = slice.targets});
 }
 
+// Adds the gradient of the trunk's output x to `gradient`.
+absl::StatusOr<double> Decoder::HeadForwardBackward(Context& ctx, TensorRef x,
+                                                    absl::Span<const int32_t> targets, double loss_scale,
+                                                    TensorRef gradient) {
+  ArenaScope scope(ctx.scratch);
+  const TensorRef normed = ctx.scratch.Allocate(dtype_, x.shape());
+  const TensorRef dnormed = ctx.scratch.Allocate(dtype_, x.shape());
+  ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, Tokens(x), final_norm_, eps_, Tokens(normed)));
+  ANNULUS_ASSIGN_OR_RETURN(const double loss, LinearCrossEntropyForwardBackward(
+                                                  ctx, {.x = Tokens(normed), .w = head_, .targets = targets},
+                                                  loss_scale, Tokens(dnormed), dhead_));
+  ANNULUS_RETURN_IF_ERROR(
+      RmsNormBackward(ctx, Tokens(x), final_norm_, Tokens(dnormed), eps_, Tokens(gradient), dfinal_norm_));
+  return loss;
+}
+
 absl::StatusOr<double> Decoder::LossAndGradients(Context& ctx, ModelStep& step, const TokenSlice& slice,
                                                  double loss_scale,
                                                  const std::function<absl::Status(int)>& bucket_done) {
   ArenaScope saved(ctx.saved);
   ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, slice.tokens, Keep::kForBackward));
   ArenaScope scope(ctx.scratch);
-  const TensorRef normed = ctx.scratch.Allocate(dtype_, x.shape());
-  const TensorRef dnormed = ctx.scratch.Allocate(dtype_, x.shape());
-  ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, Tokens(x), final_norm_, eps_, Tokens(normed)));
-  ANNULUS_ASSIGN_OR_RETURN(
-      const double loss,
-      LinearCrossEntropyForwardBackward(ctx, {.x = Tokens(normed), .w = head_, .targets = slice.targets},
-                                        loss_scale, Tokens(dnormed), dhead_));
   const TensorRef gradient = ctx.scratch.AllocateZeroed(dtype_, x.shape());
-  ANNULUS_RETURN_IF_ERROR(
-      RmsNormBackward(ctx, Tokens(x), final_norm_, Tokens(dnormed), eps_, Tokens(gradient), dfinal_norm_));
+  ANNULUS_ASSIGN_OR_RETURN(const double loss,
+                           HeadForwardBackward(ctx, x, slice.targets, loss_scale, gradient));
 
   const int last_bucket = static_cast<int>(layers_.size()) + 1;
   ANNULUS_RETURN_IF_ERROR(bucket_done(last_bucket));

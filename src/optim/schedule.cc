@@ -11,7 +11,8 @@ double LearningRate(const OptimSpec& spec, int64_t step) {
     return spec.lr * static_cast<double>(step + 1) / static_cast<double>(schedule.warmup_steps);
   }
   const double floor = schedule.final_ratio;
-  // Share done of the decay that ends at the last step; negative before it starts.
+  // Share of the decay that is done before this step: 1 only after the last one, so that no step is wasted
+  // where the final ratio is 0. Negative before the decay starts.
   const auto progress = [&](int64_t decay_start) {
     const int64_t length = std::max<int64_t>(1, spec.steps - decay_start);
     return std::min(1.0, static_cast<double>(step - decay_start) / static_cast<double>(length));

@@ -14,8 +14,10 @@
 namespace annulus::testing {
 namespace {
 
-constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 4, kVDim = 6;  // dims differ: neither may stand for the other
-constexpr int64_t kQColumns = kHeads * kDim, kOutColumns = kHeads * kVDim, kKvColumns = kKvHeads * (kDim + kVDim);
+constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 4,
+                  kVDim = 6;  // dims differ: neither may stand for the other
+constexpr int64_t kQColumns = kHeads * kDim, kOutColumns = kHeads * kVDim,
+                  kKvColumns = kKvHeads * (kDim + kVDim);
 constexpr double kScale = 0.4;
 // Sums of at most 40 terms of order one: a few dozen epsilons (2e-16) apart in any order of summing.
 constexpr double kTolerance = 1e-12;
@@ -31,8 +33,8 @@ struct Case {
 
 // One row of columns per token, token = position * batch + item.
 struct Whole {
-  std::vector<double> q, kv, dout;      // inputs
-  std::vector<double> out, lse;         // [.., kOutColumns], [.., kHeads]
+  std::vector<double> q, kv, dout;  // inputs
+  std::vector<double> out, lse;     // [.., kOutColumns], [.., kHeads]
   std::vector<double> dq, dkv;
 };
 
@@ -75,7 +77,9 @@ void DenseQuery(const Case& c, const Whole& in, int64_t item, int64_t position, 
   std::vector<int64_t> keys;
   std::vector<double> weights;
   double sum = 0;
-  const auto k_at = [&](int64_t key) { return static_cast<size_t>((key * batch + item) * kKvColumns + kv_head * kDim); };
+  const auto k_at = [&](int64_t key) {
+    return static_cast<size_t>((key * batch + item) * kKvColumns + kv_head * kDim);
+  };
   const auto v_at = [&](int64_t key) {
     return static_cast<size_t>((key * batch + item) * kKvColumns + kKvHeads * kDim + kv_head * kVDim);
   };
@@ -102,7 +106,8 @@ void DenseQuery(const Case& c, const Whole& in, int64_t item, int64_t position, 
       dq[i] += dscore * k[i];
       result->dkv[k_at(keys[n]) + static_cast<size_t>(i)] += dscore * q[i];
     }
-    for (int64_t i = 0; i < kVDim; ++i) result->dkv[v_at(keys[n]) + static_cast<size_t>(i)] += weights[n] * dout[i];
+    for (int64_t i = 0; i < kVDim; ++i)
+      result->dkv[v_at(keys[n]) + static_cast<size_t>(i)] += weights[n] * dout[i];
   }
 }
 
@@ -137,7 +142,8 @@ void RunRank(const Case& c, Whole& in, AttentionGeometry& geometry, Whole* resul
   const int64_t rows = c.layout.local_rows(), batch = c.sequences.batch;
   const auto tensor = [&](int64_t columns) { return Tensor(Device{}, DType::kF64, {rows, batch, columns}); };
   const Tensor q = tensor(kQColumns), kv = tensor(kKvColumns), dout = tensor(kOutColumns);
-  const Tensor out = tensor(kOutColumns), lse = tensor(kHeads), dq = tensor(kQColumns), dkv = tensor(kKvColumns);
+  const Tensor out = tensor(kOutColumns), lse = tensor(kHeads), dq = tensor(kQColumns),
+               dkv = tensor(kKvColumns);
   MoveRows(c, r, Direction::kToLocal, &in.q, q.ref());
   MoveRows(c, r, Direction::kToLocal, &in.kv, kv.ref());
   MoveRows(c, r, Direction::kToLocal, &in.dout, dout.ref());
@@ -146,7 +152,8 @@ void RunRank(const Case& c, Whole& in, AttentionGeometry& geometry, Whole* resul
 
   const ContextAttentionShape shape{
       .kv_heads = kKvHeads, .head_dim = kDim, .v_head_dim = kVDim, .window = c.window, .scale = kScale};
-  const HeadsRef q_heads = HeadsOf(q.ref(), 0, kHeads, kDim), out_heads = HeadsOf(out.ref(), 0, kHeads, kVDim);
+  const HeadsRef q_heads = HeadsOf(q.ref(), 0, kHeads, kDim),
+                 out_heads = HeadsOf(out.ref(), 0, kHeads, kVDim);
   ExchangeStats stats;
   ANNULUS_CHECK_OK(
       ContextAttentionForward(ctx, geometry, shape, q_heads, kv.ref(), {out_heads, lse.ref()}, &stats));
@@ -169,7 +176,8 @@ void RunRank(const Case& c, Whole& in, AttentionGeometry& geometry, Whole* resul
 }
 
 // Relative to the largest entry; infinities and NaN sit at the same places.
-void ExpectClose(absl::string_view name, const std::vector<double>& got, const std::vector<double>& expected) {
+void ExpectClose(absl::string_view name, const std::vector<double>& got,
+                 const std::vector<double>& expected) {
   ASSERT_EQ(got.size(), expected.size());
   for (size_t i = 0; i < got.size(); ++i) {
     ASSERT_FALSE(std::isnan(got[i])) << name << " at " << i;

@@ -56,7 +56,8 @@ TEST(LocalBounds, AreThoseOfTheRowsInOrder) {
         for (int64_t item = 0; item < batch; ++item) {
           const int64_t q = draw.layout.PositionOf(r, row);
           for (int64_t k = 0; k < draw.layout.padded_length(); ++k) {
-            const bool in_bounds = bounds.lo[static_cast<size_t>(item)] <= k && k < bounds.hi[static_cast<size_t>(item)];
+            const bool in_bounds =
+                bounds.lo[static_cast<size_t>(item)] <= k && k < bounds.hi[static_cast<size_t>(item)];
             ASSERT_EQ(in_bounds, Sees(draw.sequences, draw.window, item, q, k)) << "draw " << seed;
           }
         }

@@ -1,6 +1,7 @@
 #pragma once
 
-// Random batches of sequences, and their mask said pair by pair: what bounds, plans and attention are judged by.
+// Random batches of sequences, and their mask said pair by pair: what bounds, plans and attention are judged
+// by.
 
 #include <algorithm>
 #include <string>
@@ -25,7 +26,9 @@ inline SequenceBatch RandomSequences(uint64_t seed, int64_t length, int64_t batc
                                      Documents documents) {
   const RandomStream random(seed, "sequences");
   uint64_t draws = 0;
-  const auto below = [&](int64_t n) { return static_cast<int64_t>(random.Below(draws++, static_cast<uint64_t>(n))); };
+  const auto below = [&](int64_t n) {
+    return static_cast<int64_t>(random.Below(draws++, static_cast<uint64_t>(n)));
+  };
   SequenceBatch sequences{.batch = batch, .lengths = {}, .document_starts = {}};
   for (int64_t item = 0; item < batch; ++item) {
     sequences.lengths.push_back(lengths == Lengths::kFull || item == 0 ? length : 1 + below(length));

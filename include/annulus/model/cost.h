@@ -27,7 +27,9 @@ struct MemoryPlan {
   int64_t gradients = 0;
   int64_t optimizer = 0;    // m, v and the reduced gradient, sharded over dp x cp
   int64_t activations = 0;  // kept from forward to backward
-  int64_t workspace = 0;    // temporaries of the largest layer, exchange buffers and loss chunk included
+  // Temporaries at the peak of backward, with as many exchange buffers as a plan ever has and the loss chunk
+  // on CPUs. The tiles of kernels (below 1 MiB) are left out.
+  int64_t workspace = 0;
   int64_t total() const { return parameters + gradients + optimizer + activations + workspace; }
 };
 

@@ -43,6 +43,8 @@ class Decoder {
   };
 
   absl::StatusOr<TensorRef> Trunk(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens, Keep keep);
+  absl::StatusOr<double> HeadForwardBackward(Context& ctx, TensorRef x, absl::Span<const int32_t> targets,
+                                             double loss_scale, TensorRef gradient);
   absl::Status LayerForward(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef x, Keep keep,
                             TensorRef y);
   absl::Status LayerBackward(Context& ctx, ModelStep& step, Layer& layer, TensorRef gradient);

@@ -11,6 +11,9 @@ namespace annulus {
 
 inline constexpr int64_t kLossChunkTokens = 8192;  // logits of one chunk at a 128K vocabulary: 4 GiB in f32
 
+// Tokens whose logits exist at once on CPUs, out of a chunk.
+int64_t CpuLossChunkTokens(int64_t chunk_tokens, int64_t vocab);
+
 struct LinearCrossEntropy {
   ConstTensorRef x;                   // [tokens, d]
   ConstTensorRef w;                   // [vocab, d]

@@ -1,0 +1,116 @@
+#include "annulus/model/cost.h"
+
+#include <gtest/gtest.h>
+
+#include <mutex>
+
+#include "annulus/train/optimizer.h"
+#include "model/mesh_run.h"
+
+namespace annulus::testing {
+namespace {
+
+TEST(Flops, EqualAHandCount) {
+  const ModelSpec spec{.d_model = 8,
+                       .vocab_size = 10,
+                       .heads = 2,
+                       .kv_heads = 1,
+                       .head_dim = 4,
+                       .d_ff = 12,
+                       .norm_eps = 1e-5,
+                       .init_stddev = 0.02,
+                       .tied_head = false,
+                       .layers = {Attention(0), Mlp(), Attention(3)}};
+  // Attention 8*8 + 2*4*8 + 8*8 = 192 each, MLP 3*12*8 = 288, head 80; 12*2*4 = 96 a visible key.
+  const double matmul = 6 * (2 * 192 + 288 + 80);
+  const FlopsPerToken flops = TrainingFlops(spec, 6);
+  EXPECT_DOUBLE_EQ(flops.causal, matmul + 96 * (3.5 + 2.5));  // (1+..+6)/6 and (1+2+3+3+3+3)/6 keys
+  EXPECT_DOUBLE_EQ(flops.full, matmul + 96 * (6 + 3));
+  ModelSpec tied = spec;
+  tied.tied_head = true;
+  EXPECT_DOUBLE_EQ(TrainingFlops(tied, 6).causal, flops.causal);
+}
+
+TEST(Flops, MeanVisibleKeysCountTheMask) {
+  for (int64_t length = 1; length <= 20; ++length) {
+    for (int64_t window = 0; window <= 25; ++window) {
+      const SequenceBatch sequences{.batch = 1, .lengths = {length}, .document_starts = {}};
+      double keys = 0;
+      for (int64_t q = 0; q < length; ++q) {
+        for (int64_t k = 0; k < length; ++k) keys += Sees(sequences, window, 0, q, k);
+      }
+      EXPECT_DOUBLE_EQ(MeanVisibleKeys(length, window), keys / static_cast<double>(length))
+          << length << " " << window;
+    }
+  }
+}
+
+// What one rank really holds. Each is the same on all ranks, or the largest is taken.
+struct Held {
+  int64_t parameters = 0, optimizer = 0, saved = 0, scratch = 0;
+};
+
+Held MeasureTraining(const ModelSpec& spec, const WholeBatch& batch, const MeshRun& run) {
+  Held held;
+  std::mutex mutex;
+  OnMesh(spec, batch, run, [&](RankModel& model) {
+    model.LossAndGradients([](int) { return absl::OkStatus(); });
+    const ShardedAdamW optimizer({}, model.params(), model.mesh().dp_cp);
+    const std::lock_guard<std::mutex> lock(mutex);
+    held.parameters = model.params().bytes();
+    held.optimizer = optimizer.state_bytes();
+    held.saved = std::max(held.saved, model.ctx().saved.high_water_bytes());
+    held.scratch = std::max(held.scratch, model.ctx().scratch.high_water_bytes());
+  });
+  return held;
+}
+
+struct MemoryCase {
+  const char* pattern;
+  int64_t vocab;  // the larger one makes the loss the peak
+  Recompute recompute;
+  int cp;
+};
+
+std::vector<MemoryCase> MemoryCases() {
+  std::vector<MemoryCase> cases;
+  for (const char* pattern : {"A", "-", "(A -)^2"}) {
+    for (const int64_t vocab : {32, 512}) {
+      for (const Recompute recompute : {Recompute::kNone, Recompute::kAttentionOutput, Recompute::kBlock}) {
+        for (const int cp : {1, 4}) cases.push_back({pattern, vocab, recompute, cp});
+      }
+    }
+  }
+  return cases;
+}
+
+// Sizes are multiples of the arena's alignment and fit its first block, so that the plan can be held to the
+// byte.
+TEST(Memory, PlanIsWhatTrainingHolds) {
+  for (const MemoryCase& c : MemoryCases()) {
+    SCOPED_TRACE(::testing::Message() << c.pattern << ", vocabulary " << c.vocab << ", policy "
+                                      << static_cast<int>(c.recompute) << ", cp " << c.cp);
+    ModelSpec spec = SmallSpec(ParsePattern(c.pattern, {}).value());
+    spec.vocab_size = c.vocab;
+    const WholeBatch batch = RandomBatch(spec, {.length = 512, .batch = 2});
+    const Held held =
+        MeasureTraining(spec, batch, {.dtype = DType::kF32, .cp = c.cp, .recompute = c.recompute});
+    const MemoryPlan plan = PlanMemory(spec, {.element_bytes = 4,
+                                              .local_tokens = 512 * 2 / c.cp,
+                                              .shards = c.cp,
+                                              .cp_exchange = c.cp > 1,
+                                              .recompute = c.recompute});
+    EXPECT_EQ(plan.parameters, held.parameters);
+    EXPECT_EQ(plan.gradients, held.parameters);
+    EXPECT_EQ(plan.optimizer, held.optimizer);
+    EXPECT_EQ(plan.activations, held.saved);
+    // The attention kernel's tiles of 128 queries by 128 keys, which the plan leaves out.
+    const int64_t tiles = 128 * (3 * spec.head_dim + 2 * 128) * 4;
+    const bool attends = c.pattern != absl::string_view("-");
+    EXPECT_LE(plan.workspace, held.scratch);
+    EXPECT_GE(plan.workspace + (attends ? tiles : 0), held.scratch);
+  }
+}
+
+}  // namespace
+}  // namespace annulus::testing

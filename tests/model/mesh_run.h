@@ -1,0 +1,274 @@
+#pragma once
+
+// A small decoder on any mesh of loopback ranks, fed with whole sequences; what a test compares comes back
+// whole.
+//
+//   const WholeBatch batch = RandomBatch(spec, {.length = 37, .batch = 2, .documents = Documents::kRandom});
+//   const Outcome one = Train(spec, batch, {.cp = 1}), four = Train(spec, batch, {.cp = 4});
+//   ExpectSame(one, four, 1e-12);
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "annulus/base/random.h"
+#include "annulus/comm/process_mesh.h"
+#include "annulus/model/decoder.h"
+#include "parallel/sequences.h"
+#include "support/loopback.h"
+
+namespace annulus::testing {
+
+inline constexpr int32_t kNotCounted = -1;
+
+// Sequences before any split: [item][position] of a layout's length.
+struct WholeBatch {
+  int64_t length = 0;
+  SequenceBatch sequences;
+  std::vector<std::vector<int32_t>> tokens, targets;
+
+  double counted() const {
+    double n = 0;
+    for (const auto& item : targets) {
+      n += static_cast<double>(std::count_if(item.begin(), item.end(), [](int32_t t) { return t >= 0; }));
+    }
+    return n;
+  }
+};
+
+struct BatchShape {
+  int64_t length = 0, batch = 1;
+  Lengths lengths = Lengths::kFull;
+  Documents documents = Documents::kNone;
+};
+
+// Random tokens; the target is the next token, and is not counted at the end of a sequence and one time in
+// eight.
+inline WholeBatch RandomBatch(const ModelSpec& spec, const BatchShape& shape) {
+  const RandomStream random(11, "tokens");
+  WholeBatch whole{.length = shape.length,
+                   .sequences = RandomSequences(5, shape.length, shape.batch, shape.lengths, shape.documents),
+                   .tokens = {},
+                   .targets = {}};
+  uint64_t draws = 0;
+  for (int64_t item = 0; item < shape.batch; ++item) {
+    std::vector<int32_t> tokens, targets;
+    for (int64_t p = 0; p < shape.length; ++p) {
+      tokens.push_back(static_cast<int32_t>(random.Below(draws++, static_cast<uint64_t>(spec.vocab_size))));
+    }
+    for (int64_t p = 0; p < shape.length; ++p) {
+      const bool counted =
+          p + 1 < whole.sequences.lengths[static_cast<size_t>(item)] && random.Below(draws++, 8) > 0;
+      targets.push_back(counted ? tokens[static_cast<size_t>(p) + 1] : kNotCounted);
+    }
+    whole.tokens.push_back(std::move(tokens));
+    whole.targets.push_back(std::move(targets));
+  }
+  return whole;
+}
+
+// A block whose every size differs from the others, with grouped queries.
+inline ModelSpec SmallSpec(std::vector<LayerSpec> layers) {
+  return {.d_model = 16,
+          .vocab_size = 29,
+          .heads = 4,
+          .kv_heads = 2,
+          .head_dim = 6,
+          .d_ff = 20,
+          .norm_eps = 1e-5,
+          .init_stddev = 0.3,  // far from linear, so that a missing term shows
+          .tied_head = false,
+          .layers = std::move(layers)};
+}
+inline LayerSpec Mlp() { return {LayerKind::kMlp, 0, std::nullopt}; }
+inline LayerSpec Attention(int64_t window, std::optional<double> rope_theta = 100.0) {
+  return {LayerKind::kAttention, window, rope_theta};
+}
+
+// As Initialize, and norm weights off one.
+inline void FillRandom(ParamStore& params) {
+  constexpr uint64_t seed = 3;
+  params.Initialize(seed);
+  for (size_t i = 0; i < params.table().params.size(); ++i) {
+    const ParamInfo& info = params.table().params[i];
+    if (info.init != Init::kOnes) continue;
+    const RandomStream random(seed, "norm/" + info.name);
+    VisitFloat(params.dtype(), [&]<class T>() {
+      T* w = params.Value(static_cast<int>(i)).data<T>();
+      for (int64_t j = 0; j < info.shape.elements(); ++j) {
+        w[j] += static_cast<T>(0.2 * random.Normal(static_cast<uint64_t>(j)));
+      }
+    });
+  }
+}
+
+struct MeshRun {
+  DType dtype = DType::kF64;
+  LayoutKind layout = LayoutKind::kZigzag;
+  int dp = 1, cp = 1;
+  Recompute recompute = Recompute::kAttentionOutput;
+  std::function<void(ParamStore&)> fill = FillRandom;
+};
+
+inline std::vector<double> Doubles(ConstTensorRef t) {
+  return VisitFloat(t.dtype(),
+                    [&]<class T>() { return std::vector<double>(t.data<T>(), t.data<T>() + t.elements()); });
+}
+
+// One rank's share of a batch and the decoder on it. Data-parallel ranks take equal runs of sequences.
+class RankModel {
+ public:
+  RankModel(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run, const ProcessMesh& mesh)
+      : mesh_(mesh),
+        counted_(whole.counted()),
+        ctx_(Device{}),
+        params_(Device{}, run.dtype, BuildParamTable(spec), mesh.shape.world()),
+        layout_(run.layout, whole.length, run.cp),
+        geometry_(layout_, mesh.cp),
+        decoder_(spec, run.recompute, params_) {
+    run.fill(params_);
+    const int64_t per_rank = whole.sequences.batch / run.dp;
+    ANNULUS_CHECK(per_rank * run.dp == whole.sequences.batch);
+    first_item_ = per_rank * mesh.at.dp;
+    SequenceBatch mine{.batch = per_rank, .lengths = {}, .document_starts = {}};
+    for (int64_t item = first_item_; item < first_item_ + per_rank; ++item) {
+      mine.lengths.push_back(whole.sequences.lengths[static_cast<size_t>(item)]);
+      if (whole.sequences.document_starts.empty()) continue;
+      mine.document_starts.push_back(whole.sequences.document_starts[static_cast<size_t>(item)]);
+    }
+    for (int64_t position : layout_.LocalPositions(mesh.at.cp)) {
+      for (int64_t item = first_item_; item < first_item_ + per_rank; ++item) {
+        const bool padding = position >= whole.length;
+        const size_t i = static_cast<size_t>(item), p = static_cast<size_t>(position);
+        tokens_.push_back(padding ? 0 : whole.tokens[i][p]);
+        targets_.push_back(padding ? kNotCounted : whole.targets[i][p]);
+      }
+    }
+    geometry_.SetBatch(std::move(mine));
+  }
+
+  ParamStore& params() { return params_; }
+  Context& ctx() { return ctx_; }
+  const ProcessMesh& mesh() const { return mesh_; }
+
+  // Mean loss of the whole batch. Collective.
+  double Loss() {
+    ModelStep step{.geometry = geometry_, .stats = {}};
+    const double sum = decoder_.Loss(ctx_, step, {.tokens = tokens_, .targets = targets_}).value();
+    bytes_sent_ = step.stats.bytes_sent;
+    return mesh_.dp_cp.AllReduceValue(sum, ReduceOp::kSum).value() / counted_;
+  }
+  // The same, and gradients of it from this rank's tokens.
+  double LossAndGradients(const std::function<absl::Status(int)>& bucket_done) {
+    for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
+      const TensorRef grads = params_.BucketGrads(bucket);
+      std::fill_n(static_cast<char*>(grads.raw()), grads.bytes(), char{0});
+    }
+    ModelStep step{.geometry = geometry_, .stats = {}};
+    const double sum =
+        decoder_
+            .LossAndGradients(ctx_, step, {.tokens = tokens_, .targets = targets_}, 1 / counted_, bucket_done)
+            .value();
+    bytes_sent_ = step.stats.bytes_sent;
+    return mesh_.dp_cp.AllReduceValue(sum, ReduceOp::kSum).value() / counted_;
+  }
+  // Puts this rank's logits into [item][position][vocab] of the whole batch; padding is left out.
+  void Logits(std::vector<double>* whole) {
+    const int64_t vocab = params_.Value(params_.table().IndexOf("embed.weight")).dim(0);
+    const int64_t batch = geometry_.sequences().batch;
+    const Tensor logits(Device{}, params_.dtype(), {static_cast<int64_t>(tokens_.size()), vocab});
+    ModelStep step{.geometry = geometry_, .stats = {}};
+    ANNULUS_CHECK_OK(decoder_.Logits(ctx_, step, tokens_, logits.ref()));
+    const std::vector<double> values = Doubles(logits.ref());
+    for (int64_t row = 0; row < layout_.local_rows(); ++row) {
+      const int64_t position = layout_.PositionOf(mesh_.at.cp, row);
+      if (position >= layout_.length()) continue;
+      for (int64_t item = 0; item < batch; ++item) {
+        std::copy_n(values.begin() + (row * batch + item) * vocab, vocab,
+                    whole->begin() + ((first_item_ + item) * layout_.length() + position) * vocab);
+      }
+    }
+  }
+  int64_t bytes_sent() const { return bytes_sent_; }  // by the last pass
+
+ private:
+  ProcessMesh mesh_;
+  double counted_;
+  Context ctx_;
+  ParamStore params_;
+  SequenceLayout layout_;
+  AttentionGeometry geometry_;
+  Decoder decoder_;
+  int64_t first_item_ = 0;
+  std::vector<int32_t> tokens_, targets_;
+  int64_t bytes_sent_ = 0;
+};
+
+// Runs fn(model) on a thread for each rank of the mesh.
+template <typename Fn>
+void OnMesh(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run, Fn&& fn) {
+  OnLoopback(run.dp * run.cp, [&](Communicator world) {
+    absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create({.dp = run.dp, .cp = run.cp, .tp = 1}, world);
+    RankModel model(spec, whole, run, mesh.value());
+    fn(model);
+  });
+}
+
+struct Outcome {
+  double loss = 0;  // mean over counted tokens
+  std::vector<std::string> names;
+  std::vector<std::vector<double>> gradients;  // of `loss`, by parameter
+  int64_t bytes_sent = 0;                      // by attention, all ranks
+};
+
+inline Outcome Train(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run) {
+  Outcome outcome;
+  OnMesh(spec, whole, run, [&](RankModel& model) {
+    const double loss = model.LossAndGradients([](int) { return absl::OkStatus(); });
+    Communicator group = model.mesh().dp_cp;
+    const double bytes =
+        group.AllReduceValue(static_cast<double>(model.bytes_sent()), ReduceOp::kSum).value();
+    ParamStore& params = model.params();
+    for (int bucket = 0; bucket < params.buckets(); ++bucket) {
+      ANNULUS_CHECK_OK(group.AllReduce(params.BucketGrads(bucket), ReduceOp::kSum));
+    }
+    if (group.rank() != 0) return;
+    outcome.loss = loss;
+    outcome.bytes_sent = static_cast<int64_t>(bytes);
+    for (size_t i = 0; i < params.table().params.size(); ++i) {
+      outcome.names.push_back(params.table().params[i].name);
+      outcome.gradients.push_back(Doubles(params.Grad(static_cast<int>(i))));
+    }
+  });
+  return outcome;
+}
+
+inline std::vector<double> Logits(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run) {
+  std::vector<double> logits(static_cast<size_t>(whole.sequences.batch * whole.length * spec.vocab_size));
+  OnMesh(spec, whole, run, [&](RankModel& model) { model.Logits(&logits); });
+  return logits;
+}
+
+// Largest difference relative to the largest entry of `expected`; both finite.
+inline double RelativeDifference(const std::vector<double>& got, const std::vector<double>& expected) {
+  ANNULUS_CHECK(got.size() == expected.size());
+  double difference = 0, largest = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!std::isfinite(got[i]) || !std::isfinite(expected[i])) return std::numeric_limits<double>::infinity();
+    difference = std::max(difference, std::abs(got[i] - expected[i]));
+    largest = std::max(largest, std::abs(expected[i]));
+  }
+  return difference == 0 ? 0 : difference / largest;
+}
+
+inline void ExpectSame(const Outcome& got, const Outcome& expected, double tolerance) {
+  EXPECT_LE(std::abs(got.loss - expected.loss), tolerance * expected.loss);
+  ASSERT_EQ(got.names, expected.names);
+  for (size_t i = 0; i < got.gradients.size(); ++i) {
+    EXPECT_LE(RelativeDifference(got.gradients[i], expected.gradients[i]), tolerance) << got.names[i];
+  }
+}
+
+}  // namespace annulus::testing

@@ -1,0 +1,157 @@
+#include "annulus/model/params.h"
+
+#include <gtest/gtest.h>
+
+#include "model/mesh_run.h"
+
+namespace annulus::testing {
+namespace {
+
+std::string Places(const ParamTable& table) {
+  std::string text;
+  for (const ParamInfo& info : table.params) {
+    absl::StrAppend(&text, info.name, " ", ToString(info.shape), " bucket ", info.bucket, " at ", info.offset,
+                    "\n");
+  }
+  return text;
+}
+
+TEST(ParamTable, NamesShapesAndPlaces) {
+  const ParamTable table = BuildParamTable(SmallSpec({Attention(0), Mlp()}));
+  EXPECT_EQ(Places(table),
+            "embed.weight [29, 16] bucket 0 at 0\n"
+            "layers.0.norm.weight [16] bucket 1 at 0\n"
+            "layers.0.attention.q.weight [24, 16] bucket 1 at 16\n"
+            "layers.0.attention.k.weight [12, 16] bucket 1 at 400\n"
+            "layers.0.attention.v.weight [12, 16] bucket 1 at 592\n"
+            "layers.0.attention.o.weight [16, 24] bucket 1 at 784\n"
+            "layers.1.norm.weight [16] bucket 2 at 0\n"
+            "layers.1.mlp.gate.weight [20, 16] bucket 2 at 16\n"
+            "layers.1.mlp.up.weight [20, 16] bucket 2 at 336\n"
+            "layers.1.mlp.down.weight [16, 20] bucket 2 at 656\n"
+            "final_norm.weight [16] bucket 3 at 0\n"
+            "head.weight [29, 16] bucket 3 at 16\n");
+  EXPECT_EQ(table.bucket_elements, (std::vector<int64_t>{464, 1168, 976, 480}));
+  EXPECT_EQ(table.elements(), 464 + 1168 + 976 + 480);
+  for (const ParamInfo& info : table.params) {
+    const bool matrix = info.shape.rank() == 2;
+    EXPECT_EQ(info.decay, matrix ? Decay::kWeightDecay : Decay::kNone) << info.name;
+    EXPECT_EQ(info.init, matrix ? Init::kNormal : Init::kOnes) << info.name;
+  }
+}
+
+TEST(ParamTable, ATiedHeadIsTheEmbedding) {
+  ModelSpec spec = SmallSpec({Attention(0), Mlp()});
+  const std::string untied = Fingerprint(BuildParamTable(spec));
+  spec.tied_head = true;
+  const ParamTable table = BuildParamTable(spec);
+  EXPECT_EQ(Fingerprint(table) + "head.weight [29, 16]\n", untied);
+  EXPECT_EQ(table.bucket_elements.back(), 16);
+}
+
+TEST(ParamTable, ResidualProjectionsStartSmallerWithDepth) {
+  const ModelSpec spec = SmallSpec({Attention(0), Mlp(), Attention(0), Mlp()});
+  const ParamTable table = BuildParamTable(spec);
+  const auto stddev = [&](absl::string_view name) {
+    return table.params[static_cast<size_t>(table.IndexOf(name))].stddev;
+  };
+  EXPECT_DOUBLE_EQ(stddev("layers.2.attention.o.weight"), 0.3 / 2);
+  EXPECT_DOUBLE_EQ(stddev("layers.3.mlp.down.weight"), 0.3 / 2);
+  EXPECT_DOUBLE_EQ(stddev("layers.2.attention.q.weight"), 0.3);
+  EXPECT_DOUBLE_EQ(stddev("embed.weight"), 0.3);
+}
+
+TEST(ParamStore, AdjacentParametersAreOneMatrix) {
+  const ParamStore params(Device{}, DType::kF32, BuildParamTable(SmallSpec({Attention(0), Mlp()})), 1);
+  const int k = params.table().IndexOf("layers.0.attention.k.weight");
+  const TensorRef kv = params.Values(k, k + 1), dkv = params.Grads(k, k + 1);
+  EXPECT_EQ(kv.shape(), (Shape{24, 16}));
+  EXPECT_EQ(kv.raw(), params.Value(k).raw());
+  EXPECT_EQ(kv.Rows(12, 24).raw(), params.Value(k + 1).raw());
+  EXPECT_EQ(dkv.raw(), params.Grad(k).raw());
+}
+
+// Values are f(seed, name, index): the number of ranks, which sets the padding, does not matter, nor does the
+// type.
+TEST(Initialize, DoesNotDependOnPaddingOrType) {
+  const ParamTable table = BuildParamTable(SmallSpec({Attention(0), Mlp()}));
+  ParamStore one(Device{}, DType::kF64, table, 1);
+  one.Initialize(5);
+  for (const int64_t multiple : {2, 3, 7, 64}) {
+    for (const DType dtype : {DType::kF64, DType::kF32}) {
+      ParamStore other(Device{}, dtype, table, multiple);
+      other.Initialize(5);
+      for (size_t i = 0; i < table.params.size(); ++i) {
+        std::vector<double> expected = Doubles(one.Value(static_cast<int>(i)));
+        if (dtype == DType::kF32) {
+          for (double& x : expected) x = static_cast<float>(x);
+        }
+        EXPECT_EQ(Doubles(other.Value(static_cast<int>(i))), expected) << table.params[i].name;
+      }
+      for (int bucket = 0; bucket < other.buckets(); ++bucket) {
+        const std::vector<double> values = Doubles(other.BucketValues(bucket));
+        EXPECT_EQ(values.size() % static_cast<size_t>(multiple), 0u);
+        for (size_t i = static_cast<size_t>(table.bucket_elements[static_cast<size_t>(bucket)]);
+             i < values.size(); ++i) {
+          EXPECT_EQ(values[i], 0) << "padding of bucket " << bucket;
+        }
+      }
+    }
+  }
+}
+
+TEST(Initialize, DependsOnSeedAndName) {
+  const ParamTable table = BuildParamTable(SmallSpec({Attention(0), Attention(0)}));
+  ParamStore a(Device{}, DType::kF64, table, 1), b(Device{}, DType::kF64, table, 1);
+  a.Initialize(5), b.Initialize(6);
+  const int q0 = table.IndexOf("layers.0.attention.q.weight"),
+            q1 = table.IndexOf("layers.1.attention.q.weight");
+  EXPECT_NE(Doubles(a.Value(q0)), Doubles(b.Value(q0)));
+  EXPECT_NE(Doubles(a.Value(q0)), Doubles(a.Value(q1)));
+}
+
+// 100,000 samples: the mean is within 4 / sqrt(n) and the variance within 4 sqrt(2 / n) of what is asked for
+// unless something is wrong (chance 1e-4 for another seed; this one is fixed).
+TEST(Initialize, IsNormalWithTheStddevOfTheTable) {
+  ModelSpec spec = SmallSpec({Mlp()});
+  spec.d_model = 250, spec.vocab_size = 400;
+  ParamStore params(Device{}, DType::kF64, BuildParamTable(spec), 1);
+  params.Initialize(1);
+  const std::vector<double> values = Doubles(params.Value(params.table().IndexOf("embed.weight")));
+  double sum = 0, squares = 0;
+  for (double x : values) {
+    sum += x / 0.3;
+    squares += x * x / 0.09;
+  }
+  const double n = static_cast<double>(values.size());
+  EXPECT_NEAR(sum / n, 0, 4 / std::sqrt(n));
+  EXPECT_NEAR(squares / n, 1, 4 * std::sqrt(2 / n));
+  EXPECT_EQ(Doubles(params.Value(params.table().IndexOf("final_norm.weight"))),
+            std::vector<double>(250, 1.0));
+}
+
+// With equal weights a tied model is the untied one, and its gradient the sum of the two.
+TEST(TiedHead, SumsTheGradientsOfBothUses) {
+  ModelSpec spec = SmallSpec({Attention(0), Mlp()});
+  const WholeBatch batch = RandomBatch(spec, {.length = 17, .batch = 2});
+  const Outcome untied =
+      Train(spec, batch, {.cp = 2, .fill = [](ParamStore& params) {
+                            FillRandom(params);
+                            const TensorRef embed = params.Value(params.table().IndexOf("embed.weight"));
+                            std::copy_n(embed.data<double>(), embed.elements(),
+                                        params.Value(params.table().IndexOf("head.weight")).data<double>());
+                          }});
+  spec.tied_head = true;
+  const Outcome tied = Train(spec, batch, {.cp = 2});
+  EXPECT_NEAR(tied.loss, untied.loss, 1e-12);
+  ASSERT_EQ(tied.names.size() + 1, untied.names.size());
+  std::vector<double> sum = untied.gradients.front();
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] += untied.gradients.back()[i];
+  EXPECT_LE(RelativeDifference(tied.gradients.front(), sum), 1e-12);
+  for (size_t i = 1; i < tied.gradients.size(); ++i) {
+    EXPECT_LE(RelativeDifference(tied.gradients[i], untied.gradients[i]), 1e-12) << tied.names[i];
+  }
+}
+
+}  // namespace
+}  // namespace annulus::testing

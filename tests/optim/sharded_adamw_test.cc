@@ -1,0 +1,334 @@
+// AdamW sharded over loopback ranks against plain AdamW over whole parameters, and its state through
+// checkpoints.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <mutex>
+
+#include "annulus/base/random.h"
+#include "annulus/train/optimizer.h"
+#include "support/loopback.h"
+
+namespace annulus::testing {
+namespace {
+
+using Tensors = std::map<std::string, std::vector<double>>;
+
+// Buckets of 55, 205, 185 and 60 elements: shards cut through parameters, and most group sizes need padding.
+ModelSpec SmallSpec() {
+  return {.d_model = 5,
+          .vocab_size = 11,
+          .heads = 4,
+          .kv_heads = 1,
+          .head_dim = 4,
+          .d_ff = 12,
+          .norm_eps = 1e-5,
+          .init_stddev = 0.5,
+          .tied_head = false,
+          .layers = {{LayerKind::kAttention, 0, 100.0}, {LayerKind::kMlp, 0, std::nullopt}}};
+}
+
+OptimSpec SmallOptim(double clip_norm) {
+  OptimSpec spec;
+  spec.beta1 = 0.8, spec.beta2 = 0.9, spec.eps = 1e-3;  // large, so that a misplaced epsilon shows
+  spec.weight_decay = 0.3;
+  spec.clip_norm = clip_norm;
+  return spec;
+}
+
+constexpr double kLr = 0.05;
+
+// Gradient of one parameter's element at a step, on a rank of a group.
+double GradientAt(const std::string& name, int64_t i, int64_t step, int rank) {
+  const RandomStream random(static_cast<uint64_t>(step), absl::StrCat(name, "/", rank));
+  return random.Normal(static_cast<uint64_t>(i));
+}
+
+// Fills this rank's gradients; the padding stays zero.
+template <typename Fn>
+void FillGradients(ParamStore& params, Fn&& gradient) {
+  for (const ParamInfo& info : params.table().params) {
+    const TensorRef grad = params.Grad(params.table().IndexOf(info.name));
+    for (int64_t i = 0; i < grad.elements(); ++i) grad.data<double>()[i] = gradient(info.name, i);
+  }
+}
+
+Tensors ValuesOf(const ParamStore& params) {
+  Tensors values;
+  for (const ParamInfo& info : params.table().params) {
+    const TensorRef value = params.Value(params.table().IndexOf(info.name));
+    values[info.name] = std::vector<double>(value.data<double>(), value.data<double>() + value.elements());
+  }
+  return values;
+}
+
+// One group under test. Every member runs `body(params, optimizer, ctx, group)`.
+template <typename Body>
+void OnGroup(int ranks, const OptimSpec& spec, Body&& body) {
+  OnLoopback(ranks, [&](Communicator group) {
+    ParamStore params(Device{}, DType::kF64, BuildParamTable(SmallSpec()), ranks);
+    params.Initialize(9);
+    ShardedAdamW optimizer(spec, params, group);
+    Context ctx{Device{}};
+    body(params, optimizer, ctx, group);
+  });
+}
+
+// One step from the gradients in `params`; returns their norm.
+double TakeStep(ParamStore& params, ShardedAdamW& optimizer, Context& ctx, int64_t step) {
+  for (int bucket = 0; bucket < params.buckets(); ++bucket) ANNULUS_CHECK_OK(optimizer.StartReduce(bucket));
+  const double norm = optimizer.FinishReduce(ctx).value();
+  ANNULUS_CHECK_OK(optimizer.Update(ctx, step, kLr, norm));
+  return norm;
+}
+
+// Algorithm 2 of Loshchilov and Hutter (2019) on whole tensors, in long double.
+class NaiveAdamW {
+ public:
+  explicit NaiveAdamW(const OptimSpec& spec)
+      : spec_(spec), params_(Device{}, DType::kF64, BuildParamTable(SmallSpec()), 1) {
+    params_.Initialize(9);
+    for (const auto& [name, values] : ValuesOf(params_)) values_[name].assign(values.begin(), values.end());
+  }
+
+  // Gradients are sums over `ranks`. Returns their norm.
+  double Step(int64_t step, int ranks) {
+    long double squares = 0;
+    std::map<std::string, std::vector<long double>> gradients;
+    for (const auto& [name, values] : values_) {
+      for (size_t i = 0; i < values.size(); ++i) {
+        long double g = 0;
+        for (int r = 0; r < ranks; ++r) g += GradientAt(name, static_cast<int64_t>(i), step, r);
+        gradients[name].push_back(g);
+        squares += g * g;
+      }
+    }
+    const long double norm = std::sqrt(squares);
+    long double scale = 1;
+    if (spec_.clip_norm > 0 && norm > spec_.clip_norm) scale = spec_.clip_norm / norm;
+    for (auto& [name, values] : values_) Update(name, gradients[name], scale, step, &values);
+    return static_cast<double>(norm);
+  }
+  const std::map<std::string, std::vector<long double>>& values() const { return values_; }
+
+ private:
+  void Update(const std::string& name, const std::vector<long double>& gradient, long double scale,
+              int64_t step, std::vector<long double>* values) {
+    const bool matrix = params_.Value(params_.table().IndexOf(name)).rank() == 2;
+    auto &m = m_[name], &v = v_[name];
+    m.resize(values->size()), v.resize(values->size());
+    const long double b1 = spec_.beta1, b2 = spec_.beta2, t = static_cast<long double>(step);
+    for (size_t i = 0; i < values->size(); ++i) {
+      const long double g = scale * gradient[i];
+      m[i] = b1 * m[i] + (1 - b1) * g;
+      v[i] = b2 * v[i] + (1 - b2) * g * g;
+      const long double m_hat = m[i] / (1 - std::pow(b1, t)), v_hat = v[i] / (1 - std::pow(b2, t));
+      const long double decay = matrix ? spec_.weight_decay : 0;
+      (*values)[i] -= kLr * (m_hat / (std::sqrt(v_hat) + spec_.eps) + decay * (*values)[i]);
+    }
+  }
+
+  OptimSpec spec_;
+  ParamStore params_;
+  std::map<std::string, std::vector<long double>> values_, m_, v_;
+};
+
+class ShardedAdamWTest : public ::testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Ranks, ShardedAdamWTest, ::testing::Range(1, 5));
+
+// Gradients have norms near 22 sqrt(ranks): a clip of 1 always acts, one of 1000 never.
+TEST_P(ShardedAdamWTest, EqualsPlainAdamW) {
+  const int ranks = GetParam();
+  for (const double clip_norm : {0.0, 1.0, 1000.0}) {
+    SCOPED_TRACE(clip_norm);
+    const OptimSpec spec = SmallOptim(clip_norm);
+    NaiveAdamW naive(spec);
+    std::vector<double> norms;
+    for (int64_t step = 1; step <= 6; ++step) norms.push_back(naive.Step(step, ranks));
+    OnGroup(ranks, spec, [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator group) {
+      for (int64_t step = 1; step <= 6; ++step) {
+        FillGradients(params, [&](const std::string& name, int64_t i) {
+          return GradientAt(name, i, step, group.rank());
+        });
+        const double norm = TakeStep(params, optimizer, ctx, step);
+        EXPECT_NEAR(norm, norms[static_cast<size_t>(step - 1)], 1e-12 * norm);
+      }
+      for (const auto& [name, values] : ValuesOf(params)) {
+        const std::vector<long double>& expected = naive.values().at(name);
+        for (size_t i = 0; i < values.size(); ++i) {
+          ASSERT_NEAR(values[i], static_cast<double>(expected[i]), 1e-12) << name << " at " << i;
+        }
+      }
+    });
+  }
+}
+
+// With zero gradients only decay acts, on matrices alone; the padding of buckets stays zero.
+TEST_P(ShardedAdamWTest, OnlyMatricesDecay) {
+  OnGroup(GetParam(), SmallOptim(1),
+          [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator) {
+            const Tensors before = ValuesOf(params);
+            EXPECT_EQ(TakeStep(params, optimizer, ctx, 1), 0);
+            for (const auto& [name, values] : ValuesOf(params)) {
+              const bool matrix = params.Value(params.table().IndexOf(name)).rank() == 2;
+              for (size_t i = 0; i < values.size(); ++i) {
+                const double x = before.at(name)[i];
+                ASSERT_NEAR(values[i], matrix ? x - kLr * 0.3 * x : x, 1e-15) << name;
+              }
+            }
+            for (int bucket = 0; bucket < params.buckets(); ++bucket) {
+              const TensorRef values = params.BucketValues(bucket);
+              for (int64_t i = params.table().bucket_elements[static_cast<size_t>(bucket)];
+                   i < values.elements(); ++i) {
+                EXPECT_EQ(values.data<double>()[i], 0) << "padding of bucket " << bucket;
+              }
+            }
+          });
+}
+
+// Buckets may be reduced in any order that the ranks share, polled or not: not a bit depends on it.
+TEST_P(ShardedAdamWTest, OrderOfReductionsDoesNotMatter) {
+  std::vector<Tensors> results;
+  for (const std::vector<int>& order : {std::vector{0, 1, 2, 3}, {3, 2, 1, 0}, {2, 0, 3, 1}}) {
+    Tensors result;
+    OnGroup(GetParam(), SmallOptim(1),
+            [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator group) {
+              for (int64_t step = 1; step <= 3; ++step) {
+                FillGradients(params, [&](const std::string& name, int64_t i) {
+                  return GradientAt(name, i, step, group.rank());
+                });
+                for (int bucket : order) {
+                  ANNULUS_CHECK_OK(optimizer.StartReduce(bucket));
+                  if (step == 2) optimizer.Poll();
+                }
+                ANNULUS_CHECK_OK(optimizer.Update(ctx, step, kLr, optimizer.FinishReduce(ctx).value()));
+              }
+              if (group.rank() == 0) result = ValuesOf(params);
+            });
+    results.push_back(std::move(result));
+  }
+  EXPECT_EQ(results[1], results[0]);
+  EXPECT_EQ(results[2], results[0]);
+}
+
+TEST_P(ShardedAdamWTest, HoldsItsShareOfTheState) {
+  const int ranks = GetParam();
+  OnGroup(ranks, SmallOptim(1), [&](ParamStore& params, ShardedAdamW& optimizer, Context&, Communicator) {
+    EXPECT_EQ(optimizer.state_bytes() * ranks, 3 * params.bytes());
+  });
+}
+
+// Everything that the ranks of a group would write into a checkpoint.
+class Saved {
+ public:
+  void Add(const GatheredTensors& gathered) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const NamedTensor& named : gathered.tensors) {
+      const double* data = named.tensor.data<double>();
+      const bool added =
+          tensors_.emplace(named.name, std::vector<double>(data, data + named.tensor.elements())).second;
+      EXPECT_TRUE(added) << named.name << " is written twice";
+      shapes_[named.name] = named.tensor.shape();
+    }
+  }
+  absl::StatusOr<ConstTensorRef> Find(absl::string_view name) const {
+    const auto found = tensors_.find(std::string(name));
+    if (found == tensors_.end()) return absl::NotFoundError(name);
+    return ConstTensorRef(found->second.data(), DType::kF64, Device{}, shapes_.at(found->first));
+  }
+  TensorFinder finder() const {
+    return [this](absl::string_view name) { return Find(name); };
+  }
+  const Tensors& tensors() const { return tensors_; }
+  void Erase(const std::string& name) { tensors_.erase(name); }
+  void Reshape(const std::string& name, Shape shape) { shapes_[name] = shape; }
+
+ private:
+  std::mutex mutex_;
+  Tensors tensors_;
+  std::map<std::string, Shape> shapes_;
+};
+
+// The same sum of gradients, to the bit, for any number of ranks.
+void FillOnRankZero(ParamStore& params, int64_t step, int rank) {
+  FillGradients(params, [&](const std::string& name, int64_t i) {
+    return rank == 0 ? GradientAt(name, i, step, 0) : 0.0;
+  });
+}
+
+// Steps 1..steps from the start, then what a checkpoint holds.
+void TrainAndSave(int ranks, int64_t steps, Saved* saved) {
+  OnGroup(ranks, SmallOptim(0),
+          [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator group) {
+            for (int64_t step = 1; step <= steps; ++step) {
+              FillOnRankZero(params, step, group.rank());
+              TakeStep(params, optimizer, ctx, step);
+            }
+            saved->Add(optimizer.Gather().value());
+          });
+}
+
+TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {
+  const int from = GetParam();
+  Saved saved, straight;
+  TrainAndSave(from, 3, &saved);
+  TrainAndSave(from, 5, &straight);
+  EXPECT_EQ(saved.tensors().size(), 3 * BuildParamTable(SmallSpec()).params.size());
+  EXPECT_NE(saved.tensors(), straight.tensors());
+  for (int to = 1; to <= 4; ++to) {
+    SCOPED_TRACE(::testing::Message() << from << " -> " << to << " ranks");
+    Saved again, continued;
+    OnGroup(to, SmallOptim(0),
+            [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator group) {
+              FillOnRankZero(params, 77, group.rank());
+              TakeStep(params, optimizer, ctx, 1);  // something else in parameters and state, to be replaced
+              ANNULUS_CHECK_OK(optimizer.Restore(saved.finder()));
+              again.Add(optimizer.Gather().value());
+              for (int64_t step = 4; step <= 5; ++step) {
+                FillOnRankZero(params, step, group.rank());
+                TakeStep(params, optimizer, ctx, step);
+              }
+              continued.Add(optimizer.Gather().value());
+            });
+    EXPECT_EQ(again.tensors(), saved.tensors());
+    EXPECT_EQ(continued.tensors(), straight.tensors());
+  }
+}
+
+TEST(Restore, NamesTheTensorThatDoesNotFit) {
+  const auto restore = [](const Saved& saved) {
+    absl::Status status;
+    OnGroup(1, SmallOptim(0), [&](ParamStore&, ShardedAdamW& optimizer, Context&, Communicator) {
+      status = optimizer.Restore(saved.finder());
+    });
+    return status;
+  };
+  Saved missing, reshaped, reshaped_state;
+  for (Saved* saved : {&missing, &reshaped, &reshaped_state}) TrainAndSave(2, 1, saved);
+  EXPECT_TRUE(restore(missing).ok());
+  missing.Erase("optim.v.layers.0.norm.weight");
+  EXPECT_EQ(restore(missing), absl::NotFoundError("optim.v.layers.0.norm.weight"));
+  reshaped.Reshape("embed.weight", {5, 11});
+  EXPECT_EQ(restore(reshaped).message(),
+            "checkpoint tensor embed.weight: is f64 [5, 11], expected f64 [11, 5]");
+  reshaped_state.Reshape("optim.m.embed.weight", {55});
+  EXPECT_EQ(restore(reshaped_state).message(),
+            "checkpoint tensor optim.m.embed.weight: is f64 [55], expected f64 [11, 5]");
+}
+
+TEST(Restore, ParametersAloneForAnyUse) {
+  Saved saved;
+  TrainAndSave(3, 2, &saved);
+  ParamStore params(Device{}, DType::kF64, BuildParamTable(SmallSpec()), 1);
+  ANNULUS_CHECK_OK(RestoreParameters(params, saved.finder()));
+  for (const auto& [name, values] : ValuesOf(params)) EXPECT_EQ(values, saved.tensors().at(name)) << name;
+  ParamStore f32(Device{}, DType::kF32, BuildParamTable(SmallSpec()), 1);
+  EXPECT_EQ(RestoreParameters(f32, saved.finder()).message(),
+            "checkpoint tensor embed.weight: is f64 [11, 5], expected f32 [11, 5]");
+}
+
+}  // namespace
+}  // namespace annulus::testing
