@@ -411,14 +411,16 @@ TEST(MessageOrder, OfBothEndsMustAgree) {
 TEST(Problem, MustBeWellFormed) {
   ExchangeCase made;
   const ExchangePlan plan = TwoRanks(&made);
-  const std::vector<std::function<void(ExchangeProblem&)>> changes = {[](ExchangeProblem& p) { p.ranks = 3; },
-                                                                      [](ExchangeProblem& p) { p.block_rows = 5; },
-                                                                      [](ExchangeProblem& p) { p.chunks[1].owner = 0; },
-                                                                      [](ExchangeProblem& p) { p.chunks[1].rows.begin = 1; },
-                                                                      [](ExchangeProblem& p) { p.chunks.pop_back(); },
-                                                                      [](ExchangeProblem& p) { p.keys[1].end = 9; },
-                                                                      [](ExchangeProblem& p) { p.keys[1] = {}; },
-                                                                      [](ExchangeProblem& p) { p.pairs.pop_back(); }};
+  using Change = std::function<void(ExchangeProblem&)>;
+  std::vector<Change> changes;
+  changes.push_back([](ExchangeProblem& p) { p.ranks = 3; });
+  changes.push_back([](ExchangeProblem& p) { p.block_rows = 5; });
+  changes.push_back([](ExchangeProblem& p) { p.chunks[1].owner = 0; });
+  changes.push_back([](ExchangeProblem& p) { p.chunks[1].rows.begin = 1; });
+  changes.push_back([](ExchangeProblem& p) { p.chunks.pop_back(); });
+  changes.push_back([](ExchangeProblem& p) { p.keys[1].end = 9; });
+  changes.push_back([](ExchangeProblem& p) { p.keys[1] = {}; });
+  changes.push_back([](ExchangeProblem& p) { p.pairs.pop_back(); });
   for (size_t i = 0; i < changes.size(); ++i) {
     ExchangePlan mutant = plan;
     changes[i](mutant.problem);
