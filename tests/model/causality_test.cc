@@ -74,14 +74,13 @@ TEST_P(Causality, ADocumentMaskStopsAtTheDocument) {
   }
 }
 
-// One layer of window w reaches w - 1 tokens further.
-TEST_P(Causality, AWindowStopsAfterDepthTimesItsReach) {
-  constexpr int64_t kWindow = 4, kDepth = 3;
-  const ModelSpec spec =
-      SmallSpec({Attention(kWindow), Mlp(), Attention(kWindow), Attention(kWindow, std::nullopt), Mlp()});
+// A layer of window w reaches w - 1 tokens further.
+TEST_P(Causality, AWindowStopsAtTheSumOfTheReaches) {
+  const ModelSpec spec = SmallSpec({Attention(4), Mlp(), Attention(3), Attention(6, std::nullopt), Mlp()});
+  constexpr int64_t kReach = 3 + 2 + 5;
   const WholeBatch batch = RandomBatch(spec, {.length = kLength, .batch = 1});
   for (int64_t position = 0; position < kLength; position += 5) {
-    const int64_t end = std::min(kLength, position + kDepth * (kWindow - 1) + 1);
+    const int64_t end = std::min(kLength, position + kReach + 1);
     EXPECT_EQ(Influenced(spec, batch, 0, position), Range(position, end)) << position;
   }
 }
@@ -96,6 +95,17 @@ TEST_P(Causality, PaddingReachesNothing) {
     EXPECT_EQ(Influenced(spec, batch, 1, position), Range(position, position + 1)) << position;
   }
   EXPECT_EQ(Influenced(spec, batch, 1, kShort - 1), Range(kShort - 1, kShort));
+}
+
+TEST(RopeTheta, BelongsToItsLayer) {
+  const auto logits = [](std::optional<double> first, std::optional<double> second) {
+    const ModelSpec spec = SmallSpec({Attention(0, first), Attention(0, second)});
+    return Logits(spec, RandomBatch(spec, {.length = kLength}), {});
+  };
+  EXPECT_NE(logits(100, 100), logits(100, 50));
+  EXPECT_NE(logits(100, 100), logits(50, 100));
+  EXPECT_NE(logits(100, 100), logits(100, std::nullopt));
+  EXPECT_NE(logits(50, 100), logits(100, 50));
 }
 
 }  // namespace

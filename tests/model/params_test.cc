@@ -110,6 +110,19 @@ TEST(Initialize, DependsOnSeedAndName) {
   EXPECT_NE(Doubles(a.Value(q0)), Doubles(a.Value(q1)));
 }
 
+// A parameter keeps its values when others change their size and so its place.
+TEST(Initialize, DoesNotDependOnOtherParameters) {
+  ModelSpec spec = SmallSpec({Attention(0), Mlp()});
+  ParamStore before(Device{}, DType::kF64, BuildParamTable(spec), 1);
+  spec.kv_heads = 4;
+  ParamStore after(Device{}, DType::kF64, BuildParamTable(spec), 1);
+  before.Initialize(5), after.Initialize(5);
+  const int o = before.table().IndexOf("layers.0.attention.o.weight");
+  EXPECT_NE(before.table().params[static_cast<size_t>(o)].offset,
+            after.table().params[static_cast<size_t>(o)].offset);
+  EXPECT_EQ(Doubles(before.Value(o)), Doubles(after.Value(o)));
+}
+
 // 100,000 samples: the mean is within 4 / sqrt(n) and the variance within 4 sqrt(2 / n) of what is asked for
 // unless something is wrong (chance 1e-4 for another seed; this one is fixed).
 TEST(Initialize, IsNormalWithTheStddevOfTheTable) {

@@ -244,9 +244,16 @@ TEST(Geometry, FollowsTheBatchAndTheWindow) {
       cases.push_back({layout, RandomSequences(seed, 29, 2, Lengths::kRandom, Documents::kRandom), window});
     }
   }
-  cases.push_back({layout, RandomSequences(3, 29, 2, Lengths::kFull, Documents::kNone), 4});
-  cases.push_back({layout, RandomSequences(4, 29, 1, Lengths::kFull, Documents::kNone), 4});
-  cases.push_back({layout, RandomSequences(5, 29, 2, Lengths::kRandom, Documents::kNone), 4});
+  // Of the same size, then with other lengths, documents, none again, and another batch.
+  const auto add = [&](int64_t batch, Lengths lengths, Documents documents) {
+    cases.push_back({layout, RandomSequences(3, 29, batch, lengths, documents), 4});
+  };
+  add(2, Lengths::kFull, Documents::kNone);
+  add(2, Lengths::kRandom, Documents::kNone);
+  add(2, Lengths::kFull, Documents::kNone);
+  add(2, Lengths::kFull, Documents::kRandom);
+  add(2, Lengths::kFull, Documents::kNone);
+  add(1, Lengths::kFull, Documents::kNone);
   std::vector<Whole> in, got;
   for (const Case& c : cases) {
     in.push_back(MakeInputs(c));
