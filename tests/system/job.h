@@ -89,6 +89,7 @@ class Job {
     std::vector<std::string> words = {ANNULUS_SOURCE_DIR "/launch/mpirun", "-n", absl::StrCat(spec.ranks),
                                       ANNULUS_BINARY_DIR "/annulus"};
     words.insert(words.end(), spec.arguments.begin(), spec.arguments.end());
+    for (const char* file : {"/out.txt", "/err.txt"}) Overwrite(folder_ + file, "");  // not the last job's
     mpirun_ = fork();
     ANNULUS_CHECK(mpirun_ >= 0) << "fork: errno " << errno;
     if (mpirun_ == 0) Execute(words);

@@ -29,12 +29,13 @@ class KillTest : public ::testing::Test {
     return saved.ok() ? saved->meta().step : -1;
   }
 
-  // Waits for the moment to kill in: while the job starts, at a step, or in the middle of a save.
+  // Waits for the moment to kill in: when the job has started, at a step, or in the middle of a save.
   void WaitForMoment(Job& job, uint64_t attempt) const {
     const int64_t start = SavedStep();
     std::function<bool()> moment;
     switch (random_.Below(4 * attempt, 4)) {
-      case 0:  // anywhere from the fork of mpirun to the first steps
+      case 0:  // ranks have found each other; the checkpoint is being read
+        moment = [this] { return !Contents(folder_.path() + "/out.txt").empty(); };
         break;
       case 1:
       case 2: {
@@ -50,11 +51,8 @@ class KillTest : public ::testing::Test {
         };
         break;
     }
-    if (moment) {
-      ASSERT_TRUE(job.WaitWhileRunning(moment, 60)) << "attempt " << attempt << ": " << job.Wait(0);
-    }
-    const uint64_t range_us = moment ? 20'000 : 1'200'000;
-    std::this_thread::sleep_for(std::chrono::microseconds(random_.Below(4 * attempt + 2, range_us)));
+    ASSERT_TRUE(job.WaitWhileRunning(moment, 60)) << "attempt " << attempt << ": " << job.Wait(0);
+    std::this_thread::sleep_for(std::chrono::microseconds(random_.Below(4 * attempt + 2, 20'000)));
   }
 
   const TemporaryFolder folder_;
@@ -72,7 +70,7 @@ TEST_F(KillTest, TwentyKilledRanksChangeNothing) {
     Job job(NextJob());
     ASSERT_NO_FATAL_FAILURE(WaitForMoment(job, attempt));
     const std::vector<pid_t> ranks = job.RankProcesses();
-    if (ranks.empty()) continue;  // mpirun had not started any, or they just finished
+    if (ranks.empty()) continue;  // the job ended in between
     ASSERT_EQ(::kill(ranks[random_.Below(4 * attempt + 3, ranks.size())], SIGKILL), 0);
     const JobResult result = job.Wait(kSecondsToEnd);
     ASSERT_TRUE(result.in_time) << "attempt " << attempt << ": " << result;
