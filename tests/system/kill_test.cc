@@ -29,13 +29,15 @@ class KillTest : public ::testing::Test {
     return saved.ok() ? saved->meta().step : -1;
   }
 
-  // Waits for the moment to kill in: when the job has started, at a step, or in the middle of a save.
+  // Waits for the moment to kill in: while the job starts, at a step, or in the middle of a save.
   void WaitForMoment(Job& job, uint64_t attempt) const {
     const int64_t start = SavedStep();
     std::function<bool()> moment;
+    uint64_t range_us = 20'000;
     switch (random_.Below(4 * attempt, 4)) {
-      case 0:  // ranks have found each other; the checkpoint is being read
-        moment = [this] { return !Contents(folder_.path() + "/out.txt").empty(); };
+      case 0:  // while ranks start and find each other
+        moment = [&job] { return !job.RankProcesses().empty(); };
+        range_us = 100'000;
         break;
       case 1:
       case 2: {
@@ -52,7 +54,7 @@ class KillTest : public ::testing::Test {
         break;
     }
     ASSERT_TRUE(job.WaitWhileRunning(moment, 60)) << "attempt " << attempt << ": " << job.Wait(0);
-    std::this_thread::sleep_for(std::chrono::microseconds(random_.Below(4 * attempt + 2, 20'000)));
+    std::this_thread::sleep_for(std::chrono::microseconds(random_.Below(4 * attempt + 2, range_us)));
   }
 
   const TemporaryFolder folder_;
