@@ -7,7 +7,7 @@ absl::StatusOr<Arguments> Arguments::Parse(const CommandSpec& spec, const std::v
   Arguments parsed;
   bool have_operand = false;
   for (size_t i = 0; i < args.size(); ++i) {
-    if (args[i].rfind("--", 0) != 0) {
+    if (args[i].rfind("-", 0) != 0 || args[i] == "-") {
       if (have_operand || *spec.operand == '\0') {
         return Invalid("annulus ", spec.name, ": unexpected argument `", args[i], "`\n\n", Usage(spec));
       }

@@ -8,15 +8,23 @@
 #include <fstream>
 #include <thread>
 
+#include "absl/base/config.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "annulus/base/file.h"
 #include "annulus/comm/communicator.h"
-#include "annulus/train/report.h"
+#include "annulus/train/config.h"
 #include "commands.h"
 
 namespace annulus {
 namespace {
+
+#ifdef __clang__
+constexpr char kCompiler[] = "clang";
+#else
+constexpr char kCompiler[] = "gcc";
+#endif
 
 // Value of `key` in a "key : value" file of /proc; empty if there is none.
 std::string ProcValue(const char* path, absl::string_view key) {
@@ -30,15 +38,39 @@ std::string ProcValue(const char* path, absl::string_view key) {
   return "";
 }
 
-bool OnPath(const std::string& program) {
-  const char* path = std::getenv("PATH");
-  for (absl::string_view folder : absl::StrSplit(path == nullptr ? "" : path, ':')) {
-    if (access(absl::StrCat(folder, "/", program).c_str(), X_OK) == 0) return true;
-  }
-  return false;
+void Item(const char* name, const std::string& value) { std::printf("%-10s %s\n", name, value.c_str()); }
+
+// First line that `mpirun --version` prints; empty when there is no mpirun.
+std::string MpirunVersion() {
+  std::FILE* pipe = popen("mpirun --version 2>/dev/null", "r");
+  if (pipe == nullptr) return "";
+  char line[256] = {};
+  const bool read = std::fgets(line, sizeof(line), pipe) != nullptr;
+  pclose(pipe);
+  return read ? std::string(absl::StripAsciiWhitespace(line)) : "";
 }
 
-void Item(const char* name, const std::string& value) { std::printf("%-10s %s\n", name, value.c_str()); }
+// The last word of "Open MPI v4.1.4" or "mpirun (Open MPI) 4.1.4", without a leading v.
+absl::string_view VersionIn(absl::string_view text) {
+  const size_t space = text.rfind(' ');
+  if (space != absl::string_view::npos) text.remove_prefix(space + 1);
+  absl::ConsumePrefix(&text, "v");
+  return text;
+}
+
+// Says what mpirun there is; false if it is missing or does not fit the MPI library that is linked.
+bool CheckMpirun() {
+  const std::string mpirun = MpirunVersion(), library = MpiLibraryVersion();
+  Item("mpi", library);
+  if (mpirun.empty()) {
+    Item("mpirun", "MISSING: apt-get install openmpi-bin");
+    return false;
+  }
+  const bool fits = VersionIn(mpirun) == VersionIn(library);
+  Item("mpirun",
+       absl::StrCat(mpirun, fits ? "" : ": DIFFERS from the MPI library; build again with this mpirun's"));
+  return fits;
+}
 
 absl::Status Run(const Arguments&, const std::string&) {
   int missing = 0;
@@ -49,17 +81,13 @@ absl::Status Run(const Arguments&, const std::string&) {
                            std::thread::hardware_concurrency(), " cores usable"));
   Item("memory", absl::StrCat("total ", ProcValue("/proc/meminfo", "MemTotal"), ", available ",
                               ProcValue("/proc/meminfo", "MemAvailable")));
-  Item("compiler", absl::StrCat("built with gcc ", __VERSION__));
+  Item("annulus", absl::StrCat(ANNULUS_VERSION, ", built with ", kCompiler, " ", __VERSION__));
+  Item("libraries", absl::StrCat("protobuf ", ProtobufVersion(), ", Abseil ", ABSL_LTS_RELEASE_VERSION, ".",
+                                 ABSL_LTS_RELEASE_PATCH_LEVEL));
   Item("blas",
        absl::StrCat(openblas_get_config(), "; core ", openblas_get_corename(), "; ",
                     openblas_get_num_threads(), " threads (launch/mpirun sets OPENBLAS_NUM_THREADS=1)"));
-  Item("mpi", MpiLibraryVersion());
-  if (OnPath("mpirun")) {
-    Item("mpirun", "found");
-  } else {
-    Item("mpirun", "MISSING: apt-get install openmpi-bin");
-    ++missing;
-  }
+  if (!CheckMpirun()) ++missing;
   // The CPU program needs no GPU; what is there is only reported.
   if (Exists("/proc/driver/nvidia/version")) {
     Item("gpu", "NVIDIA driver found; this build computes on CPUs only (the CUDA side is planned)");

@@ -14,6 +14,8 @@ std::vector<Command> Commands() {
   return {TrainCommand(), CheckCommand(), PlanCommand(), SampleCommand(), DoctorCommand()};
 }
 
+bool IsHelp(const std::string& arg) { return arg == "--help" || arg == "-h"; }
+
 int PrintHelp(std::FILE* to, int exit_code) {
   std::fprintf(to, "annulus pretrains language models whose sequences are split over several ranks.\n\n");
   for (const Command& command : Commands()) {
@@ -36,7 +38,7 @@ int WrongCommandLine(const std::string& message) {
 
 int Main(const std::vector<std::string>& args) {
   if (args.size() < 2) return PrintHelp(stderr, 2);
-  if (args[1] == "--help" || args[1] == "help") return PrintHelp(stdout, 0);
+  if (IsHelp(args[1]) || args[1] == "help") return PrintHelp(stdout, 0);
   std::string command_line;
   for (const std::string& arg : args) absl::StrAppend(&command_line, command_line.empty() ? "" : " ", arg);
 
@@ -44,7 +46,7 @@ int Main(const std::vector<std::string>& args) {
   for (const Command& command : Commands()) {
     if (args[1] != command.spec.name) continue;
     for (const std::string& arg : rest) {
-      if (arg == "--help") return std::fputs(Usage(command.spec).c_str(), stdout) < 0;
+      if (IsHelp(arg)) return std::fputs(Usage(command.spec).c_str(), stdout) < 0;
     }
     const absl::StatusOr<Arguments> arguments = Arguments::Parse(command.spec, rest);
     if (!arguments.ok()) return WrongCommandLine(std::string(arguments.status().message()));

@@ -11,6 +11,7 @@
 #include "annulus/parallel/mask.h"
 #include "annulus/train/config.h"
 #include "annulus/train/report.h"
+#include "annulus/train/trainer.h"
 #include "commands.h"
 
 namespace annulus {
@@ -82,18 +83,9 @@ int64_t Largest(const std::vector<int64_t>& values) {
 
 const char* PassName(Pass pass) { return pass == Pass::kForward ? "forward" : "backward"; }
 
-MemoryPlan MemoryOf(const RunSpec& spec) {
-  const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
-  return PlanMemory(spec.model, {.element_bytes = spec.compute == ComputeType::kF64 ? 8 : 4,
-                                 .local_tokens = layout.local_rows() * spec.optim.micro_batch,
-                                 .shards = spec.parallel.dp * spec.parallel.cp,
-                                 .cp_exchange = spec.parallel.cp > 1,
-                                 .recompute = spec.recompute});
-}
-
 std::string Json(const RunSpec& spec, const Machine& machine, const std::vector<LayerPlan>& plans) {
   const FlopsPerToken flops = TrainingFlops(spec.model, spec.data.seq_len);
-  const MemoryPlan memory = MemoryOf(spec);
+  const MemoryPlan memory = PlanMemory(spec);
   nlohmann::ordered_json json;
   json["name"] = spec.name;
   json["parameters"] = BuildParamTable(spec.model).elements();
@@ -121,7 +113,7 @@ std::string Json(const RunSpec& spec, const Machine& machine, const std::vector<
 
 void Print(const RunSpec& spec, const Machine& machine, const std::vector<LayerPlan>& plans) {
   const FlopsPerToken flops = TrainingFlops(spec.model, spec.data.seq_len);
-  const MemoryPlan memory = MemoryOf(spec);
+  const MemoryPlan memory = PlanMemory(spec);
   const auto bytes = [](int64_t value) { return FormatBytes(static_cast<double>(value)); };
   std::printf("%s: %s on dp=%d cp=%d tp=%d\n", spec.name.c_str(), spec.pattern.c_str(),
               static_cast<int>(spec.parallel.dp), static_cast<int>(spec.parallel.cp),
@@ -137,11 +129,16 @@ void Print(const RunSpec& spec, const Machine& machine, const std::vector<LayerP
   std::printf(
       "assumed machine   %g GFLOP/s a rank, %g GB/s a link, %g us a message (not measured; see --help)\n",
       machine.rank_gflops, machine.link_gbps, machine.latency_us);
+  if (spec.data.document_mask) {
+    std::printf(
+        "documents         not planned: they differ in every batch, and only remove work and bytes\n");
+  }
   for (const LayerPlan& layer : plans) {
     const std::string window = layer.window == 0 ? "all keys" : absl::StrCat("window ", layer.window);
     std::printf(
-        "\n%zu attention layers (%s), %s: sent per rank at most %s, predicted %.3g ms, of which exposed "
-        "exchange %.3g ms\n",
+        "\n%zu attention layers (%s), %s; each, per micro-batch: sent per rank at most %s, predicted %.3g "
+        "ms, of "
+        "which exposed exchange %.3g ms\n",
         layer.layers.size(), window.c_str(), PassName(layer.plan.pass), bytes(Largest(layer.bytes)).c_str(),
         layer.simulation.makespan * 1e3, Largest(layer.simulation.exposed) * 1e3);
     std::printf("%s", Timeline(layer.plan, layer.simulation).c_str());
@@ -181,7 +178,7 @@ Command PlanCommand() {
             {"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field; repeatable"},
             {"--rank_gflops", Option::Takes::kValue, "X",
              "attention rate of a rank for the prediction (default 20)"},
-            {"--link_gbps", Option::Takes::kValue, "X", "GB/s that a rank can send (default 5)"},
+            {"--link_gbps", Option::Takes::kValue, "X", "GB/s that a rank can send, and add up (default 5)"},
             {"--latency_us", Option::Takes::kValue, "X", "latency of a message (default 20)"}}},
           Run};
 }

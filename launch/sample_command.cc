@@ -1,5 +1,8 @@
 #include <cstdio>
+#include <cstdlib>
 
+#include "absl/strings/numbers.h"
+#include "annulus/base/file.h"
 #include "annulus/train/checkpoint.h"
 #include "annulus/train/config.h"
 #include "annulus/train/optimizer.h"
@@ -10,9 +13,20 @@
 namespace annulus {
 namespace {
 
-absl::Status Run(const Arguments& arguments, const std::string&) {
+// A run directory stands for the checkpoints in it.
+std::string CheckpointPath(const std::string& operand) {
+  const std::string inside = operand + "/ckpt";
+  return Exists(inside) ? inside : operand;
+}
+
+absl::Status Run(
+    const Arguments& arguments,
+    const std::string&) {  // Under mpirun one rank is enough: the others would print the same text into it.
+  const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
+  if (rank != nullptr && absl::string_view(rank) != "0") return absl::OkStatus();
   if (!arguments.Has("--prompt")) return Invalid("--prompt: expected TEXT to continue");
-  ANNULUS_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(arguments.operand()));
+  ANNULUS_ASSIGN_OR_RETURN(const Checkpoint checkpoint,
+                           Checkpoint::Open(CheckpointPath(arguments.operand())));
   ANNULUS_ASSIGN_OR_RETURN(
       const ResolvedConfig config,
       LoadConfig(checkpoint.path() + "/manifest.json: config", checkpoint.meta().config, {}));
@@ -26,12 +40,12 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> tokens, arguments.PositiveInt("--tokens"));
   ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> seed, arguments.PositiveInt("--seed"));
   sample.tokens = tokens.value_or(200);
-  if (arguments.Last("--temperature", "") == "0") {
-    sample.temperature = 0;
-  } else {
-    ANNULUS_ASSIGN_OR_RETURN(sample.temperature,
-                             arguments.PositiveNumber("--temperature", sample.temperature));
+  const std::string temperature = arguments.Last("--temperature", absl::StrCat(sample.temperature));
+  if (!absl::SimpleAtod(temperature, &sample.temperature) ||
+      !(sample.temperature >= 0 && sample.temperature <= 100)) {
+    return Invalid("--temperature=", temperature, ": expected a number from 0 to 100");
   }
+
   std::fputs(sample.prompt.c_str(), stdout);
   ANNULUS_RETURN_IF_ERROR(Sample(spec.model, params, sample, spec.data.seq_len,
                                  static_cast<uint64_t>(seed.value_or(static_cast<int64_t>(spec.seed))),
@@ -48,7 +62,7 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
 Command SampleCommand() {
   return {{"sample",
            "CKPT",
-           "continues a text with a checkpoint (a step directory, or a directory of them)",
+           "continues a text with a checkpoint (a run directory, its ckpt, or one step in it)",
            {{"--prompt", Option::Takes::kValue, "TEXT", "text to continue"},
             {"--tokens", Option::Takes::kValue, "N", "bytes to add (default 200)"},
             {"--temperature", Option::Takes::kValue, "T", "0 takes the likeliest byte (default: the run's)"},

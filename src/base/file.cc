@@ -1,6 +1,7 @@
 #include "annulus/base/file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -166,6 +167,27 @@ absl::Status DurableFile::Finish() {
   return absl::OkStatus();
 }
 
+absl::StatusOr<FileLock> FileLock::Take(const std::string& path, absl::string_view owner) {
+  const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (fd < 0) return FileError("open", path);
+  FileLock lock(fd);
+  if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+    if (errno != EWOULDBLOCK) return FileError("lock", path);
+    char holder[256] = {};
+    const ssize_t read_bytes = pread(fd, holder, sizeof(holder) - 1, 0);
+    return absl::FailedPreconditionError(
+        absl::StrCat(path, ": is held by ", read_bytes > 0 ? holder : "another process"));
+  }
+  const ssize_t bytes = static_cast<ssize_t>(owner.size());
+  if (ftruncate(fd, 0) != 0 || pwrite(fd, owner.data(), owner.size(), 0) != bytes)
+    return FileError("write", path);
+  return lock;
+}
+
+FileLock::~FileLock() {
+  if (fd_ >= 0) close(fd_);
+}
+
 absl::StatusOr<MappedFile> MappedFile::Open(const std::string& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
   if (fd < 0) return FileError("open", path);
@@ -192,24 +214,36 @@ absl::StatusOr<MappedFile> MappedFile::Open(const std::string& path) {
     }
     file.data_ = static_cast<const uint8_t*>(data);
   }
-  close(fd);
+  file.fd_ = fd;
   return file;
+}
+
+absl::Status MappedFile::CheckWhole() const {
+  struct stat info;
+  if (fd_ < 0) return absl::OkStatus();
+  if (fstat(fd_, &info) != 0) return FileError("stat", path_);
+  if (info.st_size >= size_) return absl::OkStatus();
+  return absl::DataLossError(
+      absl::StrCat(path_, ": shrank from ", size_, " to ", info.st_size, " bytes while in use"));
 }
 
 MappedFile::MappedFile(MappedFile&& other) noexcept
     : path_(std::move(other.path_)),
       data_(std::exchange(other.data_, nullptr)),
-      size_(std::exchange(other.size_, 0)) {}
+      size_(std::exchange(other.size_, 0)),
+      fd_(std::exchange(other.fd_, -1)) {}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(path_, other.path_);
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(fd_, other.fd_);
   return *this;
 }
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) munmap(const_cast<uint8_t*>(data_), static_cast<size_t>(size_));
+  if (fd_ >= 0) close(fd_);
 }
 
 }  // namespace annulus

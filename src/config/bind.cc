@@ -18,7 +18,7 @@ constexpr IntRange kCount{0, int64_t{1} << 40};
 constexpr IntRange kSteps{1, int64_t{1} << 32};
 constexpr IntRange kWarmup{0, int64_t{1} << 32};
 constexpr IntRange kSequences{1, int64_t{1} << 24};
-constexpr IntRange kSeqLen{1, int64_t{1} << 32};
+constexpr IntRange kSeqLen{1, kMaxSeqLen};
 constexpr IntRange kWidth{1, int64_t{1} << 20};
 constexpr IntRange kHeads{1, int64_t{1} << 16};
 constexpr IntRange kVocab{1, (int64_t{1} << 31) - 1};  // tokens are int32

@@ -1,5 +1,7 @@
 #include "annulus/train/config.h"
 
+#include <google/protobuf/stubs/common.h>
+
 #include "absl/strings/match.h"
 #include "annulus.pb.h"
 #include "bind.h"
@@ -79,5 +81,7 @@ absl::StatusOr<ResolvedConfig> LoadConfig(const std::string& name, const std::st
   resolved.text = config::PrintResolved(run, provenance);
   return resolved;
 }
+
+std::string ProtobufVersion() { return google::protobuf::internal::VersionString(GOOGLE_PROTOBUF_VERSION); }
 
 }  // namespace annulus

@@ -100,6 +100,11 @@ std::vector<std::string> CheckRun(const RunSpec& spec, std::optional<int64_t> wo
   }
   CheckData(spec, &findings);
   CheckSchedule(spec.optim, &findings);
+  if (spec.sample.tokens > 0 && spec.model.vocab_size > 0 && spec.model.vocab_size < 256) {
+    findings.push_back(absl::StrCat("sample.tokens=", spec.sample.tokens,
+                                    ": expected 0, since a sample is bytes and model.vocab_size=",
+                                    spec.model.vocab_size, " is below 256 (nearest valid value 0)"));
+  }
   if (spec.parallel.tp != 1) {
     findings.push_back(absl::StrCat("parallel.tp=", spec.parallel.tp,
                                     ": expected 1; tensor parallelism is planned but not available "

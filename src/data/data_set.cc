@@ -16,7 +16,6 @@
 namespace annulus {
 namespace {
 
-constexpr int64_t kMaxSeqLen = int64_t{1} << 30;
 
 // Part of every fingerprint: raise it when the same files and spec start to give other sequences.
 constexpr uint64_t kSamplingVersion = 1;

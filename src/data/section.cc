@@ -55,6 +55,7 @@ absl::StatusOr<Sequence> Section::Read(int64_t index, int64_t phase) const {
 
   // One token more than positions, the last target, unless the range ends here.
   std::vector<int64_t> tokens(static_cast<size_t>(std::min(positions.end + 1, range_.end) - positions.begin));
+  for (const MappedFile* file : store().files()) ANNULUS_RETURN_IF_ERROR(file->CheckWhole());
   store().Read(positions.begin, absl::MakeSpan(tokens));
   ANNULUS_RETURN_IF_ERROR(CheckVocabulary(positions.begin, tokens));
 

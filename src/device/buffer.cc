@@ -1,8 +1,12 @@
 #include "annulus/device/buffer.h"
 
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <string>
 #include <utility>
 
 namespace annulus {
@@ -13,6 +17,23 @@ constexpr int64_t kMinBlockBytes = int64_t{16} << 20;  // few blocks, little was
 int64_t RoundUp(int64_t bytes) { return (bytes + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes; }
 
 }  // namespace
+
+int64_t AvailableMemoryBytes() {
+  int64_t available = -1;
+  std::ifstream file("/proc/meminfo");
+  for (std::string key; file >> key;) {
+    if (key == "MemAvailable:" && file >> available) {
+      available *= 1024;  // given in KiB
+      break;
+    }
+  }
+  rlimit limit{};
+  if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
+    const int64_t most = static_cast<int64_t>(limit.rlim_cur);
+    available = available < 0 ? most : std::min(available, most);
+  }
+  return available;
+}
 
 Buffer::Buffer(Device device, int64_t bytes) : bytes_(bytes), device_(device) {
   ANNULUS_CHECK(device.kind == DeviceKind::kCpu) << "no allocator for " << ToString(device);

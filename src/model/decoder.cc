@@ -127,7 +127,9 @@ absl::Status Decoder::Logits(Context& ctx, ModelStep& step, absl::Span<const int
   ArenaScope saved(ctx.saved);
   ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, tokens, Keep::kNothing));
   ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, Tokens(x), final_norm_, eps_, Tokens(x)));
-  return LinearForward(ctx, Tokens(x), head_, Write::kOverwrite, logits);
+  const TensorRef all = Tokens(x);
+  return LinearForward(ctx, all.Rows(all.dim(0) - logits.dim(0), all.dim(0)), head_, Write::kOverwrite,
+                       logits);
 }
 
 }  // namespace annulus

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 
 #include "absl/strings/str_format.h"
@@ -45,7 +46,8 @@ class TrainingRun {
   absl::StatusOr<StepReport> OneStep();
   absl::Status Finish(const StepReport& report);
   absl::Status WriteLogs(const StepReport& report, const std::string& line, std::optional<double> val_loss);
-  absl::Status Save();
+  absl::Status Save(int64_t keep);
+  absl::Status SaveBefore(const absl::Status& error);
   absl::Status PrintSample();
   absl::StatusOr<bool> StopAgreed();
   absl::Status PrintStart();
@@ -77,12 +79,7 @@ absl::Status TrainingRun::PrintStart() {
       mesh_.world.AllGatherStrings(absl::StrFormat("dp=%d cp=%d tp=%d  %s  pid %d", mesh_.at.dp, mesh_.at.cp,
                                                    mesh_.at.tp, host, getpid())));
   const FlopsPerToken flops = TrainingFlops(spec_.model, spec_.data.seq_len);
-  const int64_t local_rows = trainer_.layout().local_rows();
-  const MemoryPlan memory = PlanMemory(spec_.model, {.element_bytes = SizeOf(DTypeOf(spec_.compute)),
-                                                     .local_tokens = local_rows * spec_.optim.micro_batch,
-                                                     .shards = mesh_.dp_cp.size(),
-                                                     .cp_exchange = mesh_.shape.cp > 1,
-                                                     .recompute = spec_.recompute});
+  const MemoryPlan memory = PlanMemory(spec_);
   console_.Line("resolved configuration (value, then where it comes from):\n" + config_.text);
   for (size_t i = 0; i < ranks.size(); ++i) console_.Line(absl::StrCat("rank ", i, ": ", ranks[i]));
   console_.Line(absl::StrFormat("model: %s parameters, %s training FLOPs per token causal, %s full",
@@ -140,14 +137,22 @@ absl::StatusOr<StepReport> TrainingRun::OneStep() {
   return report;
 }
 
-absl::Status TrainingRun::Save() {
+absl::Status TrainingRun::Save(int64_t keep) {
   if (saved_step_ == trainer_.step()) return absl::OkStatus();
   const double start = Now();
-  ANNULUS_RETURN_IF_ERROR(trainer_.Save(directory_.checkpoints(), config_.text, data_->fingerprint()));
+  ANNULUS_RETURN_IF_ERROR(trainer_.Save(directory_.checkpoints(), config_.text, data_->fingerprint(), keep));
   saved_step_ = trainer_.step();
   console_.Line(absl::StrFormat("checkpoint: %s/step-%08d (%.0f ms)", directory_.checkpoints(), saved_step_,
                                 (Now() - start) * 1e3));
   return OnRoot([&] { return directory_.Event("checkpoint", saved_step_, ""); });
+}
+
+// An error that all ranks agreed on before they touched anything leaves the state of the last step whole: it
+// is saved, and no older checkpoint is deleted for it, since its parameters may be what went wrong.
+absl::Status TrainingRun::SaveBefore(const absl::Status& error) {
+  if (!IsAgreed(error) || trainer_.step() == first_step_) return error;
+  ANNULUS_RETURN_IF_ERROR(Save(spec_.checkpoint.keep + 1));
+  return error;
 }
 
 // Everything that follows a step at its boundary: evaluation, metrics, logs.
@@ -185,12 +190,13 @@ absl::Status TrainingRun::Train() {
   first_step_ = trainer_.step();
   first_time_ = Now();
   while (trainer_.step() < spec_.optim.steps) {
-    ANNULUS_ASSIGN_OR_RETURN(const StepReport report, OneStep());
-    ANNULUS_RETURN_IF_ERROR(Finish(report));
+    const absl::StatusOr<StepReport> report = OneStep();
+    if (!report.ok()) return SaveBefore(report.status());
+    ANNULUS_RETURN_IF_ERROR(Finish(*report));
     ANNULUS_ASSIGN_OR_RETURN(const bool stop, StopAgreed());
     const int64_t every = spec_.checkpoint.every_steps;
     if (stop || trainer_.step() == spec_.optim.steps || (every > 0 && trainer_.step() % every == 0)) {
-      ANNULUS_RETURN_IF_ERROR(Save());
+      ANNULUS_RETURN_IF_ERROR(Save(spec_.checkpoint.keep));
     }
     if (stop && trainer_.step() < spec_.optim.steps) {
       console_.Line(absl::StrFormat("stopped by a signal after step %d; go on with --run_dir %s --resume",
@@ -215,10 +221,28 @@ absl::Status TrainingRun::PrintSample() {
   });
 }
 
+// Refuses what cannot fit, before it is allocated: the system would kill a rank in the middle of a step.
+absl::Status CheckMemory(Communicator& world, const RunSpec& spec) {
+  char host[256] = {};
+  gethostname(host, sizeof(host) - 1);
+  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> hosts, world.AllGatherStrings(host));
+  const int64_t ranks = std::count(hosts.begin(), hosts.end(), std::string(host));
+  const int64_t planned = PlanMemory(spec).total(), available = AvailableMemoryBytes();
+  if (available < 0 || planned <= available / ranks) return world.AgreeOk(absl::OkStatus());
+  return world.AgreeOk(absl::ResourceExhaustedError(absl::StrFormat(
+      "memory: a rank is planned to hold %s (annulus plan shows of what), expected at most %s, as %d ranks "
+      "share the "
+      "%s that are available on %s: lower optim.micro_batch=%d, data.seq_len=%d or the model, or use more "
+      "ranks",
+      FormatBytes(static_cast<double>(planned)), FormatBytes(static_cast<double>(available / ranks)), ranks,
+      FormatBytes(static_cast<double>(available)), host, spec.optim.micro_batch, spec.data.seq_len)));
+}
+
 }  // namespace
 
 absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const RunOptions& options) {
   ANNULUS_ASSIGN_OR_RETURN(ProcessMesh mesh, ProcessMesh::Create(ShapeOf(config.spec.parallel), world));
+  ANNULUS_RETURN_IF_ERROR(CheckMemory(world, config.spec));
   // Data before the directory: a bad path must not leave an empty run behind.
   absl::StatusOr<std::unique_ptr<DataSet>> data =
       DataSet::Open(config.spec.data, config.spec.seed, config.spec.model.vocab_size);

@@ -25,7 +25,8 @@ std::string NewRunPath(const ResolvedConfig& config) {
 }
 
 // Rank 0's part of Open.
-absl::Status Prepare(const std::string& path, StartFrom start) {
+absl::Status Prepare(StartFrom start, RunDirectory* directory) {
+  const std::string& path = directory->path;
   const bool holds_run = Exists(path + "/metrics.jsonl");
   if (start == StartFrom::kLatestCheckpoint && !holds_run) {
     return absl::NotFoundError(
@@ -37,6 +38,10 @@ absl::Status Prepare(const std::string& path, StartFrom start) {
   }
   ANNULUS_RETURN_IF_ERROR(MakeDirectories(path + "/logs"));
   ANNULUS_RETURN_IF_ERROR(MakeDirectories(path + "/ckpt"));
+  absl::StatusOr<FileLock> lock =
+      FileLock::Take(path + "/lock", absl::StrCat("a run, pid ", getpid(), " on ", HostName()));
+  ANNULUS_RETURN_IF_ERROR(Prefixed(lock.status(), "--run_dir: expected no other job in it: "));
+  directory->lock = std::make_shared<FileLock>(*std::move(lock));
   ANNULUS_ASSIGN_OR_RETURN(LineFile metrics, LineFile::Append(path + "/metrics.jsonl"));  // it marks a run
   return metrics.Write("");
 }
@@ -71,9 +76,10 @@ absl::StatusOr<RunDirectory> RunDirectory::Open(Communicator& world, const Resol
   ANNULUS_ASSIGN_OR_RETURN(
       std::string path,
       world.BroadcastString(options.run_dir.empty() ? NewRunPath(config) : options.run_dir, 0));
-  absl::Status status = world.rank() == 0 ? Prepare(path, options.start) : absl::OkStatus();
+  RunDirectory directory{.path = path, .lock = nullptr};
+  absl::Status status = world.rank() == 0 ? Prepare(options.start, &directory) : absl::OkStatus();
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(status));
-  return RunDirectory{path};
+  return directory;
 }
 
 absl::Status RunDirectory::Describe(const ResolvedConfig& config, const RunOptions& options,

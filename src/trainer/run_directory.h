@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 
+#include "annulus/base/file.h"
 #include "annulus/comm/communicator.h"
 #include "annulus/train/run.h"
 
@@ -26,6 +27,7 @@ class LineFile {
 
 struct RunDirectory {
   std::string path;
+  std::shared_ptr<FileLock> lock;  // rank 0: two jobs in one directory would undo each other's saves
   std::string checkpoints() const { return path + "/ckpt"; }
 
   // Makes or reopens the directory; collective, the same answer on every rank. A directory that already holds

@@ -45,13 +45,12 @@ absl::Status Sample(const ModelSpec& model, const ParamStore& params, const Samp
     geometry.SetBatch({.batch = 1, .lengths = {length}, .document_starts = {}});
     ModelStep step{.geometry = geometry, .stats = {}};
     ArenaScope scope(ctx.scratch);
-    const TensorRef logits = ctx.scratch.Allocate(params.dtype(), {length, model.vocab_size});
+    const TensorRef logits = ctx.scratch.Allocate(params.dtype(), {1, model.vocab_size});
     const auto context = absl::MakeConstSpan(tokens).last(static_cast<size_t>(length));
     ANNULUS_RETURN_IF_ERROR(decoder.Logits(ctx, step, context, logits));
     // Bytes only: a larger vocabulary's other tokens have no text.
     const int32_t next = VisitFloat(params.dtype(), [&]<class T>() {
-      return Draw<T>({logits.Rows(length - 1, length).data<T>(), 256}, spec.temperature,
-                     random.Uniform(static_cast<uint64_t>(i)));
+      return Draw<T>({logits.data<T>(), 256}, spec.temperature, random.Uniform(static_cast<uint64_t>(i)));
     });
     tokens.push_back(next);
     emit(static_cast<char>(next));

@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <csignal>
 
 #include "annulus/train/run.h"
@@ -8,7 +10,11 @@ namespace {
 // The one piece of global state: a signal handler has nothing else to write to.
 volatile std::sig_atomic_t stop_requested = 0;
 
-void OnStopSignal(int) { stop_requested = 1; }
+// A second SIGTERM does not wait for a step boundary, which may never come.
+void OnStopSignal(int signal) {
+  if (signal == SIGTERM && stop_requested != 0) _exit(128 + SIGTERM);
+  stop_requested = 1;
+}
 
 }  // namespace
 

@@ -24,6 +24,15 @@ double PeakResidentBytes() {
 
 DType DTypeOf(ComputeType compute) { return compute == ComputeType::kF64 ? DType::kF64 : DType::kF32; }
 
+MemoryPlan PlanMemory(const RunSpec& spec) {
+  const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
+  return PlanMemory(spec.model, {.element_bytes = SizeOf(DTypeOf(spec.compute)),
+                                 .local_tokens = layout.local_rows() * spec.optim.micro_batch,
+                                 .shards = spec.parallel.dp * spec.parallel.cp,
+                                 .cp_exchange = spec.parallel.cp > 1,
+                                 .recompute = spec.recompute});
+}
+
 Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh)
     : spec_(spec),
       mesh_(mesh),
@@ -140,8 +149,8 @@ absl::StatusOr<double> Trainer::Evaluate(const DataSet& data) {
   return sums[0] / sums[1];
 }
 
-absl::Status Trainer::Save(const std::string& directory, const std::string& config,
-                           uint64_t data_fingerprint) {
+absl::Status Trainer::Save(const std::string& directory, const std::string& config, uint64_t data_fingerprint,
+                           int64_t keep) {
   CheckpointMeta meta{.step = step_,
                       .consumed_sequences = step_ * spec_.optim.sequences_per_step,
                       .seed = spec_.seed,
@@ -149,7 +158,7 @@ absl::Status Trainer::Save(const std::string& directory, const std::string& conf
                       .model_fingerprint = Fingerprint(params_.table()),
                       .config = config};
   ANNULUS_ASSIGN_OR_RETURN(GatheredTensors gathered, optimizer_.Gather());
-  return SaveCheckpoint(mesh_.world, directory, meta, std::move(gathered.tensors), spec_.checkpoint.keep);
+  return SaveCheckpoint(mesh_.world, directory, meta, std::move(gathered.tensors), keep);
 }
 
 absl::Status Trainer::Restore(const Checkpoint& checkpoint, uint64_t data_fingerprint) {
@@ -158,6 +167,10 @@ absl::Status Trainer::Restore(const Checkpoint& checkpoint, uint64_t data_finger
   if (meta.model_fingerprint != fingerprint) {
     return Invalid(checkpoint.path(), ": holds another model; its parameters are\n", meta.model_fingerprint,
                    "expected those of the configured model\n", fingerprint);
+  }
+  if (meta.step > spec_.optim.steps) {
+    return Invalid(checkpoint.path(), ": optim.steps=", spec_.optim.steps, ": expected at least ", meta.step,
+                   ", the steps that the checkpoint has done");
   }
   if (meta.seed != spec_.seed) {
     return Invalid(checkpoint.path(), ": seed=", spec_.seed, ": expected ", meta.seed,

@@ -156,5 +156,26 @@ TEST_F(FileTest, DirectoriesRenameAndRemove) {
   EXPECT_TRUE(absl::StrContains(below_file.message(), Path("f/sub"))) << below_file;
 }
 
+TEST(FileLock, OneHolderAtATime) {
+  const std::string path = ::testing::TempDir() + "/annulus_lock_test";
+  {
+    const absl::StatusOr<FileLock> first = FileLock::Take(path, "the first");
+    ASSERT_TRUE(first.ok()) << first.status();
+    const absl::StatusOr<FileLock> second = FileLock::Take(path, "the second");
+    EXPECT_EQ(second.status().message(), path + ": is held by the first");
+  }
+  EXPECT_TRUE(FileLock::Take(path, "the third").ok());
+}
+
+TEST(MappedFile, SaysThatItShrank) {
+  const std::string path = ::testing::TempDir() + "/annulus_shrinking_test";
+  ASSERT_TRUE(WriteFileDurably(path, std::string(100, 'x')).ok());
+  const absl::StatusOr<MappedFile> file = MappedFile::Open(path);
+  ASSERT_TRUE(file.ok()) << file.status();
+  EXPECT_TRUE(file->CheckWhole().ok());
+  ASSERT_EQ(truncate(path.c_str(), 99), 0);
+  EXPECT_EQ(file->CheckWhole().message(), path + ": shrank from 100 to 99 bytes while in use");
+}
+
 }  // namespace
 }  // namespace annulus

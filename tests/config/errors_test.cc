@@ -174,10 +174,10 @@ TEST(ConfigErrors, BetweenFields) {
             "--set parallel.tp=2: expected 1; tensor parallelism is planned but not available "
             "(nearest valid value 1)");
   EXPECT_EQ(ErrorsOf(kSampleConfig, {"optim.steps=4294967296", "optim.sequences_per_step=16777216",
-                                     "data.seq_len=4294967296"}),
+                                     "data.seq_len=1073741824"}),
             "--set optim.steps=4294967296: expected steps * sequences_per_step * seq_len of at most 4.6e+18 "
             "tokens, "
-            "got 3.09485e+26");
+            "got 7.73713e+25");
 }
 
 TEST(ConfigErrors, AreCollectedInOneStatus) {

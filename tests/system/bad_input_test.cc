@@ -106,6 +106,15 @@ const BadInput kBadConfigurations[] = {
      With(kFresh, {"--set", "optim.sequences_per_step=3"}),
      {"optim.sequences_per_step=3", "expected"}},
     {"TensorParallel", With(kFresh, {"--set", "parallel.tp=2"}), {"parallel.tp=2", "expected"}},
+    {"TooLongSequence",
+     With(kFresh, {"--set", "data.seq_len=2000000000"}),
+     {"data.seq_len=2000000000", "1073741824"}},
+    {"SampleWithoutBytes",
+     With(kFresh, {"--set", "model.vocab_size=200", "--set", "sample.tokens=5"}),
+     {"sample.tokens=5", "model.vocab_size=200"}},
+    {"TooLargeForTheMemory",
+     With(kFresh, {"--set", "model.d_model=65536", "--set", "model.mlp.d_ff=1000000"}),
+     {"memory:", "optim.micro_batch=2", "2 ranks share"}},
     {"UnknownOption", With(kFresh, {"--resum"}), {"unknown option --resum"}},
 };
 INSTANTIATE_TEST_SUITE_P(Configuration, FreshRun, ::testing::ValuesIn(kBadConfigurations), NameOf);
@@ -196,6 +205,9 @@ const BadInput kBadResumes[] = {
      With(kResume, {"--set", "optim.sequences_per_step=8"}),
      {"optim.sequences_per_step=8", "expected 4"}},
     {"OtherData", With(kResume, {"--set", "data.seq_len=24"}), {"step-00000004", "data sources differ"}},
+    {"BeyondTheEnd",
+     {"--resume", "--set", "optim.steps=3"},
+     {"step-00000004", "optim.steps=3", "expected at least 4"}},
     {"OtherPrecision", With(kResume, {"--set", "compute=F64"}), {"step-00000004", "f64"}},
 };
 INSTANTIATE_TEST_SUITE_P(Checkpoint, ExistingRun, ::testing::ValuesIn(kBadResumes), NameOf);
@@ -242,10 +254,30 @@ TEST_F(FailingRun, FullDiskDuringASaveLeavesThePreviousCheckpointWhole) {
 const char kOverflow[] = "optim.adamw.lr=1e9";
 const char kNoWarmup[] = "optim.schedule.constant.warmup_steps=0";
 
-TEST_F(FailingRun, StepsThatAreNotFiniteStop) {
+TEST_F(FailingRun, StepsThatAreNotFiniteStopAndTheStepsBeforeAreSaved) {
   const JobResult result = RunJob(TrainJob(folder_.path(), 2, "run", {kOverflow, kNoWarmup}), kSecondsToEnd);
   ExpectOneError(result, folder_.path(), {"step 2: loss=", "expected finite values", "nan_policy: STOP"});
   EXPECT_EQ(ReadMetrics(run_).size(), 1u);
+  const absl::StatusOr<Checkpoint> saved = Checkpoint::Open(run_ + "/ckpt");
+  ASSERT_TRUE(saved.ok()) << saved.status();
+  EXPECT_EQ(saved->meta().step, 1);
+}
+
+TEST_F(FailingRun, ADataFileThatShrinksIsNamed) {
+  Job job(TrainJob(folder_.path(), 2, "run", {"optim.steps=100000"}));
+  ASSERT_TRUE(job.WaitWhileRunning([this] { return ReadMetrics(run_).size() > 2; }, 30)) << job.Wait(0);
+  std::filesystem::resize_file(folder_.path() + "/text.txt", 100);
+  ExpectOneError(job.Wait(kSecondsToEnd), folder_.path(), {"text.txt: shrank from", "to 100 bytes"});
+}
+
+TEST_F(FailingRun, ASecondJobInTheSameDirectoryIsRefused) {
+  ExpectDone(RunJob(TrainJob(folder_.path(), 2, "run", {"optim.steps=4"})));
+  const absl::StatusOr<FileLock> first = FileLock::Take(run_ + "/lock", "a run, pid 1 on elsewhere");
+  ASSERT_TRUE(first.ok()) << first.status();
+  const JobResult second =
+      RunJob(TrainJob(folder_.path(), 2, "run", {"optim.steps=6"}, {"--resume"}), kSecondsToEnd);
+  ExpectOneError(second, folder_.path(), {"run/lock: is held by a run, pid 1 on elsewhere"});
+  EXPECT_EQ(ReadMetrics(run_).size(), 4u);
 }
 
 TEST_F(FailingRun, StepsThatAreNotFiniteAreSkippedWhenAsked) {

@@ -162,7 +162,8 @@ inline std::map<std::string, std::string> Snapshot(const std::string& run) {
   std::map<std::string, std::string> files;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(run)) {
     const std::string name = entry.path().lexically_relative(run).string();
-    if (!entry.is_regular_file() || absl::StartsWith(name, "logs/") || name == "events.jsonl") continue;
+    if (!entry.is_regular_file() || absl::StartsWith(name, "logs/")) continue;
+    if (name == "events.jsonl" || name == "lock") continue;
     files[name] = Contents(entry.path().string());
   }
   return files;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/string_view.h"
@@ -54,6 +55,23 @@ class DurableFile {
   std::unique_ptr<Hasher> hasher_;
 };
 
+// Held by one process at a time; the system lets go of it when the process ends, however it ends.
+class FileLock {
+ public:
+  // Makes the file if need be and writes `owner` into it. FailedPrecondition names the present owner.
+  static absl::StatusOr<FileLock> Take(const std::string& path, absl::string_view owner);
+  FileLock(FileLock&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  FileLock& operator=(FileLock&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~FileLock();
+
+ private:
+  explicit FileLock(int fd) : fd_(fd) {}
+  int fd_ = -1;
+};
+
 // A whole file mapped read-only; 64-bit sizes. An empty file maps to an empty span.
 class MappedFile {
  public:
@@ -63,6 +81,10 @@ class MappedFile {
   MappedFile& operator=(MappedFile&& other) noexcept;
   ~MappedFile();
 
+  // DataLoss when the file is now shorter than when it was mapped: touching what is gone would kill the
+  // process.
+  absl::Status CheckWhole() const;
+
   absl::Span<const uint8_t> bytes() const { return {data_, static_cast<size_t>(size_)}; }
   const std::string& path() const { return path_; }
 
@@ -70,6 +92,7 @@ class MappedFile {
   std::string path_;
   const uint8_t* data_ = nullptr;
   int64_t size_ = 0;
+  int fd_ = -1;  // open as long as the map, for CheckWhole
 };
 
 }  // namespace annulus

@@ -13,6 +13,10 @@ namespace annulus {
 
 inline constexpr int64_t kAlignmentBytes = 256;  // cudaMalloc's, and a multiple of every cache line
 
+// Memory of this machine that can still be taken, by the system's account and this process's limit; -1 if
+// unknown.
+int64_t AvailableMemoryBytes();
+
 class Buffer {
  public:
   Buffer() = default;

@@ -28,11 +28,11 @@ class Decoder {
 
   // The same, and adds loss_scale * d(sum)/d(parameter) to every gradient. `bucket_done(bucket)` is called as
   // soon as a bucket's gradients are complete, in reverse order of the model.
-  absl::StatusOr<double> LossAndGradients(Context& ctx, ModelStep& step, const TokenSlice& slice,
-                                          double loss_scale,
-                                          const std::function<absl::Status(int)>& bucket_done);
-
-  // Logits of this rank's tokens: [rows * batch, vocab]. For sampling and tests: full size.
+  absl::StatusOr<double> LossAndGradients(
+      Context& ctx, ModelStep& step, const TokenSlice& slice, double loss_scale,
+      const std::function<absl::Status(int)>&
+          bucket_done);  // Logits of this rank's last logits.dim(0) tokens: [n, vocab]. For sampling and
+                         // tests: not in chunks.
   absl::Status Logits(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens, TensorRef logits);
 
  private:

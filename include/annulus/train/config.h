@@ -37,6 +37,9 @@ absl::StatusOr<ResolvedConfig> LoadConfig(const std::string& name, const std::st
                                           const std::vector<std::string>& overrides,
                                           std::optional<int64_t> world = std::nullopt);
 
+// Version of the protobuf library that reads configurations.
+std::string ProtobufVersion();
+
 // Whether the run fits `world` ranks; parallel.dp = 0 stands for world / (cp * tp). One line a finding.
 absl::Status ValidateForWorld(const RunSpec& spec, int64_t world);
 

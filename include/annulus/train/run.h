@@ -24,7 +24,7 @@ struct RunOptions {
 absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const RunOptions& options);
 
 // SIGUSR1 and SIGTERM from now on set a flag instead of ending the process. TrainRun saves and stops at the
-// next step boundary when any rank's flag is set.
+// next step boundary when any rank's flag is set. A second SIGTERM ends the process at once.
 void InstallStopSignals();
 bool StopRequested();
 

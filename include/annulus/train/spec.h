@@ -31,6 +31,8 @@ enum class Packing {
   kDocuments,  // whole documents are packed in order; longer ones are cut; the rest is padding
 };
 
+inline constexpr int64_t kMaxSeqLen = int64_t{1} << 30;
+
 struct DataSpec {
   std::vector<SourceSpec> train;
   std::vector<SourceSpec> validation;  // empty: the tail of each training source

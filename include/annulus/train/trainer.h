@@ -49,10 +49,11 @@ class Trainer {
 
   int64_t step() const { return step_; }  // optimizer steps done
   const SequenceLayout& layout() const { return geometry_.layout(); }
-  ParamStore& params() { return params_; }
-
-  // Collective. `directory` holds the step directories.
-  absl::Status Save(const std::string& directory, const std::string& config, uint64_t data_fingerprint);
+  ParamStore& params() {
+    return params_;
+  }  // Collective. `directory` holds the step directories, of which the newest `keep` stay.
+  absl::Status Save(const std::string& directory, const std::string& config, uint64_t data_fingerprint,
+                    int64_t keep);
   // InvalidArgument when the checkpoint is of another model, seed or data set.
   absl::Status Restore(const Checkpoint& checkpoint, uint64_t data_fingerprint);
 
@@ -74,4 +75,6 @@ class Trainer {
 
 DType DTypeOf(ComputeType compute);
 
+// What a rank of this run holds.
+MemoryPlan PlanMemory(const RunSpec& spec);
 }  // namespace annulus
