@@ -1,19 +1,6 @@
-// KV ring, pruned.
+// KV ring, pruned: the steps of each rank. kv_ring_visits.h tells which blocks travel along which chains.
 //
-// Distances. A block is at distance t from home on the t-th rank in the ring's direction. Rank r attends to
-// its own block (distance 0), then to the blocks that it needs by increasing distance: its visits. Visit n
-// uses ring slot n % 2, so the KV of visit n + 1 arrives while visit n is computed.
-//
-// Chains. A block passes along the ranks that need it. Where rank R may not pass it on to distance u, because
-// R needs the slot again for a visit at distance t <= u, the chain ends and home itself sends to u: another
-// chain. Thus every wait for a slot ends with an event at a smaller distance, and no set of ranks can wait in
-// a circle, even if a send completes only at its receiver; memory stays two slots whatever the mask. Where
-// every rank needs every block there is one chain.
-//
-//     home --> R0 --> R1 --> R2          rows on a hop: those that this or a later rank of the chain needs
-//     home --> R3 --> R4                 (a second chain)
-//
-// Gradients (backward) pass along the same chains, one hop behind: each rank computes its part into one of
+// Gradients (backward) pass along the chains of KV, one hop behind: each rank computes its part into one of
 // two partial slots, adds what arrived from the rank before, and sends the sum on; rows that no later rank of
 // the chain needs go home at once. For causal zigzag toward lower ranks that is 0.75 of all rows, as it is
 // for KV.
@@ -22,134 +9,10 @@
 #include <array>
 #include <optional>
 
-#include "annulus/comm/exchange_plan.h"
-#include "row_set.h"
+#include "kv_ring_visits.h"
 
 namespace annulus {
 namespace {
-
-// A foreign block on a rank that needs it.
-struct Visit {
-  int cp_rank = 0, block = 0, distance = 0;
-  std::vector<BlockPair> pairs = {};
-  RowSet needs = {};
-  Visit* previous = nullptr;                               // on the chain; null: home
-  Visit* next = nullptr;                                   // on the chain; null: none
-  RowSet kv_in = {};                                       // rows that arrive
-  RowSet grad_in = {};                                     // gradient rows that arrive from `previous`
-  RowSet grad_home = {};                                   // gradient rows that are complete here and go home
-  int kv_message = 0, grad_message = 0, home_message = 0;  // ids of the first range's message
-};
-
-struct Ring {
-  std::vector<std::vector<Visit>> visits;         // [rank][n], by distance
-  std::vector<std::vector<Visit*>> routes;        // [block], by distance
-  std::vector<std::vector<BlockPair>> own_pairs;  // [rank]
-};
-
-// Indices [first, last) of a rank's chunks.
-std::pair<size_t, size_t> ChunksOf(const ExchangeProblem& problem, int cp_rank) {
-  const std::vector<Chunk>& chunks = problem.chunks;
-  const auto first = std::partition_point(chunks.begin(), chunks.end(),
-                                          [&](const Chunk& chunk) { return chunk.owner < cp_rank; });
-  const auto last =
-      std::partition_point(first, chunks.end(), [&](const Chunk& chunk) { return chunk.owner == cp_rank; });
-  return {first - chunks.begin(), last - chunks.begin()};
-}
-
-std::vector<BlockPair> PairsOf(const ExchangeProblem& problem, int q_rank, int kv_rank) {
-  const auto [q_first, q_last] = ChunksOf(problem, q_rank);
-  const auto [kv_first, kv_last] = ChunksOf(problem, kv_rank);
-  std::vector<BlockPair> pairs;
-  for (size_t i = q_first; i < q_last; ++i) {
-    for (size_t j = kv_first; j < kv_last; ++j) {
-      if (problem.keys_of(i, j).empty()) continue;
-      pairs.push_back(
-          {static_cast<int>(i), static_cast<int>(j), problem.keys_of(i, j), problem.pairs_of(i, j)});
-    }
-  }
-  return pairs;
-}
-
-// For each chunk the hull of what the rank's queries need, united.
-RowSet NeedsOf(const std::vector<BlockPair>& pairs) {
-  std::vector<std::pair<int, RowRange>> hulls;  // of a kv_chunk
-  for (const BlockPair& pair : pairs) {
-    auto hull =
-        std::find_if(hulls.begin(), hulls.end(), [&](const auto& h) { return h.first == pair.kv_chunk; });
-    if (hull == hulls.end()) {
-      hulls.emplace_back(pair.kv_chunk, pair.keys);
-    } else {
-      hull->second = {std::min(hull->second.begin, pair.keys.begin),
-                      std::max(hull->second.end, pair.keys.end)};
-    }
-  }
-  RowSet needs;
-  for (const auto& [chunk, rows] : hulls) needs.Add(rows);
-  return needs;
-}
-
-void FindVisits(const ExchangeProblem& problem, int step, Ring* ring) {
-  const int ranks = problem.ranks;
-  ring->visits.resize(static_cast<size_t>(ranks));
-  ring->routes.resize(static_cast<size_t>(ranks));
-  for (int r = 0; r < ranks; ++r) {
-    ring->own_pairs.push_back(PairsOf(problem, r, r));
-    for (int distance = 1; distance < ranks; ++distance) {
-      Visit visit{
-          .cp_rank = r, .block = (r - step * distance + distance * ranks) % ranks, .distance = distance};
-      visit.pairs = PairsOf(problem, r, visit.block);
-      if (visit.pairs.empty()) continue;
-      visit.needs = NeedsOf(visit.pairs);
-      ring->visits[static_cast<size_t>(r)].push_back(std::move(visit));
-    }
-  }
-  for (auto& visits : ring->visits) {
-    for (Visit& visit : visits) ring->routes[static_cast<size_t>(visit.block)].push_back(&visit);
-  }
-  for (auto& route : ring->routes) {
-    std::sort(route.begin(), route.end(),
-              [](const Visit* a, const Visit* b) { return a->distance < b->distance; });
-  }
-}
-
-// Whether the rank of `visit` may pass its block on to `next` without its slot being waited for by a visit
-// that is not farther than `next`.
-bool MayPass(const Ring& ring, const Visit& visit, const Visit& next) {
-  const std::vector<Visit>& visits = ring.visits[static_cast<size_t>(visit.cp_rank)];
-  const size_t reuse = static_cast<size_t>(&visit - visits.data()) + 2;
-  return reuse >= visits.size() || next.distance < visits[reuse].distance;
-}
-
-void LinkChains(Pass pass, Ring* ring) {
-  int message = 0;
-  const auto take = [&](const RowSet& rows) {
-    message += static_cast<int>(rows.ranges().size());
-    return message - static_cast<int>(rows.ranges().size());
-  };
-  for (auto& route : ring->routes) {
-    for (size_t k = 0; k + 1 < route.size(); ++k) {
-      if (!MayPass(*ring, *route[k], *route[k + 1])) continue;
-      route[k]->next = route[k + 1];
-      route[k + 1]->previous = route[k];
-    }
-    for (auto visit = route.rbegin(); visit != route.rend(); ++visit) {
-      (*visit)->kv_in = (*visit)->needs;
-      if ((*visit)->next != nullptr) (*visit)->kv_in.Add((*visit)->next->kv_in);
-    }
-    for (Visit* visit : route) {
-      RowSet sum = visit->grad_in;
-      sum.Add(visit->needs);
-      const RowSet later = visit->next == nullptr ? RowSet() : visit->next->kv_in;
-      if (visit->next != nullptr) visit->next->grad_in = sum.Intersect(later);
-      visit->grad_home = sum.Subtract(later);
-      visit->kv_message = take(visit->kv_in);
-      if (pass == Pass::kForward) continue;
-      visit->grad_message = take(visit->grad_in);
-      visit->home_message = take(visit->grad_home);
-    }
-  }
-}
 
 // Place of a step in its rank's list. Both ends of a message have the same, so messages of a pair of ranks
 // are listed in one order; and every step comes after all that it waits for.
@@ -396,8 +259,7 @@ class RingRank {
   RankBuilder list_;
   int home_kv_ = -1, home_grad_ = -1, grad_in_slot_ = -1, return_slot_ = -1;
   std::array<int, 2> kv_slots_{-1, -1}, partial_slots_{-1, -1};
-  std::array<std::vector<int>, 2> kv_users_,
-      partial_users_;  // of each slot since its last receive or overwrite
+  std::array<std::vector<int>, 2> kv_users_, partial_users_;  // since the slot's last receive or overwrite
   std::optional<int> grad_in_user_;
 };
 
@@ -419,9 +281,7 @@ ExchangePlan BuildKvRing(const ExchangeProblem& problem, Pass pass, RingDirectio
   ExchangePlan plan{.name = lower ? "kv_ring toward lower ranks" : "kv_ring toward higher ranks",
                     .pass = pass,
                     .problem = problem};
-  Ring ring;
-  FindVisits(problem, lower ? -1 : 1, &ring);
-  LinkChains(pass, &ring);
+  const Ring ring = FindRing(problem, pass, lower ? RingStep::kLower : RingStep::kHigher);
   for (int r = 0; r < problem.ranks; ++r) plan.ranks.push_back(RingRank(ring, pass, r).Build());
   return plan;
 }

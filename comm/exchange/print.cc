@@ -41,11 +41,11 @@ char BlockLetter(int block) {
   return 0 <= block && block < kCount ? kLetters[block] : '#';
 }
 
-// Draws intervals of time as letters.
+// Draws intervals of time as letters; blank elsewhere.
 class Lane {
  public:
-  Lane(double makespan, int columns, char background)
-      : scale_(makespan > 0 ? columns / makespan : 0), text_(static_cast<size_t>(columns), background) {}
+  Lane(double makespan, int columns)
+      : scale_(makespan > 0 ? columns / makespan : 0), text_(static_cast<size_t>(columns), ' ') {}
 
   // At least one column, so that short steps can be seen.
   void Draw(const StepTiming& timing, char letter) {
@@ -60,6 +60,14 @@ class Lane {
   double scale_;
   std::string text_;
 };
+
+double EndOfComputing(const RankPlan& rank, const std::vector<StepTiming>& timings) {
+  double end = 0;
+  for (size_t s = 0; s < timings.size(); ++s) {
+    if (IsCompute(rank.steps[s].kind)) end = std::max(end, timings[s].end);
+  }
+  return end;
+}
 
 }  // namespace
 
@@ -91,12 +99,14 @@ std::string ToString(const ExchangePlan& plan) {
 std::string Timeline(const ExchangePlan& plan, const Simulation& simulation, int columns) {
   ANNULUS_CHECK(columns >= 1) << "columns " << columns;
   std::string text = absl::StrFormat(
-      "%s, %s: %.3f ms; a letter is a block, '.' is waiting, '+' adds up gradients\n", plan.name,
+      "%s, %s: %.3f ms; a letter is a block, '.' waits to compute, '+' adds up gradients\n", plan.name,
       plan.pass == Pass::kForward ? "forward" : "backward", simulation.makespan * 1e3);
   for (size_t r = 0; r < plan.ranks.size(); ++r) {
-    Lane compute(simulation.makespan, columns, '.'), kv(simulation.makespan, columns, ' '),
-        grad(simulation.makespan, columns, ' ');
+    Lane compute(simulation.makespan, columns), kv(compute), grad(compute);
     const RankPlan& rank = plan.ranks[r];
+    // Waits wherever it does not compute, until it has nothing left to compute.
+    const double computed = EndOfComputing(rank, simulation.steps[r]);
+    if (computed > 0) compute.Draw({.start = 0, .end = computed}, '.');
     for (size_t s = 0; s < rank.steps.size(); ++s) {
       const Step& step = rank.steps[s];
       const StepTiming& timing = simulation.steps[r][s];

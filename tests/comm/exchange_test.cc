@@ -220,12 +220,45 @@ TEST(Simulate, AddsUpAsByHand) {
 
   EXPECT_EQ(
       Timeline(plan, run, 25),
-      "kv_ring toward lower ranks, forward: 6250.000 ms; a letter is a block, '.' is waiting, '+' adds up "
-      "gradients\n"
+      "kv_ring toward lower ranks, forward: 6250.000 ms; a letter is a block, '.' waits to compute, '+' adds "
+      "up gradients\n"
       "rank 0   compute  |0000.................1111|  exposed 4250.000 ms\n"
       "         kv in    |111111111111111111111    |\n"
       "rank 1   compute  |1111.................0000|  exposed 4250.000 ms\n"
       "         kv in    |000000000000000000000    |\n");
+}
+
+// A rank that has ended waits for nothing: rank 0 of a causal mask without zigzag needs no block but its own.
+TEST(Simulate, TimelineIsBlankAfterTheLastComputing) {
+  const ExchangeCase made = ExchangeCaseMaker(5).Make(2, 10, 20, CaseLayout::kContiguous, CaseMask::kCausal);
+  const ExchangeCost cost{.seconds_per_pair = 0.01,
+                          .kv_row_bytes = 10,
+                          .grad_row_bytes = 10,
+                          .bytes_per_second = 100,
+                          .message_seconds = 0,
+                          .reduce_bytes_per_second = 0};
+  // 0.55 s for the pairs of the own block, 1 s for the other one's; 1 s for a block or its gradient to move.
+  const ExchangePlan forward = BuildKvRing(made.problem, Pass::kForward);
+  EXPECT_EQ(
+      Timeline(forward, Simulate(forward, cost), 20),
+      "kv_ring toward lower ranks, forward: 2000.000 ms; a letter is a block, '.' waits to compute, '+' adds "
+      "up gradients\n"
+      "rank 0   compute  |00000               |  exposed 450.000 ms\n"
+      "         kv in    |                    |\n"
+      "rank 1   compute  |11111.....0000000000|  exposed 450.000 ms\n"
+      "         kv in    |0000000000          |\n");
+  // Backward, rank 0 waits for its gradient to come home; rank 1 sends it and computes no more.
+  const ExchangePlan backward = BuildKvRing(made.problem, Pass::kBackward);
+  EXPECT_EQ(Timeline(backward, Simulate(backward, cost), 30),
+            "kv_ring toward lower ranks, backward: 3000.000 ms; a letter is a block, '.' waits to compute, "
+            "'+' adds "
+            "up gradients\n"
+            "rank 0   compute  |00000.........................|  exposed 2450.000 ms\n"
+            "         kv in    |                              |\n"
+            "         grad in  |                    0000000000|\n"
+            "rank 1   compute  |11111.....0000000000          |  exposed 1450.000 ms\n"
+            "         kv in    |0000000000                    |\n"
+            "         grad in  |                              |\n");
 }
 
 // The lanes are shared: a rank that sends two blocks at once needs the time of both.

@@ -105,8 +105,7 @@ struct Step {
 
 struct RankPlan {
   std::vector<SlotSpec> slots = {};
-  std::vector<Step> steps =
-      {};  // computing steps run in this order; transfers start as soon as `after` allows
+  std::vector<Step> steps = {};  // computing steps run in this order; transfers start once `after` allows
 };
 
 struct ExchangePlan {
@@ -116,8 +115,7 @@ struct ExchangePlan {
   std::vector<RankPlan> ranks = {};
 };
 
-// ---- Build
-// -------------------------------------------------------------------------------------------------
+// ---- Build --------------------------------------------------------------------------------------
 
 // Direction in which KV blocks move: toward lower or higher ranks, or whichever moves fewer rows.
 enum class RingDirection { kFewestBytes, kTowardLower, kTowardHigher };
@@ -131,8 +129,7 @@ ExchangePlan BuildKvRing(const ExchangeProblem& problem, Pass pass,
 
 uint64_t HashOf(const ExchangePlan& plan);
 
-// ---- Validate
-// ----------------------------------------------------------------------------------------------
+// ---- Validate -----------------------------------------------------------------------------------
 
 // Proves on one CPU, for the whole group: every unmasked (query, key) pair is computed exactly once; each
 // kAttend finds its rows in its slot; gradients of every pair reach home exactly once; sends and receives
@@ -141,8 +138,7 @@ uint64_t HashOf(const ExchangePlan& plan);
 // its receive started. FailedPrecondition names rank, step and what is wrong.
 absl::Status Validate(const ExchangePlan& plan);
 
-// ---- Simulate
-// ----------------------------------------------------------------------------------------------
+// ---- Simulate -----------------------------------------------------------------------------------
 
 struct ExchangeCost {
   double seconds_per_pair = 0;  // one (query, key) pair over all heads and sequences of the batch, this pass
@@ -177,8 +173,7 @@ int64_t BytesSent(const ExchangePlan& plan, int cp_rank, int64_t kv_row_bytes, i
 std::string ToString(const ExchangePlan& plan);
 std::string Timeline(const ExchangePlan& plan, const Simulation& simulation, int columns = 100);
 
-// ---- Execute
-// -----------------------------------------------------------------------------------------------
+// ---- Execute ------------------------------------------------------------------------------------
 
 struct ExchangeBinding {
   std::vector<TensorRef> slots;  // one per SlotSpec, [block_rows, elements of a row]
