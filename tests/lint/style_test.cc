@@ -8,7 +8,8 @@
 namespace annulus::testing {
 namespace {
 
-constexpr size_t kMaxFileLines = 500;  // the aim is 400
+constexpr size_t kMaxFileLines = 500;    // the aim is 400
+constexpr size_t kMaxKernelLines = 700;  // of a .cuh: one kernel with its pipeline stays in one file
 constexpr size_t kMaxColumns = 120;    // the aim is 110, as .clang-format says
 
 // Characters, not bytes, of UTF-8.
@@ -21,9 +22,9 @@ std::vector<std::string> FindSourceFaults(const std::filesystem::path& root,
   std::vector<std::string> faults;
   for (const std::string& file : ListSources(root, folders)) {
     const std::vector<std::string> lines = ReadLines(root / file);
-    if (lines.size() > kMaxFileLines) {
-      faults.push_back(file + ": " + std::to_string(lines.size()) + " lines, at most " +
-                       std::to_string(kMaxFileLines));
+    const size_t most = file.ends_with(".cuh") ? kMaxKernelLines : kMaxFileLines;
+    if (lines.size() > most) {
+      faults.push_back(file + ": " + std::to_string(lines.size()) + " lines, at most " + std::to_string(most));
     }
     for (size_t i = 0; i < lines.size(); ++i) {
       const std::string at = file + ":" + std::to_string(i + 1) + ": ";

@@ -1,0 +1,513 @@
+#pragma once
+
+// Backward of block attention on tensor cores, over key tiles. One thread block owns 128 keys of one KV head
+// and walks over the query tiles that see them, for every query head of the group. The weights are
+// recomputed, transposed, from the LSE of all blocks together:
+//
+//   P^T = exp(K Q^T - LSE)   dP^T = V dO^T   dS^T = P^T (dP^T - delta)
+//   dV += P^T dO             dK += dS^T Q    dQ += dS K
+//
+// Registers hold one gradient of 32 keys per warp, not two, and with fewer keys shared memory would limit
+// (see attention_mma_products.cuh). So warps work in pairs, one pair per 32 keys:
+//
+//   value warp:  P^T -> shared     dV += P^T dO    dQ of the tile before
+//   key warp:    dQ of the tile before   dP^T    P^T from shared -> dS^T -> shared   dK += dS^T Q
+//
+// P^T and dS^T, rounded, are the left operands of dV and dK without leaving registers. A value warp and a key
+// warp share a scheduler, so that the exponentials of one run under the products of the other. dQ sums over
+// the keys of all warps: its product for a query tile is taken during the next tile, when one barrier per
+// tile has made dS whole. It is added to global memory without an order: by the copy engine out of shared
+// memory where there is one that adds, by atomics from registers elsewhere.
+//
+// Floor: 2 (3 dim + 2 v_dim) FLOP per visible (query, key) pair and head.
+
+#include "attention_mma_launch.cuh"
+#include "attention_mma_products.cuh"
+
+namespace annulus::kernels {
+
+template <int kDim_, int kValueDim_>
+struct BackwardTile {
+  static constexpr int kDim = kDim_, kValueDim = kValueDim_, kQueries = BackwardQueries(kDim);
+  static constexpr int kM = 2, kPairs = 4;  // a pair of warps owns 16 kM keys
+  static constexpr int kKeys = 16 * kM * kPairs, kThreads = 2 * kPairs * 32;
+  // Whether the copy engine adds dQ, where it can: one sum per row, which pays from 512 bytes on.
+  static constexpr bool kBulkAdd = kDim >= 128;
+  // dQ is shared out over the warps: value warps take the upper half of its rows, key warps the lower.
+  static constexpr int kGradientRows = kQueries / 2, kGradientColumns = kDim / kPairs;
+  // Named barriers: one for each half of dQ, one for each pair.
+  static constexpr int kHalfBarrier = 1, kPairBarrier = 3;
+
+  using K = SharedTile<kKeys, kDim>;
+  using V = SharedTile<kKeys, kValueDim>;
+  using Q = SharedTile<kQueries, kDim>;
+  using DOut = SharedTile<kQueries, kValueDim>;
+  using DScores = SharedTile<kKeys, 64>;  // P, then dS, transposed; kQueries of the 64 columns are used
+  static constexpr int kRowBytes = kQueries * static_cast<int>(sizeof(RowStats));
+  static_assert(sizeof(RowStats) == 8 && sizeof(KeyRows) == 8 && kRowBytes / 16 <= 32 && kQueries <= 64);
+
+  // Shared memory: K, V, two buffers of dS, two stages of a query tile, and the sum of dQ where the copy
+  // engine adds it, in rows 32 bytes too long so that the fragments of four rows fall on distinct banks.
+  static constexpr int kDScores = K::kBytes + V::kBytes, kStages = kDScores + 2 * DScores::kBytes;
+  static constexpr int kStageBytes = Q::kBytes + DOut::kBytes + 2 * kRowBytes;
+  static constexpr int kSum = kStages + 2 * kStageBytes, kSumPitch = kDim * 4 + 32;
+  static constexpr int kSharedBytes = kSum, kSumBytes = kBulkAdd ? kQueries * kSumPitch : 0;
+};
+
+// One query tile of the walk; negative past the end.
+struct QueryTileAt {
+  int tile, head;  // head within the group
+  bool masked;
+};
+
+// The query tiles a block of keys meets, in order: for each head of the group every tile of [first, last)
+// that touches the keys. One thread walks, two tiles ahead of the others, and leaves the way in shared
+// memory: as registers of every thread it would spill.
+struct QueryTileWalk {
+  static constexpr int kAhead = 2, kSlots = 4;  // of the tiles before, at, and two after a round
+
+  int first, last, group, tile, head;
+  QueryTileAt way[kSlots];
+
+  // Finds tile number `round`.
+  __device__ void Find(int round, const TileBounds* bounds, int key, int keys) {
+    QueryTileAt& to = way[round % kSlots];
+    to.tile = -1;
+    for (; head < group; ++head, tile = first) {
+      for (; tile < last; ++tile) {
+        const TileBounds bound = bounds[tile];
+        if (!bound.Touches(key, key + keys)) continue;
+        to = {tile, head, bound.Masks(key, key + keys)};
+        ++tile;
+        return;
+      }
+    }
+  }
+};
+
+// A query tile in shared memory.
+struct QueryTileStage {
+  uint32_t q, dout;
+  const RowStats* stats;
+  const KeyRows* ranges;
+};
+
+// Where the fragments of columns 8n ... 8n + 7 of a warp's rows of dS^T go: rows g, and 8 rows further down.
+template <typename Tile>
+__device__ inline uint32_t DScoresAddress(uint32_t dscores, int row, int n, int lane) {
+  return dscores + Tile::DScores::Offset(row + lane / 4, n) + static_cast<uint32_t>(lane % 4 * 4);
+}
+
+template <typename Tile>
+class ValueWarp {
+ public:
+  static constexpr bool kQueryGradientFirst = false;
+
+  __device__ ValueWarp(uint32_t shared, int pair) : shared_(shared), pair_(pair), row_(pair * 16 * Tile::kM) {
+    Clear(dv_);
+  }
+
+  // `dscores` is the buffer of this query tile, `key` the key row of the block's first key.
+  __device__ void Step(const QueryTileStage& tile, uint32_t dscores, float scale, bool masked, int key) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    MultiplyTransposed<typename Tile::K, typename Tile::Q, Tile::kM, Tile::kQueries, Tile::kDim>(
+        weights_, shared_ + Tile::K::LaneOffset(lane, row_), tile.q + Tile::Q::CrossedLaneOffset(lane));
+    if (masked) {
+      Weigh<true>(tile, scale, key + row_ + lane / 4);
+    } else {
+      Weigh<false>(tile, scale, 0);
+    }
+#pragma unroll
+    for (int m = 0; m < Tile::kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < Tile::kQueries / 8; ++n) {
+        const uint32_t to = DScoresAddress<Tile>(dscores, row_ + m * 16, n, lane);
+        StoreShared(to, PackHalf(weights_[m][n][0], weights_[m][n][1]));
+        StoreShared(to + 8 * 128, PackHalf(weights_[m][n][2], weights_[m][n][3]));
+      }
+    }
+    NamedBarrierArrive(Tile::kPairBarrier + pair_, 64);
+    AddProduct<typename Tile::DOut, Tile::kM, Tile::kValueDim, Tile::kQueries>(
+        dv_, weights_, tile.dout + Tile::DOut::LaneOffset(lane));
+  }
+
+  __device__ void Store(const GradientRows& dv) { AddRows(dv_, kUnscaleWeight, row_, dv); }
+
+ private:
+  // `key` is the key row of the lane's first row.
+  template <bool kMasked>
+  __device__ void Weigh(const QueryTileStage& tile, float scale, int key) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+    for (int n = 0; n < Tile::kQueries / 8; ++n) {
+      const int column = n * 8 + lane % 4 * 2;
+      const float lse[2] = {tile.stats[column].lse, tile.stats[column + 1].lse};
+      KeyRows allowed[2];
+      if (kMasked) allowed[0] = tile.ranges[column], allowed[1] = tile.ranges[column + 1];
+#pragma unroll
+      for (int m = 0; m < Tile::kM; ++m) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          float weight = Exp2(fmaf(weights_[m][n][c], scale, -lse[c % 2]));
+          if (kMasked) {
+            const int row = key + m * 16 + c / 2 * 8;
+            if (row < allowed[c % 2].begin || row >= allowed[c % 2].end) weight = 0;
+          }
+          weights_[m][n][c] = weight;
+        }
+      }
+    }
+  }
+
+  const uint32_t shared_;
+  const int pair_, row_;
+  Fragments<Tile::kM, Tile::kQueries> weights_;
+  Fragments<Tile::kM, Tile::kValueDim> dv_;
+};
+
+template <typename Tile, MmaQueryGradient kQueryGradient>
+class KeyWarp {
+ public:
+  static constexpr bool kQueryGradientFirst = true;
+
+  __device__ KeyWarp(uint32_t shared, int pair) : shared_(shared), pair_(pair), row_(pair * 16 * Tile::kM) {
+    Clear(dk_);
+  }
+
+  __device__ void Step(const QueryTileStage& tile, uint32_t dscores, float, bool, int) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    MultiplyTransposed<typename Tile::V, typename Tile::DOut, Tile::kM, Tile::kQueries, Tile::kValueDim>(
+        dscores_t_, shared_ + Tile::K::kBytes + Tile::V::LaneOffset(lane, row_),
+        tile.dout + Tile::DOut::CrossedLaneOffset(lane));
+    NamedBarrier(Tile::kPairBarrier + pair_, 64);  // P is there
+#pragma unroll
+    for (int n = 0; n < Tile::kQueries / 8; ++n) {
+      const int column = n * 8 + lane % 4 * 2;
+      const float delta[2] = {tile.stats[column].delta, tile.stats[column + 1].delta};
+#pragma unroll
+      for (int m = 0; m < Tile::kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t at =
+              DScoresAddress<Tile>(dscores, row_ + m * 16, n, lane) + static_cast<uint32_t>(half * 8 * 128);
+          const float2 weight = UnpackHalf(LoadShared(at));
+          float* dscore = dscores_t_[m][n] + 2 * half;
+          dscore[0] = weight.x * (dscore[0] - delta[0]);
+          dscore[1] = weight.y * (dscore[1] - delta[1]);
+          if (kQueryGradient == MmaQueryGradient::kAtomic) StoreShared(at, PackBf16(dscore[0], dscore[1]));
+        }
+      }
+    }
+    AddProduct<typename Tile::Q, Tile::kM, Tile::kDim, Tile::kQueries>(dk_, dscores_t_,
+                                                                       tile.q + Tile::Q::LaneOffset(lane));
+  }
+
+  __device__ void Store(float scale, const GradientRows& dk) {
+    AddRows(dk_, scale * kUnscaleWeight, row_, dk);
+  }
+
+ private:
+  const uint32_t shared_;
+  const int pair_, row_;
+  Fragments<Tile::kM, Tile::kQueries> dscores_t_;
+  Fragments<Tile::kM, Tile::kDim> dk_;
+};
+
+// One warp's part of dQ of a query tile, dS K: the value warps take the upper rows, the key warps the lower,
+// and in both halves each warp takes some columns.
+template <typename Tile>
+class QueryGradientPart {
+ public:
+  __device__ QueryGradientPart()
+      : lane_(static_cast<int>(threadIdx.x % 32)),
+        half_(static_cast<int>(threadIdx.x / 32 / Tile::kPairs)),
+        part_(static_cast<int>(threadIdx.x / 32 % Tile::kPairs)),
+        row_(half_ * Tile::kGradientRows),
+        column_(part_ * Tile::kGradientColumns) {}
+
+  // `dscores` is dS of all warps.
+  __device__ void Multiply(uint32_t dscores, uint32_t k) {
+    const uint32_t dscores_lane = dscores + Tile::DScores::CrossedLaneOffset(lane_, 0, row_ / 8);
+    uint32_t k_lane[kN];
+#pragma unroll
+    for (int n = 0; n < kN; ++n) k_lane[n] = k + Tile::K::LaneOffset(lane_, 0, column_ / 8 + 2 * n);
+    Clear(sum_);
+#pragma unroll
+    for (int key = 0; key < Tile::kKeys / 16; ++key) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) LoadMatricesTransposed(a[m], Tile::DScores::At(dscores_lane, key, m));
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        uint32_t b[4];
+        LoadMatricesTransposed(b, Tile::K::At(k_lane[n], key, 0));
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          MultiplyAdd(sum_[m][2 * n], a[m], b[0], b[1]);
+          MultiplyAdd(sum_[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // dq[0, rows) += scale dS K, through `sums` in shared memory.
+  __device__ void BulkAddTo(float* dq, int64_t stride, int rows, float scale, uint32_t sums) const {
+    constexpr int kThreads = Tile::kPairs * 32, kRowsPerWarp = Tile::kGradientRows / Tile::kPairs;
+    BulkWaitRead();  // the sums of the query tile before
+    NamedBarrier(Tile::kHalfBarrier + half_, kThreads);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const uint32_t to = sums + static_cast<uint32_t>((row_ + m * 16 + lane_ / 4) * Tile::kSumPitch +
+                                                       (column_ + lane_ % 4 * 2) * 4);
+#pragma unroll
+      for (int n = 0; n < 2 * kN; ++n) {
+        StoreShared(to + static_cast<uint32_t>(n * 32), scale * sum_[m][n][0], scale * sum_[m][n][1]);
+        StoreShared(to + static_cast<uint32_t>(8 * Tile::kSumPitch + n * 32), scale * sum_[m][n][2],
+                    scale * sum_[m][n][3]);
+      }
+    }
+    BulkFence();
+    NamedBarrier(Tile::kHalfBarrier + half_, kThreads);
+    const int row = row_ + part_ * kRowsPerWarp;
+    if (ElectLane()) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerWarp; ++r) {
+        if (row + r >= rows) break;
+        BulkAdd(dq + (row + r) * stride, sums + static_cast<uint32_t>((row + r) * Tile::kSumPitch),
+                Tile::kDim * 4);
+      }
+    }
+    BulkCommit();
+  }
+
+  // The same by atomics.
+  __device__ void AtomicAddTo(float* dq, int64_t stride, int rows, float scale) const {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2 * kN; ++n) {
+        const FragmentRow four = GatherRow(sum_[m][n], lane_);
+        const int row = row_ + m * 16 + four.row;
+        if (row >= rows) continue;
+        AtomicAdd4(dq + row * stride + column_ + n * 8 + four.column, scale * four.x, scale * four.y,
+                   scale * four.z, scale * four.w);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kM = Tile::kGradientRows / 16, kN = Tile::kGradientColumns / 16;
+
+  const int lane_, half_, part_, row_, column_;
+  Fragments<kM, Tile::kGradientColumns> sum_;
+};
+
+// Query tiles [first, last) hold every tile that touches a block of keys; [begin, end) covers the keys that
+// any query sees, within the block of keys.
+struct KeyBlockView {
+  int first, last, begin, end;
+};
+
+template <int kThreads>
+__device__ KeyBlockView FindQueryTiles(const TileBounds* bounds, int tiles, int key, int keys) {
+  __shared__ KeyBlockView warps[kThreads / 32];
+  KeyBlockView view{INT_MAX, 0, INT_MAX, 0};
+  for (int tile = static_cast<int>(threadIdx.x); tile < tiles; tile += kThreads) {
+    const TileBounds bound = bounds[tile];
+    if (!bound.Touches(key, key + keys)) continue;
+    view = {min(view.first, tile), tile + 1, min(view.begin, bound.begin), max(view.end, bound.end)};
+  }
+  view = {__reduce_min_sync(~0u, view.first), __reduce_max_sync(~0u, view.last),
+          __reduce_min_sync(~0u, view.begin), __reduce_max_sync(~0u, view.end)};
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = view;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    view = {min(view.first, warps[w].first), max(view.last, warps[w].last), min(view.begin, warps[w].begin),
+            max(view.end, warps[w].end)};
+  }
+  view.begin = max(view.begin - key, 0);
+  view.end = min(view.end - key, keys);
+  return view;
+}
+
+// One block of keys and what its threads share.
+template <typename Tile>
+struct BackwardKeyBlock {
+  const MmaAttentionBlock& block;
+  const MmaAttentionGradients& gradients;
+  const BackwardTables& tables;
+  unsigned char* memory;
+  uint32_t shared;  // its address
+  KeyBlockView view;
+  QueryTileWalk* walk;
+
+  __device__ static int64_t item() { return blockIdx.z; }
+  __device__ static int64_t kv_head() { return blockIdx.y; }
+  __device__ static int key() { return static_cast<int>(blockIdx.x) * Tile::kKeys; }
+  __device__ int64_t head(const QueryTileAt& at) const { return kv_head() * walk->group + at.head; }
+
+  // By one thread.
+  __device__ void FindQueryTile(int round) const {
+    walk->Find(round, tables.bounds + item() * tables.query_tiles, key(), Tile::kKeys);
+  }
+  __device__ QueryTileStage Stage(int stage) const {
+    const int at = Tile::kStages + stage * Tile::kStageBytes;
+    const uint32_t q = shared + static_cast<uint32_t>(at);
+    const unsigned char* rows = memory + at + Tile::Q::kBytes + Tile::DOut::kBytes;
+    return {q, q + Tile::Q::kBytes, reinterpret_cast<const RowStats*>(rows),
+            reinterpret_cast<const KeyRows*>(rows + Tile::kRowBytes)};
+  }
+  __device__ uint32_t DScores(int buffer) const {
+    return shared + static_cast<uint32_t>(Tile::kDScores + buffer * Tile::DScores::kBytes);
+  }
+
+  // Keys no query sees are not read.
+  __device__ void LoadKeys() const {
+    const auto &k = block.k, &v = block.v;
+    Tile::K::template Load<Tile::kThreads>(
+        shared, k.data + key() * k.row_stride + item() * k.batch_stride + kv_head() * Tile::kDim,
+        k.row_stride, view.begin, view.end);
+    Tile::V::template Load<Tile::kThreads>(
+        shared + Tile::K::kBytes,
+        v.data + key() * v.row_stride + item() * v.batch_stride + kv_head() * Tile::kValueDim, v.row_stride,
+        view.begin, view.end);
+  }
+  __device__ void LoadQueries(const QueryTileAt& at, int stage) const {
+    const uint32_t to = Stage(stage).q;
+    const int64_t row = int64_t{at.tile} * Tile::kQueries;
+    const int rows = static_cast<int>(min(int64_t{Tile::kQueries}, block.q_rows - row));
+    const auto &q = block.q, &dout = gradients.dout;
+    Tile::Q::template Load<Tile::kThreads>(
+        to, q.data + row * q.row_stride + item() * q.batch_stride + head(at) * Tile::kDim, q.row_stride, 0,
+        rows);
+    Tile::DOut::template Load<Tile::kThreads>(
+        to + Tile::Q::kBytes,
+        dout.data + row * dout.row_stride + item() * dout.batch_stride + head(at) * Tile::kValueDim,
+        dout.row_stride, 0, rows);
+    const int chunk = static_cast<int>(threadIdx.x % 32);  // two rows each
+    if (chunk < Tile::kRowBytes / 16 && threadIdx.x < 64) {
+      const uint32_t table = to + Tile::Q::kBytes + Tile::DOut::kBytes + static_cast<uint32_t>(chunk * 16);
+      if (threadIdx.x < 32) {
+        CopyAsync16(table,
+                    tables.stats + (item() * block.heads + head(at)) * tables.padded_rows + row + chunk * 2,
+                    true);
+      } else {
+        CopyAsync16(table + Tile::kRowBytes, tables.ranges + item() * tables.padded_rows + row + chunk * 2,
+                    true);
+      }
+    }
+  }
+
+  // dQ of a query tile whose dS is in `buffer`.
+  __device__ void AddQueryGradients(const QueryTileAt& at, int buffer) const {
+    QueryGradientPart<Tile> part;
+    part.Multiply(DScores(buffer), shared);
+    const int64_t row = int64_t{at.tile} * Tile::kQueries;
+    const int rows = static_cast<int>(min(int64_t{Tile::kQueries}, block.q_rows - row));
+    const float scale = block.scale * kUnscaleWeight;
+    const auto& dq = gradients.dq;
+    float* to = dq.data + row * dq.row_stride + item() * dq.batch_stride + head(at) * Tile::kDim;
+    if constexpr (kHasBulkAdd && Tile::kBulkAdd) {
+      part.BulkAddTo(to, dq.row_stride, rows, scale, shared + Tile::kSum);
+    } else {
+      part.AtomicAddTo(to, dq.row_stride, rows, scale);
+    }
+  }
+
+  // The block's rows of dk or dv, kColumns wide; keys no query sees are not touched.
+  template <int kColumns>
+  __device__ GradientRows Rows(const MmaHeads<float>& x) const {
+    return {x.data + key() * x.row_stride + item() * x.batch_stride + kv_head() * kColumns, x.row_stride,
+            view.begin, view.end};
+  }
+};
+
+// The rounds of one warp. All warps meet at the same barriers, value warps in one copy of this code, key
+// warps in another.
+template <MmaQueryGradient kQueryGradient, typename Tile, typename Warp>
+__device__ void WalkQueryTiles(const BackwardKeyBlock<Tile>& keys, Warp& warp) {
+  constexpr bool kSum = kQueryGradient == MmaQueryGradient::kAtomic;
+  const float scale = keys.block.scale * kLog2E;
+  const QueryTileAt* way = keys.walk->way;
+  // One round more than there are tiles, for the last tile's dQ: the code of a round exists once, which
+  // matters to the instruction cache.
+  bool more = true;
+  for (int round = 0; more; ++round) {
+    // This query tile has landed, and every warp is done with the one before but for its dQ.
+    CopyAsyncWait<0>();
+    NamedBarrier(0, Tile::kThreads);
+    const QueryTileAt &at = way[round % QueryTileWalk::kSlots],
+                      &next = way[(round + 1) % QueryTileWalk::kSlots];
+    const int stage = round % 2;
+    more = at.tile >= 0;
+    if (more && next.tile >= 0) keys.LoadQueries(next, stage ^ 1);
+    CopyAsyncCommit();
+    if (threadIdx.x == 0) keys.FindQueryTile(round + QueryTileWalk::kAhead);
+    const auto add_before = [&] {
+      if (round > 0) keys.AddQueryGradients(way[(round - 1) % QueryTileWalk::kSlots], stage ^ 1);
+    };
+    if (kSum && Warp::kQueryGradientFirst) add_before();
+    if (more) warp.Step(keys.Stage(stage), keys.DScores(stage), scale, at.masked, keys.key());
+    if (kSum && !Warp::kQueryGradientFirst) add_before();
+  }
+  if (kSum) BulkWait();
+}
+
+template <typename Tile, MmaQueryGradient kQueryGradient>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    AttentionBackwardMma(const __grid_constant__ MmaAttentionBlock block,
+                         const __grid_constant__ MmaAttentionGradients gradients,
+                         const __grid_constant__ BackwardTables tables) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  __shared__ QueryTileWalk walk;
+  using Block = BackwardKeyBlock<Tile>;
+  const KeyBlockView view = FindQueryTiles<Tile::kThreads>(tables.bounds + Block::item() * tables.query_tiles,
+                                                           tables.query_tiles, Block::key(), Tile::kKeys);
+  if (view.first >= view.last) return;
+  const Block keys{block, gradients, tables, shared, SharedAddress(shared), view, &walk};
+  if (threadIdx.x == 0) {
+    walk.first = walk.tile = view.first;
+    walk.last = view.last;
+    walk.group = static_cast<int>(block.heads / block.kv_heads);
+    walk.head = 0;
+    for (int round = 0; round < QueryTileWalk::kAhead; ++round) keys.FindQueryTile(round);
+  }
+  keys.LoadKeys();
+  __syncthreads();
+  keys.LoadQueries(walk.way[0], 0);
+  CopyAsyncCommit();
+
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  if (warp < Tile::kPairs) {
+    ValueWarp<Tile> values(keys.shared, warp);
+    WalkQueryTiles<kQueryGradient>(keys, values);
+    values.Store(keys.template Rows<Tile::kValueDim>(gradients.dv));
+  } else {
+    KeyWarp<Tile, kQueryGradient> warp_keys(keys.shared, warp - Tile::kPairs);
+    WalkQueryTiles<kQueryGradient>(keys, warp_keys);
+    warp_keys.Store(block.scale, keys.template Rows<Tile::kDim>(gradients.dk));
+  }
+}
+
+template <typename Tile, MmaQueryGradient kQueryGradient>
+cudaError_t LaunchBackward(const MmaAttentionBlock& block, const MmaAttentionGradients& gradients,
+                           const BackwardTables& tables, cudaStream_t stream) {
+  const auto kernel = AttentionBackwardMma<Tile, kQueryGradient>;
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  const bool bulk_add = major >= 9 && kQueryGradient == MmaQueryGradient::kAtomic;
+  const int bytes = Tile::kSharedBytes + (bulk_add ? Tile::kSumBytes : 0);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  }
+  if (error != cudaSuccess) return error;
+  // Under a causal mask earlier keys are seen by more queries: the longest first.
+  const dim3 grid(static_cast<unsigned>((block.k_rows + Tile::kKeys - 1) / Tile::kKeys),
+                  static_cast<unsigned>(block.kv_heads), static_cast<unsigned>(block.batch));
+  kernel<<<grid, Tile::kThreads, bytes, stream>>>(block, gradients, tables);
+  return cudaGetLastError();
+}
+
+}  // namespace annulus::kernels

@@ -1,0 +1,14 @@
+#include "attention_mma_backward.cuh"
+#include "attention_mma_query_gradient.cuh"
+
+namespace annulus::kernels {
+
+cudaError_t BackwardOrderedDim128(const MmaAttentionBlock& block, const MmaAttentionGradients& gradients,
+                                  const BackwardTables& tables, cudaStream_t stream) {
+  const cudaError_t error =
+      LaunchBackward<BackwardTile<128, 128>, MmaQueryGradient::kOrdered>(block, gradients, tables, stream);
+  if (error != cudaSuccess) return error;
+  return LaunchQueryGradient<QueryGradientTile<128, 128>>(block, gradients, tables, stream);
+}
+
+}  // namespace annulus::kernels

@@ -1,0 +1,10 @@
+#include "attention_mma_forward.cuh"
+
+namespace annulus::kernels {
+
+cudaError_t ForwardDim128(const MmaAttentionBlock& block, const MmaAttentionPartial& partial,
+                          cudaStream_t stream) {
+  return LaunchForward<ForwardTile<128, 128, 64, 2>>(block, partial, stream);
+}
+
+}  // namespace annulus::kernels

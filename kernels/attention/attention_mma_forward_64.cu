@@ -1,0 +1,10 @@
+#include "attention_mma_forward.cuh"
+
+namespace annulus::kernels {
+
+cudaError_t ForwardDim64(const MmaAttentionBlock& block, const MmaAttentionPartial& partial,
+                         cudaStream_t stream) {
+  return LaunchForward<ForwardTile<64, 64, 128, 1>>(block, partial, stream);
+}
+
+}  // namespace annulus::kernels

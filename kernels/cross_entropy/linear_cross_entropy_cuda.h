@@ -1,0 +1,28 @@
+#pragma once
+
+// Output projection and cross-entropy on CUDA in chunks of tokens (annulus/ops/cross_entropy.h).
+
+#include "kernels/linear/linear_cuda.h"
+
+namespace annulus::kernels {
+
+// *loss += sum of the counted tokens' losses in nats. With gradients: dx = scale * d(sum)/dx (overwritten),
+// dw += scale * d(sum)/dw. Negative targets are not counted.
+struct CudaLinearCrossEntropyArgs {
+  int64_t tokens = 0, d = 0, vocab = 0, chunk_tokens = 0;
+  CudaElement operands = CudaElement::kBf16;  // of x, w and dx
+  // bf16 logits halve the traffic; f32 ones lose nothing in the log-sum-exp. Their gradient is of `operands`.
+  CudaElement logits = CudaElement::kBf16;
+  double scale = 1;
+  const void* x = nullptr;           // [tokens, d]
+  const void* w = nullptr;           // [vocab, d]
+  const int32_t* targets = nullptr;  // [tokens], device memory
+  void* dx = nullptr;                // [tokens, d]; nullptr: the loss alone
+  float* dw = nullptr;               // [vocab, d]
+  double* loss = nullptr;            // device scalar
+  void* scratch = nullptr;           // on 256 bytes, of the size asked for below
+};
+absl::Status CudaLinearCrossEntropy(const CudaLinearCall& call, const CudaLinearCrossEntropyArgs& args);
+int64_t CudaLinearCrossEntropyScratchBytes(const CudaLinearCrossEntropyArgs& args);
+
+}  // namespace annulus::kernels

@@ -1,0 +1,189 @@
+// Times the passes of block attention on tensor cores.
+
+#include "cuda/attention_mma/device_arrays.h"
+#include "cuda/attention_mma/timing.h"
+
+namespace annulus::testing {
+namespace {
+
+__global__ void FillRandom(bf16* x, int64_t n, uint32_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    uint64_t h = (static_cast<uint64_t>(i) + (uint64_t{seed} << 40)) * 0x9E3779B97F4A7C15ull;
+    h ^= h >> 29;
+    h *= 0xBF58476D1CE4E5B9ull;
+    h ^= h >> 32;
+    // Sum of four uniforms, variance one.
+    float sum = -2;
+    for (int b = 0; b < 4; ++b) sum += static_cast<float>((h >> (16 * b)) & 0xFFFF) / 65536;
+    x[i] = __float2bfloat16(sum * 1.7320508f);
+  }
+}
+
+// delta of dense [tokens * heads, dim] out and dout.
+__global__ void Delta(const float* out, const bf16* dout, int64_t dim, float* delta) {
+  const int64_t row = blockIdx.x;
+  float sum = 0;
+  for (int64_t d = threadIdx.x; d < dim; d += 32)
+    sum += out[row * dim + d] * __bfloat162float(dout[row * dim + d]);
+  for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
+  if (threadIdx.x == 0) delta[row] = sum;
+}
+
+template <typename Fn>
+double MedianSeconds(Fn&& fn, int repeats) {
+  cudaEvent_t start, stop;
+  CUDA(cudaEventCreate(&start));
+  CUDA(cudaEventCreate(&stop));
+  fn();
+  std::vector<float> ms(Size(repeats));
+  for (float& t : ms) {
+    CUDA(cudaEventRecord(start));
+    fn();
+    CUDA(cudaEventRecord(stop));
+    CUDA(cudaEventSynchronize(stop));
+    CUDA(cudaEventElapsedTime(&t, start, stop));
+  }
+  CUDA(cudaGetLastError());
+  std::sort(ms.begin(), ms.end());
+  return ms[ms.size() / 2] * 1e-3;
+}
+
+template <typename T>
+std::vector<double> DownloadRow(const T* data, int64_t at, int64_t n) {
+  std::vector<T> host(Size(n));
+  CUDA(cudaMemcpy(host.data(), data + at, Size(n) * sizeof(T), cudaMemcpyDeviceToHost));
+  return Doubles(host);
+}
+
+}  // namespace
+
+void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants) {
+  DeviceArray<bf16> q(rows * heads * dim), k(rows * heads * dim), v(rows * heads * v_dim),
+      dout(rows * heads * v_dim);
+  FillRandom<<<1024, 256>>>(q.data, rows * heads * dim, 1);
+  FillRandom<<<1024, 256>>>(k.data, rows * heads * dim, 2);
+  FillRandom<<<1024, 256>>>(v.data, rows * heads * v_dim, 3);
+  FillRandom<<<1024, 256>>>(dout.data, rows * heads * v_dim, 4);
+  std::vector<int64_t> lo(Size(rows)), hi(Size(rows));
+  for (int64_t i = 0; i < rows; ++i) hi[Size(i)] = i + 1;
+  DeviceArray<int64_t> dlo(lo), dhi(hi);
+  DeviceArray<float> out(rows * heads * v_dim), dq(rows * heads * dim), dk(rows * heads * dim),
+      dv(rows * heads * v_dim), delta(rows * heads);
+  const std::vector<float> nothing(Size(rows * heads), -INFINITY);
+  DeviceArray<float> lse(nothing), no_keys(nothing);
+  MmaAttentionBlock block{.q = {q.data, heads * dim, heads * dim},
+                          .k = {k.data, heads * dim, heads * dim},
+                          .v = {v.data, heads * v_dim, heads * v_dim},
+                          .q_rows = rows,
+                          .k_rows = rows,
+                          .batch = 1,
+                          .heads = heads,
+                          .kv_heads = heads,
+                          .dim = dim,
+                          .v_dim = v_dim,
+                          .lo = dlo.data,
+                          .hi = dhi.data,
+                          .scale = static_cast<float>(1 / std::sqrt(double(dim)))};
+  const MmaAttentionPartial partial{{out.data, heads * v_dim, heads * v_dim}, lse.data, {}};
+  const auto reset = [&] {
+    CUDA(cudaMemcpyAsync(lse.data, no_keys.data, nothing.size() * sizeof(float), cudaMemcpyDeviceToDevice));
+  };
+  const double pairs = 0.5 * double(rows) * double(rows) * double(heads);
+  const double forward_flop = pairs * 2 * double(dim + v_dim),
+               backward_flop = pairs * 2 * double(3 * dim + 2 * v_dim);
+  const auto report = [&](const std::string& name, double seconds, double flop) {
+    std::printf("%-32s %6ld rows %3ld heads %3ld/%-3ld %8.3f ms %7.1f TFLOP/s\n", name.c_str(), long(rows),
+                long(heads), long(dim), long(v_dim), seconds * 1e3, flop / seconds * 1e-12);
+    std::fflush(stdout);
+  };
+
+  // The first block of a ring reads no carry; later ones do (here the same block again).
+  report("forward, first block",
+         MedianSeconds(
+             [&] {
+               reset();
+               CUDA(kernels::MmaAttentionForward(block, partial, nullptr));
+             },
+             5),
+         forward_flop);
+  reset();
+  CUDA(kernels::MmaAttentionForward(block, partial, nullptr));
+  CUDA(cudaDeviceSynchronize());
+  Delta<<<static_cast<unsigned>(rows * heads), 32>>>(out.data, dout.data, v_dim, delta.data);
+
+  double error = 0;
+  for (const int64_t row : {int64_t{77}, rows / 2 + 13, rows - 1}) {
+    const int64_t head = row % heads;
+    const std::vector<double> query = DownloadRow(q.data, (row * heads + head) * dim, dim),
+                              keys = DownloadRow(k.data, 0, (row + 1) * heads * dim),
+                              values = DownloadRow(v.data, 0, (row + 1) * heads * v_dim),
+                              got = DownloadRow(out.data, (row * heads + head) * v_dim, v_dim);
+    std::vector<double> want(Size(v_dim));
+    double sum = 0;
+    for (int64_t j = 0; j <= row; ++j) {
+      double dot = 0;
+      for (int64_t d = 0; d < dim; ++d) dot += query[Size(d)] * keys[Size((j * heads + head) * dim + d)];
+      const double weight = std::exp(dot * block.scale);
+      sum += weight;
+      for (int64_t d = 0; d < v_dim; ++d)
+        want[Size(d)] += weight * values[Size((j * heads + head) * v_dim + d)];
+    }
+    for (int64_t d = 0; d < v_dim; ++d) error = std::max(error, std::abs(got[Size(d)] - want[Size(d)] / sum));
+  }
+  std::printf("  three rows of O: max error %.1e\n", error);
+
+  report("forward, carry",
+         MedianSeconds([&] { CUDA(kernels::MmaAttentionForward(block, partial, nullptr)); }, 5),
+         forward_flop);
+  for (int i = 0; variants && i < kForwardVariantCount; ++i) {
+    const ForwardVariant& variant = kForwardVariants[i];
+    if (variant.dim != dim) continue;
+    report(variant.name, MedianSeconds([&] { CUDA(variant.launch(block, partial, nullptr)); }, 5),
+           forward_flop);
+  }
+  reset();
+  CUDA(kernels::MmaAttentionForward(block, partial, nullptr));
+  DeviceArray<char> workspace(kernels::MmaAttentionBackwardWorkspaceBytes(block));
+  const MmaAttentionGradients gradients{{dout.data, heads * v_dim, heads * v_dim},
+                                        lse.data,
+                                        delta.data,
+                                        {dq.data, heads * dim, heads * dim},
+                                        {dk.data, heads * dim, heads * dim},
+                                        {dv.data, heads * v_dim, heads * v_dim}};
+  CUDA(cudaMemset(dq.data, 0, Size(rows * heads * dim) * 4));
+  CUDA(cudaMemset(dk.data, 0, Size(rows * heads * dim) * 4));
+  CUDA(cudaMemset(dv.data, 0, Size(rows * heads * v_dim) * 4));
+  std::vector<double> sums[2];
+  for (const MmaQueryGradient mode : {MmaQueryGradient::kAtomic, MmaQueryGradient::kOrdered}) {
+    CUDA(cudaMemset(dq.data, 0, Size(rows * heads * dim) * 4));
+    CUDA(kernels::MmaAttentionBackward(block, gradients, mode, workspace.data, nullptr));
+    sums[mode == MmaQueryGradient::kOrdered] = DownloadRow(dq.data, 0, rows * heads * dim);
+    report(
+        mode == MmaQueryGradient::kAtomic ? "backward" : "backward, ordered",
+        MedianSeconds(
+            [&] { CUDA(kernels::MmaAttentionBackward(block, gradients, mode, workspace.data, nullptr)); }, 5),
+        backward_flop);
+  }
+  double square = 0, norm = 0;
+  for (size_t i = 0; i < sums[0].size(); ++i) {
+    square += (sums[0][i] - sums[1][i]) * (sums[0][i] - sums[1][i]);
+    norm += sums[1][i] * sums[1][i];
+  }
+  std::printf("  dQ atomic and ordered differ by %.1e of their norm\n", std::sqrt(square / norm));
+  for (int i = 0; variants && i < kBackwardVariantCount; ++i) {
+    const BackwardVariant& variant = kBackwardVariants[i];
+    if (variant.dim != dim) continue;
+    // The tables that the last call left in the workspace.
+    const int64_t queries = kernels::BackwardQueries(dim), tiles = rows / queries;
+    const kernels::BackwardTables tables{
+        reinterpret_cast<kernels::RowStats*>(workspace.data),
+        reinterpret_cast<kernels::KeyRows*>(workspace.data + heads * rows * 8),
+        reinterpret_cast<kernels::TileBounds*>(workspace.data + heads * rows * 8 + rows * 8), rows,
+        static_cast<int>(tiles)};
+    report(variant.name, MedianSeconds([&] { CUDA(variant.launch(block, gradients, tables, nullptr)); }, 5),
+           backward_flop);
+  }
+}
+
+}  // namespace annulus::testing

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <cstdint>
+
+namespace annulus::testing {
+
+// Times the passes of a causal sequence, batch 1, and compares three query rows of O with double. `variants`
+// also times other tilings of the kernels.
+void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants);
+
+}  // namespace annulus::testing

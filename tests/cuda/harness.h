@@ -1,0 +1,216 @@
+#pragma once
+
+// Arrays with guards and poison, comparison with f64, and timing for the check program.
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace annulus::testing {
+
+using Bf16 = __nv_bfloat16;
+using Doubles = std::vector<double>;
+
+inline void Must(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("FATAL %s: %s\n", what, cudaGetErrorString(error));
+  std::exit(2);
+}
+inline int g_checks = 0, g_failures = 0;
+inline cudaStream_t g_stream = nullptr;
+
+inline void Expect(bool ok, const std::string& what) {
+  ++g_checks;
+  if (ok) return;
+  ++g_failures;
+  std::printf("FAIL  %s\n", what.c_str());
+}
+
+template <typename Status>
+void Ok(const Status& status) {
+  Expect(status.ok(), "status: " + std::string(status.message()));
+}
+
+template <typename T>
+double Value(T x) {
+  if constexpr (sizeof(T) == 2)
+    return __bfloat162float(x);
+  else
+    return static_cast<double>(x);
+}
+template <typename T>
+T Round(double x) {
+  if constexpr (sizeof(T) == 2)
+    return __float2bfloat16(static_cast<float>(x));
+  else
+    return static_cast<T>(x);
+}
+template <typename T>
+const char* NameOf() {
+  return sizeof(T) == 2 ? "bf16" : "f32";
+}
+// One rounding to nearest: at most half a unit in the last place.
+template <typename T>
+constexpr double kRounding = sizeof(T) == 2 ? 1.0 / 256 : 1.0 / 16777216;
+
+// Device array between two guards; filled with NaN bytes unless uploaded. `shift` elements off alignment.
+template <typename T>
+class Array {
+ public:
+  explicit Array(int64_t n, int64_t shift = 0) : n_(n), shift_(shift) {
+    bytes_ = static_cast<size_t>(n + shift) * sizeof(T) + 2 * kGuard;
+    Must(cudaMalloc(&base_, bytes_), "cudaMalloc");
+    Must(cudaMemset(base_, 0xA5, bytes_), "memset");
+    Must(cudaMemset(data(), 0xFF, static_cast<size_t>(n) * sizeof(T)), "memset");
+  }
+  Array(const Doubles& values, int64_t shift = 0) : Array(static_cast<int64_t>(values.size()), shift) {
+    Upload(values);
+  }
+  Array(const Array&) = delete;
+  ~Array() { cudaFree(base_); }
+  void Upload(const Doubles& values) {
+    std::vector<T> host(values.size());
+    for (size_t i = 0; i < values.size(); ++i) host[i] = Round<T>(values[i]);
+    Must(cudaMemcpy(data(), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
+  }
+  T* data() const { return reinterpret_cast<T*>(base_ + kGuard) + shift_; }
+  int64_t size() const { return n_; }
+  Doubles Get(const std::string& what) const {
+    Must(cudaDeviceSynchronize(), what.c_str());
+    std::vector<char> raw(bytes_);
+    Must(cudaMemcpy(raw.data(), base_, bytes_, cudaMemcpyDeviceToHost), what.c_str());
+    const size_t begin = kGuard + static_cast<size_t>(shift_) * sizeof(T),
+                 end = begin + static_cast<size_t>(n_) * sizeof(T);
+    bool intact = true;
+    for (size_t i = 0; i < bytes_; ++i) {
+      if ((i < begin || i >= end) && static_cast<unsigned char>(raw[i]) != 0xA5) intact = false;
+    }
+    Expect(intact, what + ": guard overwritten");
+    Doubles out(static_cast<size_t>(n_));
+    for (size_t i = 0; i < out.size(); ++i) {
+      T x;
+      std::memcpy(&x, raw.data() + begin + i * sizeof(T), sizeof(T));
+      out[i] = Value(x);
+    }
+    return out;
+  }
+
+ private:
+  static constexpr size_t kGuard = 1024;
+  char* base_ = nullptr;
+  size_t bytes_ = 0;
+  int64_t n_, shift_;
+};
+
+inline std::mt19937_64& Rng() {
+  static std::mt19937_64 rng(20240607);
+  return rng;
+}
+// Roughly normal values as T holds them.
+template <typename T>
+Doubles Random(int64_t n, double scale = 1) {
+  Doubles x(static_cast<size_t>(n));
+  for (double& v : x) {  // the sum of four uniform values: close enough to normal, and quick
+    const uint64_t bits = Rng()();
+    const double sum =
+        static_cast<double>((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
+    v = Value(Round<T>(scale * (sum - 131070) * 2.643e-5));
+  }
+  return x;
+}
+
+struct Error {
+  double l2 = 0, max = 0;  // relative to the norm, and to the largest reference value
+};
+inline Error ErrorOf(const Doubles& got, const Doubles& want) {
+  double diff = 0, norm = 0, max = 0, top = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double d = got[i] - want[i];
+    if (!std::isfinite(d)) return {INFINITY, INFINITY};
+    diff += d * d, norm += want[i] * want[i];
+    max = std::max(max, std::abs(d)), top = std::max(top, std::abs(want[i]));
+  }
+  return {std::sqrt(diff / std::max(norm, 1e-300)), max / std::max(top, 1e-300)};
+}
+// Worst error of every name, for the table.
+struct Row {
+  std::string name;
+  Error worst;
+  double tolerance;
+  int cases;
+};
+inline std::vector<Row>& Table() {
+  static std::vector<Row> table;
+  return table;
+}
+inline void Compare(const std::string& name, const std::string& detail, const Doubles& got,
+                    const Doubles& want, double tolerance) {
+  const Error e = want.empty() ? Error{} : ErrorOf(got, want);
+  char text[96];
+  std::snprintf(text, sizeof(text), ": l2 %.3g max %.3g, tolerance %.3g", e.l2, e.max, tolerance);
+  Expect(e.l2 <= tolerance, name + " " + detail + text);
+  auto row = std::find_if(Table().begin(), Table().end(), [&](const Row& r) { return r.name == name; });
+  if (row == Table().end()) {
+    Table().push_back({name, e, tolerance, 1});
+    return;
+  }
+  row->worst = {std::max(row->worst.l2, e.l2), std::max(row->worst.max, e.max)};
+  row->tolerance = std::max(row->tolerance, tolerance);
+  ++row->cases;
+}
+
+inline void ParallelFor(int64_t n, const std::function<void(int64_t)>& fn) {
+  const auto workers = static_cast<int64_t>(std::max(1u, std::thread::hardware_concurrency()));
+  std::vector<std::thread> threads;
+  for (int64_t w = 0; w < workers; ++w) {
+    threads.emplace_back([=, &fn] {
+      for (int64_t i = w; i < n; i += workers) fn(i);
+    });
+  }
+  for (std::thread& t : threads) t.join();
+}
+
+// Median milliseconds of `repeats` runs after one.
+template <typename Fn>
+double Milliseconds(int repeats, Fn&& fn) {
+  cudaEvent_t start, stop;
+  cudaEventCreate(&start);
+  cudaEventCreate(&stop);
+  std::vector<double> times;
+  for (int i = -2; i < repeats; ++i) {
+    cudaEventRecord(start, g_stream);
+    fn();
+    cudaEventRecord(stop, g_stream);
+    Must(cudaEventSynchronize(stop), "timed kernel");
+    float ms = 0;
+    cudaEventElapsedTime(&ms, start, stop);
+    if (i >= 0) times.push_back(ms);
+  }
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+void FillNormal(Bf16* x, int64_t n, float scale, uint32_t seed);
+void FillNormal(float* x, int64_t n, float scale, uint32_t seed);
+
+void CheckElementwise();
+void CheckLinear();
+void CheckAttention();
+void TimeElementwise();
+void TimeLinear();
+void TimeAttention();
+
+}  // namespace annulus::testing
