@@ -72,12 +72,10 @@ class TrainingRun {
 };
 
 absl::Status TrainingRun::PrintStart() {
-  char host[256] = {};
-  gethostname(host, sizeof(host) - 1);
   ANNULUS_ASSIGN_OR_RETURN(
       const std::vector<std::string> ranks,
       mesh_.world.AllGatherStrings(absl::StrFormat("dp=%d cp=%d tp=%d  %s  pid %d", mesh_.at.dp, mesh_.at.cp,
-                                                   mesh_.at.tp, host, getpid())));
+                                                   mesh_.at.tp, HostName(), getpid())));
   const FlopsPerToken flops = TrainingFlops(spec_.model, spec_.data.seq_len);
   const MemoryPlan memory = PlanMemory(spec_);
   console_.Line("resolved configuration (value, then where it comes from):\n" + config_.text);
@@ -223,10 +221,9 @@ absl::Status TrainingRun::PrintSample() {
 
 // Refuses what cannot fit, before it is allocated: the system would kill a rank in the middle of a step.
 absl::Status CheckMemory(Communicator& world, const RunSpec& spec) {
-  char host[256] = {};
-  gethostname(host, sizeof(host) - 1);
+  const std::string host = HostName();
   ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> hosts, world.AllGatherStrings(host));
-  const int64_t ranks = std::count(hosts.begin(), hosts.end(), std::string(host));
+  const int64_t ranks = std::count(hosts.begin(), hosts.end(), host);
   const int64_t planned = PlanMemory(spec).total(), available = AvailableMemoryBytes();
   if (available < 0 || planned <= available / ranks) return world.AgreeOk(absl::OkStatus());
   return world.AgreeOk(absl::ResourceExhaustedError(absl::StrFormat(

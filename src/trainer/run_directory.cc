@@ -12,12 +12,6 @@
 namespace annulus {
 namespace {
 
-std::string HostName() {
-  char name[256] = {};
-  gethostname(name, sizeof(name) - 1);
-  return name;
-}
-
 std::string NewRunPath(const ResolvedConfig& config) {
   const std::string salt = absl::StrCat(config.text, getpid(), UtcNow("%s"));
   return absl::StrCat(config.spec.runs_dir, "/", config.spec.name, "-", UtcNow("%Y%m%d-%H%M%S"), "-",
@@ -47,6 +41,12 @@ absl::Status Prepare(StartFrom start, RunDirectory* directory) {
 }
 
 }  // namespace
+
+std::string HostName() {
+  char name[256] = {};
+  gethostname(name, sizeof(name) - 1);
+  return name;
+}
 
 std::string UtcNow(const char* format) {
   const std::time_t now = std::time(nullptr);
