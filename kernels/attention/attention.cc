@@ -8,7 +8,6 @@
 namespace annulus {
 namespace {
 
-using kernels::CheckCount;
 using kernels::CheckHeads;
 using kernels::CheckTensor;
 
@@ -35,19 +34,14 @@ absl::Status CheckHeadsAre(absl::string_view name, const ConstHeadsRef& x, const
   return absl::OkStatus();
 }
 
-absl::Status CheckBlock(const AttentionBlock& block) {
-  const ConstHeadsRef &q = block.q, &k = block.k, &v = block.v;
-  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.q", q, {q.dtype, q.rows, q.batch, q.heads, q.dim}));
-  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.k", k, {q.dtype, k.rows, q.batch, k.heads, q.dim}));
-  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.v", v, {q.dtype, k.rows, q.batch, k.heads, v.dim}));
-  if (k.heads == 0 ? q.heads != 0 : q.heads % k.heads != 0) {
-    return Invalid("attention.heads=", q.heads, ": expected a multiple of the ", k.heads, " KV heads");
+absl::Status CheckMask(const Context& ctx, const AttentionBlock& block) {
+  const Shape tokens = {block.q.rows * block.q.batch};
+  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.bounds.lo", block.bounds.lo, DType::kI64, tokens));
+  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.bounds.hi", block.bounds.hi, DType::kI64, tokens));
+  if (block.mask_shape == MaskShape::kCausal && block.q.rows != block.k.rows) {
+    return Invalid("attention.mask_shape=causal with ", block.q.rows, " query and ", block.k.rows,
+                   " key rows: expected as many of both");
   }
-  const int64_t tokens = q.rows * q.batch;
-  ANNULUS_RETURN_IF_ERROR(
-      CheckCount("attention.bounds.lo.size", static_cast<int64_t>(block.bounds.lo.size()), tokens));
-  ANNULUS_RETURN_IF_ERROR(
-      CheckCount("attention.bounds.hi.size", static_cast<int64_t>(block.bounds.hi.size()), tokens));
   if (block.key_positions.offset < 0 || block.key_positions.stride < 1) {
     return Invalid("attention.key_positions: offset=", block.key_positions.offset,
                    ", stride=", block.key_positions.stride, ": expected offset >= 0 and stride >= 1");
@@ -55,67 +49,117 @@ absl::Status CheckBlock(const AttentionBlock& block) {
   return absl::OkStatus();
 }
 
-Shape StatShape(const ConstHeadsRef& q) { return {q.rows, q.batch, q.heads}; }
-
-absl::Status CheckPartial(const Context& ctx, const AttentionPartial& partial) {
-  ANNULUS_RETURN_IF_ERROR(CheckHeads("attention.out", partial.out));
-  return CheckTensor(ctx, "attention.lse", partial.lse, partial.out.dtype, StatShape(partial.out));
+absl::Status CheckBlock(const Context& ctx, const AttentionBlock& block) {
+  const ConstHeadsRef &q = block.q, &k = block.k, &v = block.v;
+  ANNULUS_RETURN_IF_ERROR(CheckHeads(ctx, "attention.q", q));
+  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.q", q, {q.dtype, q.rows, q.batch, q.heads, q.dim}));
+  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.k", k, {q.dtype, k.rows, q.batch, k.heads, q.dim}));
+  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.v", v, {q.dtype, k.rows, q.batch, k.heads, v.dim}));
+  if (k.heads == 0 ? q.heads != 0 : q.heads % k.heads != 0) {
+    return Invalid("attention.heads=", q.heads, ": expected a multiple of the ", k.heads, " KV heads");
+  }
+  return CheckMask(ctx, block);
 }
 
-absl::Status CheckGradients(const Context& ctx, const AttentionBlock& block, const AttentionGradients& g) {
+Shape StatShape(const ConstHeadsRef& q) { return {q.rows, q.batch, q.heads}; }
+
+// `out` and `lse` of the block's queries.
+absl::Status CheckOutput(const Context& ctx, const AttentionBlock& block, DType dtype,
+                         const ConstHeadsRef& out, const ConstTensorRef& lse) {
+  const ConstHeadsRef& q = block.q;
+  ANNULUS_RETURN_IF_ERROR(
+      CheckHeadsAre("attention.out", out, {dtype, q.rows, q.batch, q.heads, block.v.dim}));
+  return CheckTensor(ctx, "attention.lse", lse, AccumOf(q.dtype), StatShape(q));
+}
+
+// dtype: of dq, dk and dv
+absl::Status CheckGradients(const Context& ctx, const AttentionBlock& block, const AttentionGradients& g,
+                            DType dtype) {
   const ConstHeadsRef &q = block.q, &k = block.k, &v = block.v;
-  const DType accum = AccumOf(q.dtype);
+  ANNULUS_RETURN_IF_ERROR(CheckOutput(ctx, block, q.dtype, g.out, g.lse));
   ANNULUS_RETURN_IF_ERROR(
       CheckHeadsAre("attention.dout", g.dout, {q.dtype, q.rows, q.batch, q.heads, v.dim}));
-  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.lse", g.lse, accum, StatShape(q)));
-  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.delta", g.delta, accum, StatShape(q)));
-  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.dq", g.dq, {accum, q.rows, q.batch, q.heads, q.dim}));
-  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.dk", g.dk, {accum, k.rows, k.batch, k.heads, k.dim}));
-  return CheckHeadsAre("attention.dv", g.dv, {accum, v.rows, v.batch, v.heads, v.dim});
+  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.delta", g.delta, AccumOf(q.dtype), StatShape(q)));
+  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.dq", g.dq, {dtype, q.rows, q.batch, q.heads, q.dim}));
+  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("attention.dk", g.dk, {dtype, k.rows, k.batch, k.heads, k.dim}));
+  return CheckHeadsAre("attention.dv", g.dv, {dtype, v.rows, v.batch, v.heads, v.dim});
 }
 
 }  // namespace
 
 absl::Status ResetPartial(Context& ctx, const AttentionPartial& partial) {
-  ANNULUS_RETURN_IF_ERROR(CheckPartial(ctx, partial));
-  return VisitDevice(ctx, [&](auto device) {
-    return VisitFloat(partial.out.dtype,
-                      [&]<class T>() { return kernels::ResetPartial<T>(device, partial); });
-  });
+  const ConstHeadsRef out = partial.out;
+  ANNULUS_RETURN_IF_ERROR(CheckHeads(ctx, "attention.out", out));
+  ANNULUS_RETURN_IF_ERROR(
+      CheckHeadsAre("attention.out", out, {AccumOf(out.dtype), out.rows, out.batch, out.heads, out.dim}));
+  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.lse", partial.lse, out.dtype, StatShape(out)));
+  return VisitDevice(ctx, [&](auto device) { return kernels::ResetPartial(device, ctx, partial); });
 }
 
 absl::Status AttentionForward(Context& ctx, const AttentionBlock& block, const AttentionPartial& partial) {
-  ANNULUS_RETURN_IF_ERROR(CheckBlock(block));
-  ANNULUS_RETURN_IF_ERROR(CheckPartial(ctx, partial));
-  ANNULUS_RETURN_IF_ERROR(
-      CheckHeadsAre("attention.out", partial.out,
-                    {AccumOf(block.q.dtype), block.q.rows, block.q.batch, block.q.heads, block.v.dim}));
-  return VisitDevice(ctx, [&](auto device) {
-    return VisitFloat(block.q.dtype,
-                      [&]<class T>() { return kernels::AttentionForward<T>(device, ctx, block, partial); });
+  ANNULUS_RETURN_IF_ERROR(CheckBlock(ctx, block));
+  ANNULUS_RETURN_IF_ERROR(CheckOutput(ctx, block, AccumOf(block.q.dtype), partial.out, partial.lse));
+  return VisitKernel(ctx, block.q.dtype, [&]<class T>(auto device) {
+    return kernels::AttentionForward<T>(device, ctx, block, partial);
+  });
+}
+
+absl::Status AttentionForwardWhole(Context& ctx, const AttentionBlock& block, HeadsRef out, TensorRef lse) {
+  ANNULUS_RETURN_IF_ERROR(CheckBlock(ctx, block));
+  ANNULUS_RETURN_IF_ERROR(CheckOutput(ctx, block, block.q.dtype, out, lse));
+  return VisitKernel(ctx, block.q.dtype, [&]<class T>(auto device) {
+    return kernels::AttentionForwardWhole<T>(device, ctx, block, out, lse);
   });
 }
 
 absl::Status AttentionDelta(Context& ctx, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta) {
-  ANNULUS_RETURN_IF_ERROR(CheckHeads("attention.out", out));
+  ANNULUS_RETURN_IF_ERROR(CheckHeads(ctx, "attention.out", out));
   ANNULUS_RETURN_IF_ERROR(
       CheckHeadsAre("attention.dout", dout, {out.dtype, out.rows, out.batch, out.heads, out.dim}));
-  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.delta", delta, out.dtype, StatShape(out)));
-  return VisitDevice(ctx, [&](auto device) {
-    return VisitFloat(out.dtype,
-                      [&]<class T>() { return kernels::AttentionDelta<T>(device, out, dout, delta); });
+  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.delta", delta, AccumOf(out.dtype), StatShape(out)));
+  return VisitKernel(ctx, out.dtype, [&]<class T>(auto device) {
+    return kernels::AttentionDelta<T>(device, ctx, out, dout, delta);
   });
 }
 
 absl::Status AttentionBackward(Context& ctx, const AttentionBlock& block,
                                const AttentionGradients& gradients) {
-  ANNULUS_RETURN_IF_ERROR(CheckBlock(block));
-  ANNULUS_RETURN_IF_ERROR(CheckGradients(ctx, block, gradients));
-  return VisitDevice(ctx, [&](auto device) {
-    return VisitFloat(block.q.dtype, [&]<class T>() {
-      return kernels::AttentionBackward<T>(device, ctx, block, gradients);
-    });
+  ANNULUS_RETURN_IF_ERROR(CheckBlock(ctx, block));
+  ANNULUS_RETURN_IF_ERROR(CheckGradients(ctx, block, gradients, AccumOf(block.q.dtype)));
+  return VisitKernel(ctx, block.q.dtype, [&]<class T>(auto device) {
+    return kernels::AttentionBackward<T>(device, ctx, block, gradients);
   });
+}
+
+absl::Status AttentionBackwardWhole(Context& ctx, const AttentionBlock& block,
+                                    const AttentionGradients& gradients) {
+  ANNULUS_RETURN_IF_ERROR(CheckBlock(ctx, block));
+  ANNULUS_RETURN_IF_ERROR(CheckGradients(ctx, block, gradients, block.q.dtype));
+  return VisitKernel(ctx, block.q.dtype, [&]<class T>(auto device) {
+    return kernels::AttentionBackwardWhole<T>(device, ctx, block, gradients);
+  });
+}
+
+absl::string_view Name(AttentionKernel kernel) {
+  switch (kernel) {
+    case AttentionKernel::kCpuTiles:
+      return "cpu tiles";
+    case AttentionKernel::kF32:
+      return "cuda f32";
+    case AttentionKernel::kTensorCore:
+      return "cuda mma";
+    case AttentionKernel::kCudnn:
+      return "cudnn";
+  }
+  return "";
+}
+
+AttentionKernel ChooseAttentionKernel(const AttentionKernelCase& c) {
+  if (c.device == DeviceKind::kCpu) return AttentionKernel::kCpuTiles;
+  if (c.dtype == DType::kF32) return AttentionKernel::kF32;
+  const bool cudnn = ANNULUS_HAS_CUDNN && c.determinism == Determinism::kOff &&
+                     c.mask_shape != MaskShape::kGeneral && kernels::TensorCoreDims(c.dim, c.v_dim);
+  return cudnn ? AttentionKernel::kCudnn : AttentionKernel::kTensorCore;
 }
 
 }  // namespace annulus

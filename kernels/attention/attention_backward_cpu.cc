@@ -18,49 +18,28 @@ class BackwardTiles {
   BackwardTiles(Context& ctx, const AttentionBlock& block, const AttentionGradients& gradients)
       : ctx_(ctx), block_(block), gradients_(gradients), dim_(block.q.dim), v_dim_(block.v.dim) {
     const int64_t height = MaxTileHeight(block);
-    const auto allocate = [&](int64_t elements) {
-      return ctx.scratch.Allocate(block.q.dtype, {elements}).template data<T>();
-    };
-    q_ = allocate(height * dim_);
-    dq_ = allocate(height * dim_);
-    dout_ = allocate(height * v_dim_);
-    weights_ = allocate(height * kTileKeys);
-    dscores_ = allocate(height * kTileKeys);
+    q_ = ScratchOf<T>(ctx, height * dim_);
+    dq_ = ScratchOf<T>(ctx, height * dim_);
+    dout_ = ScratchOf<T>(ctx, height * v_dim_);
+    weights_ = ScratchOf<T>(ctx, height * kTileKeys);
+    dscores_ = ScratchOf<T>(ctx, height * kTileKeys);
   }
 
   void Run(const QueryTile& tile, const KeyRange* ranges) {
     Pack(block_.q, tile, static_cast<T>(block_.scale), q_);
     Pack(gradients_.dout, tile, T{1}, dout_);
     std::fill_n(dq_, tile.height() * dim_, T{0});
-    for (int64_t begin = tile.keys.begin; begin < tile.keys.end; begin += kTileKeys) {
-      Step(tile, ranges, {begin, std::min(begin + kTileKeys, tile.keys.end)});
-      ctx_.Poll();
-    }
+    ForEachKeyTile(ctx_, tile, [&](const KeyRange& keys) { Step(tile, ranges, keys); });
     AddQueryGradient(tile);
   }
 
  private:
   void Step(const QueryTile& tile, const KeyRange* ranges, const KeyRange& keys) {
-    const int64_t height = tile.height(), count = keys.end - keys.begin;
-    Gemm<T>({.m = height,
-             .n = count,
-             .k = dim_,
-             .a = {q_, dim_},
-             .b = KeyOperand<T>(block_.k, tile, keys.begin, Transpose::kYes),
-             .beta = 0,
-             .c = weights_,
-             .c_stride = kTileKeys});
-    Gemm<T>({.m = height,
-             .n = count,
-             .k = v_dim_,
-             .a = {dout_, v_dim_},
-             .b = KeyOperand<T>(block_.v, tile, keys.begin, Transpose::kYes),
-             .beta = 0,
-             .c = dscores_,
-             .c_stride = kTileKeys});
+    const int64_t height = tile.height(), count = keys.size();
+    MultiplyByKeys(q_, block_.k, tile, keys, weights_);
+    MultiplyByKeys(dout_, block_.v, tile, keys, dscores_);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const KeyRange allowed{std::max(ranges[r].begin, keys.begin) - keys.begin,
-                             std::min(ranges[r].end, keys.end) - keys.begin};
+      const KeyRange allowed = Within(ranges[r], keys);
       const int64_t stat = StatIndex(block_.q, tile, r);
       for (int64_t h = 0; h < tile.group; ++h) Differentiate(r * tile.group + h, stat + h, allowed, count);
     }
@@ -107,10 +86,7 @@ class BackwardTiles {
       weight[j] = Exp(weight[j] - lse);
       dscore[j] = weight[j] * (dscore[j] - delta);
     }
-    for (T* row : {weight, dscore}) {
-      std::fill_n(row, allowed.begin, T{0});
-      std::fill_n(row + allowed.end, count - allowed.end, T{0});
-    }
+    for (T* row : {weight, dscore}) ZeroOutside(allowed, count, row);
   }
 
   void AddQueryGradient(const QueryTile& tile) {
@@ -141,7 +117,7 @@ class BackwardTiles {
 }  // namespace
 
 template <typename T>
-absl::Status AttentionDelta(CpuTag, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta) {
+absl::Status AttentionDelta(CpuTag, Context&, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta) {
   T* to = delta.data<T>();
   for (int64_t row = 0; row < out.rows; ++row) {
     for (int64_t item = 0; item < out.batch; ++item) {
@@ -168,11 +144,22 @@ absl::Status AttentionBackward(CpuTag, Context& ctx, const AttentionBlock& block
   return absl::OkStatus();
 }
 
-template absl::Status AttentionDelta<float>(CpuTag, ConstHeadsRef, ConstHeadsRef, TensorRef);
-template absl::Status AttentionDelta<double>(CpuTag, ConstHeadsRef, ConstHeadsRef, TensorRef);
+template <typename T>
+absl::Status AttentionBackwardWhole(CpuTag device, Context& ctx, const AttentionBlock& block,
+                                    const AttentionGradients& gradients) {
+  for (const HeadsRef& gradient : {gradients.dq, gradients.dk, gradients.dv}) ZeroHeads<T>(gradient);
+  return AttentionBackward<T>(device, ctx, block, gradients);
+}
+
+template absl::Status AttentionDelta<float>(CpuTag, Context&, ConstHeadsRef, ConstHeadsRef, TensorRef);
+template absl::Status AttentionDelta<double>(CpuTag, Context&, ConstHeadsRef, ConstHeadsRef, TensorRef);
 template absl::Status AttentionBackward<float>(CpuTag, Context&, const AttentionBlock&,
                                                const AttentionGradients&);
 template absl::Status AttentionBackward<double>(CpuTag, Context&, const AttentionBlock&,
                                                 const AttentionGradients&);
+template absl::Status AttentionBackwardWhole<float>(CpuTag, Context&, const AttentionBlock&,
+                                                    const AttentionGradients&);
+template absl::Status AttentionBackwardWhole<double>(CpuTag, Context&, const AttentionBlock&,
+                                                     const AttentionGradients&);
 
 }  // namespace annulus::kernels

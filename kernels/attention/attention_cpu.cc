@@ -20,23 +20,17 @@ class ForwardTiles {
   ForwardTiles(Context& ctx, const AttentionBlock& block, const AttentionPartial& partial)
       : ctx_(ctx), block_(block), partial_(partial), v_dim_(block.v.dim) {
     const int64_t height = MaxTileHeight(block);
-    const auto allocate = [&](int64_t elements) {
-      return ctx.scratch.Allocate(block.q.dtype, {elements}).template data<T>();
-    };
-    q_ = allocate(height * block.q.dim);
-    scores_ = allocate(height * kTileKeys);
-    acc_ = allocate(height * v_dim_);
-    max_ = allocate(height);
-    sum_ = allocate(height);
+    q_ = ScratchOf<T>(ctx, height * block.q.dim);
+    scores_ = ScratchOf<T>(ctx, height * kTileKeys);
+    acc_ = ScratchOf<T>(ctx, height * v_dim_);
+    max_ = ScratchOf<T>(ctx, height);
+    sum_ = ScratchOf<T>(ctx, height);
   }
 
   void Run(const QueryTile& tile, const KeyRange* ranges) {
     Pack(block_.q, tile, static_cast<T>(block_.scale), q_);
     Load(tile);
-    for (int64_t begin = tile.keys.begin; begin < tile.keys.end; begin += kTileKeys) {
-      Step(tile, ranges, {begin, std::min(begin + kTileKeys, tile.keys.end)});
-      ctx_.Poll();
-    }
+    ForEachKeyTile(ctx_, tile, [&](const KeyRange& keys) { Step(tile, ranges, keys); });
     Store(tile, ranges);
   }
 
@@ -60,23 +54,11 @@ class ForwardTiles {
   }
 
   void Step(const QueryTile& tile, const KeyRange* ranges, const KeyRange& keys) {
-    const int64_t count = keys.end - keys.begin;
-    Gemm<T>({.m = tile.height(),
-             .n = count,
-             .k = block_.q.dim,
-             .a = {q_, block_.q.dim},
-             .b = KeyOperand<T>(block_.k, tile, keys.begin, Transpose::kYes),
-             .beta = 0,
-             .c = scores_,
-             .c_stride = kTileKeys});
-    for (int64_t m = 0; m < tile.height(); ++m) {
-      const KeyRange& range = ranges[m / tile.group];
-      Weigh(m, {std::max(range.begin, keys.begin) - keys.begin, std::min(range.end, keys.end) - keys.begin},
-            count);
-    }
+    MultiplyByKeys(q_, block_.k, tile, keys, scores_);
+    for (int64_t m = 0; m < tile.height(); ++m) Weigh(m, Within(ranges[m / tile.group], keys), keys.size());
     Gemm<T>({.m = tile.height(),
              .n = v_dim_,
-             .k = count,
+             .k = keys.size(),
              .a = {scores_, kTileKeys},
              .b = KeyOperand<T>(block_.v, tile, keys.begin),
              .beta = 1,
@@ -100,8 +82,7 @@ class ForwardTiles {
       row[j] = Exp(row[j] - maximum);
       sum += row[j];
     }
-    std::fill_n(row, allowed.begin, T{0});
-    std::fill_n(row + allowed.end, count - allowed.end, T{0});
+    ZeroOutside(allowed, count, row);
     if (maximum != max_[m]) {
       const T correction = Exp(max_[m] - maximum);
       sum_[m] *= correction;
@@ -144,16 +125,12 @@ class ForwardTiles {
 
 }  // namespace
 
-template <typename T>
-absl::Status ResetPartial(CpuTag, const AttentionPartial& partial) {
-  const HeadsRef& out = partial.out;
-  for (int64_t item = 0; item < out.batch; ++item) {
-    for (int64_t row = 0; row < out.rows; ++row) {
-      std::fill_n(out.At<T>(item, 0) + row * out.row_stride, out.heads * out.dim, T{0});
-    }
-  }
-  std::fill_n(partial.lse.data<T>(), partial.lse.elements(), kMinusInfinity<T>);
-  return absl::OkStatus();
+absl::Status ResetPartial(CpuTag, Context&, const AttentionPartial& partial) {
+  return VisitFloat(partial.out.dtype, [&]<class T>() {
+    ZeroHeads<T>(partial.out);
+    std::fill_n(partial.lse.data<T>(), partial.lse.elements(), kMinusInfinity<T>);
+    return absl::OkStatus();
+  });
 }
 
 template <typename T>
@@ -166,11 +143,22 @@ absl::Status AttentionForward(CpuTag, Context& ctx, const AttentionBlock& block,
   return absl::OkStatus();
 }
 
-template absl::Status ResetPartial<float>(CpuTag, const AttentionPartial&);
-template absl::Status ResetPartial<double>(CpuTag, const AttentionPartial&);
+// The accumulator dtype is the compute dtype here: `out` carries.
+template <typename T>
+absl::Status AttentionForwardWhole(CpuTag device, Context& ctx, const AttentionBlock& block, HeadsRef out,
+                                   TensorRef lse) {
+  const AttentionPartial partial{out, lse};
+  ANNULUS_RETURN_IF_ERROR(ResetPartial(device, ctx, partial));
+  return AttentionForward<T>(device, ctx, block, partial);
+}
+
 template absl::Status AttentionForward<float>(CpuTag, Context&, const AttentionBlock&,
                                               const AttentionPartial&);
 template absl::Status AttentionForward<double>(CpuTag, Context&, const AttentionBlock&,
                                                const AttentionPartial&);
+template absl::Status AttentionForwardWhole<float>(CpuTag, Context&, const AttentionBlock&, HeadsRef,
+                                                   TensorRef);
+template absl::Status AttentionForwardWhole<double>(CpuTag, Context&, const AttentionBlock&, HeadsRef,
+                                                    TensorRef);
 
 }  // namespace annulus::kernels

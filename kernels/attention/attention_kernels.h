@@ -6,15 +6,41 @@
 
 namespace annulus::kernels {
 
-template <typename T>
-absl::Status ResetPartial(CpuTag, const AttentionPartial& partial);
+// Head dims that GPUs compute in bf16.
+constexpr bool TensorCoreDims(int64_t dim, int64_t v_dim) {
+  return (dim == 64 && v_dim == 64) || ((dim == 128 || dim == 192) && v_dim == 128);
+}
+
+absl::Status ResetPartial(CpuTag, Context& ctx, const AttentionPartial& partial);
 template <typename T>
 absl::Status AttentionForward(CpuTag, Context& ctx, const AttentionBlock& block,
                               const AttentionPartial& partial);
 template <typename T>
-absl::Status AttentionDelta(CpuTag, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta);
+absl::Status AttentionForwardWhole(CpuTag, Context& ctx, const AttentionBlock& block, HeadsRef out,
+                                   TensorRef lse);
+template <typename T>
+absl::Status AttentionDelta(CpuTag, Context& ctx, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta);
 template <typename T>
 absl::Status AttentionBackward(CpuTag, Context& ctx, const AttentionBlock& block,
                                const AttentionGradients& gradients);
+template <typename T>
+absl::Status AttentionBackwardWhole(CpuTag, Context& ctx, const AttentionBlock& block,
+                                    const AttentionGradients& gradients);
+
+absl::Status ResetPartial(CudaTag, Context& ctx, const AttentionPartial& partial);
+template <typename T>
+absl::Status AttentionForward(CudaTag, Context& ctx, const AttentionBlock& block,
+                              const AttentionPartial& partial);
+template <typename T>
+absl::Status AttentionForwardWhole(CudaTag, Context& ctx, const AttentionBlock& block, HeadsRef out,
+                                   TensorRef lse);
+template <typename T>
+absl::Status AttentionDelta(CudaTag, Context& ctx, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta);
+template <typename T>
+absl::Status AttentionBackward(CudaTag, Context& ctx, const AttentionBlock& block,
+                               const AttentionGradients& gradients);
+template <typename T>
+absl::Status AttentionBackwardWhole(CudaTag, Context& ctx, const AttentionBlock& block,
+                                    const AttentionGradients& gradients);
 
 }  // namespace annulus::kernels

@@ -173,21 +173,26 @@ class AttentionRun {
         dk(KeyDims(problem.shape.dim), order, Zeros(problem.k_elements())),
         dv(KeyDims(problem.shape.v_dim), order, Zeros(problem.v_elements())),
         lse({problem.shape.q_rows, problem.shape.batch, problem.shape.heads}),
-        delta({problem.shape.q_rows, problem.shape.batch, problem.shape.heads}) {}
+        delta({problem.shape.q_rows, problem.shape.batch, problem.shape.heads}),
+        lo({problem.tokens()}, problem.lo),
+        hi({problem.tokens()}, problem.hi) {}
 
   AttentionPartial partial() { return {.out = out.ref(), .lse = lse.ref()}; }
   AttentionBlock Block(int64_t begin, int64_t end) {
     return {.q = q.ref(),
             .k = ConstHeadsRef(k.ref()).Rows(begin, end),
             .v = ConstHeadsRef(v.ref()).Rows(begin, end),
-            .bounds = {p_.lo, p_.hi},
+            .bounds = {lo.ref(), hi.ref()},
             .key_positions = {p_.positions.offset + p_.positions.stride * begin, p_.positions.stride},
             .scale = p_.scale()};
   }
   // Keys cut into order.size() equal chunks, taken in that order.
   void Forward(const std::vector<int64_t>& order = {0}) {
     ANNULUS_CHECK_OK(ResetPartial(ctx, partial()));
-    for (const int64_t c : order) ANNULUS_CHECK_OK(AttentionForward(ctx, Chunk(c, order), partial()));
+    for (const int64_t c : order) {
+      const auto [begin, end] = Range(c, order);
+      ANNULUS_CHECK_OK(AttentionForward(ctx, Block(begin, end), partial()));
+    }
   }
   void Backward(const std::vector<int64_t>& order = {0}) {
     ANNULUS_CHECK_OK(AttentionDelta(ctx, out.ref(), dout.ref(), delta.ref()));
@@ -196,8 +201,15 @@ class AttentionRun {
       ANNULUS_CHECK_OK(AttentionBackward(ctx, Block(begin, end), Gradients(begin, end)));
     }
   }
+  void ForwardWhole() { ANNULUS_CHECK_OK(AttentionForwardWhole(ctx, WholeBlock(), out.ref(), lse.ref())); }
+  void BackwardWhole() {
+    ANNULUS_CHECK_OK(AttentionDelta(ctx, out.ref(), dout.ref(), delta.ref()));
+    ANNULUS_CHECK_OK(AttentionBackwardWhole(ctx, WholeBlock(), Gradients(0, p_.shape.k_rows)));
+  }
+  AttentionBlock WholeBlock() { return Block(0, p_.shape.k_rows); }
   AttentionGradients Gradients(int64_t begin, int64_t end) {
-    return {.dout = dout.ref(),
+    return {.out = out.ref(),
+            .dout = dout.ref(),
             .lse = lse.ref(),
             .delta = delta.ref(),
             .dq = dq.ref(),
@@ -217,10 +229,6 @@ class AttentionRun {
     const auto chunks = static_cast<int64_t>(order.size());
     return {chunk * p_.shape.k_rows / chunks, (chunk + 1) * p_.shape.k_rows / chunks};
   }
-  AttentionBlock Chunk(int64_t chunk, const std::vector<int64_t>& order) {
-    const auto [begin, end] = Range(chunk, order);
-    return Block(begin, end);
-  }
 
   const AttentionProblem p_;
 
@@ -228,7 +236,33 @@ class AttentionRun {
   Context ctx{Device{}};
   StridedHeads<T> q, k, v, dout, out, dq, dk, dv;
   Guarded<T> lse, delta;
+  Guarded<int64_t> lo, hi;
 };
+
+// Out and LSE. v is averaged: its largest element bounds what an output sums.
+template <typename T>
+void ExpectPartial(const AttentionReference<T>& reference, const Operands<T>& in,
+                   const AttentionResults<T>& got) {
+  ExpectMatches<T>(got.out, reference.naive.out, reference.wide.out, MaxAbs(in.v));
+  ExpectMatches<T>(got.lse, reference.naive.lse, reference.wide.lse);
+}
+
+// `got` is what was there before and the gradients of the reference. A dS sums products dO V.
+template <typename T>
+void ExpectGradients(const AttentionReference<T>& reference, const Operands<T>& in,
+                     const AttentionResults<T>& before, const AttentionResults<T>& got) {
+  const auto expect = [&](const std::vector<T>& values, const std::vector<T>& initial, std::vector<T> naive,
+                          std::vector<Wide<T>> wide) {
+    for (size_t i = 0; i < initial.size(); ++i) {
+      naive[i] += initial[i];
+      wide[i] += static_cast<Wide<T>>(initial[i]);
+    }
+    ExpectMatches<T>(values, naive, wide, MaxAbs(in.dout) * std::max(MaxAbs(in.v), 1.0));
+  };
+  expect(got.dq, before.dq, reference.naive.dq, reference.wide.dq);
+  expect(got.dk, before.dk, reference.naive.dk, reference.wide.dk);
+  expect(got.dv, before.dv, reference.naive.dv, reference.wide.dv);
+}
 
 // Shapes around the tile edges: 128 query rows times heads, 128 keys.
 inline std::vector<AttentionShape> EdgeShapes() {

@@ -12,7 +12,7 @@
 // finite. Query head h reads KV head h / (heads / kv_heads). Sums are carried in the accumulator dtype (f32;
 // f64 for f64).
 
-#include "absl/types/span.h"
+#include "absl/strings/string_view.h"
 #include "annulus/base/status.h"
 #include "annulus/device/context.h"
 #include "annulus/ops/heads.h"
@@ -20,9 +20,16 @@
 namespace annulus {
 
 // Per query row and batch item the half-open range of key positions it sees: causal, window and document
-// masks in one form. Index row * batch + item, the order of tokens everywhere.
+// masks in one form. Index row * batch + item, the order of tokens everywhere.   lo, hi: i64 [rows * batch]
 struct MaskBounds {
-  absl::Span<const int64_t> lo, hi;
+  ConstTensorRef lo, hi;
+};
+
+// What the caller knows of a block's bounds, so that libraries which know no bounds can serve it.
+enum class MaskShape {
+  kGeneral,
+  kFull,    // every query sees every key of the block
+  kCausal,  // as many keys as queries, and query row i sees key rows 0 .. i
 };
 
 // Key row j of a block is at global position offset + stride * j.
@@ -35,6 +42,7 @@ struct AttentionBlock {
   ConstHeadsRef k;    // [k_rows, batch, kv_heads, dim]
   ConstHeadsRef v;    // [k_rows, batch, kv_heads, v_dim]
   MaskBounds bounds;  // q_rows * batch entries
+  MaskShape mask_shape = MaskShape::kGeneral;
   KeyPositions key_positions;
   double scale = 1.0;
 };
@@ -52,9 +60,11 @@ absl::Status ResetPartial(Context& ctx, const AttentionPartial& partial);
 absl::Status AttentionForward(Context& ctx, const AttentionBlock& block, const AttentionPartial& partial);
 
 // delta[q_rows, batch, heads] = sum over dim of dout * out; once per attention, before the blocks' backward.
+//   out, dout: compute dtype   delta: accumulator dtype
 absl::Status AttentionDelta(Context& ctx, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta);
 
 struct AttentionGradients {
+  ConstHeadsRef out;     // [q_rows, batch, heads, v_dim], of all blocks together, compute dtype
   ConstHeadsRef dout;    // [q_rows, batch, heads, v_dim]
   ConstTensorRef lse;    // [q_rows, batch, heads], of all blocks together
   ConstTensorRef delta;  // [q_rows, batch, heads]
@@ -63,5 +73,30 @@ struct AttentionGradients {
 
 absl::Status AttentionBackward(Context& ctx, const AttentionBlock& block,
                                const AttentionGradients& gradients);
+
+// The same where the block holds all keys of its queries, so nothing is carried: out is overwritten, in the
+// compute dtype, and so are dq, dk and dv.
+//   out: [q_rows, batch, heads, v_dim]   lse: [q_rows, batch, heads]
+absl::Status AttentionForwardWhole(Context& ctx, const AttentionBlock& block, HeadsRef out, TensorRef lse);
+absl::Status AttentionBackwardWhole(Context& ctx, const AttentionBlock& block,
+                                    const AttentionGradients& gradients);
+
+// Which kernel serves a block.
+enum class AttentionKernel {
+  kCpuTiles,    // tiles through BLAS
+  kF32,         // f32 arithmetic on GPUs, for parity
+  kTensorCore,  // our own: every mask, with carry
+  kCudnn,       // full and causal blocks; partial results merged in f32
+};
+absl::string_view Name(AttentionKernel kernel);  // "cpu tiles", "cuda f32", "cuda mma", "cudnn"
+
+struct AttentionKernelCase {
+  DeviceKind device = DeviceKind::kCpu;
+  DType dtype = DType::kF32;
+  int64_t dim = 0, v_dim = 0;
+  MaskShape mask_shape = MaskShape::kGeneral;
+  Determinism determinism = Determinism::kOff;
+};
+AttentionKernel ChooseAttentionKernel(const AttentionKernelCase& c);
 
 }  // namespace annulus

@@ -1,0 +1,203 @@
+// What annulus/ops/attention.h promises besides the numbers: bits that stay, keys that are not read, repeats,
+// and refusals.
+
+#include "annulus/ops/attention.h"
+#include "ops/attention_harness.h"
+
+namespace annulus::testing {
+namespace {
+
+template <typename T>
+class AttentionContractTest : public ::testing::Test {};
+TYPED_TEST_SUITE(AttentionContractTest, FloatTypes);
+
+// Bit patterns that any arithmetic would change: a signalling carry, negative zero, subnormals.
+template <typename T>
+std::vector<T> OddValues(size_t n) {
+  const T values[] = {-T{0}, std::numeric_limits<T>::denorm_min(), std::numeric_limits<T>::quiet_NaN(),
+                      T{0.1}};
+  std::vector<T> odd(n);
+  for (size_t i = 0; i < n; ++i) odd[i] = values[i % 4];
+  return odd;
+}
+
+TYPED_TEST(AttentionContractTest, FullyMaskedBlockLeavesEveryBit) {
+  using T = TypeParam;
+  AttentionProblem problem =
+      MakeProblem({.q_rows = 130, .k_rows = 130, .heads = 2, .kv_heads = 1}, MaskKind::kFull);
+  for (size_t i = 0; i < problem.lo.size(); ++i) {
+    problem.lo[i] = i % 2 == 0 ? 130 : 7;  // after the block, or an empty range inside it
+    problem.hi[i] = i % 2 == 0 ? 500 : 7;
+  }
+  AttentionRun<T> run(problem, RandomOperands<T>(problem));
+  const auto out = OddValues<T>(static_cast<size_t>(problem.out_elements()));
+  const auto lse = OddValues<T>(static_cast<size_t>(problem.stats()));
+  run.out.Set(out);
+  run.lse.Set(lse);
+  ANNULUS_CHECK_OK(AttentionForward(run.ctx, run.Block(0, 130), run.partial()));
+  EXPECT_TRUE(SameBits(run.out.values(), out));
+  EXPECT_TRUE(SameBits(run.lse.values(), lse));
+}
+
+// The rows that MaskKind::kGaps masks, or the others, of a dense tensor with `rows` rows.
+enum class Pick { kMasked, kOthers };
+template <typename W>
+std::vector<W> PickRows(const std::vector<W>& values, size_t rows, Pick pick) {
+  std::vector<W> picked;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const bool masked = i / (values.size() / rows) % 3 == 1;
+    if (masked == (pick == Pick::kMasked)) picked.push_back(values[i]);
+  }
+  return picked;
+}
+
+// Rows without keys keep their bits inside a tile whose other rows go on from their carry.
+TYPED_TEST(AttentionContractTest, MaskedRowsKeepTheirBitsBesideOthers) {
+  using T = TypeParam;
+  constexpr size_t kRows = 20;
+  const AttentionShape shape{.q_rows = kRows, .k_rows = 140, .batch = 2, .heads = 2, .kv_heads = 1};
+  const AttentionProblem whole = MakeProblem(shape, MaskKind::kFull),
+                         gaps = MakeProblem(shape, MaskKind::kGaps);
+  const auto in = RandomOperands<T>(whole);
+  AttentionRun<T> run(gaps, in);
+  ANNULUS_CHECK_OK(ResetPartial(run.ctx, run.partial()));
+  AttentionBlock first_half = run.Block(0, 70);
+  Guarded<int64_t> lo({whole.tokens()}, whole.lo), hi({whole.tokens()}, whole.hi);
+  first_half.bounds = {lo.ref(), hi.ref()};
+  ANNULUS_CHECK_OK(AttentionForward(run.ctx, first_half, run.partial()));
+  const auto before = run.Results();
+  ANNULUS_CHECK_OK(AttentionForward(run.ctx, run.Block(70, 140), run.partial()));
+  const auto after = run.Results();
+  const auto same = [](const std::vector<T>& a, const std::vector<T>& b) {
+    return SameBits(PickRows(a, kRows, Pick::kMasked), PickRows(b, kRows, Pick::kMasked));
+  };
+  EXPECT_TRUE(same(before.out, after.out));
+  EXPECT_TRUE(same(before.lse, after.lse));
+  const AttentionReference<T> reference(whole, in);
+  const auto others = [](const auto& values) { return PickRows(values, kRows, Pick::kOthers); };
+  ExpectMatches<T>(others(after.out), others(reference.naive.out), others(reference.wide.out));
+  ExpectMatches<T>(others(after.lse), others(reference.naive.lse), others(reference.wide.lse));
+}
+
+// Keys that no query sees are not read: NaN there stays there.
+TYPED_TEST(AttentionContractTest, KeysOutsideEveryRangeAreNotRead) {
+  using T = TypeParam;
+  AttentionProblem problem = MakeProblem({.q_rows = 9, .k_rows = 200, .dim = 3, .v_dim = 2}, MaskKind::kFull);
+  std::fill(problem.lo.begin(), problem.lo.end(), 20);
+  std::fill(problem.hi.begin(), problem.hi.end(), 180);
+  const auto in = RandomOperands<T>(problem);
+  auto poisoned = in;
+  for (int64_t key = 0; key < 200; ++key) {
+    if (key >= 20 && key < 180) continue;
+    std::fill_n(poisoned.k.begin() + key * 3, 3, std::numeric_limits<T>::quiet_NaN());
+    std::fill_n(poisoned.v.begin() + key * 2, 2, std::numeric_limits<T>::quiet_NaN());
+  }
+  AttentionRun<T> run(problem, poisoned);
+  run.Forward();
+  ExpectPartial(AttentionReference<T>(problem, in), in, run.Results());
+}
+
+// Rows whose LSE says that no block had a key get no gradient and give none, also where this block's bounds
+// allow keys.
+TYPED_TEST(AttentionContractTest, RowsWithoutKeysGiveZero) {
+  using T = TypeParam;
+  const AttentionProblem problem =
+      MakeProblem({.q_rows = 4, .k_rows = 7, .heads = 2, .kv_heads = 1}, MaskKind::kFull);
+  AttentionRun<T> run(problem, RandomOperands<T>(problem));
+  ANNULUS_CHECK_OK(ResetPartial(run.ctx, run.partial()));
+  run.Backward();
+  EXPECT_EQ(run.dq.values(), std::vector<T>(static_cast<size_t>(problem.q_elements())));
+  EXPECT_EQ(run.dk.values(), std::vector<T>(static_cast<size_t>(problem.k_elements())));
+  EXPECT_EQ(run.dv.values(), std::vector<T>(static_cast<size_t>(problem.v_elements())));
+}
+
+TEST(AttentionContract, PollsBetweenTilesAndRepeatsBitForBit) {
+  const AttentionProblem problem =
+      MakeProblem({.q_rows = 200, .k_rows = 200, .heads = 4, .kv_heads = 2}, MaskKind::kCausal);
+  const auto in = RandomOperands<float>(problem);
+  AttentionRun<float> first(problem, in), second(problem, in);
+  int polls = 0;
+  first.ctx.progress = [&] { ++polls; };
+  // KV heads x tiles of keys under the diagonal, for tiles of 64 rows x 2 heads
+  constexpr int kTiles = 2 * (1 + 1 + 2 + 2);
+  first.Forward();
+  EXPECT_EQ(polls, kTiles);
+  first.Backward();
+  EXPECT_EQ(polls, 2 * kTiles);
+  second.Forward();
+  second.Backward();
+  const auto a = first.Results(), b = second.Results();
+  EXPECT_TRUE(SameBits(a.out, b.out) && SameBits(a.lse, b.lse));
+  EXPECT_TRUE(SameBits(a.dq, b.dq) && SameBits(a.dk, b.dk) && SameBits(a.dv, b.dv));
+}
+
+TEST(AttentionKernelChoice, DependsOnDeviceDtypeMaskAndDeterminism) {
+  AttentionKernelCase c{.dtype = DType::kF64, .dim = 128, .v_dim = 128, .mask_shape = MaskShape::kCausal};
+  EXPECT_EQ(Name(ChooseAttentionKernel(c)), "cpu tiles");
+  c.device = DeviceKind::kCuda;
+  c.dtype = DType::kF32;
+  EXPECT_EQ(Name(ChooseAttentionKernel(c)), "cuda f32");
+  c.dtype = DType::kBF16;
+  EXPECT_EQ(Name(ChooseAttentionKernel(c)), ANNULUS_HAS_CUDNN ? "cudnn" : "cuda mma");
+  AttentionKernelCase general = c, required = c, dims = c;
+  general.mask_shape = MaskShape::kGeneral;
+  required.determinism = Determinism::kRequired;
+  dims.dim = 96;
+  for (const AttentionKernelCase& other : {general, required, dims}) {
+    EXPECT_EQ(Name(ChooseAttentionKernel(other)), "cuda mma");
+  }
+}
+
+TEST(AttentionArguments, AreRefusedByName) {
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  const AttentionProblem problem =
+      MakeProblem({.q_rows = 2, .k_rows = 3, .heads = 4, .kv_heads = 2}, MaskKind::kFull);
+  AttentionRun<float> run(problem, RandomOperands<float>(problem));
+  const auto refused = [&](const auto& change, absl::string_view text) {
+    AttentionBlock block = run.Block(0, 3);
+    change(block);
+    ExpectRefused(AttentionForward(run.ctx, block, run.partial()), kInvalid, text);
+  };
+  refused([](AttentionBlock& b) { b.k.dim = 3; }, "attention.k=f32[3, 1, 2, 3]: expected f32[3, 1, 2, 4]");
+  refused([](AttentionBlock& b) { b.v.rows = 2; }, "attention.v=f32[2, 1, 2, 4]");
+  refused([](AttentionBlock& b) { b.v.dim = 3; }, "attention.out=f32[2, 1, 4, 4]: expected f32[2, 1, 4, 3]");
+  refused([](AttentionBlock& b) { b.q.dtype = DType::kI32; }, "attention.q.dtype=i32");
+  refused([](AttentionBlock& b) { b.k.heads = b.v.heads = 3; },
+          "attention.heads=4: expected a multiple of the 3");
+  refused([](AttentionBlock& b) { b.bounds.lo = b.bounds.lo.Rows(0, 1); },
+          "attention.bounds.lo=i64[1] on cpu: expected i64[2] on cpu");
+  refused([&](AttentionBlock& b) { b.bounds.hi = run.lse.ref(); }, "attention.bounds.hi=f32[2, 1, 4]");
+  refused([](AttentionBlock& b) { b.mask_shape = MaskShape::kCausal; },
+          "attention.mask_shape=causal with 2 query and 3 key rows: expected as many of both");
+  refused([](AttentionBlock& b) { b.key_positions.stride = 0; },
+          "stride=0: expected offset >= 0 and stride >= 1");
+  refused([](AttentionBlock& b) { b.key_positions.offset = -1; }, "offset=-1");
+  refused([](AttentionBlock& b) { b.k.row_stride = 7; }, "attention.k.row_stride=7: expected at least 8");
+  refused([](AttentionBlock& b) { b.k.row_stride = int64_t{1} << 31; }, "attention.k.row_stride=2147483648");
+  AttentionPartial partial = run.partial();
+  partial.lse = partial.lse.Rows(0, 1);
+  ExpectRefused(ResetPartial(run.ctx, partial), kInvalid, "attention.lse=f32[1, 1, 4]");
+}
+
+TEST(AttentionBackwardArguments, AreRefusedByName) {
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  const AttentionProblem problem =
+      MakeProblem({.q_rows = 2, .k_rows = 3, .heads = 4, .kv_heads = 2}, MaskKind::kFull);
+  AttentionRun<float> run(problem, RandomOperands<float>(problem));
+  const auto refused = [&](const auto& change, absl::string_view text) {
+    AttentionGradients gradients = run.Gradients(0, 3);
+    change(gradients);
+    ExpectRefused(AttentionBackward(run.ctx, run.Block(0, 3), gradients), kInvalid, text);
+  };
+  refused([](AttentionGradients& g) { g.out.heads = 3; }, "attention.out=f32[2, 1, 3, 4]");
+  refused([](AttentionGradients& g) { g.dout.dim = 3; }, "attention.dout=f32[2, 1, 4, 3]");
+  refused([](AttentionGradients& g) { g.dq.rows = 1; }, "attention.dq=f32[1, 1, 4, 4]");
+  refused([](AttentionGradients& g) { g.dk.heads = 1; }, "attention.dk=f32[3, 1, 1, 4]");
+  refused([](AttentionGradients& g) { g.dv.dtype = DType::kF64; },
+          "attention.dv=f64[3, 1, 2, 4]: expected f32");
+  refused([](AttentionGradients& g) { g.lse = g.lse.Rows(0, 1); }, "attention.lse=f32[1, 1, 4]");
+  refused([](AttentionGradients& g) { g.delta = g.delta.Rows(0, 1); }, "attention.delta=f32[1, 1, 4]");
+}
+
+}  // namespace
+}  // namespace annulus::testing
