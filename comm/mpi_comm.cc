@@ -220,6 +220,8 @@ MPI_Datatype MpiType(DType dtype) {
       return MPI_FLOAT;
     case DType::kF64:
       return MPI_DOUBLE;
+    case DType::kBF16:
+      return MPI_DATATYPE_NULL;  // MPI knows no such type
     case DType::kI32:
       return MPI_INT32_T;
     case DType::kI64:

@@ -32,6 +32,8 @@ absl::string_view SafetensorsName(DType dtype) {
       return "F32";
     case DType::kF64:
       return "F64";
+    case DType::kBF16:
+      return "BF16";
     case DType::kI32:
       return "I32";
     case DType::kI64:

@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <utility>
-
-#include "annulus/device/context.h"
+#include <vector>
 
 namespace annulus {
 namespace {
@@ -36,9 +35,30 @@ TEST(Buffer, IsZeroedAlignedAndMoves) {
   EXPECT_EQ(Buffer(Device{}, 0).data(), nullptr);
 }
 
-TEST(BufferDeathTest, RefusesOtherDevices) {
-  EXPECT_DEATH(Buffer(Device{DeviceKind::kCuda, 0}, 8), "no allocator for cuda:0");
+TEST(BufferDeathTest, RefusesNegativeSizes) {
   EXPECT_DEATH(Buffer(Device{}, -1), "bytes >= 0");
+  EXPECT_DEATH(PinnedBuffer(Device{}, -1), "bytes >= 0");
+}
+
+TEST(BufferDeathTest, MemoryThatIsNotThereEndsTheJob) {
+  EXPECT_DEATH(Buffer(Device{}, int64_t{1} << 60),
+               "out of memory: 1152921504606846976 bytes on cpu, [0-9]+ are free");
+}
+
+TEST(PinnedBuffer, IsAlignedAndMoves) {
+  PinnedBuffer a(Device{}, 1000);
+  EXPECT_TRUE(Aligned(a.data()));
+  std::memset(a.data(), 7, 1000);
+  void* data = a.data();
+  PinnedBuffer b(std::move(a));
+  EXPECT_EQ(a.data(), nullptr);  // NOLINT: moved-from is empty
+  EXPECT_EQ(a.bytes(), 0);
+  PinnedBuffer c;
+  c = std::move(b);
+  EXPECT_EQ(c.data(), data);
+  EXPECT_EQ(c.bytes(), 1000);
+  EXPECT_TRUE(AllBytesAre(c.data(), 1000, 7));
+  EXPECT_EQ(PinnedBuffer(Device{}, 0).data(), nullptr);
 }
 
 TEST(Tensor, OwnsItsElements) {
@@ -99,25 +119,7 @@ TEST(Arena, MarkAndReleaseReuseMemory) {
   EXPECT_GT(arena.used_bytes(), used);
   arena.Release(mark);
   EXPECT_EQ(arena.used_bytes(), used);
-  const TensorRef b = arena.AllocateZeroed(DType::kF32, Shape({10}));
-  EXPECT_EQ(a.raw(), b.raw());
-  EXPECT_TRUE(AllBytesAre(b.raw(), b.bytes(), 0));
-}
-
-TEST(Context, PollsOnlyWhenThereIsSomethingToPoll) {
-  Context ctx{Device{}};
-  ctx.Poll();
-  int polls = 0;
-  ctx.progress = [&] { ++polls; };
-  ctx.Poll();
-  EXPECT_EQ(polls, 1);
-  EXPECT_TRUE(VisitDevice(ctx, [](auto device) { return std::is_same_v<decltype(device), CpuTag>; }));
-}
-
-TEST(ContextDeathTest, RefusesDevicesWithoutKernels) {
-  Context ctx{Device{}};
-  ctx.device.kind = DeviceKind::kCuda;
-  EXPECT_DEATH(VisitDevice(ctx, [](auto) {}), "no kernels for cuda:0");
+  EXPECT_EQ(arena.Allocate(DType::kF32, Shape({10})).raw(), a.raw());
 }
 
 }  // namespace

@@ -1,15 +1,21 @@
 #pragma once
 
-// Owners of memory. Buffer: one zeroed allocation. Arena: a bump allocator with Mark/Release that grows
-// by whole blocks, so a step that repeats allocates nothing after its first run; it knows its high-water
-// mark.
+// Owners of memory. Buffer: one zeroed allocation. PinnedBuffer: host memory that GPUs copy from and to
+// without the host's help. Arena: a bump allocator with Mark/Release that only grows, so a step that repeats
+// allocates nothing after its first run; it knows its high-water mark.
+//
+// Memory that cannot be had ends the job with what was asked for and what is free. Owners of GPU memory wait
+// for the device before they give it back: what is still enqueued may use it.
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "annulus/device/tensor.h"
 
 namespace annulus {
+
+class GpuRange;
 
 inline constexpr int64_t kAlignmentBytes = 256;  // cudaMalloc's, and a multiple of every cache line
 
@@ -35,6 +41,24 @@ class Buffer {
   Device device_;
 };
 
+// Page-locked for a GPU, plain memory for a CPU. Not zeroed.
+class PinnedBuffer {
+ public:
+  PinnedBuffer() = default;
+  PinnedBuffer(Device device, int64_t bytes);  // for copies from or to `device`
+  PinnedBuffer(PinnedBuffer&& other) noexcept;
+  PinnedBuffer& operator=(PinnedBuffer&& other) noexcept;
+  ~PinnedBuffer();
+
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+  Device device_;
+};
+
 // A Buffer with a dtype and a shape.
 class Tensor {
  public:
@@ -48,20 +72,22 @@ class Tensor {
   Shape shape_;
 };
 
+// On a CPU it grows by whole blocks. On a GPU, where a tensor may be a large part of the memory, it is one
+// range of addresses that physical memory is put behind as it is needed: no tensor strands the tail of a
+// block. Such memory cannot be shared with other processes by cudaIpcGetMemHandle; that of a Buffer can.
 class Arena {
  public:
   struct Position {
-    size_t block = 0;
+    size_t block = 0;  // 0 on GPUs
     int64_t offset = 0;
   };
 
-  explicit Arena(Device device) : device_(device) {}
-  Arena(Arena&&) = default;
+  explicit Arena(Device device);
+  Arena(Arena&& other) noexcept;
+  ~Arena();
 
   // Uninitialised memory, valid until a Release to an earlier mark.
   TensorRef Allocate(DType dtype, Shape shape);
-  TensorRef AllocateZeroed(DType dtype, Shape shape);
-
   Position Mark() const { return position_; }
   void Release(Position position) { position_ = position; }
 
@@ -70,8 +96,12 @@ class Arena {
   int64_t high_water_bytes() const { return high_water_bytes_; }
 
  private:
+  char* TakeFromBlocks(int64_t bytes);
+  char* TakeFromRange(int64_t bytes);
+
   Device device_;
-  std::vector<Buffer> blocks_;
+  std::vector<Buffer> blocks_;       // CPU
+  std::unique_ptr<GpuRange> range_;  // GPU; null until the first Allocate
   Position position_;
   int64_t high_water_bytes_ = 0;
 };
