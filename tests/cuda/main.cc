@@ -2,7 +2,7 @@
 //     build/tests/cuda_check [parts]     e l a: checks of elementwise, linear, attention; E L A: their times
 
 #include <cublasLt.h>
-#ifdef ANNULUS_CUDNN
+#if ANNULUS_HAS_CUDNN
 #include <cudnn.h>
 #endif
 
@@ -27,7 +27,7 @@ int main(int argc, char** argv) {
   };
   run('E', "time elementwise", TimeElementwise);
   run('L', "time linear", TimeLinear);
-#ifdef ANNULUS_CUDNN
+#if ANNULUS_HAS_CUDNN
   std::printf("cuDNN %zu\n", cudnnGetVersion());
   run('A', "time attention", TimeAttention);
   run('a', "check attention", CheckAttention);
