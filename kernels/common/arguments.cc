@@ -1,15 +1,19 @@
 #include "kernels/common/arguments.h"
 
 namespace annulus::kernels {
-namespace {
 
-bool IsFloat(DType dtype) { return dtype == DType::kF32 || dtype == DType::kF64; }
+bool IsCompute(const Context& ctx, DType dtype) {
+  return dtype == DType::kF32 || dtype == (ctx.device.kind == DeviceKind::kCpu ? DType::kF64 : DType::kBF16);
+}
 
-}  // namespace
+absl::string_view ComputeNames(const Context& ctx) {
+  return ctx.device.kind == DeviceKind::kCpu ? "f32 or f64" : "f32 or bf16";
+}
 
-absl::Status CheckFloat(const Context& ctx, absl::string_view name, const ConstTensorRef& tensor) {
-  if (!IsFloat(tensor.dtype())) {
-    return Invalid(name, "=", Name(tensor.dtype()), ToString(tensor.shape()), ": expected f32 or f64");
+absl::Status CheckCompute(const Context& ctx, absl::string_view name, const ConstTensorRef& tensor) {
+  if (!IsCompute(ctx, tensor.dtype())) {
+    return Invalid(name, "=", Name(tensor.dtype()), ToString(tensor.shape()), ": expected ",
+                   ComputeNames(ctx));
   }
   if (!(tensor.device() == ctx.device)) {
     return Invalid(name, " is on ", ToString(tensor.device()), ": expected ", ToString(ctx.device));
@@ -28,7 +32,6 @@ absl::Status CheckTensor(const Context& ctx, absl::string_view name, const Const
 }
 
 absl::Status CheckHeads(absl::string_view name, const ConstHeadsRef& x) {
-  if (!IsFloat(x.dtype)) return Invalid(name, ".dtype=", Name(x.dtype), ": expected f32 or f64");
   if (x.rows < 0 || x.batch < 0 || x.heads < 0 || x.dim < 0) {
     return Invalid(name, "=[", x.rows, ", ", x.batch, ", ", x.heads, ", ", x.dim,
                    "]: expected counts from 0");
@@ -44,16 +47,25 @@ absl::Status CheckHeads(absl::string_view name, const ConstHeadsRef& x) {
   return absl::OkStatus();
 }
 
+absl::Status CheckHeads(const Context& ctx, absl::string_view name, const ConstHeadsRef& x) {
+  if (!IsCompute(ctx, x.dtype)) {
+    return Invalid(name, ".dtype=", Name(x.dtype), ": expected ", ComputeNames(ctx));
+  }
+  return CheckHeads(name, x);
+}
+
 absl::Status CheckCount(absl::string_view name, int64_t count, int64_t expected) {
   if (count != expected) return Invalid(name, "=", count, ": expected ", expected);
   return absl::OkStatus();
 }
 
-absl::Status CheckTokens(absl::string_view name, absl::Span<const int32_t> tokens, int64_t lowest,
+absl::Status CheckTokens(absl::string_view name, const ConstTensorRef& tokens, int64_t lowest,
                          int64_t vocab) {
-  for (size_t t = 0; t < tokens.size(); ++t) {
-    if (tokens[t] < lowest || tokens[t] >= vocab) {
-      return absl::OutOfRangeError(absl::StrCat(name, "[", t, "]=", tokens[t],
+  if (tokens.device().kind != DeviceKind::kCpu) return absl::OkStatus();
+  const auto* token = tokens.data<int32_t>();
+  for (int64_t t = 0; t < tokens.elements(); ++t) {
+    if (token[t] < lowest || token[t] >= vocab) {
+      return absl::OutOfRangeError(absl::StrCat(name, "[", t, "]=", token[t],
                                                 ": expected a token below the vocabulary of ", vocab,
                                                 lowest == 0 ? " and at least 0" : ""));
     }

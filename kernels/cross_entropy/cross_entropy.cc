@@ -13,49 +13,49 @@ constexpr int64_t kLowestTarget = std::numeric_limits<int32_t>::min();
 // BLAS libraries count columns in 32 bits.
 constexpr int64_t kMaxColumns = std::numeric_limits<int32_t>::max();
 
-absl::Status CheckArguments(const Context& ctx, const LinearCrossEntropy& args) {
-  ANNULUS_RETURN_IF_ERROR(kernels::CheckFloat(ctx, "cross_entropy.x", args.x));
+absl::Status CheckArguments(const Context& ctx, const LinearCrossEntropy& args, const TensorRef& loss) {
+  ANNULUS_RETURN_IF_ERROR(kernels::CheckCompute(ctx, "cross_entropy.x", args.x));
   if (args.x.rank() != 2 || args.w.rank() != 2) {
     return Invalid("cross_entropy.x=", ToString(args.x.shape()), ", w=", ToString(args.w.shape()),
                    ": expected [tokens, d] and [vocab, d]");
   }
-  const int64_t d = args.x.dim(1), vocab = args.w.dim(0);
+  const int64_t tokens = args.x.dim(0), d = args.x.dim(1), vocab = args.w.dim(0);
   if (d > kMaxColumns || vocab < 1 || vocab > kMaxColumns) {
     return Invalid("cross_entropy: d=", d, ", vocab=", vocab, ": expected a vocabulary and at most ",
                    kMaxColumns);
   }
   ANNULUS_RETURN_IF_ERROR(kernels::CheckTensor(ctx, "cross_entropy.w", args.w, args.x.dtype(), {vocab, d}));
-  const auto targets = static_cast<int64_t>(args.targets.size());
-  ANNULUS_RETURN_IF_ERROR(kernels::CheckCount("cross_entropy.targets.size", targets, args.x.dim(0)));
+  ANNULUS_RETURN_IF_ERROR(
+      kernels::CheckTensor(ctx, "cross_entropy.targets", args.targets, DType::kI32, {tokens}));
+  ANNULUS_RETURN_IF_ERROR(kernels::CheckTensor(ctx, "cross_entropy.loss", loss, DType::kF64, {1}));
   if (args.chunk_tokens < 1) {
     return Invalid("cross_entropy.chunk_tokens=", args.chunk_tokens, ": expected at least 1");
   }
   return kernels::CheckTokens("cross_entropy.targets", args.targets, kLowestTarget, vocab);
 }
 
-absl::StatusOr<double> Dispatch(Context& ctx, const LinearCrossEntropy& args,
-                                const kernels::LossGradients* gradients) {
-  return VisitDevice(ctx, [&](auto device) {
-    return VisitFloat(args.x.dtype(), [&]<class T>() {
-      return kernels::LinearCrossEntropy<T>(device, ctx, args, gradients);
-    });
+absl::Status Dispatch(Context& ctx, const LinearCrossEntropy& args,
+                      const LinearCrossEntropyGradients* gradients, TensorRef loss) {
+  return VisitKernel(ctx, args.x.dtype(), [&]<class T>(auto device) {
+    return kernels::LinearCrossEntropy<T>(device, ctx, args, gradients, loss);
   });
 }
 
 }  // namespace
 
-absl::StatusOr<double> LinearCrossEntropyForward(Context& ctx, const LinearCrossEntropy& args) {
-  ANNULUS_RETURN_IF_ERROR(CheckArguments(ctx, args));
-  return Dispatch(ctx, args, nullptr);
+absl::Status LinearCrossEntropyForward(Context& ctx, const LinearCrossEntropy& args, TensorRef loss) {
+  ANNULUS_RETURN_IF_ERROR(CheckArguments(ctx, args, loss));
+  return Dispatch(ctx, args, nullptr, loss);
 }
 
-absl::StatusOr<double> LinearCrossEntropyForwardBackward(Context& ctx, const LinearCrossEntropy& args,
-                                                         double scale, TensorRef dx, TensorRef dw) {
-  ANNULUS_RETURN_IF_ERROR(CheckArguments(ctx, args));
-  ANNULUS_RETURN_IF_ERROR(kernels::CheckTensor(ctx, "cross_entropy.dx", dx, args.x.dtype(), args.x.shape()));
-  ANNULUS_RETURN_IF_ERROR(kernels::CheckTensor(ctx, "cross_entropy.dw", dw, args.x.dtype(), args.w.shape()));
-  const kernels::LossGradients gradients{.scale = scale, .dx = dx, .dw = dw};
-  return Dispatch(ctx, args, &gradients);
+absl::Status LinearCrossEntropyForwardBackward(Context& ctx, const LinearCrossEntropy& args,
+                                               const LinearCrossEntropyGradients& gradients, TensorRef loss) {
+  ANNULUS_RETURN_IF_ERROR(CheckArguments(ctx, args, loss));
+  const DType dtype = args.x.dtype();
+  ANNULUS_RETURN_IF_ERROR(kernels::CheckTensor(ctx, "cross_entropy.dx", gradients.dx, dtype, args.x.shape()));
+  ANNULUS_RETURN_IF_ERROR(
+      kernels::CheckTensor(ctx, "cross_entropy.dw", gradients.dw, AccumOf(dtype), args.w.shape()));
+  return Dispatch(ctx, args, &gradients, loss);
 }
 
 }  // namespace annulus

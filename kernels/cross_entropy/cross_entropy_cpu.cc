@@ -7,14 +7,8 @@
 #include "kernels/common/vector_math.h"
 #include "kernels/cross_entropy/cross_entropy_kernels.h"
 
-namespace annulus {
-namespace kernels {
+namespace annulus::kernels {
 namespace {
-
-// A chunk's logits are read back right after they are written: at a small vocabulary 1024 rows stay in cache.
-// At a large one 64 MiB in f32 bound the scratch, and 128 rows (at 128K) still amortise packing w.
-constexpr int64_t kMaxChunkRows = 1024;
-constexpr int64_t kMaxChunkLogits = int64_t{1} << 24;
 
 // Log-sum-exp with the maximum subtracted; afterwards logits[i] = exp(logits[i] - maximum).
 template <typename T>
@@ -56,17 +50,17 @@ double TokenLoss(int32_t target, double scale, T* row, int64_t vocab) {
 }  // namespace
 
 template <typename T>
-absl::StatusOr<double> LinearCrossEntropy(CpuTag, Context& ctx, const annulus::LinearCrossEntropy& args,
-                                          const LossGradients* gradients) {
+absl::Status LinearCrossEntropy(CpuTag, Context& ctx, const annulus::LinearCrossEntropy& args,
+                                const LinearCrossEntropyGradients* gradients, TensorRef loss) {
   const int64_t tokens = args.x.dim(0), d = args.x.dim(1), vocab = args.w.dim(0);
   const int64_t chunk_rows = CpuLossChunkTokens(args.chunk_tokens, vocab);
   const T* w = args.w.data<T>();
   ArenaScope scope(ctx.scratch);
   T* logits = ctx.scratch.Allocate(args.x.dtype(), {std::min(chunk_rows, tokens), vocab}).template data<T>();
-  double loss = 0;
+  double sum = 0;
   for (int64_t begin = 0; begin < tokens; begin += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, tokens - begin);
-    const int32_t* targets = args.targets.data() + begin;
+    const int32_t* targets = args.targets.data<int32_t>() + begin;
     const T* x = args.x.data<T>() + begin * d;
     T* dx = gradients ? gradients->dx.data<T>() + begin * d : nullptr;
     if (std::all_of(targets, targets + rows, [](int32_t target) { return target < 0; })) {
@@ -83,7 +77,7 @@ absl::StatusOr<double> LinearCrossEntropy(CpuTag, Context& ctx, const annulus::L
              .c_stride = vocab});
     ctx.Poll();
     for (int64_t t = 0; t < rows; ++t) {
-      loss += TokenLoss(targets[t], gradients ? gradients->scale : 1.0, logits + t * vocab, vocab);
+      sum += TokenLoss(targets[t], gradients ? gradients->scale : 1.0, logits + t * vocab, vocab);
     }
     if (gradients) {
       ctx.Poll();
@@ -107,21 +101,13 @@ absl::StatusOr<double> LinearCrossEntropy(CpuTag, Context& ctx, const annulus::L
     }
     ctx.Poll();
   }
-  return loss;
+  *loss.data<double>() += sum;
+  return absl::OkStatus();
 }
 
-template absl::StatusOr<double> LinearCrossEntropy<float>(CpuTag, Context&,
-                                                          const annulus::LinearCrossEntropy&,
-                                                          const LossGradients*);
-template absl::StatusOr<double> LinearCrossEntropy<double>(CpuTag, Context&,
-                                                           const annulus::LinearCrossEntropy&,
-                                                           const LossGradients*);
+template absl::Status LinearCrossEntropy<float>(CpuTag, Context&, const annulus::LinearCrossEntropy&,
+                                                const LinearCrossEntropyGradients*, TensorRef);
+template absl::Status LinearCrossEntropy<double>(CpuTag, Context&, const annulus::LinearCrossEntropy&,
+                                                 const LinearCrossEntropyGradients*, TensorRef);
 
-}  // namespace kernels
-
-int64_t CpuLossChunkTokens(int64_t chunk_tokens, int64_t vocab) {
-  const int64_t bounded = kernels::kMaxChunkLogits / std::max<int64_t>(vocab, 1);
-  return std::max<int64_t>(1, std::min({chunk_tokens, bounded, kernels::kMaxChunkRows}));
-}
-
-}  // namespace annulus
+}  // namespace annulus::kernels

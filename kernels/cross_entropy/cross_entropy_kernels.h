@@ -6,14 +6,12 @@
 
 namespace annulus::kernels {
 
-struct LossGradients {
-  double scale = 1;
-  TensorRef dx, dw;
-};
-
-// Computes the loss alone where `gradients` is null.
+// loss += the sum over counted tokens; computes the loss alone where `gradients` is null.
 template <typename T>
-absl::StatusOr<double> LinearCrossEntropy(CpuTag, Context& ctx, const annulus::LinearCrossEntropy& args,
-                                          const LossGradients* gradients);
+absl::Status LinearCrossEntropy(CpuTag, Context& ctx, const annulus::LinearCrossEntropy& args,
+                                const LinearCrossEntropyGradients* gradients, TensorRef loss);
+template <typename T>
+absl::Status LinearCrossEntropy(CudaTag, Context& ctx, const annulus::LinearCrossEntropy& args,
+                                const LinearCrossEntropyGradients* gradients, TensorRef loss);
 
 }  // namespace annulus::kernels

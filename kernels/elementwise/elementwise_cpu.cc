@@ -1,21 +1,69 @@
+#include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kernels/elementwise/elementwise_kernels.h"
 
 namespace annulus::kernels {
+namespace {
 
-absl::Status ZeroBytes(CpuTag, TensorRef x) {
+// Rounded once: through f32 to nearest, a double would round twice. So the way to f32 rounds to odd (Boldo
+// and Melquiond, 2008), which keeps on which side of a tie the value lies.
+BFloat16 RoundToBFloat16(double x) {
+  float near = static_cast<float>(x);
+  if (static_cast<double>(near) == x || std::isnan(x)) return ToBFloat16(near);
+  auto bits = std::bit_cast<uint32_t>(near);
+  if (std::abs(static_cast<double>(near)) > std::abs(x)) --bits;  // towards zero
+  return ToBFloat16(std::bit_cast<float>(bits | 1));
+}
+
+template <typename To, typename From>
+To Convert(From x) {
+  if constexpr (std::is_same_v<From, To>)
+    return x;
+  else if constexpr (std::is_same_v<From, BFloat16>)
+    return static_cast<To>(ToFloat(x));
+  else if constexpr (!std::is_same_v<To, BFloat16>)
+    return static_cast<To>(x);
+  else if constexpr (std::is_same_v<From, double>)
+    return RoundToBFloat16(x);
+  else
+    return ToBFloat16(x);
+}
+
+// Of every floating dtype that a host stores.
+template <typename Fn>
+void VisitStored(DType dtype, Fn&& fn) {
+  if (dtype == DType::kBF16) return fn.template operator()<BFloat16>();
+  VisitFloat(dtype, fn);
+}
+
+}  // namespace
+
+absl::Status ZeroBytes(CpuTag, Context&, TensorRef x) {
   if (x.bytes() > 0) std::memset(x.raw(), 0, static_cast<size_t>(x.bytes()));
   return absl::OkStatus();
 }
 
-absl::Status CopyBytes(CpuTag, ConstTensorRef x, TensorRef y) {
+absl::Status CopyBytes(CpuTag, Context&, ConstTensorRef x, TensorRef y) {
   if (x.bytes() > 0 && x.raw() != y.raw()) std::memcpy(y.raw(), x.raw(), static_cast<size_t>(x.bytes()));
   return absl::OkStatus();
 }
 
+absl::Status Cast(CpuTag, Context&, ConstTensorRef x, TensorRef y) {
+  VisitStored(x.dtype(), [&]<class From>() {
+    VisitStored(y.dtype(), [&]<class To>() {
+      const From* from = x.data<From>();
+      std::transform(from, from + x.elements(), y.data<To>(), Convert<To, From>);
+    });
+  });
+  return absl::OkStatus();
+}
+
 template <typename T>
-absl::Status AddInPlace(CpuTag, ConstTensorRef x, TensorRef y) {
+absl::Status AddInPlace(CpuTag, Context&, ConstTensorRef x, TensorRef y) {
   const T* from = x.data<T>();
   T* to = y.data<T>();
   const int64_t n = x.elements();
@@ -25,7 +73,7 @@ absl::Status AddInPlace(CpuTag, ConstTensorRef x, TensorRef y) {
 }
 
 template <typename T>
-absl::Status Scale(CpuTag, double factor, TensorRef x) {
+absl::Status Scale(CpuTag, Context&, double factor, TensorRef x) {
   const T by = static_cast<T>(factor);
   T* data = x.data<T>();
   const int64_t n = x.elements();
@@ -35,21 +83,34 @@ absl::Status Scale(CpuTag, double factor, TensorRef x) {
 }
 
 template <typename T>
-absl::StatusOr<double> SumOfSquares(CpuTag, ConstTensorRef x) {
+absl::Status AddSumOfSquares(CpuTag, Context&, ConstTensorRef x, TensorRef sum) {
   const T* data = x.data<T>();
   const int64_t n = x.elements();
-  double sum = 0;
+  double squares = 0;
   // The order of the lanes is fixed when this is compiled.
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(data[i]) * static_cast<double>(data[i]);
-  return sum;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(data[i]) * static_cast<double>(data[i]);
+  *sum.data<double>() += squares;
+  return absl::OkStatus();
 }
 
-template absl::Status AddInPlace<float>(CpuTag, ConstTensorRef, TensorRef);
-template absl::Status AddInPlace<double>(CpuTag, ConstTensorRef, TensorRef);
-template absl::Status Scale<float>(CpuTag, double, TensorRef);
-template absl::Status Scale<double>(CpuTag, double, TensorRef);
-template absl::StatusOr<double> SumOfSquares<float>(CpuTag, ConstTensorRef);
-template absl::StatusOr<double> SumOfSquares<double>(CpuTag, ConstTensorRef);
+absl::Status ClipFactor(CpuTag, Context&, ConstTensorRef stats, double max_norm, TensorRef factor) {
+  const auto* stat = stats.data<double>();
+  double result = 1;
+  if (!std::all_of(stat, stat + stats.elements(), [](double x) { return std::isfinite(x); })) {
+    result = std::numeric_limits<double>::quiet_NaN();
+  } else if (const double norm = std::sqrt(stat[0]); max_norm > 0 && !(norm <= max_norm)) {
+    result = max_norm / norm;
+  }
+  *factor.data<double>() = result;
+  return absl::OkStatus();
+}
+
+template absl::Status AddInPlace<float>(CpuTag, Context&, ConstTensorRef, TensorRef);
+template absl::Status AddInPlace<double>(CpuTag, Context&, ConstTensorRef, TensorRef);
+template absl::Status Scale<float>(CpuTag, Context&, double, TensorRef);
+template absl::Status Scale<double>(CpuTag, Context&, double, TensorRef);
+template absl::Status AddSumOfSquares<float>(CpuTag, Context&, ConstTensorRef, TensorRef);
+template absl::Status AddSumOfSquares<double>(CpuTag, Context&, ConstTensorRef, TensorRef);
 
 }  // namespace annulus::kernels

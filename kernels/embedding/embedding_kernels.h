@@ -7,8 +7,16 @@
 namespace annulus::kernels {
 
 template <typename T>
-absl::Status EmbeddingForward(CpuTag, absl::Span<const int32_t> tokens, ConstTensorRef table, TensorRef y);
+absl::Status EmbeddingForward(CpuTag, Context& ctx, ConstTensorRef tokens, ConstTensorRef table, TensorRef y);
 template <typename T>
-absl::Status EmbeddingBackward(CpuTag, absl::Span<const int32_t> tokens, ConstTensorRef dy, TensorRef dtable);
+absl::Status EmbeddingForward(CudaTag, Context& ctx, ConstTensorRef tokens, ConstTensorRef table,
+                              TensorRef y);
+
+template <typename T>
+absl::Status EmbeddingBackward(CpuTag, Context& ctx, ConstTensorRef tokens, ConstTensorRef dy,
+                               TensorRef dtable);
+template <typename T>
+absl::Status EmbeddingBackward(CudaTag, Context& ctx, ConstTensorRef tokens, ConstTensorRef dy,
+                               TensorRef dtable);
 
 }  // namespace annulus::kernels

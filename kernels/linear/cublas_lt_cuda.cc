@@ -1,10 +1,10 @@
 // cuBLASLt is column-major: c = a b in rows is c^T = b^T a^T in columns, the same memory with a and b
 // exchanged.
 
-#include "kernels/linear/cublas_lt.h"
-
 #include <algorithm>
 #include <initializer_list>
+
+#include "kernels/linear/cublas_lt.h"
 
 namespace annulus::kernels {
 namespace {

@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "kernels/common/arguments.h"
 #include "kernels/linear/linear_kernels.h"
 
 namespace annulus {
@@ -32,25 +33,26 @@ struct Operands {
   ConstMatrixRef x;
   absl::string_view w_name;
   ConstMatrixRef w;
+  DType w_dtype;  // expected; x and y are of one dtype
   absl::string_view y_name;
   ConstMatrixRef y;
 };
 
-absl::Status CheckLinear(const Operands& m) {
-  if (m.x.dtype != DType::kF32 && m.x.dtype != DType::kF64) {
-    return Invalid(m.x_name, ".dtype=", Name(m.x.dtype), ": expected f32 or f64");
+absl::Status CheckLinear(const Context& ctx, const Operands& m) {
+  if (!kernels::IsCompute(ctx, m.x.dtype)) {
+    return Invalid(m.x_name, ".dtype=", Name(m.x.dtype), ": expected ", kernels::ComputeNames(ctx));
   }
   ANNULUS_RETURN_IF_ERROR(CheckMatrix(m.x_name, m.x, m.x.dtype, m.x.rows, m.x.cols));
-  ANNULUS_RETURN_IF_ERROR(CheckMatrix(m.w_name, m.w, m.x.dtype, m.w.rows, m.x.cols));
+  ANNULUS_RETURN_IF_ERROR(CheckMatrix(m.w_name, m.w, m.w_dtype, m.w.rows, m.x.cols));
   return CheckMatrix(m.y_name, m.y, m.x.dtype, m.x.rows, m.w.rows);
 }
 
 }  // namespace
 
 absl::Status LinearForward(Context& ctx, ConstMatrixRef x, ConstMatrixRef w, Write write, MatrixRef y) {
-  ANNULUS_RETURN_IF_ERROR(CheckLinear({"linear.x", x, "linear.w", w, "linear.y", y}));
-  absl::Status status = VisitDevice(ctx, [&](auto device) {
-    return VisitFloat(x.dtype, [&]<class T>() { return kernels::LinearForward<T>(device, x, w, write, y); });
+  ANNULUS_RETURN_IF_ERROR(CheckLinear(ctx, {"linear.x", x, "linear.w", w, x.dtype, "linear.y", y}));
+  absl::Status status = VisitKernel(ctx, x.dtype, [&]<class T>(auto device) {
+    return kernels::LinearForward<T>(device, ctx, x, w, write, y);
   });
   ctx.Poll();
   return status;
@@ -58,20 +60,19 @@ absl::Status LinearForward(Context& ctx, ConstMatrixRef x, ConstMatrixRef w, Wri
 
 absl::Status LinearBackwardInput(Context& ctx, ConstMatrixRef dy, ConstMatrixRef w, Write write,
                                  MatrixRef dx) {
-  ANNULUS_RETURN_IF_ERROR(CheckLinear({"linear.dx", dx, "linear.w", w, "linear.dy", dy}));
-  absl::Status status = VisitDevice(ctx, [&](auto device) {
-    return VisitFloat(dy.dtype,
-                      [&]<class T>() { return kernels::LinearBackwardInput<T>(device, dy, w, write, dx); });
+  ANNULUS_RETURN_IF_ERROR(CheckLinear(ctx, {"linear.dx", dx, "linear.w", w, dx.dtype, "linear.dy", dy}));
+  absl::Status status = VisitKernel(ctx, dy.dtype, [&]<class T>(auto device) {
+    return kernels::LinearBackwardInput<T>(device, ctx, dy, w, write, dx);
   });
   ctx.Poll();
   return status;
 }
 
 absl::Status LinearBackwardWeight(Context& ctx, ConstMatrixRef dy, ConstMatrixRef x, MatrixRef dw) {
-  ANNULUS_RETURN_IF_ERROR(CheckLinear({"linear.x", x, "linear.dw", dw, "linear.dy", dy}));
-  absl::Status status = VisitDevice(ctx, [&](auto device) {
-    return VisitFloat(dy.dtype,
-                      [&]<class T>() { return kernels::LinearBackwardWeight<T>(device, dy, x, dw); });
+  ANNULUS_RETURN_IF_ERROR(
+      CheckLinear(ctx, {"linear.x", x, "linear.dw", dw, AccumOf(x.dtype), "linear.dy", dy}));
+  absl::Status status = VisitKernel(ctx, dy.dtype, [&]<class T>(auto device) {
+    return kernels::LinearBackwardWeight<T>(device, ctx, dy, x, dw);
   });
   ctx.Poll();
   return status;

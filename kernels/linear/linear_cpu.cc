@@ -19,7 +19,7 @@ T Beta(Write write) {
 }  // namespace
 
 template <typename T>
-absl::Status LinearForward(CpuTag, ConstMatrixRef x, ConstMatrixRef w, Write write, MatrixRef y) {
+absl::Status LinearForward(CpuTag, Context&, ConstMatrixRef x, ConstMatrixRef w, Write write, MatrixRef y) {
   Gemm<T>({.m = y.rows,
            .n = y.cols,
            .k = x.cols,
@@ -32,7 +32,8 @@ absl::Status LinearForward(CpuTag, ConstMatrixRef x, ConstMatrixRef w, Write wri
 }
 
 template <typename T>
-absl::Status LinearBackwardInput(CpuTag, ConstMatrixRef dy, ConstMatrixRef w, Write write, MatrixRef dx) {
+absl::Status LinearBackwardInput(CpuTag, Context&, ConstMatrixRef dy, ConstMatrixRef w, Write write,
+                                 MatrixRef dx) {
   Gemm<T>({.m = dx.rows,
            .n = dx.cols,
            .k = dy.cols,
@@ -45,7 +46,7 @@ absl::Status LinearBackwardInput(CpuTag, ConstMatrixRef dy, ConstMatrixRef w, Wr
 }
 
 template <typename T>
-absl::Status LinearBackwardWeight(CpuTag, ConstMatrixRef dy, ConstMatrixRef x, MatrixRef dw) {
+absl::Status LinearBackwardWeight(CpuTag, Context&, ConstMatrixRef dy, ConstMatrixRef x, MatrixRef dw) {
   Gemm<T>({.m = dw.rows,
            .n = dw.cols,
            .k = dy.rows,
@@ -57,11 +58,17 @@ absl::Status LinearBackwardWeight(CpuTag, ConstMatrixRef dy, ConstMatrixRef x, M
   return absl::OkStatus();
 }
 
-template absl::Status LinearForward<float>(CpuTag, ConstMatrixRef, ConstMatrixRef, Write, MatrixRef);
-template absl::Status LinearForward<double>(CpuTag, ConstMatrixRef, ConstMatrixRef, Write, MatrixRef);
-template absl::Status LinearBackwardInput<float>(CpuTag, ConstMatrixRef, ConstMatrixRef, Write, MatrixRef);
-template absl::Status LinearBackwardInput<double>(CpuTag, ConstMatrixRef, ConstMatrixRef, Write, MatrixRef);
-template absl::Status LinearBackwardWeight<float>(CpuTag, ConstMatrixRef, ConstMatrixRef, MatrixRef);
-template absl::Status LinearBackwardWeight<double>(CpuTag, ConstMatrixRef, ConstMatrixRef, MatrixRef);
+template absl::Status LinearForward<float>(CpuTag, Context&, ConstMatrixRef, ConstMatrixRef, Write,
+                                           MatrixRef);
+template absl::Status LinearForward<double>(CpuTag, Context&, ConstMatrixRef, ConstMatrixRef, Write,
+                                            MatrixRef);
+template absl::Status LinearBackwardInput<float>(CpuTag, Context&, ConstMatrixRef, ConstMatrixRef, Write,
+                                                 MatrixRef);
+template absl::Status LinearBackwardInput<double>(CpuTag, Context&, ConstMatrixRef, ConstMatrixRef, Write,
+                                                  MatrixRef);
+template absl::Status LinearBackwardWeight<float>(CpuTag, Context&, ConstMatrixRef, ConstMatrixRef,
+                                                  MatrixRef);
+template absl::Status LinearBackwardWeight<double>(CpuTag, Context&, ConstMatrixRef, ConstMatrixRef,
+                                                   MatrixRef);
 
 }  // namespace annulus::kernels

@@ -7,10 +7,22 @@
 namespace annulus::kernels {
 
 template <typename T>
-absl::Status LinearForward(CpuTag, ConstMatrixRef x, ConstMatrixRef w, Write write, MatrixRef y);
+absl::Status LinearForward(CpuTag, Context& ctx, ConstMatrixRef x, ConstMatrixRef w, Write write,
+                           MatrixRef y);
 template <typename T>
-absl::Status LinearBackwardInput(CpuTag, ConstMatrixRef dy, ConstMatrixRef w, Write write, MatrixRef dx);
+absl::Status LinearForward(CudaTag, Context& ctx, ConstMatrixRef x, ConstMatrixRef w, Write write,
+                           MatrixRef y);
+
 template <typename T>
-absl::Status LinearBackwardWeight(CpuTag, ConstMatrixRef dy, ConstMatrixRef x, MatrixRef dw);
+absl::Status LinearBackwardInput(CpuTag, Context& ctx, ConstMatrixRef dy, ConstMatrixRef w, Write write,
+                                 MatrixRef dx);
+template <typename T>
+absl::Status LinearBackwardInput(CudaTag, Context& ctx, ConstMatrixRef dy, ConstMatrixRef w, Write write,
+                                 MatrixRef dx);
+
+template <typename T>
+absl::Status LinearBackwardWeight(CpuTag, Context& ctx, ConstMatrixRef dy, ConstMatrixRef x, MatrixRef dw);
+template <typename T>
+absl::Status LinearBackwardWeight(CudaTag, Context& ctx, ConstMatrixRef dy, ConstMatrixRef x, MatrixRef dw);
 
 }  // namespace annulus::kernels

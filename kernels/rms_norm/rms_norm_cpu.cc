@@ -16,7 +16,7 @@ T InverseRms(const T* x, int64_t d, double eps) {
 }  // namespace
 
 template <typename T>
-absl::Status RmsNormForward(CpuTag, ConstTensorRef x, ConstTensorRef w, double eps, TensorRef y) {
+absl::Status RmsNormForward(CpuTag, Context&, ConstTensorRef x, ConstTensorRef w, double eps, TensorRef y) {
   const int64_t tokens = x.dim(0), d = x.dim(1);
   const T* weight = w.data<T>();
   for (int64_t t = 0; t < tokens; ++t) {
@@ -31,7 +31,7 @@ absl::Status RmsNormForward(CpuTag, ConstTensorRef x, ConstTensorRef w, double e
 
 // With r the inverse norm:  dx = r w dy - x r^3 / d sum(w dy x)     dw = sum over tokens of dy x r
 template <typename T>
-absl::Status RmsNormBackward(CpuTag, ConstTensorRef x, ConstTensorRef w, double eps,
+absl::Status RmsNormBackward(CpuTag, Context&, ConstTensorRef x, ConstTensorRef w, double eps,
                              const RmsNormGradients& gradients) {
   const int64_t tokens = x.dim(0), d = x.dim(1);
   const T* weight = w.data<T>();
@@ -54,11 +54,13 @@ absl::Status RmsNormBackward(CpuTag, ConstTensorRef x, ConstTensorRef w, double 
   return absl::OkStatus();
 }
 
-template absl::Status RmsNormForward<float>(CpuTag, ConstTensorRef, ConstTensorRef, double, TensorRef);
-template absl::Status RmsNormForward<double>(CpuTag, ConstTensorRef, ConstTensorRef, double, TensorRef);
-template absl::Status RmsNormBackward<float>(CpuTag, ConstTensorRef, ConstTensorRef, double,
+template absl::Status RmsNormForward<float>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, double,
+                                            TensorRef);
+template absl::Status RmsNormForward<double>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, double,
+                                             TensorRef);
+template absl::Status RmsNormBackward<float>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, double,
                                              const RmsNormGradients&);
-template absl::Status RmsNormBackward<double>(CpuTag, ConstTensorRef, ConstTensorRef, double,
+template absl::Status RmsNormBackward<double>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, double,
                                               const RmsNormGradients&);
 
 }  // namespace annulus::kernels

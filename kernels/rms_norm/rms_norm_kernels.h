@@ -7,7 +7,11 @@
 namespace annulus::kernels {
 
 template <typename T>
-absl::Status RmsNormForward(CpuTag, ConstTensorRef x, ConstTensorRef w, double eps, TensorRef y);
+absl::Status RmsNormForward(CpuTag, Context& ctx, ConstTensorRef x, ConstTensorRef w, double eps,
+                            TensorRef y);
+template <typename T>
+absl::Status RmsNormForward(CudaTag, Context& ctx, ConstTensorRef x, ConstTensorRef w, double eps,
+                            TensorRef y);
 
 struct RmsNormGradients {
   ConstTensorRef dy;
@@ -15,7 +19,10 @@ struct RmsNormGradients {
 };
 
 template <typename T>
-absl::Status RmsNormBackward(CpuTag, ConstTensorRef x, ConstTensorRef w, double eps,
+absl::Status RmsNormBackward(CpuTag, Context& ctx, ConstTensorRef x, ConstTensorRef w, double eps,
+                             const RmsNormGradients& gradients);
+template <typename T>
+absl::Status RmsNormBackward(CudaTag, Context& ctx, ConstTensorRef x, ConstTensorRef w, double eps,
                              const RmsNormGradients& gradients);
 
 }  // namespace annulus::kernels

@@ -5,16 +5,13 @@
 
 namespace annulus {
 
-absl::Status Rope(Context& ctx, absl::Span<const int64_t> positions, double theta, RopeDirection direction,
-                  HeadsRef x) {
-  ANNULUS_RETURN_IF_ERROR(kernels::CheckHeads("rope.x", x));
+absl::Status Rope(Context& ctx, ConstTensorRef positions, double theta, RopeDirection direction, HeadsRef x) {
+  ANNULUS_RETURN_IF_ERROR(kernels::CheckHeads(ctx, "rope.x", x));
   if (x.dim % 2 != 0) return Invalid("rope.head_dim=", x.dim, ": expected an even number");
   if (!(theta > 0)) return Invalid("rope.theta=", theta, ": expected above 0");
-  ANNULUS_RETURN_IF_ERROR(
-      kernels::CheckCount("rope.positions.size", static_cast<int64_t>(positions.size()), x.rows));
-  return VisitDevice(ctx, [&](auto device) {
-    return VisitFloat(
-        x.dtype, [&]<class T>() { return kernels::Rope<T>(device, ctx, positions, theta, direction, x); });
+  ANNULUS_RETURN_IF_ERROR(kernels::CheckTensor(ctx, "rope.positions", positions, DType::kI64, {x.rows}));
+  return VisitKernel(ctx, x.dtype, [&]<class T>(auto device) {
+    return kernels::Rope<T>(device, ctx, positions, theta, direction, x);
   });
 }
 

@@ -22,8 +22,8 @@ void Turn(const T* cosine, const T* sine, int64_t half, T* low) {
 }  // namespace
 
 template <typename T>
-absl::Status Rope(CpuTag, Context& ctx, absl::Span<const int64_t> positions, double theta,
-                  RopeDirection direction, HeadsRef x) {
+absl::Status Rope(CpuTag, Context& ctx, ConstTensorRef positions, double theta, RopeDirection direction,
+                  HeadsRef x) {
   const int64_t half = x.dim / 2;
   const double sign = direction == RopeDirection::kForward ? 1.0 : -1.0;
   ArenaScope scope(ctx.scratch);
@@ -34,7 +34,7 @@ absl::Status Rope(CpuTag, Context& ctx, absl::Span<const int64_t> positions, dou
     frequency[i] = std::pow(theta, -2.0 * static_cast<double>(i) / static_cast<double>(x.dim));
   }
   for (int64_t row = 0; row < x.rows; ++row) {
-    const double position = static_cast<double>(positions[static_cast<size_t>(row)]);
+    const double position = static_cast<double>(positions.data<int64_t>()[row]);
     for (int64_t i = 0; i < half; ++i) {
       const double angle = position * frequency[i];
       cosine[i] = static_cast<T>(std::cos(angle));
@@ -48,9 +48,7 @@ absl::Status Rope(CpuTag, Context& ctx, absl::Span<const int64_t> positions, dou
   return absl::OkStatus();
 }
 
-template absl::Status Rope<float>(CpuTag, Context&, absl::Span<const int64_t>, double, RopeDirection,
-                                  HeadsRef);
-template absl::Status Rope<double>(CpuTag, Context&, absl::Span<const int64_t>, double, RopeDirection,
-                                   HeadsRef);
+template absl::Status Rope<float>(CpuTag, Context&, ConstTensorRef, double, RopeDirection, HeadsRef);
+template absl::Status Rope<double>(CpuTag, Context&, ConstTensorRef, double, RopeDirection, HeadsRef);
 
 }  // namespace annulus::kernels

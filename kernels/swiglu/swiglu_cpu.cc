@@ -4,7 +4,7 @@
 namespace annulus::kernels {
 
 template <typename T>
-absl::Status SwigluForward(CpuTag, ConstTensorRef gate_up, TensorRef h) {
+absl::Status SwigluForward(CpuTag, Context&, ConstTensorRef gate_up, TensorRef h) {
   const int64_t tokens = h.dim(0), d = h.dim(1);
   for (int64_t t = 0; t < tokens; ++t) {
     const T* gate = gate_up.data<T>() + t * 2 * d;
@@ -18,7 +18,7 @@ absl::Status SwigluForward(CpuTag, ConstTensorRef gate_up, TensorRef h) {
 
 // silu'(g) = s (1 + g (1 - s)) with s = sigmoid(g)
 template <typename T>
-absl::Status SwigluBackward(CpuTag, ConstTensorRef gate_up, ConstTensorRef dh, TensorRef dgate_up) {
+absl::Status SwigluBackward(CpuTag, Context&, ConstTensorRef gate_up, ConstTensorRef dh, TensorRef dgate_up) {
   const int64_t tokens = dh.dim(0), d = dh.dim(1);
   for (int64_t t = 0; t < tokens; ++t) {
     const T* gate = gate_up.data<T>() + t * 2 * d;
@@ -38,9 +38,9 @@ absl::Status SwigluBackward(CpuTag, ConstTensorRef gate_up, ConstTensorRef dh, T
   return absl::OkStatus();
 }
 
-template absl::Status SwigluForward<float>(CpuTag, ConstTensorRef, TensorRef);
-template absl::Status SwigluForward<double>(CpuTag, ConstTensorRef, TensorRef);
-template absl::Status SwigluBackward<float>(CpuTag, ConstTensorRef, ConstTensorRef, TensorRef);
-template absl::Status SwigluBackward<double>(CpuTag, ConstTensorRef, ConstTensorRef, TensorRef);
+template absl::Status SwigluForward<float>(CpuTag, Context&, ConstTensorRef, TensorRef);
+template absl::Status SwigluForward<double>(CpuTag, Context&, ConstTensorRef, TensorRef);
+template absl::Status SwigluBackward<float>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, TensorRef);
+template absl::Status SwigluBackward<double>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, TensorRef);
 
 }  // namespace annulus::kernels

@@ -7,8 +7,15 @@
 namespace annulus::kernels {
 
 template <typename T>
-absl::Status SwigluForward(CpuTag, ConstTensorRef gate_up, TensorRef h);
+absl::Status SwigluForward(CpuTag, Context& ctx, ConstTensorRef gate_up, TensorRef h);
 template <typename T>
-absl::Status SwigluBackward(CpuTag, ConstTensorRef gate_up, ConstTensorRef dh, TensorRef dgate_up);
+absl::Status SwigluForward(CudaTag, Context& ctx, ConstTensorRef gate_up, TensorRef h);
+
+template <typename T>
+absl::Status SwigluBackward(CpuTag, Context& ctx, ConstTensorRef gate_up, ConstTensorRef dh,
+                            TensorRef dgate_up);
+template <typename T>
+absl::Status SwigluBackward(CudaTag, Context& ctx, ConstTensorRef gate_up, ConstTensorRef dh,
+                            TensorRef dgate_up);
 
 }  // namespace annulus::kernels

@@ -15,8 +15,9 @@ TYPED_TEST(EmbeddingTest, GathersRows) {
   Context ctx{Device{}};
   for (const int64_t d : {0, 1, 16, 33}) {
     const std::vector<int32_t> tokens = {4, 0, 4, 2};
+    Guarded<int32_t> ids({4}, tokens);
     Guarded<T> table({5, d}, NormalValues<T>(5 * d, "table")), y({4, d});
-    ANNULUS_CHECK_OK(EmbeddingForward(ctx, tokens, table.ref(), y.ref()));
+    ANNULUS_CHECK_OK(EmbeddingForward(ctx, ids.ref(), table.ref(), y.ref()));
     for (int64_t t = 0; t < 4; ++t) {
       for (int64_t i = 0; i < d; ++i) {
         EXPECT_EQ(y.values()[reference::At(t, i, d)],
@@ -31,9 +32,10 @@ TYPED_TEST(EmbeddingTest, BackwardAddsInTheOrderOfTokens) {
   Context ctx{Device{}};
   const int64_t d = 19;
   const std::vector<int32_t> tokens = {1, 3, 1, 1, 0};
+  Guarded<int32_t> ids({5}, tokens);
   const auto before = NormalValues<T>(4 * d, "dtable"), dy_values = NormalValues<T>(5 * d, "dy");
   Guarded<T> dtable({4, d}, before), dy({5, d}, dy_values);
-  ANNULUS_CHECK_OK(EmbeddingBackward(ctx, tokens, dy.ref(), dtable.ref()));
+  ANNULUS_CHECK_OK(EmbeddingBackward(ctx, ids.ref(), dy.ref(), dtable.ref()));
   auto expected = before;
   for (int64_t t = 0; t < 5; ++t) {
     for (int64_t i = 0; i < d; ++i) {
@@ -45,29 +47,36 @@ TYPED_TEST(EmbeddingTest, BackwardAddsInTheOrderOfTokens) {
 
 TEST(EmbeddingGradient, AgreesWithFiniteDifferences) {
   Context ctx{Device{}};
-  const std::vector<int32_t> tokens = {2, 0, 2};
+  Guarded<int32_t> tokens({3}, {2, 0, 2});
   Guarded<double> table({3, 4}, NormalValues<double>(12, "table")), dtable({3, 4}, 0.0);
   Guarded<double> y({3, 4}), dy({3, 4}, NormalValues<double>(12, "dy"));
-  ANNULUS_CHECK_OK(EmbeddingBackward(ctx, tokens, dy.ref(), dtable.ref()));
+  ANNULUS_CHECK_OK(EmbeddingBackward(ctx, tokens.ref(), dy.ref(), dtable.ref()));
   ExpectGradient(
       [&] {
-        ANNULUS_CHECK_OK(EmbeddingForward(ctx, tokens, table.ref(), y.ref()));
+        ANNULUS_CHECK_OK(EmbeddingForward(ctx, tokens.ref(), table.ref(), y.ref()));
         return Dot(y.values(), dy.values());
       },
       table.data(), dtable.values());
 }
 
-TEST(EmbeddingArguments, TokensOutsideTheVocabularyAreNamed) {
+TEST(EmbeddingArguments, AreRefusedByName) {
   Context ctx{Device{}};
   Guarded<float> table({5, 2}, 0.0f), y({2, 2}, 0.0f);
   constexpr auto kRange = absl::StatusCode::kOutOfRange;
-  const std::vector<int32_t> high = {4, 5}, low = {-1, 7}, none;
-  ExpectRefused(EmbeddingForward(ctx, high, table.ref(), y.ref()), kRange, "embedding.tokens[1]=5");
-  ExpectRefused(EmbeddingForward(ctx, low, table.ref(), y.ref()), kRange, "embedding.tokens[0]=-1");
-  ExpectRefused(EmbeddingBackward(ctx, high, y.ref(), table.ref()), kRange, "embedding.tokens[1]=5");
-  EXPECT_TRUE(EmbeddingForward(ctx, none, table.ref(), y.ref().Rows(0, 0)).ok());
-  ExpectRefused(EmbeddingForward(ctx, none, table.ref(), y.ref()), absl::StatusCode::kInvalidArgument,
-                "embedding.y=f32[2, 2]");
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  Guarded<int32_t> high({2}, {4, 5}), low({2}, {-1, 7}), none({0}, std::vector<int32_t>{});
+  Guarded<int64_t> wide({2}, {4, 4});
+  Guarded<double> doubles({5, 2}, 0.0);
+  ExpectRefused(EmbeddingForward(ctx, high.ref(), table.ref(), y.ref()), kRange, "embedding.tokens[1]=5");
+  ExpectRefused(EmbeddingForward(ctx, low.ref(), table.ref(), y.ref()), kRange, "embedding.tokens[0]=-1");
+  ExpectRefused(EmbeddingBackward(ctx, high.ref(), y.ref(), table.ref()), kRange, "embedding.tokens[1]=5");
+  EXPECT_TRUE(EmbeddingForward(ctx, none.ref(), table.ref(), y.ref().Rows(0, 0)).ok());
+  ExpectRefused(EmbeddingForward(ctx, none.ref(), table.ref(), y.ref()), kInvalid, "embedding.y=f32[2, 2]");
+  ExpectRefused(EmbeddingForward(ctx, wide.ref(), table.ref(), y.ref()), kInvalid, "embedding.tokens=i64[2]");
+  ExpectRefused(EmbeddingForward(ctx, high.ref(), doubles.ref(), y.ref()), kInvalid,
+                "embedding.table=f64[5, 2] on cpu: expected f32[5, 2] on cpu");
+  ExpectRefused(EmbeddingBackward(ctx, high.ref(), y.ref(), doubles.ref()), kInvalid,
+                "embedding.dtable=f64[5, 2] on cpu: expected f32[5, 2] on cpu");
 }
 
 }  // namespace

@@ -135,6 +135,9 @@ TEST(LinearArguments, AreRefusedByName) {
   ExpectRefused(forward(tall, b.ref(), tall_out), kInvalid, "expected counts in [0, 2147483647]");
   const MatrixRef far{a.data(), DType::kF32, 4, 4, kHuge};
   ExpectRefused(forward(far, b.ref(), c.ref()), kInvalid, "linear.x.stride=2147483648");
+  EXPECT_TRUE(LinearBackwardWeight(ctx, a.ref(), b.ref(), c.ref()).ok());
+  ExpectRefused(LinearBackwardWeight(ctx, a.ref(), b.ref(), wide.ref()), kInvalid,
+                "linear.dw=f64[4, 4]: expected f32[4, 4]");
   const MatrixRef integers{a.data(), DType::kI32, 4, 4, 4};
   ExpectRefused(forward(integers, b.ref(), c.ref()), kInvalid, "expected f32 or f64");
 }

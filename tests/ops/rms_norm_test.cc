@@ -87,6 +87,16 @@ TEST(RmsNormArguments, AreRefusedByName) {
                 "rms_norm.w=f32[3] on cpu: expected f32[4] on cpu");
   ExpectRefused(RmsNormForward(ctx, w.ref(), w.ref(), kEps, w.ref()), kInvalid, "expected [tokens, d]");
   ExpectRefused(RmsNormForward(ctx, x.ref(), w.ref(), -1, y.ref()), kInvalid, "rms_norm.eps=-1");
+  Guarded<float> w4({4}, 1.0f);
+  Guarded<double> dw({4}, 0.0);
+  ExpectRefused(RmsNormBackward(ctx, x.ref(), w4.ref(), y.ref(), kEps, y.ref(), dw.ref()), kInvalid,
+                "rms_norm.dw=f64[4] on cpu: expected f32[4] on cpu");
+  const ConstTensorRef bf16(x.data(), DType::kBF16, Device{}, {2, 4});
+  ExpectRefused(RmsNormForward(ctx, bf16, w4.ref(), kEps, y.ref()), kInvalid,
+                "rms_norm.x=bf16[2, 4]: expected f32 or f64");
+  const ConstTensorRef elsewhere(x.data(), DType::kF32, Device{DeviceKind::kCuda, 1}, {2, 4});
+  ExpectRefused(RmsNormForward(ctx, elsewhere, w4.ref(), kEps, y.ref()), kInvalid,
+                "rms_norm.x is on cuda:1: expected cpu");
 }
 
 }  // namespace

@@ -44,7 +44,8 @@ TYPED_TEST(RopeTest, MatchesLoopsInBothDirections) {
           const typename StridedHeads<T>::Dims dims{static_cast<int64_t>(positions.size()), 2, 3, dim};
           const auto values = NormalValues<T>(dims.elements(), "x");
           StridedHeads<T> x(dims, order, values);
-          ANNULUS_CHECK_OK(Rope(ctx, positions, kTheta, direction, x.ref()));
+          Guarded<int64_t> rows({dims.rows}, positions);
+          ANNULUS_CHECK_OK(Rope(ctx, rows.ref(), kTheta, direction, x.ref()));
           const int sign = direction == RopeDirection::kForward ? 1 : -1;
           // An angle in double, up to 2000 radians here, is off by its last bit.
           const double angle_ulps = std::is_same_v<T, double> ? 2000 : 1;
@@ -60,27 +61,27 @@ TYPED_TEST(RopeTest, MatchesLoopsInBothDirections) {
 // An f32 angle would be off by 0.06 radians here.
 TEST(Rope, FarPositionsKeepTheirAngle) {
   Context ctx{Device{}};
-  const std::vector<int64_t> positions = {1000003};
+  Guarded<int64_t> positions({1}, {1000003});
   const auto values = NormalValues<float>(64, "x");
   StridedHeads<float> x({1, 1, 1, 64}, BatchOrder::kInsideRows, values);
-  ANNULUS_CHECK_OK(Rope(ctx, positions, kTheta, RopeDirection::kForward, x.ref()));
-  ExpectMatches<float>(x.values(),
-                       [&]<class W>() { return Reference<W>(Cast<W>(values), 1, 64, positions, 1); });
+  ANNULUS_CHECK_OK(Rope(ctx, positions.ref(), kTheta, RopeDirection::kForward, x.ref()));
+  ExpectMatches<float>(
+      x.values(), [&]<class W>() { return Reference<W>(Cast<W>(values), 1, 64, positions.values(), 1); });
 }
 
 // A rotation's gradient is its inverse: <R x, y> = <x, R^-1 y>.
 TEST(Rope, TheInverseIsTheGradient) {
   Context ctx{Device{}};
-  const std::vector<int64_t> positions = {4, 9};
+  Guarded<int64_t> positions({2}, {4, 9});
   const StridedHeads<double>::Dims dims{2, 1, 2, 6};
   StridedHeads<double> dx(dims, BatchOrder::kInsideRows, NormalValues<double>(dims.elements(), "dy"));
   const auto dy = dx.values();
-  ANNULUS_CHECK_OK(Rope(ctx, positions, kTheta, RopeDirection::kInverse, dx.ref()));
+  ANNULUS_CHECK_OK(Rope(ctx, positions.ref(), kTheta, RopeDirection::kInverse, dx.ref()));
   auto input = NormalValues<double>(dims.elements(), "x");
   ExpectGradient(
       [&] {
         StridedHeads<double> x(dims, BatchOrder::kInsideRows, input);
-        ANNULUS_CHECK_OK(Rope(ctx, positions, kTheta, RopeDirection::kForward, x.ref()));
+        ANNULUS_CHECK_OK(Rope(ctx, positions.ref(), kTheta, RopeDirection::kForward, x.ref()));
         return Dot(x.values(), dy);
       },
       input.data(), dx.values());
@@ -91,13 +92,18 @@ TEST(RopeArguments, AreRefusedByName) {
   constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
   StridedHeads<float> odd({2, 1, 1, 3}, BatchOrder::kInsideRows, std::vector<float>(6));
   StridedHeads<float> x({2, 1, 1, 4}, BatchOrder::kInsideRows, std::vector<float>(8));
-  const std::vector<int64_t> two = {0, 1}, one = {0};
-  const auto rope = [&](const std::vector<int64_t>& positions, double theta, HeadsRef heads) {
-    return Rope(ctx, positions, theta, RopeDirection::kForward, heads);
+  Guarded<int64_t> two({2}, {0, 1}), one({1}, {0});
+  Guarded<int32_t> narrow({2}, {0, 1});
+  const auto rope = [&](auto& positions, double theta, HeadsRef heads) {
+    return Rope(ctx, positions.ref(), theta, RopeDirection::kForward, heads);
   };
   ExpectRefused(rope(two, kTheta, odd.ref()), kInvalid, "rope.head_dim=3");
-  ExpectRefused(rope(one, kTheta, x.ref()), kInvalid, "rope.positions.size=1: expected 2");
+  ExpectRefused(rope(one, kTheta, x.ref()), kInvalid, "rope.positions=i64[1] on cpu: expected i64[2] on cpu");
+  ExpectRefused(rope(narrow, kTheta, x.ref()), kInvalid, "rope.positions=i32[2] on cpu: expected i64[2]");
   ExpectRefused(rope(two, 0, x.ref()), kInvalid, "rope.theta=0");
+  HeadsRef bf16 = x.ref();
+  bf16.dtype = DType::kBF16;
+  ExpectRefused(rope(two, kTheta, bf16), kInvalid, "rope.x.dtype=bf16: expected f32 or f64");
   HeadsRef overlapping = x.ref();
   overlapping.row_stride = 3;
   ExpectRefused(rope(two, kTheta, overlapping), kInvalid, "rope.x.row_stride=3: expected at least 4");

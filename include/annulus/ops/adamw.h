@@ -11,14 +11,15 @@ namespace annulus {
 
 struct AdamWHyper {
   double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
-  double gradient_scale = 1;  // clipping
   int64_t step = 1;           // 1 for the first update
 };
 
-// All of equal size and dtype.
 struct AdamWTensors {
-  TensorRef param, m, v;
-  ConstTensorRef grad;
+  TensorRef param, m, v;  // [n] f32 or f64
+  ConstTensorRef grad;    // [n] of the same dtype
+  // f64 [1], for clipping. Where it is NaN nothing is changed: a step whose loss or norm is not finite.
+  ConstTensorRef gradient_scale;
+  TensorRef copy;  // [n] of a compute dtype: the new param, rounded. Undefined: not wanted
 };
 
 absl::Status AdamWUpdate(Context& ctx, const AdamWHyper& hyper, const AdamWTensors& tensors);

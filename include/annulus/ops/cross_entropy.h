@@ -3,7 +3,6 @@
 // Output projection and cross-entropy in chunks of tokens: full logits never exist.
 //   logits[t] = x[t] w^T ;  loss[t] = log sum exp(logits[t]) - logits[t, target[t]]
 
-#include "absl/types/span.h"
 #include "annulus/base/status.h"
 #include "annulus/device/context.h"
 
@@ -15,17 +14,25 @@ inline constexpr int64_t kLossChunkTokens = 8192;  // logits of one chunk at a 1
 int64_t CpuLossChunkTokens(int64_t chunk_tokens, int64_t vocab);
 
 struct LinearCrossEntropy {
-  ConstTensorRef x;                   // [tokens, d]
-  ConstTensorRef w;                   // [vocab, d]
-  absl::Span<const int32_t> targets;  // negative: not counted
+  ConstTensorRef x;        // [tokens, d]
+  ConstTensorRef w;        // [vocab, d]
+  ConstTensorRef targets;  // i32 [tokens]; negative: not counted. On GPUs the caller has checked them
   int64_t chunk_tokens = kLossChunkTokens;
 };
 
-// Sum over counted tokens of the loss in nats.
-absl::StatusOr<double> LinearCrossEntropyForward(Context& ctx, const LinearCrossEntropy& args);
+// loss += sum over counted tokens of the loss in nats.   loss: f64 [1]
+absl::Status LinearCrossEntropyForward(Context& ctx, const LinearCrossEntropy& args, TensorRef loss);
 
 // The same, and dx = scale * d(sum)/dx (overwritten), dw += scale * d(sum)/dw.
-absl::StatusOr<double> LinearCrossEntropyForwardBackward(Context& ctx, const LinearCrossEntropy& args,
-                                                         double scale, TensorRef dx, TensorRef dw);
+struct LinearCrossEntropyGradients {
+  double scale = 1;
+  TensorRef dx;  // [tokens, d], as x
+  TensorRef dw;  // [vocab, d], accumulator dtype
+};
+absl::Status LinearCrossEntropyForwardBackward(Context& ctx, const LinearCrossEntropy& args,
+                                               const LinearCrossEntropyGradients& gradients, TensorRef loss);
+
+// Bytes of ctx.scratch that either takes at most.
+int64_t LinearCrossEntropyScratchBytes(DeviceKind device, DType dtype, int64_t tokens, int64_t vocab);
 
 }  // namespace annulus

@@ -1,6 +1,6 @@
 #pragma once
 
-// Matrix products on cuBLAS-like row-major matrices with a leading dimension (CPU: CBLAS).
+// Matrix products on cuBLAS-like row-major matrices with a leading dimension (CPU: CBLAS, GPU: cuBLASLt).
 
 #include "annulus/base/status.h"
 #include "annulus/device/context.h"
@@ -42,7 +42,7 @@ absl::Status LinearForward(Context& ctx, ConstMatrixRef x, ConstMatrixRef w, Wri
 // dx[t, in] (=, +=) sum_out dy[t, out] w[out, in]
 absl::Status LinearBackwardInput(Context& ctx, ConstMatrixRef dy, ConstMatrixRef w, Write write,
                                  MatrixRef dx);
-// dw[out, in] += sum_t dy[t, out] x[t, in]
+// dw[out, in] += sum_t dy[t, out] x[t, in]   dw: accumulator dtype
 absl::Status LinearBackwardWeight(Context& ctx, ConstMatrixRef dy, ConstMatrixRef x, MatrixRef dw);
 
 }  // namespace annulus

@@ -11,7 +11,7 @@ namespace annulus {
 absl::Status RmsNormForward(Context& ctx, ConstTensorRef x, ConstTensorRef w, double eps, TensorRef y);
 
 // The inverse norm is recomputed from x. dx += the gradient through the norm; dw += its weight's gradient.
-//   x, dy, dx: [tokens, d]   w, dw: [d]
+//   x, dy, dx: [tokens, d]   w: [d]   dw: [d], accumulator dtype
 absl::Status RmsNormBackward(Context& ctx, ConstTensorRef x, ConstTensorRef w, ConstTensorRef dy, double eps,
                              TensorRef dx, TensorRef dw);
 

@@ -1,0 +1,50 @@
+#include "kernels/cross_entropy/loss_scratch.h"
+
+#include <algorithm>
+
+#include "annulus/device/buffer.h"
+#include "annulus/ops/cross_entropy.h"
+
+namespace annulus {
+namespace kernels {
+namespace {
+
+constexpr int64_t kRowElements = 64;  // logit rows are whole multiples of this: 128 bytes in bf16
+
+// On CPUs a chunk's logits are read back right after they are written: at a small vocabulary 1024 rows stay
+// in cache. At a large one 64 MiB in f32 bound the scratch, and 128 rows (at 128K) still amortise packing w.
+constexpr int64_t kMaxCpuChunkRows = 1024;
+constexpr int64_t kMaxCpuChunkLogits = int64_t{1} << 24;
+
+int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+}  // namespace
+
+CudaLossScratch LayOutCudaLoss(const CudaLossShape& shape) {
+  CudaLossScratch s;
+  s.chunk_rows = std::max<int64_t>(1, std::min(shape.chunk_tokens, shape.tokens));
+  s.stride = RoundUp(shape.vocab, kRowElements);
+  s.losses_bytes = RoundUp(s.chunk_rows * static_cast<int64_t>(sizeof(float)), kAlignmentBytes);
+  s.bytes = s.losses_bytes + s.chunk_rows * s.stride * shape.logit_bytes;
+  return s;
+}
+
+}  // namespace kernels
+
+int64_t CpuLossChunkTokens(int64_t chunk_tokens, int64_t vocab) {
+  const int64_t bounded = kernels::kMaxCpuChunkLogits / std::max<int64_t>(vocab, 1);
+  return std::max<int64_t>(1, std::min({chunk_tokens, bounded, kernels::kMaxCpuChunkRows}));
+}
+
+int64_t LinearCrossEntropyScratchBytes(DeviceKind device, DType dtype, int64_t tokens, int64_t vocab) {
+  int64_t bytes = 0;
+  if (device == DeviceKind::kCuda) {
+    bytes =
+        kernels::LayOutCudaLoss({.tokens = tokens, .vocab = vocab, .chunk_tokens = kLossChunkTokens}).bytes;
+  } else {
+    bytes = std::min(CpuLossChunkTokens(kLossChunkTokens, vocab), tokens) * vocab * SizeOf(dtype);
+  }
+  return kernels::RoundUp(bytes, kAlignmentBytes);
+}
+
+}  // namespace annulus
