@@ -24,3 +24,12 @@ target_link_libraries(cuda_check PRIVATE ${ANNULUS_CUDNN})
 
 file(GLOB sources CONFIGURE_DEPENDS cuda/attention_mma/*.cu)
 annulus_kernel_check(attention_mma_check check ${sources})
+
+# The component `tests` of an installed tree: launch/test --gpu runs there what commands.txt lists.
+annulus_install(tests ${gpu_programs} cuda_check attention_mma_check COMPONENT tests)
+list(APPEND gpu_commands "tests/cuda_check ela" "tests/attention_mma_check check")
+list(JOIN gpu_commands "\n" gpu_commands)
+file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/commands.txt "${gpu_commands}\n")
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/commands.txt DESTINATION tests COMPONENT tests EXCLUDE_FROM_ALL)
+install(PROGRAMS ${PROJECT_SOURCE_DIR}/launch/test ${PROJECT_SOURCE_DIR}/launch/mpirun DESTINATION launch
+  COMPONENT tests EXCLUDE_FROM_ALL)
