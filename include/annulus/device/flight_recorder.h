@@ -32,7 +32,7 @@ class FlightRecorder {
   std::string Report() const;
 
  private:
-  static constexpr size_t kKept = 2048;  // names a lane; more than CUDA lets a stream be behind
+  static constexpr size_t kKept = 2048;  // names a lane
   struct Lane {
     std::deque<std::string> names;  // the newest kKept
     uint32_t noted = 0;             // all in all, modulo 2^32

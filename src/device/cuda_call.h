@@ -1,0 +1,35 @@
+#pragma once
+
+// Failures of CUDA calls with the call, the library's message and the device. Included by *_cuda.cc only.
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "annulus/base/check.h"
+#include "annulus/base/status.h"
+#include "annulus/device/device.h"
+
+namespace annulus {
+
+std::string CurrentDevice();  // "cuda:0", the calling thread's
+
+// "cudaMalloc: cudaErrorInvalidValue (invalid argument) on cuda:0"
+std::string CudaFailure(const char* call, cudaError_t error);
+
+// For destructors: the failure on stderr. Silent while the process ends and CUDA is gone already.
+void LogCudaFailure(const char* call, cudaError_t error);
+
+// A failure as absl::Internal. Failures are forgotten by CUDA, so that later checks do not find them again.
+absl::Status CudaStatus(const char* call, cudaError_t error);
+
+// Makes `device` the calling thread's.
+void MakeCurrent(Device device);
+
+}  // namespace annulus
+
+#define ANNULUS_CUDA_CHECK(call)                                                                 \
+  do {                                                                                           \
+    const cudaError_t annulus_error = (call);                                                    \
+    ANNULUS_CHECK(annulus_error == cudaSuccess) << ::annulus::CudaFailure(#call, annulus_error); \
+  } while (false)
