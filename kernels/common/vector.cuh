@@ -78,6 +78,18 @@ __device__ void StorePack(const Pack<T, N>& pack, T* p) {
   }
 }
 
+// The same for what is not read again soon: the first that L2 gives up.
+template <int N, typename T>
+__device__ void StorePackStreaming(const Pack<T, N>& pack, T* p) {
+  if constexpr (N * sizeof(T) == 16) {
+    uint4 words;
+    memcpy(&words, &pack, 16);
+    __stcs(reinterpret_cast<uint4*>(p), words);
+  } else {
+    StorePack<N>(pack, p);
+  }
+}
+
 // Rounds to nearest even; bf16 two at a time, one instruction a pair.
 template <typename T, int N>
 __device__ Pack<T, N> PackOf(const float (&x)[N]) {
@@ -107,5 +119,13 @@ __device__ T WarpSum(T x) {
 inline bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Multiprocessors of the calling thread's device.
+inline int SmCount() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
 
 }  // namespace annulus::kernels

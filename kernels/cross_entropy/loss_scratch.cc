@@ -9,7 +9,7 @@ namespace annulus {
 namespace kernels {
 namespace {
 
-constexpr int64_t kRowElements = 64;  // logit rows are whole multiples of this: 128 bytes in bf16
+constexpr int64_t kRowElements = 64;  // logit rows are whole multiples of this: 256 bytes
 
 // On CPUs a chunk's logits are read back right after they are written: at a small vocabulary 1024 rows stay
 // in cache. At a large one 64 MiB in f32 bound the scratch, and 128 rows (at 128K) still amortise packing w.
@@ -25,7 +25,7 @@ CudaLossScratch LayOutCudaLoss(const CudaLossShape& shape) {
   s.chunk_rows = std::max<int64_t>(1, std::min(shape.chunk_tokens, shape.tokens));
   s.stride = RoundUp(shape.vocab, kRowElements);
   s.losses_bytes = RoundUp(s.chunk_rows * static_cast<int64_t>(sizeof(float)), kAlignmentBytes);
-  s.bytes = s.losses_bytes + s.chunk_rows * s.stride * shape.logit_bytes;
+  s.bytes = s.losses_bytes + s.chunk_rows * s.stride * static_cast<int64_t>(sizeof(float));
   return s;
 }
 

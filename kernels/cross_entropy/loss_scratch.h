@@ -12,7 +12,7 @@ struct CudaLossScratch {
   int64_t chunk_rows = 0, stride = 0, losses_bytes = 0, bytes = 0;
 };
 struct CudaLossShape {
-  int64_t tokens = 0, vocab = 0, chunk_tokens = 0, logit_bytes = 4;
+  int64_t tokens = 0, vocab = 0, chunk_tokens = 0;
 };
 CudaLossScratch LayOutCudaLoss(const CudaLossShape& shape);
 

@@ -1,5 +1,7 @@
 // Floors, bytes per element: cast 6 (f32 and bf16), add f32 += bf16 10, scale 2 sizes, sum of squares 1 size.
 
+#include <math_constants.h>
+
 #include "kernels/common/rows.cuh"
 #include "kernels/elementwise/elementwise_cuda.h"
 
@@ -145,9 +147,14 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) *total += sum;
 }
 
-__global__ void ClipFactorKernel(const double* sum_of_squares, double max_norm, float* factor) {
-  const double norm = sqrt(*sum_of_squares);
-  *factor = norm <= max_norm ? 1.0f : static_cast<float>(max_norm / norm);
+__global__ void ClipFactorKernel(const double* stats, int64_t count, double max_norm, double* factor) {
+  bool finite = true;
+  for (int64_t i = threadIdx.x; i < count; i += 32) finite &= isfinite(stats[i]);
+  finite = __all_sync(0xffffffffu, finite);
+  if (threadIdx.x != 0) return;
+  const double norm = sqrt(stats[0]);
+  const double clipped = max_norm == 0 || norm <= max_norm ? 1.0 : max_norm / norm;
+  *factor = finite ? clipped : CUDART_NAN;
 }
 
 }  // namespace
@@ -198,9 +205,9 @@ cudaError_t CudaSumOfSquares(const T* x, int64_t elements, double* scratch, doub
   return cudaGetLastError();
 }
 
-cudaError_t CudaClipFactor(const double* sum_of_squares, double max_norm, float* factor,
+cudaError_t CudaClipFactor(const double* stats, int64_t count, double max_norm, double* factor,
                            cudaStream_t stream) {
-  ClipFactorKernel<<<1, 1, 0, stream>>>(sum_of_squares, max_norm, factor);
+  ClipFactorKernel<<<1, 32, 0, stream>>>(stats, count, max_norm, factor);
   return cudaGetLastError();
 }
 

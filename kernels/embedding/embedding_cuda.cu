@@ -11,7 +11,7 @@
 
 #include <cub/device/device_radix_sort.cuh>
 
-#include "kernels/common/rows.cuh"
+#include "kernels/common/vector.cuh"
 #include "kernels/embedding/embedding_cuda.h"
 
 namespace annulus::kernels {
@@ -19,25 +19,44 @@ namespace {
 
 constexpr int64_t kPieceTokens = 64;  // partial rows are then at most 1/32 of dy's rows
 constexpr int kSlabThreads = 64;      // columns of one CTA, in vectors
+constexpr int kGatherThreads = 128;
+constexpr int kGatherUnroll = 4;  // vectors in flight per thread
 constexpr int64_t kAlignment = 256;
 
-template <typename T>
-struct GatherOp {
-  int64_t d;
-  const int32_t* tokens;
-  const T* table;
-  T* y;
-  template <int N>
-  using State = Pack<T, N>;
-  template <int N>
-  __device__ State<N> Load(int64_t row, int64_t column) const {
-    return LoadPack<N>(table + tokens[row] * d + column);
+// Vector v of y is vector v % row_vectors of a row of the table: all threads have kGatherUnroll loads in
+// flight, however short a row is. y is evicted first, so that rows of frequent tokens stay in L2.
+template <typename T, int N>
+__global__ void __launch_bounds__(kGatherThreads)
+    GatherKernel(uint32_t vectors, uint32_t row_vectors, const int32_t* __restrict__ tokens,
+                 const T* __restrict__ table, T* __restrict__ y) {
+  const int64_t first = int64_t{blockIdx.x} * (kGatherThreads * kGatherUnroll) + threadIdx.x;
+  Pack<T, N> pack[kGatherUnroll];
+#pragma unroll
+  for (int u = 0; u < kGatherUnroll; ++u) {
+    const int64_t vector = first + u * kGatherThreads;
+    if (vector >= vectors) continue;
+    const uint32_t row = static_cast<uint32_t>(vector) / row_vectors;
+    const uint32_t column = static_cast<uint32_t>(vector) - row * row_vectors;
+    pack[u] = LoadPack<N>(table + (int64_t{tokens[row]} * row_vectors + column) * N);
   }
-  template <int N>
-  __device__ void Store(int64_t row, int64_t column, const State<N>& state) const {
-    StorePack<N>(state, y + row * d + column);
+#pragma unroll
+  for (int u = 0; u < kGatherUnroll; ++u) {
+    const int64_t vector = first + u * kGatherThreads;
+    if (vector < vectors) StorePackStreaming<N>(pack[u], y + vector * N);
   }
-};
+}
+
+template <typename T, int N>
+cudaError_t LaunchGather(int64_t token_count, int64_t d, const int32_t* tokens, const T* table, T* y,
+                         cudaStream_t stream) {
+  const int64_t vectors = token_count * d / N;
+  if (vectors > UINT32_MAX) return cudaErrorInvalidValue;
+  if (vectors == 0) return cudaSuccess;
+  const auto blocks = static_cast<uint32_t>(CeilDiv(vectors, kGatherThreads * kGatherUnroll));
+  GatherKernel<T, N><<<blocks, kGatherThreads, 0, stream>>>(static_cast<uint32_t>(vectors),
+                                                            static_cast<uint32_t>(d / N), tokens, table, y);
+  return cudaGetLastError();
+}
 
 __global__ void IotaKernel(int count, int32_t* out) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -62,12 +81,16 @@ struct Sum {
   // value.
   __device__ void AddTo(float* p) const {
 #if __CUDA_ARCH__ >= 900
-    constexpr bool kVector = N == 4;
+    constexpr bool kVector = N % 4 == 0;
 #else
     constexpr bool kVector = false;
 #endif
     if constexpr (kVector) {
-      atomicAdd(reinterpret_cast<float4*>(p), make_float4(value[0], value[1], value[2], value[3]));
+#pragma unroll
+      for (int i = 0; i < N; i += 4) {
+        atomicAdd(reinterpret_cast<float4*>(p + i),
+                  make_float4(value[i], value[i + 1], value[i + 2], value[i + 3]));
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < N; ++i) atomicAdd(p + i, value[i]);
@@ -75,14 +98,22 @@ struct Sum {
   }
 };
 
+// The slabs of a piece follow each other, so that CTAs at work together read and update whole rows.
+struct PiecePlace {
+  int64_t piece, column;
+};
+template <int N>
+__device__ PiecePlace PlaceOf(uint32_t slabs) {
+  return {blockIdx.x / slabs, (int64_t{blockIdx.x % slabs} * kSlabThreads + threadIdx.x) * N};
+}
+
 // partial: [pieces, 2, d]: 0 the run that came in from the piece before, 1 the run that goes on and started
 // here.
 template <typename T, int N>
 __global__ void __launch_bounds__(kSlabThreads)
-    PieceKernel(Sorted sorted, int64_t d, const T* __restrict__ dy, float* __restrict__ partial,
-                float* __restrict__ dtable) {
-  const int64_t piece = blockIdx.x;
-  const int64_t column = (int64_t{blockIdx.y} * kSlabThreads + threadIdx.x) * N;
+    PieceKernel(Sorted sorted, int64_t d, uint32_t slabs, const T* __restrict__ dy,
+                float* __restrict__ partial, float* __restrict__ dtable) {
+  const auto [piece, column] = PlaceOf<N>(slabs);
   if (column >= d) return;
   const int begin = static_cast<int>(piece * kPieceTokens);
   const int end = min(sorted.count, begin + static_cast<int>(kPieceTokens));
@@ -120,9 +151,9 @@ __global__ void __launch_bounds__(kSlabThreads)
 // Adds the run that starts in this piece and goes on.
 template <int N>
 __global__ void __launch_bounds__(kSlabThreads)
-    CutRunKernel(Sorted sorted, int64_t d, const float* __restrict__ partial, float* __restrict__ dtable) {
-  const int64_t piece = blockIdx.x;
-  const int64_t column = (int64_t{blockIdx.y} * kSlabThreads + threadIdx.x) * N;
+    CutRunKernel(Sorted sorted, int64_t d, uint32_t slabs, const float* __restrict__ partial,
+                 float* __restrict__ dtable) {
+  const auto [piece, column] = PlaceOf<N>(slabs);
   const int64_t begin = piece * kPieceTokens, end = begin + kPieceTokens;
   if (column >= d || end >= sorted.count) return;
   const int32_t token = sorted.token[end - 1];
@@ -171,11 +202,12 @@ template <typename T, int N>
 cudaError_t AddSorted(const CudaEmbeddingBackwardArgs<T>& args, const Sorted& sorted, float* partial,
                       cudaStream_t stream) {
   const int64_t slabs = CeilDiv(args.d, int64_t{kSlabThreads} * N);
-  if (slabs > 65535) return cudaErrorInvalidValue;
-  const dim3 grid(static_cast<uint32_t>(CeilDiv(args.token_count, kPieceTokens)),
-                  static_cast<uint32_t>(slabs));
-  PieceKernel<T, N><<<grid, kSlabThreads, 0, stream>>>(sorted, args.d, args.dy, partial, args.dtable);
-  CutRunKernel<N><<<grid, kSlabThreads, 0, stream>>>(sorted, args.d, partial, args.dtable);
+  const int64_t blocks = CeilDiv(args.token_count, kPieceTokens) * slabs;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  const auto grid = static_cast<uint32_t>(blocks), row_slabs = static_cast<uint32_t>(slabs);
+  PieceKernel<T, N>
+      <<<grid, kSlabThreads, 0, stream>>>(sorted, args.d, row_slabs, args.dy, partial, args.dtable);
+  CutRunKernel<N><<<grid, kSlabThreads, 0, stream>>>(sorted, args.d, row_slabs, partial, args.dtable);
   return cudaGetLastError();
 }
 
@@ -186,7 +218,8 @@ cudaError_t CudaEmbeddingForward(int64_t token_count, int64_t d, const int32_t* 
                                  cudaStream_t stream) {
   constexpr int kN = kVectorElements<T>;
   const bool fit = d % kN == 0 && Aligned(table) && Aligned(y);
-  return LaunchRows<kN, 2>(token_count, d, fit, GatherOp<T>{d, tokens, table, y}, stream);
+  return fit ? LaunchGather<T, kN>(token_count, d, tokens, table, y, stream)
+             : LaunchGather<T, 1>(token_count, d, tokens, table, y, stream);
 }
 
 int64_t CudaEmbeddingBackwardScratchBytes(int64_t token_count, int64_t d, int64_t vocab) {
@@ -210,8 +243,8 @@ cudaError_t CudaEmbeddingBackward(const CudaEmbeddingBackwardArgs<T>& args, cuda
                                                              token, static_cast<const int32_t*>(iota), place,
                                                              count, 0, TokenBits(args.vocab), stream);
   if (sorted != cudaSuccess) return sorted;
-  constexpr int kN = 4;  // of f32 rows; dy may be narrower
-  const bool fit = args.d % kVectorElements<T> == 0 && Aligned(args.dy) && Aligned(args.dtable);
+  constexpr int kN = kVectorElements<T>;
+  const bool fit = args.d % kN == 0 && Aligned(args.dy) && Aligned(args.dtable);
   const Sorted runs{count, token, place};
   return fit ? AddSorted<T, kN>(args, runs, partial, stream) : AddSorted<T, 1>(args, runs, partial, stream);
 }

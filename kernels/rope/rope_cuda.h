@@ -21,7 +21,8 @@ struct CudaRopeArgs {
   double theta = 10000;
   bool inverse = false;
 };
-// dim: even, at most 512.
+// dim: even, at most kCudaRopeMaxDim.
+inline constexpr int64_t kCudaRopeMaxDim = 512;
 template <typename T>
 cudaError_t CudaRope(const CudaRopeArgs<T>& args, cudaStream_t stream);
 
