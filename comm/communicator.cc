@@ -21,6 +21,15 @@ absl::Status WaitFor(absl::StatusOr<Request> request) {
 
 }  // namespace
 
+absl::Status RequestState::Wait() {
+  Backoff backoff;
+  while (true) {
+    ANNULUS_ASSIGN_OR_RETURN(const bool complete, Test());
+    if (complete) return absl::OkStatus();
+    backoff.Pause();
+  }
+}
+
 Request& Request::operator=(Request&& other) noexcept {
   if (this == &other) return *this;
   ANNULUS_CHECK(state_ == nullptr) << "an incomplete request is overwritten";
@@ -38,12 +47,10 @@ absl::StatusOr<bool> Request::Test() {
 }
 
 absl::Status Request::Wait() {
-  Backoff backoff;
-  while (true) {
-    ANNULUS_ASSIGN_OR_RETURN(const bool complete, Test());
-    if (complete) return absl::OkStatus();
-    backoff.Pause();
-  }
+  if (state_ == nullptr) return absl::OkStatus();
+  const absl::Status status = state_->Wait();
+  state_ = nullptr;
+  return status;
 }
 
 absl::Status Communicator::AllReduce(TensorRef data, ReduceOp op) {

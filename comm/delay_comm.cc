@@ -83,6 +83,7 @@ class DelayComm : public CommBackend {
     ANNULUS_ASSIGN_OR_RETURN(std::shared_ptr<DelayComm> group, Create(std::move(inner), delay_ns_));
     return std::shared_ptr<CommBackend>(std::move(group));
   }
+  std::shared_ptr<CommProgress> progress() const override { return inner_.progress(); }
 
  private:
   Communicator inner_, headers_;

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "annulus/comm/communicator.h"
+#include "progress.h"
 #include "reduce.h"
 
 namespace annulus {
@@ -146,7 +147,6 @@ void Group::Finish(Collective& collective) {
   }
   if (!collective.disagreement.ok()) return;
   const Side& first = *sides[0];
-  const DType dtype = first.in.dtype();
   switch (collective.call.kind) {
     case Kind::kBroadcast:
       for (const auto& side : sides)
@@ -165,10 +165,9 @@ void Group::Finish(Collective& collective) {
       break;
   }
   std::vector<char> sum(static_cast<size_t>(first.in.bytes()));
-  CopyInto(first.in, sum.data());
-  for (size_t r = 1; r < sides.size(); ++r) {
-    Accumulate(dtype, collective.call.op, sides[r]->in.raw(), first.in.elements(), sum.data());
-  }
+  std::vector<const void*> operands;
+  for (const auto& side : sides) operands.push_back(side->in.raw());
+  Reduce(first.in.dtype(), collective.call.op, operands, first.in.elements(), sum.data());
   int64_t offset = 0;
   for (const auto& side : sides) {
     const size_t bytes = static_cast<size_t>(side->out.bytes());
@@ -206,19 +205,28 @@ std::shared_ptr<Group> Group::Subgroup(int64_t sequence, int color, int members)
 
 class LoopbackRequest : public RequestState {
  public:
-  LoopbackRequest(std::shared_ptr<Group> group, std::shared_ptr<Side> side)
-      : group_(std::move(group)), side_(std::move(side)), posted_(Clock::now()) {}
-  absl::StatusOr<bool> Test() override { return group_->Test(*side_, posted_); }
+  LoopbackRequest(std::shared_ptr<Group> group, std::shared_ptr<CommProgress> progress,
+                  std::shared_ptr<Side> side)
+      : group_(std::move(group)),
+        progress_(std::move(progress)),
+        side_(std::move(side)),
+        posted_(Clock::now()) {}
+  absl::StatusOr<bool> Test() override {
+    progress_->Poll();
+    return group_->Test(*side_, posted_);
+  }
 
  private:
   std::shared_ptr<Group> group_;
+  std::shared_ptr<CommProgress> progress_;
   std::shared_ptr<Side> side_;
   Clock::time_point posted_;
 };
 
 class LoopbackComm : public CommBackend {
  public:
-  LoopbackComm(std::shared_ptr<Group> group, int rank) : group_(std::move(group)), rank_(rank) {}
+  LoopbackComm(std::shared_ptr<Group> group, int rank, std::shared_ptr<CommProgress> progress)
+      : group_(std::move(group)), progress_(std::move(progress)), rank_(rank) {}
 
   int rank() const override { return rank_; }
   int size() const override { return group_->size(); }
@@ -253,6 +261,7 @@ class LoopbackComm : public CommBackend {
     return Joined({.kind = Kind::kBroadcast, .root = root, .signature = signature}, data, data);
   }
   absl::StatusOr<std::shared_ptr<CommBackend>> Split(int color, int key) override;
+  std::shared_ptr<CommProgress> progress() const override { return progress_; }
 
  private:
   void CheckPeer(int peer, int tag) const {
@@ -261,13 +270,14 @@ class LoopbackComm : public CommBackend {
   }
   absl::StatusOr<Request> Started(absl::StatusOr<std::shared_ptr<Side>> side) {
     ANNULUS_RETURN_IF_ERROR(side.status());
-    return Request(std::make_unique<LoopbackRequest>(group_, *std::move(side)));
+    return Request(std::make_unique<LoopbackRequest>(group_, progress_, *std::move(side)));
   }
   absl::StatusOr<Request> Joined(const Call& call, ConstTensorRef in, TensorRef out) {
     return Started(group_->Join(sequence_++, rank_, call, in, out));
   }
 
   std::shared_ptr<Group> group_;
+  std::shared_ptr<CommProgress> progress_;  // of this rank's operations in all groups
   const int rank_;
   int64_t sequence_ = 0;  // collectives called so far
 };
@@ -287,7 +297,7 @@ absl::StatusOr<std::shared_ptr<CommBackend>> LoopbackComm::Split(int color, int 
   std::sort(members.begin(), members.end());
   const auto self = std::find(members.begin(), members.end(), std::make_pair(key, rank_));
   return std::make_shared<LoopbackComm>(group_->Subgroup(split, color, static_cast<int>(members.size())),
-                                        static_cast<int>(self - members.begin()));
+                                        static_cast<int>(self - members.begin()), progress_);
 }
 
 }  // namespace
@@ -296,7 +306,8 @@ std::vector<Communicator> MakeLoopbackGroup(int size, double timeout_seconds) {
   ANNULUS_CHECK(size >= 1) << "size " << size;
   const auto group = std::make_shared<Group>(size, timeout_seconds);
   std::vector<Communicator> comms;
-  for (int r = 0; r < size; ++r) comms.emplace_back(std::make_shared<LoopbackComm>(group, r));
+  for (int r = 0; r < size; ++r)
+    comms.emplace_back(std::make_shared<LoopbackComm>(group, r, std::make_shared<CommProgress>()));
   return comms;
 }
 

@@ -22,7 +22,7 @@ bool MpiFinalized() {
 
 class MpiRequest : public RequestState {
  public:
-  MpiRequest(std::shared_ptr<MpiProgress> progress) : progress_(std::move(progress)) {}
+  MpiRequest(std::shared_ptr<CommProgress> progress) : progress_(std::move(progress)) {}
   ~MpiRequest() override {
     for (MPI_Datatype& type : types_) MPI_Type_free(&type);
   }
@@ -36,7 +36,7 @@ class MpiRequest : public RequestState {
   }
 
  private:
-  const std::shared_ptr<MpiProgress> progress_;
+  const std::shared_ptr<CommProgress> progress_;
   MpiParts parts_;
   std::vector<MPI_Datatype> types_;
 };
@@ -66,7 +66,7 @@ class MpiGroup {
 class MpiComm : public CommBackend {
  public:
   static absl::StatusOr<std::shared_ptr<CommBackend>> Create(MPI_Comm comm,
-                                                             std::shared_ptr<MpiProgress> progress) {
+                                                             std::shared_ptr<CommProgress> progress) {
     std::shared_ptr<MpiComm> result(new MpiComm);
     ANNULUS_ASSIGN_OR_RETURN(result->group_, MpiGroup::Duplicate(comm));
     ANNULUS_ASSIGN_OR_RETURN(result->reductions_, MpiGroup::Duplicate(comm));
@@ -86,6 +86,7 @@ class MpiComm : public CommBackend {
   absl::StatusOr<Request> AllGather(ConstTensorRef in, TensorRef out) override;
   absl::StatusOr<Request> Broadcast(TensorRef data, int root) override;
   absl::StatusOr<std::shared_ptr<CommBackend>> Split(int color, int key) override;
+  std::shared_ptr<CommProgress> progress() const override { return progress_; }
 
  private:
   MpiComm() = default;
@@ -97,7 +98,7 @@ class MpiComm : public CommBackend {
 
   std::unique_ptr<MpiGroup> group_;       // messages of the caller, broadcasts, all-gathers
   std::unique_ptr<MpiGroup> reductions_;  // messages of reductions
-  std::shared_ptr<MpiProgress> progress_;
+  std::shared_ptr<CommProgress> progress_;
   int rank_ = 0, size_ = 1;
   int reduction_tag_ = 0;  // differs between reductions under way; the same on every rank
 };
@@ -221,7 +222,7 @@ MPI_Datatype MpiType(DType dtype) {
     case DType::kF64:
       return MPI_DOUBLE;
     case DType::kBF16:
-      return MPI_DATATYPE_NULL;  // MPI knows no such type
+      return MPI_UINT16_T;  // MPI only moves it
     case DType::kI32:
       return MPI_INT32_T;
     case DType::kI64:
@@ -230,14 +231,6 @@ MPI_Datatype MpiType(DType dtype) {
       return MPI_UINT8_T;
   }
   return MPI_DATATYPE_NULL;
-}
-
-void MpiProgress::Remove(MpiOperation* operation) {
-  operations_.erase(std::remove(operations_.begin(), operations_.end(), operation), operations_.end());
-}
-
-void MpiProgress::Poll() {
-  for (MpiOperation* operation : operations_) operation->Advance();
 }
 
 absl::Status MpiParts::Send(const void* data, DType dtype, int64_t elements, int peer, int tag,
@@ -297,7 +290,7 @@ absl::StatusOr<MpiSession> MpiSession::Start(int* argc, char*** argv) {
   }
   ANNULUS_MPI(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN));
   ANNULUS_ASSIGN_OR_RETURN(std::shared_ptr<CommBackend> world,
-                           MpiComm::Create(MPI_COMM_WORLD, std::make_shared<MpiProgress>()));
+                           MpiComm::Create(MPI_COMM_WORLD, std::make_shared<CommProgress>()));
   session.world_ = Communicator(std::move(world));
   return session;
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "annulus/comm/communicator.h"
+#include "progress.h"
 
 namespace annulus {
 
@@ -24,25 +25,6 @@ MPI_Datatype MpiType(DType dtype);
 // MPI counts are int: larger tensors travel in pieces of this many elements (16 Mi, 64 MiB of f32, so that
 // the cost of a piece is its bytes).
 inline constexpr int64_t kPieceElements = int64_t{1} << 24;
-
-// An operation of this process that needs polling to make progress: MPI moves it only in parts.
-class MpiOperation {
- public:
-  virtual ~MpiOperation() = default;
-  virtual void Advance() = 0;  // never blocks; keeps its own errors
-};
-
-// All operations under way. Testing any request advances every one, as MPI does for its own: a rank that
-// waits for one operation must not hold up a peer that waits for another.
-class MpiProgress {
- public:
-  void Add(MpiOperation* operation) { operations_.push_back(operation); }
-  void Remove(MpiOperation* operation);
-  void Poll();
-
- private:
-  std::vector<MpiOperation*> operations_;
-};
 
 // Complete when all of `parts` are. Each part that receives says how many elements it expects.
 class MpiParts {
@@ -80,6 +62,6 @@ struct MpiReduction {
   void* gathered;                // all parts, or null for a reduce-scatter
 };
 std::unique_ptr<RequestState> StartReduction(const MpiReduction& reduction,
-                                             std::shared_ptr<MpiProgress> progress);
+                                             std::shared_ptr<CommProgress> progress);
 
 }  // namespace annulus

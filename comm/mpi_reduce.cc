@@ -17,9 +17,9 @@ constexpr int64_t kSegmentElements = int64_t{1} << 18;
 // While one segment is added up the next is on its way.
 constexpr int64_t kSegmentsInFlight = 2;
 
-class OrderedReduction : public RequestState, public MpiOperation {
+class OrderedReduction : public RequestState, public PolledOperation {
  public:
-  OrderedReduction(const MpiReduction& reduction, std::shared_ptr<MpiProgress> progress)
+  OrderedReduction(const MpiReduction& reduction, std::shared_ptr<CommProgress> progress)
       : r_(reduction), progress_(std::move(progress)) {
     MPI_Comm_rank(r_.comm, &rank_);
     MPI_Comm_size(r_.comm, &size_);
@@ -51,7 +51,7 @@ class OrderedReduction : public RequestState, public MpiOperation {
   struct InFlight {
     MpiParts parts;
     std::vector<char>
-        contributions;  // [size * segment], by rank; this rank's own is not used unless it is rank 0
+        contributions;  // [size * segment], by rank; this rank's own is not used
   };
 
   int64_t PartElements(int p) const {
@@ -101,16 +101,11 @@ class OrderedReduction : public RequestState, public MpiOperation {
   }
 
   void ReduceSegment(int64_t segment) {
-    const int64_t elements = SegmentSize(rank_, segment);
-    if (elements == 0) return;
-    const size_t bytes = static_cast<size_t>(elements * SizeOf(r_.dtype));
-    char* sum = ContributionOf(0, segment);
-    const char* own = Contribution(rank_, segment);
-    if (rank_ == 0) std::memcpy(sum, own, bytes);
-    for (int p = 1; p < size_; ++p) {
-      Accumulate(r_.dtype, r_.op, p == rank_ ? own : ContributionOf(p, segment), elements, sum);
-    }
-    std::memcpy(static_cast<char*>(r_.out) + segment * segment_elements_ * SizeOf(r_.dtype), sum, bytes);
+    std::vector<const void*> operands;
+    for (int p = 0; p < size_; ++p)
+      operands.push_back(p == rank_ ? Contribution(rank_, segment) : ContributionOf(p, segment));
+    Reduce(r_.dtype, r_.op, operands, SegmentSize(rank_, segment),
+           static_cast<char*>(r_.out) + segment * segment_elements_ * SizeOf(r_.dtype));
   }
 
   absl::Status StartGather() {
@@ -124,7 +119,7 @@ class OrderedReduction : public RequestState, public MpiOperation {
   }
 
   const MpiReduction r_;
-  const std::shared_ptr<MpiProgress> progress_;
+  const std::shared_ptr<CommProgress> progress_;
   int rank_ = 0, size_ = 1;
   int64_t segment_elements_ = 0, segments_ = 0, started_ = 0, reduced_ = 0;
   std::array<InFlight, kSegmentsInFlight> in_flight_;
@@ -136,7 +131,7 @@ class OrderedReduction : public RequestState, public MpiOperation {
 }  // namespace
 
 std::unique_ptr<RequestState> StartReduction(const MpiReduction& reduction,
-                                             std::shared_ptr<MpiProgress> progress) {
+                                             std::shared_ptr<CommProgress> progress) {
   return std::make_unique<OrderedReduction>(reduction, std::move(progress));
 }
 

@@ -32,4 +32,11 @@ absl::StatusOr<ProcessMesh> ProcessMesh::Create(const MeshShape& shape, Communic
   return mesh;
 }
 
+absl::Status ProcessMesh::UseGpu(GpuLink link, Context& ctx) {
+  ANNULUS_ASSIGN_OR_RETURN(dp, WithGpu(dp, link, ctx, "collectives dp"));
+  ANNULUS_ASSIGN_OR_RETURN(cp, WithGpu(cp, link, ctx, "collectives cp"));
+  ANNULUS_ASSIGN_OR_RETURN(dp_cp, WithGpu(dp_cp, link, ctx, "collectives dp_cp"));
+  return absl::OkStatus();
+}
+
 }  // namespace annulus

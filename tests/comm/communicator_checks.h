@@ -5,9 +5,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <numeric>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "annulus/base/random.h"
@@ -21,6 +23,25 @@ TensorRef RefOf(std::vector<T>& values) {
   return TensorRef(values.data(), DTypeOf<T>(), Device{}, Shape{static_cast<int64_t>(values.size())});
 }
 
+template <typename T>
+T FromInteger(uint64_t value) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return ToBFloat16(static_cast<float>(value));
+  else
+    return static_cast<T>(value);
+}
+
+// Of integers that T holds.
+template <typename T>
+T Combined(ReduceOp op, T a, T b) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return ToBFloat16(Combined(op, ToFloat(a), ToFloat(b)));
+  else
+    return op == ReduceOp::kSum   ? static_cast<T>(a + b)
+           : op == ReduceOp::kMax ? std::max(a, b)
+                                  : std::min(a, b);
+}
+
 // Small integers that depend on (seed, rank, index).
 template <typename T>
 std::vector<T> Integers(int rank, int64_t elements, uint64_t seed) {
@@ -28,7 +49,7 @@ std::vector<T> Integers(int rank, int64_t elements, uint64_t seed) {
   for (size_t i = 0; i < values.size(); ++i) {
     const uint64_t mixed =
         (i + 1) * 0x9e3779b97f4a7c15u + (seed + 7 * static_cast<uint64_t>(rank)) * 0xbf58476d1ce4e5b9u;
-    values[i] = static_cast<T>((mixed >> 40) % 7);
+    values[i] = FromInteger<T>((mixed >> 40) % 7);
   }
   return values;
 }
@@ -39,12 +60,7 @@ void CheckAllReduce(Communicator comm, int64_t elements) {
     std::vector<T> expected = Integers<T>(0, elements, 1);
     for (int r = 1; r < comm.size(); ++r) {
       const std::vector<T> theirs = Integers<T>(r, elements, 1);
-      for (size_t i = 0; i < expected.size(); ++i) {
-        const T a = expected[i], b = theirs[i];
-        expected[i] = op == ReduceOp::kSum   ? static_cast<T>(a + b)
-                      : op == ReduceOp::kMax ? std::max(a, b)
-                                             : std::min(a, b);
-      }
+      for (size_t i = 0; i < expected.size(); ++i) expected[i] = Combined(op, expected[i], theirs[i]);
     }
     std::vector<T> values = Integers<T>(comm.rank(), elements, 1);
     ASSERT_TRUE(comm.AllReduce(RefOf(values), op).ok());
@@ -54,11 +70,12 @@ void CheckAllReduce(Communicator comm, int64_t elements) {
 
 template <typename T>
 void CheckReduceScatter(Communicator comm, int64_t part) {
-  std::vector<T> expected(static_cast<size_t>(part));
+  std::vector<T> expected(static_cast<size_t>(part), FromInteger<T>(0));
   for (int r = 0; r < comm.size(); ++r) {
     const std::vector<T> theirs = Integers<T>(r, part * comm.size(), 2);
     for (size_t i = 0; i < expected.size(); ++i) {
-      expected[i] = static_cast<T>(expected[i] + theirs[static_cast<size_t>(part * comm.rank()) + i]);
+      expected[i] =
+          Combined(ReduceOp::kSum, expected[i], theirs[static_cast<size_t>(part * comm.rank()) + i]);
     }
   }
   std::vector<T> in = Integers<T>(comm.rank(), part * comm.size(), 2), out(static_cast<size_t>(part));
@@ -91,6 +108,14 @@ void CheckBroadcast(Communicator comm, int64_t elements) {
     ASSERT_TRUE(comm.Broadcast(RefOf(values), root).ok());
     EXPECT_EQ(values, Integers<T>(root, elements, 4)) << elements << " elements from " << root;
   }
+}
+
+// bf16 sums are rounded once: 256 + 1 + 1 is 258, though 256 + 1 rounds to 256.
+inline void CheckSumRounding(Communicator comm) {
+  std::vector<BFloat16> values(3, ToBFloat16(comm.rank() == 0 ? 256.0f : 1.0f));
+  const BFloat16 expected = ToBFloat16(256.0f + static_cast<float>(comm.size() - 1));
+  ASSERT_TRUE(comm.AllReduce(RefOf(values), ReduceOp::kSum).ok());
+  EXPECT_EQ(values, std::vector<BFloat16>(values.size(), expected));
 }
 
 template <typename T>
@@ -249,14 +274,20 @@ inline void CheckSplit(Communicator comm) {
   EXPECT_EQ(alone->AllReduceValue(comm.rank(), ReduceOp::kSum).value(), comm.rank());
 }
 
-inline void CheckCommunicator(Communicator comm) {
+inline void CheckEveryDType(Communicator comm) {
   CheckCollectives<float>(comm);
   CheckCollectives<double>(comm);
+  CheckCollectives<BFloat16>(comm);
   CheckCollectives<int32_t>(comm);
   CheckCollectives<int64_t>(comm);
   CheckCollectives<uint8_t>(comm);
+}
+
+inline void CheckCommunicator(Communicator comm) {
+  CheckEveryDType(comm);
   CheckAdjoints(comm);
   CheckSumOrder(comm);
+  CheckSumRounding(comm);
   CheckMessages(comm);
   CheckBackground(comm);
   CheckAgreeOk(comm);

@@ -1,5 +1,7 @@
 // ranks: 1 2 3 4
+#include "../../comm/staged_comm.h"
 #include "comm/communicator_checks.h"
+#include "comm/communicator_through_device.h"
 #include "support/mpi_main.h"
 
 namespace annulus {
@@ -7,6 +9,15 @@ namespace {
 
 TEST(Mpi, Communicates) { testing::CheckCommunicator(testing::World()); }
 TEST(Mpi, Delays) { testing::CheckDelay(testing::World()); }
+
+// Device tensors through the host, on a context of the CPU; most tensors take several pieces.
+TEST(Mpi, Stages) {
+  Context ctx(Device{});
+  const Communicator staged = MakeStagedComm(testing::World(), ctx, "staged", 10000).value();
+  testing::CheckCommunicator(
+      Communicator(std::make_shared<testing::ThroughDevice>(testing::World(), staged, ctx)));
+  testing::CheckHostWaitsAdvance(testing::World(), staged, ctx);
+}
 
 // Several segments of a reduction, the last of them partly filled.
 TEST(Mpi, ReducesInSegments) {

@@ -23,6 +23,7 @@ class RequestState {
  public:
   virtual ~RequestState() = default;
   virtual absl::StatusOr<bool> Test() = 0;  // true once complete; never blocks
+  virtual absl::Status Wait();              // polls Test, yielding the core
 };
 
 // An operation under way. Destroying an incomplete one aborts the job: its memory would be reused.
@@ -36,12 +37,16 @@ class Request {
   ~Request();
 
   absl::StatusOr<bool> Test();  // true once complete
-  absl::Status Wait();          // polls, yielding the core
+  // Returns once the result may be used: on GPUs once the stream, not the host, waits for it
+  // (gpu_communicator.h).
+  absl::Status Wait();
   bool done() const { return state_ == nullptr; }
 
  private:
   std::unique_ptr<RequestState> state_;
 };
+
+class CommProgress;
 
 class CommBackend {
  public:
@@ -55,6 +60,12 @@ class CommBackend {
   virtual absl::StatusOr<Request> AllGather(ConstTensorRef in, TensorRef out) = 0;
   virtual absl::StatusOr<Request> Broadcast(TensorRef data, int root) = 0;
   virtual absl::StatusOr<std::shared_ptr<CommBackend>> Split(int color, int key) = 0;
+  // What every Test of this group advances; null if its operations need no polling.
+  virtual std::shared_ptr<CommProgress> progress() const { return nullptr; }
+  // For a watchdog, from any thread: an error that showed after the call that caused it; and giving up all
+  // that is under way, so that a stuck device lets go. Nothing else may be called afterwards.
+  virtual absl::Status Health() { return absl::OkStatus(); }
+  virtual void Abort() {}
 };
 
 class Communicator {
@@ -107,6 +118,10 @@ class Communicator {
 
   // Ranks with equal color (>= 0) form a group, ordered by key, then by rank.
   absl::StatusOr<Communicator> Split(int color, int key);
+
+  std::shared_ptr<CommProgress> progress() const { return backend_->progress(); }
+  absl::Status Health() const { return backend_->Health(); }
+  void Abort() { backend_->Abort(); }
 
  private:
   std::shared_ptr<CommBackend> backend_;

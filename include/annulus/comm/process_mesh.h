@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "annulus/comm/communicator.h"
+#include "annulus/comm/gpu_communicator.h"
 
 namespace annulus {
 
@@ -32,6 +32,10 @@ struct ProcessMesh {
 
   // InvalidArgument if shape.world() is not world.size().
   static absl::StatusOr<ProcessMesh> Create(const MeshShape& shape, Communicator world);
+
+  // Makes dp, cp and dp_cp take tensors on ctx.device as well (gpu_communicator.h); world stays on hosts.
+  // Collective, once. `ctx` must outlive the mesh.
+  absl::Status UseGpu(GpuLink link, Context& ctx);
 };
 
 }  // namespace annulus

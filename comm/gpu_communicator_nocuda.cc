@@ -1,0 +1,10 @@
+#include "annulus/comm/gpu_communicator.h"
+
+namespace annulus {
+
+absl::StatusOr<Communicator> WithGpu(Communicator, GpuLink link, Context&, std::string) {
+  return absl::UnimplementedError(
+      absl::StrCat("GPU communicator by ", Name(link), ": this build has no CUDA"));
+}
+
+}  // namespace annulus
