@@ -7,4 +7,6 @@ absl::StatusOr<Communicator> WithGpu(Communicator, GpuLink link, Context&, std::
       absl::StrCat("GPU communicator by ", Name(link), ": this build has no CUDA"));
 }
 
+std::string NcclVersion() { return "none"; }
+
 }  // namespace annulus

@@ -283,4 +283,10 @@ absl::StatusOr<Communicator> MakeNcclComm(Communicator host, Context& ctx, std::
   return Communicator(std::move(backend));
 }
 
+std::string NcclVersion() {
+  int version = 0;
+  if (ncclGetVersion(&version) != ncclSuccess) return "NCCL of unknown version";
+  return absl::StrCat("NCCL ", version / 10000, ".", version / 100 % 100, ".", version % 100);
+}
+
 }  // namespace annulus

@@ -58,5 +58,6 @@ Command CheckCommand();
 Command PlanCommand();
 Command SampleCommand();
 Command DoctorCommand();
+Command BenchCommand();
 
 }  // namespace annulus

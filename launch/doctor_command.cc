@@ -10,10 +10,13 @@
 
 #include "absl/base/config.h"
 #include "absl/strings/match.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "annulus/base/file.h"
-#include "annulus/comm/communicator.h"
+#include "annulus/comm/gpu_communicator.h"
+#include "annulus/device/gpu.h"
+#include "annulus/ops/attention.h"
 #include "annulus/train/config.h"
 #include "commands.h"
 
@@ -72,6 +75,21 @@ bool CheckMpirun() {
   return fits;
 }
 
+// No GPU is needed; what is there is only reported.
+void DescribeGpus() {
+  Item("cuda", CudaVersion());
+  Item("nccl", NcclVersion());
+  Item("cudnn", CudnnVersion());
+  if (GpuCount() == 0) Item("gpu", absl::StrCat("none, training is on CPUs: ", WhyNoGpu()));
+  for (int i = 0; i < GpuCount(); ++i) {
+    const absl::StatusOr<GpuInfo> gpu = DescribeGpu(i);
+    Item("gpu", gpu.ok() ? absl::StrFormat("%d: %s, %.1f GiB, compute capability %d.%d", i, gpu->name,
+                                           static_cast<double>(gpu->memory_bytes) / (int64_t{1} << 30),
+                                           gpu->compute_major, gpu->compute_minor)
+                         : std::string(gpu.status().message()));
+  }
+}
+
 absl::Status Run(const Arguments&, const std::string&) {
   int missing = 0;
   utsname system{};
@@ -88,12 +106,7 @@ absl::Status Run(const Arguments&, const std::string&) {
        absl::StrCat(openblas_get_config(), "; core ", openblas_get_corename(), "; ",
                     openblas_get_num_threads(), " threads (launch/mpirun sets OPENBLAS_NUM_THREADS=1)"));
   if (!CheckMpirun()) ++missing;
-  // The CPU program needs no GPU; what is there is only reported.
-  if (Exists("/proc/driver/nvidia/version")) {
-    Item("gpu", "NVIDIA driver found; this build computes on CPUs only (the CUDA side is planned)");
-  } else {
-    Item("gpu", "none found; not needed: this build computes on CPUs");
-  }
+  DescribeGpus();
   char directory[4096] = {};
   const bool writable = getcwd(directory, sizeof(directory)) != nullptr && access(directory, W_OK) == 0;
   Item("directory",

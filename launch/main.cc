@@ -11,7 +11,7 @@ namespace annulus {
 namespace {
 
 std::vector<Command> Commands() {
-  return {TrainCommand(), CheckCommand(), PlanCommand(), SampleCommand(), DoctorCommand()};
+  return {TrainCommand(), CheckCommand(), PlanCommand(), SampleCommand(), DoctorCommand(), BenchCommand()};
 }
 
 bool IsHelp(const std::string& arg) { return arg == "--help" || arg == "-h"; }

@@ -8,8 +8,10 @@
 #include "absl/strings/str_format.h"
 #include "annulus/base/file.h"
 #include "annulus/model/cost.h"
+#include "annulus/parallel/attend_calls.h"
 #include "annulus/parallel/mask.h"
 #include "annulus/train/config.h"
+#include "annulus/train/placement.h"
 #include "annulus/train/report.h"
 #include "annulus/train/trainer.h"
 #include "commands.h"
@@ -30,7 +32,29 @@ struct LayerPlan {
   ExchangePlan plan;
   Simulation simulation;
   std::vector<int64_t> bytes;  // sent per rank
+  std::map<std::string, int64_t> kernels;  // calls of each, over all ranks
 };
+
+// "cudnn (causal block)"
+std::string KernelFor(const RunSpec& spec, MaskShape shape) {
+  const AttentionKernel kernel = ChooseAttentionKernel(
+      {.device = spec.device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu,
+       .dtype = DTypeOf(spec.compute),
+       .dim = spec.model.head_dim,
+       .v_dim = spec.model.head_dim,
+       .mask_shape = shape,
+       .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff});
+  const char* block = shape == MaskShape::kFull ? "full" : shape == MaskShape::kCausal ? "causal" : "masked";
+  return absl::StrCat(Name(kernel), " (", block, " blocks)");
+}
+
+std::string KernelsText(const LayerPlan& layer) {
+  std::string text;
+  for (const auto& [name, calls] : layer.kernels) {
+    absl::StrAppend(&text, text.empty() ? "" : ", ", calls, " x ", name);
+  }
+  return text;
+}
 
 // Sequences without documents: documents differ in every batch and only remove work.
 LayerPlan MakeLayerPlan(const RunSpec& spec, const Machine& machine, int64_t window, Pass pass) {
@@ -39,22 +63,29 @@ LayerPlan MakeLayerPlan(const RunSpec& spec, const Machine& machine, int64_t win
   LayerPlan result;
   result.plan = BuildKvRing(MakeExchangeProblem(layout, sequences, window), pass);
   const double batch = static_cast<double>(spec.optim.micro_batch);
-  const double element_bytes = spec.compute == ComputeType::kF64 ? 8 : 4;
+  const DType dtype = DTypeOf(spec.compute);
   // A pair costs 4 head_dim FLOPs a head forward (scores, values), 2.5 times that backward (five products).
   const double pair_flops = 4.0 * static_cast<double>(spec.model.heads * spec.model.head_dim) *
                             (pass == Pass::kForward ? 1.0 : 2.5);
-  const double row_bytes =
-      batch * 2.0 * static_cast<double>(spec.model.kv_heads * spec.model.head_dim) * element_bytes;
+  const double row_elements = batch * 2.0 * static_cast<double>(spec.model.kv_heads * spec.model.head_dim);
+  const double kv_row_bytes = row_elements * static_cast<double>(SizeOf(dtype));
+  const double grad_row_bytes = row_elements * static_cast<double>(SizeOf(AccumOf(dtype)));
   result.simulation =
       Simulate(result.plan, {.seconds_per_pair = batch * pair_flops / (machine.rank_gflops * 1e9),
-                             .kv_row_bytes = row_bytes,
-                             .grad_row_bytes = row_bytes,
+                             .kv_row_bytes = kv_row_bytes,
+                             .grad_row_bytes = grad_row_bytes,
                              .bytes_per_second = machine.link_gbps * 1e9,
                              .message_seconds = machine.latency_us * 1e-6,
                              .reduce_bytes_per_second = machine.link_gbps * 1e9});
   for (int cp_rank = 0; cp_rank < spec.parallel.cp; ++cp_rank) {
-    result.bytes.push_back(
-        BytesSent(result.plan, cp_rank, static_cast<int64_t>(row_bytes), static_cast<int64_t>(row_bytes)));
+    result.bytes.push_back(BytesSent(result.plan, cp_rank, static_cast<int64_t>(kv_row_bytes),
+                                     static_cast<int64_t>(grad_row_bytes)));
+    const BoundsTable bounds = LocalBounds(layout, sequences, window, cp_rank);
+    for (const Step& step : result.plan.ranks[static_cast<size_t>(cp_rank)].steps) {
+      for (const AttendCall& call : CallsOf(layout, result.plan.problem, step, bounds, 1)) {
+        ++result.kernels[KernelFor(spec, call.shape)];
+      }
+    }
   }
   return result;
 }
@@ -105,6 +136,7 @@ std::string Json(const RunSpec& spec, const Machine& machine, const std::vector<
                                 {"plan", layer.plan.name},
                                 {"hash", HashOf(layer.plan)},
                                 {"bytes_sent_per_rank", layer.bytes},
+                                {"kernel_calls", layer.kernels},
                                 {"predicted_seconds", layer.simulation.makespan},
                                 {"predicted_exposed_seconds", layer.simulation.exposed}});
   }
@@ -141,8 +173,18 @@ void Print(const RunSpec& spec, const Machine& machine, const std::vector<LayerP
         "which exposed exchange %.3g ms\n",
         layer.layers.size(), window.c_str(), PassName(layer.plan.pass), bytes(Largest(layer.bytes)).c_str(),
         layer.simulation.makespan * 1e3, Largest(layer.simulation.exposed) * 1e3);
+    std::printf("kernel calls of all ranks: %s\n", KernelsText(layer).c_str());
     std::printf("%s", Timeline(layer.plan, layer.simulation).c_str());
   }
+}
+
+// A plan for GPUs can be made where there are none.
+absl::Status PlanDevice(RunSpec* spec) {
+  const bool gpu = spec->device == DeviceChoice::kCuda || spec->compute == ComputeType::kBF16;
+  if (!gpu) return ResolveDevice(spec);
+  spec->device = DeviceChoice::kCuda;
+  if (spec->compute == ComputeType::kAuto) spec->compute = ComputeType::kBF16;
+  return absl::OkStatus();
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
@@ -155,6 +197,7 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
                            arguments.PositiveNumber("--rank_gflops", machine.rank_gflops));
   ANNULUS_ASSIGN_OR_RETURN(machine.link_gbps, arguments.PositiveNumber("--link_gbps", machine.link_gbps));
   ANNULUS_ASSIGN_OR_RETURN(machine.latency_us, arguments.PositiveNumber("--latency_us", machine.latency_us));
+  ANNULUS_RETURN_IF_ERROR(PlanDevice(&config.spec));
   // Without --world and parallel.dp the smallest world that the configuration asks for.
   config.spec.parallel.dp = std::max<int64_t>(1, config.spec.parallel.dp);
   const std::vector<LayerPlan> plans = PlansOf(config.spec, machine);

@@ -31,9 +31,12 @@ absl::Status Run(
       const ResolvedConfig config,
       LoadConfig(checkpoint.path() + "/manifest.json: config", checkpoint.meta().config, {}));
   const RunSpec& spec = config.spec;
-  ParamStore params(Device{}, DTypeOf(spec.compute), BuildParamTable(spec.model), 1);
+  // Text comes byte by byte, which a CPU does as well.
+  Context ctx{Device{}};
+  const DType dtype = spec.compute == ComputeType::kF64 ? DType::kF64 : DType::kF32;
+  ParamStore params(Device{}, dtype, BuildParamTable(spec.model), 1);
   ANNULUS_RETURN_IF_ERROR(
-      RestoreParameters(params, [&](absl::string_view name) { return checkpoint.Find(name); }));
+      RestoreParameters(ctx, params, [&](absl::string_view name) { return checkpoint.Find(name); }));
 
   SampleSpec sample = spec.sample;
   sample.prompt = arguments.Last("--prompt", "");

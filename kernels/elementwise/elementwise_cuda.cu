@@ -1,6 +1,5 @@
 // Floors, bytes per element: cast 6 (f32 and bf16), add f32 += bf16 10, scale 2 sizes, sum of squares 1 size.
 
-#include <math_constants.h>
 
 #include "kernels/common/rows.cuh"
 #include "kernels/elementwise/elementwise_cuda.h"
@@ -154,7 +153,7 @@ __global__ void ClipFactorKernel(const double* stats, int64_t count, double max_
   if (threadIdx.x != 0) return;
   const double norm = sqrt(stats[0]);
   const double clipped = max_norm == 0 || norm <= max_norm ? 1.0 : max_norm / norm;
-  *factor = finite ? clipped : CUDART_NAN;
+  *factor = finite ? clipped : nan("");
 }
 
 }  // namespace

@@ -168,9 +168,15 @@ void BindParallel(const Section& parallel, ParallelSpec* out) {
                              {"ZIGZAG", LayoutKind::kZigzag},
                              {"STRIPED", LayoutKind::kStriped}},
                             &out->layout);
-  parallel.Child("exchange")
-      .Enum<ExchangeKind>("plan", {{"AUTO", ExchangeKind::kAuto}, {"KV_RING", ExchangeKind::kKvRing}},
-                          &out->exchange);
+  const Section exchange = parallel.Child("exchange");
+  exchange.Enum<ExchangeKind>("plan", {{"AUTO", ExchangeKind::kAuto}, {"KV_RING", ExchangeKind::kKvRing}},
+                              &out->exchange);
+  exchange.Enum<TransportChoice>("transport",
+                                 {{"BEST", TransportChoice::kBest},
+                                  {"HOST", TransportChoice::kHost},
+                                  {"NCCL", TransportChoice::kNccl},
+                                  {"COPY_ENGINE", TransportChoice::kCopyEngine}},
+                                 &out->transport);
 }
 
 void BindSchedule(const Section& schedule, ScheduleSpec* out) {
@@ -273,7 +279,19 @@ RunSpec Bind(Run* run, Provenance* provenance) {
   const Section root(run, "", provenance);
   BindName(root, &spec.name);
   root.Seed("seed", &spec.seed);
-  root.Enum<ComputeType>("compute", {{"F32", ComputeType::kF32}, {"F64", ComputeType::kF64}}, &spec.compute);
+  spec.compute = ComputeType::kAuto;
+  root.Enum<ComputeType>("compute",
+                         {{"F32", ComputeType::kF32},
+                          {"F64", ComputeType::kF64},
+                          {"BF16", ComputeType::kBF16},
+                          {"AUTO_COMPUTE", ComputeType::kAuto}},
+                         &spec.compute);
+  spec.device = DeviceChoice::kAuto;
+  root.Enum<DeviceChoice>(
+      "device", {{"AUTO", DeviceChoice::kAuto}, {"CPU", DeviceChoice::kCpu}, {"CUDA", DeviceChoice::kCuda}},
+      &spec.device);
+  root.Bool("deterministic", &spec.deterministic);
+  root.Real("step_deadline_seconds", Presence::kOptional, kNotNegative, &spec.step_deadline_seconds);
   root.Enum<annulus::Recompute>("recompute",
                                 {{"NONE", annulus::Recompute::kNone},
                                  {"ATTENTION_OUTPUT", annulus::Recompute::kAttentionOutput},

@@ -56,6 +56,15 @@ void CheckData(const RunSpec& spec, std::vector<std::string>* findings) {
   check_starts(data.validation, "validation");
 }
 
+void CheckDevice(const RunSpec& spec, std::vector<std::string>* findings) {
+  if (spec.compute == ComputeType::kF64 && spec.device == DeviceChoice::kCuda) {
+    findings->push_back("compute=F64: expected F32 or BF16 with device=CUDA (nearest valid value F32)");
+  }
+  if (spec.compute == ComputeType::kBF16 && spec.device == DeviceChoice::kCpu) {
+    findings->push_back("compute=BF16: expected F32 or F64 with device=CPU (nearest valid value F32)");
+  }
+}
+
 void CheckBatch(const RunSpec& spec, int64_t dp, std::vector<std::string>* findings) {
   const OptimSpec& optim = spec.optim;
   if (dp < 1 || optim.micro_batch < 1) return;  // refused on their own
@@ -98,6 +107,7 @@ std::vector<std::string> CheckRun(const RunSpec& spec, std::optional<int64_t> wo
   if (const absl::Status model = Validate(spec.model); !model.ok()) {
     findings = absl::StrSplit(model.message(), '\n');
   }
+  CheckDevice(spec, &findings);
   CheckData(spec, &findings);
   CheckSchedule(spec.optim, &findings);
   if (spec.sample.tokens > 0 && spec.model.vocab_size > 0 && spec.model.vocab_size < 256) {

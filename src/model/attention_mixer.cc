@@ -20,8 +20,8 @@ class AttentionMixer : public SequenceMixer {
   AttentionMixer(const ModelSpec& spec, size_t layer, Recompute recompute, const ParamStore& params)
       : recompute_(recompute),
         rope_theta_(spec.layers[layer].rope_theta),
-        heads_(spec.heads),
-        shape_{.kv_heads = spec.kv_heads,
+        shape_{.heads = spec.heads,
+               .kv_heads = spec.kv_heads,
                .head_dim = spec.head_dim,
                .v_head_dim = spec.head_dim,
                .window = spec.layers[layer].window,
@@ -59,11 +59,11 @@ class AttentionMixer : public SequenceMixer {
     ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dy, wo_, Write::kOverwrite, dout));
     ANNULUS_RETURN_IF_ERROR(LinearBackwardWeight(ctx, dy, now.out, dwo_));
 
-    const TensorRef dq = ctx.scratch.AllocateZeroed(AccumOf(x.dtype()), now.q.shape());
-    const TensorRef dkv = ctx.scratch.Allocate(AccumOf(x.dtype()), now.kv.shape());
+    const TensorRef dq = ctx.scratch.Allocate(x.dtype(), now.q.shape());
+    const TensorRef dkv = ctx.scratch.Allocate(x.dtype(), now.kv.shape());
     ANNULUS_RETURN_IF_ERROR(ContextAttentionBackward(
-        ctx, step.geometry, shape_, QHeads(now.q), now.kv,
-        {.out = QHeads(now.out), .dout = QHeads(dout), .lse = now.lse, .dq = QHeads(dq), .dkv = dkv},
+        ctx, step.geometry, shape_,
+        {.q = now.q, .kv = now.kv, .out = now.out, .lse = now.lse, .dout = dout, .dq = dq, .dkv = dkv},
         &step.stats));
     ANNULUS_RETURN_IF_ERROR(ApplyRope(ctx, step, RopeDirection::kInverse, dq, dkv));
 
@@ -76,18 +76,16 @@ class AttentionMixer : public SequenceMixer {
  private:
   struct Activations {
     TensorRef q, kv;     // after RoPE
-    TensorRef out, lse;  // accumulator dtype
+    TensorRef out, lse;  // lse in the accumulator dtype
   };
 
-  HeadsRef QHeads(TensorRef t) const { return HeadsOf(t, 0, heads_, shape_.head_dim); }
-
   void AllocateProjections(Arena& arena, ConstTensorRef x, Activations* to) const {
-    to->q = arena.Allocate(x.dtype(), {x.dim(0), x.dim(1), heads_ * shape_.head_dim});
+    to->q = arena.Allocate(x.dtype(), {x.dim(0), x.dim(1), shape_.heads * shape_.head_dim});
     to->kv = arena.Allocate(x.dtype(), {x.dim(0), x.dim(1), KvColumns()});
   }
   void AllocateOutput(Arena& arena, ConstTensorRef x, Activations* to) const {
-    to->out = arena.Allocate(AccumOf(x.dtype()), {x.dim(0), x.dim(1), heads_ * shape_.head_dim});
-    to->lse = arena.Allocate(AccumOf(x.dtype()), {x.dim(0), x.dim(1), heads_});
+    to->out = arena.Allocate(x.dtype(), {x.dim(0), x.dim(1), shape_.heads * shape_.v_head_dim});
+    to->lse = arena.Allocate(AccumOf(x.dtype()), {x.dim(0), x.dim(1), shape_.heads});
   }
   // What was kept, with scratch memory in place of what was not.
   Activations WithScratch(Context& ctx, ConstTensorRef x) const {
@@ -101,8 +99,9 @@ class AttentionMixer : public SequenceMixer {
   absl::Status ApplyRope(Context& ctx, ModelStep& step, RopeDirection direction, TensorRef q,
                          TensorRef kv) const {
     if (!rope_theta_.has_value()) return absl::OkStatus();
-    const auto positions = step.geometry.positions();
-    ANNULUS_RETURN_IF_ERROR(Rope(ctx, positions, *rope_theta_, direction, QHeads(q)));
+    ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef positions, step.geometry.Positions(ctx));
+    ANNULUS_RETURN_IF_ERROR(
+        Rope(ctx, positions, *rope_theta_, direction, HeadsOf(q, 0, shape_.heads, shape_.head_dim)));
     return Rope(ctx, positions, *rope_theta_, direction, HeadsOf(kv, 0, shape_.kv_heads, shape_.head_dim));
   }
 
@@ -113,13 +112,12 @@ class AttentionMixer : public SequenceMixer {
   }
 
   absl::Status Attend(Context& ctx, ModelStep& step, const Activations& to) const {
-    return ContextAttentionForward(ctx, step.geometry, shape_, QHeads(to.q), to.kv,
-                                   {.out = QHeads(to.out), .lse = to.lse}, &step.stats);
+    return ContextAttentionForward(ctx, step.geometry, shape_,
+                                   {.q = to.q, .kv = to.kv, .out = to.out, .lse = to.lse}, &step.stats);
   }
 
   Recompute recompute_;
   std::optional<double> rope_theta_;
-  int64_t heads_;
   ContextAttentionShape shape_;
   TensorRef wq_, wkv_, wo_, dwq_, dwkv_, dwo_;
   Activations saved_;  // of the forward in flight

@@ -8,28 +8,33 @@
 namespace annulus {
 namespace {
 
-// Per-token elements of one layer of each kind.
-struct LayerElements {
+// Per-token bytes of one layer.
+struct LayerBytes {
   int64_t kept = 0;       // by the policy, the block input left out
   int64_t workspace = 0;  // live at the peak of its backward
 };
 
-LayerElements ElementsOf(const ModelSpec& spec, LayerKind kind, const MemoryInputs& inputs) {
-  const int64_t d = spec.d_model;
+LayerBytes MlpBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
+  const int64_t d = spec.d_model, element = SizeOf(inputs.dtype);
   const bool keep_all = inputs.recompute == Recompute::kNone;
   // Gradient of the normed input; and, where they are not kept, the normed input and what is made of it.
-  const int64_t norms = keep_all ? d : 2 * d;
-  if (kind == LayerKind::kMlp)
-    return {keep_all ? d + 3 * spec.d_ff : 0, norms + (keep_all ? 3 : 6) * spec.d_ff};
+  return {.kept = (keep_all ? d + 3 * spec.d_ff : 0) * element,
+          .workspace = (keep_all ? d + 3 * spec.d_ff : 2 * d + 6 * spec.d_ff) * element};
+}
+
+LayerBytes AttentionBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
+  const int64_t d = spec.d_model, element = SizeOf(inputs.dtype), accum = SizeOf(AccumOf(inputs.dtype));
+  const bool keep_all = inputs.recompute == Recompute::kNone;
   const int64_t q = spec.heads * spec.head_dim, kv = 2 * spec.kv_heads * spec.head_dim;
-  const int64_t output = q + spec.heads;
-  const int64_t exchange_slots = inputs.cp_exchange ? 6 : 0;  // two of KV, four of their gradients
-  LayerElements elements;
-  elements.kept = (keep_all ? d + q + kv : 0) + (inputs.recompute == Recompute::kBlock ? 0 : output);
-  elements.workspace = norms + (keep_all ? 0 : q + kv);
-  elements.workspace += 2 * q + kv + spec.heads + exchange_slots * kv;  // dout, dq, dkv, delta
-  if (inputs.recompute == Recompute::kBlock) elements.workspace += output;
-  return elements;
+  const int64_t output = q * element + spec.heads * accum;
+  LayerBytes bytes;
+  bytes.kept = (keep_all ? (d + q + kv) * element : 0) + (inputs.recompute == Recompute::kBlock ? 0 : output);
+  bytes.workspace = (keep_all ? d : 2 * d + q + kv) * element;
+  bytes.workspace += (2 * q + kv) * element + spec.heads * accum;         // dout, dq, dkv, delta
+  if (accum != element) bytes.workspace += (q + kv) * accum;              // sums of dq and dkv over blocks
+  if (inputs.cp_exchange) bytes.workspace += kv * (2 * element + 4 * accum);  // slots of KV and of gradients
+  if (inputs.recompute == Recompute::kBlock) bytes.workspace += output;
+  return bytes;
 }
 
 }  // namespace
@@ -59,22 +64,25 @@ FlopsPerToken TrainingFlops(const ModelSpec& spec, int64_t seq_len) {
 
 MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs) {
   const int64_t parameters = BuildParamTable(spec).elements();
-  int64_t kept = spec.d_model, workspace = 0;  // the last layer's output
+  const int64_t element = SizeOf(inputs.dtype), accum = SizeOf(AccumOf(inputs.dtype));
+  const int64_t stream = spec.d_model * element;  // of a token in the residual stream
+  int64_t kept = stream, workspace = 0;           // the last layer's output
   for (const LayerSpec& layer : spec.layers) {
-    const LayerElements elements = ElementsOf(spec, layer.kind, inputs);
-    kept += spec.d_model + elements.kept;
-    workspace = std::max(workspace, elements.workspace);
+    const LayerBytes bytes =
+        layer.kind == LayerKind::kMlp ? MlpBytes(spec, inputs) : AttentionBytes(spec, inputs);
+    kept += stream + bytes.kept;
+    workspace = std::max(workspace, bytes.workspace);
   }
-  const int64_t loss_tokens =
-      std::min(inputs.local_tokens, CpuLossChunkTokens(kLossChunkTokens, spec.vocab_size));
-  const int64_t loss = loss_tokens * spec.vocab_size + 2 * inputs.local_tokens * spec.d_model;
-  const int64_t gradient = inputs.local_tokens * spec.d_model;
+  const int64_t loss =
+      LinearCrossEntropyScratchBytes(inputs.device, inputs.dtype, inputs.local_tokens, spec.vocab_size) +
+      2 * inputs.local_tokens * stream;
 
   MemoryPlan plan;
-  plan.parameters = plan.gradients = parameters * inputs.element_bytes;
-  plan.optimizer = 3 * parameters * inputs.element_bytes / inputs.shards;
-  plan.activations = kept * inputs.local_tokens * inputs.element_bytes;
-  plan.workspace = (std::max(workspace * inputs.local_tokens, loss) + gradient) * inputs.element_bytes;
+  plan.parameters = parameters * element;
+  plan.gradients = parameters * accum;
+  plan.optimizer = (accum == element ? 3 : 4) * parameters * accum / inputs.shards;
+  plan.activations = kept * inputs.local_tokens;
+  plan.workspace = std::max(workspace * inputs.local_tokens, loss) + stream * inputs.local_tokens;
   return plan;
 }
 

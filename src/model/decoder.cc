@@ -16,6 +16,10 @@ Ref Tokens(const Ref& t) {
   return t.Reshaped({t.dim(0) * t.dim(1), t.dim(2)});
 }
 
+absl::Status Call(const std::function<absl::Status(int)>& hook, int bucket) {
+  return hook ? hook(bucket) : absl::OkStatus();
+}
+
 }  // namespace
 
 Decoder::Decoder(const ModelSpec& spec, Recompute recompute, const ParamStore& params)
@@ -62,70 +66,69 @@ absl::Status Decoder::LayerBackward(Context& ctx, ModelStep& step, Layer& layer,
 }
 
 // The residual stream after the last layer; without backward one buffer serves all layers.
-absl::StatusOr<TensorRef> Decoder::Trunk(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens,
-                                         Keep keep) {
+absl::StatusOr<TensorRef> Decoder::Trunk(Context& ctx, ModelStep& step, ConstTensorRef tokens, Keep keep,
+                                         const BucketHooks& hooks) {
   const int64_t rows = step.geometry.layout().local_rows(), batch = step.geometry.sequences().batch;
-  ANNULUS_CHECK(static_cast<int64_t>(tokens.size()) == rows * batch) << tokens.size();
+  ANNULUS_CHECK(tokens.elements() == rows * batch) << ToString(tokens.shape());
   const Shape shape{rows, batch, d_model_};
   TensorRef x = ctx.saved.Allocate(dtype_, shape);
+  int bucket = 0;
+  ANNULUS_RETURN_IF_ERROR(Call(hooks.needed, bucket));
   ANNULUS_RETURN_IF_ERROR(EmbeddingForward(ctx, tokens, embed_, Tokens(x)));
   for (Layer& layer : layers_) {
+    ANNULUS_RETURN_IF_ERROR(Call(hooks.needed, ++bucket));
     layer.x = x;
     const TensorRef y = keep == Keep::kForBackward ? ctx.saved.Allocate(dtype_, shape) : x;
     ANNULUS_RETURN_IF_ERROR(LayerForward(ctx, step, layer, x, keep, y));
     x = y;
   }
+  ANNULUS_RETURN_IF_ERROR(Call(hooks.needed, ++bucket));
   return x;
 }
 
-absl::StatusOr<double> Decoder::Loss(Context& ctx, ModelStep& step, const TokenSlice& slice) {
+absl::Status Decoder::Loss(Context& ctx, ModelStep& step, const TokenSlice& slice, const BucketHooks& hooks,
+                           TensorRef loss) {
   ArenaScope saved(ctx.saved);
-  ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, slice.tokens, Keep::kNothing));
+  ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, slice.tokens, Keep::kNothing, hooks));
   ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, Tokens(x), final_norm_, eps_, Tokens(x)));
-  return LinearCrossEntropyForward(ctx, {.x = Tokens(x), .w = head_, .targets = slice.targets});
+  return LinearCrossEntropyForward(ctx, {.x = Tokens(x), .w = head_, .targets = slice.targets}, loss);
 }
 
 // Adds the gradient of the trunk's output x to `gradient`.
-absl::StatusOr<double> Decoder::HeadForwardBackward(Context& ctx, TensorRef x,
-                                                    absl::Span<const int32_t> targets, double loss_scale,
-                                                    TensorRef gradient) {
+absl::Status Decoder::HeadForwardBackward(Context& ctx, TensorRef x, ConstTensorRef targets, double loss_scale,
+                                          TensorRef gradient, TensorRef loss) {
   ArenaScope scope(ctx.scratch);
   const TensorRef normed = ctx.scratch.Allocate(dtype_, x.shape());
   const TensorRef dnormed = ctx.scratch.Allocate(dtype_, x.shape());
   ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, Tokens(x), final_norm_, eps_, Tokens(normed)));
-  ANNULUS_ASSIGN_OR_RETURN(const double loss, LinearCrossEntropyForwardBackward(
-                                                  ctx, {.x = Tokens(normed), .w = head_, .targets = targets},
-                                                  loss_scale, Tokens(dnormed), dhead_));
   ANNULUS_RETURN_IF_ERROR(
-      RmsNormBackward(ctx, Tokens(x), final_norm_, Tokens(dnormed), eps_, Tokens(gradient), dfinal_norm_));
-  return loss;
+      LinearCrossEntropyForwardBackward(ctx, {.x = Tokens(normed), .w = head_, .targets = targets},
+                                        {.scale = loss_scale, .dx = Tokens(dnormed), .dw = dhead_}, loss));
+  return RmsNormBackward(ctx, Tokens(x), final_norm_, Tokens(dnormed), eps_, Tokens(gradient), dfinal_norm_);
 }
 
-absl::StatusOr<double> Decoder::LossAndGradients(Context& ctx, ModelStep& step, const TokenSlice& slice,
-                                                 double loss_scale,
-                                                 const std::function<absl::Status(int)>& bucket_done) {
+absl::Status Decoder::LossAndGradients(Context& ctx, ModelStep& step, const TokenSlice& slice, double loss_scale,
+                                       const BucketHooks& hooks, TensorRef loss) {
   ArenaScope saved(ctx.saved);
-  ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, slice.tokens, Keep::kForBackward));
+  ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, slice.tokens, Keep::kForBackward, hooks));
   ArenaScope scope(ctx.scratch);
-  const TensorRef gradient = ctx.scratch.AllocateZeroed(dtype_, x.shape());
-  ANNULUS_ASSIGN_OR_RETURN(const double loss,
-                           HeadForwardBackward(ctx, x, slice.targets, loss_scale, gradient));
+  const TensorRef gradient = ctx.scratch.Allocate(dtype_, x.shape());
+  ANNULUS_RETURN_IF_ERROR(Zero(ctx, gradient));
+  ANNULUS_RETURN_IF_ERROR(HeadForwardBackward(ctx, x, slice.targets, loss_scale, gradient, loss));
 
   const int last_bucket = static_cast<int>(layers_.size()) + 1;
-  ANNULUS_RETURN_IF_ERROR(bucket_done(last_bucket));
+  ANNULUS_RETURN_IF_ERROR(Call(hooks.done, last_bucket));
   for (int i = static_cast<int>(layers_.size()) - 1; i >= 0; --i) {
     ANNULUS_RETURN_IF_ERROR(LayerBackward(ctx, step, layers_[static_cast<size_t>(i)], gradient));
-    ANNULUS_RETURN_IF_ERROR(bucket_done(i + 1));
+    ANNULUS_RETURN_IF_ERROR(Call(hooks.done, i + 1));
   }
   ANNULUS_RETURN_IF_ERROR(EmbeddingBackward(ctx, slice.tokens, Tokens(gradient), dembed_));
-  ANNULUS_RETURN_IF_ERROR(bucket_done(0));
-  return loss;
+  return Call(hooks.done, 0);
 }
 
-absl::Status Decoder::Logits(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens,
-                             TensorRef logits) {
+absl::Status Decoder::Logits(Context& ctx, ModelStep& step, ConstTensorRef tokens, TensorRef logits) {
   ArenaScope saved(ctx.saved);
-  ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, tokens, Keep::kNothing));
+  ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, tokens, Keep::kNothing, {}));
   ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, Tokens(x), final_norm_, eps_, Tokens(x)));
   const TensorRef all = Tokens(x);
   return LinearForward(ctx, all.Rows(all.dim(0) - logits.dim(0), all.dim(0)), head_, Write::kOverwrite,

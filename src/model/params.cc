@@ -51,16 +51,6 @@ void AddLayer(const ModelSpec& spec, size_t index, TableBuilder& builder) {
   }
 }
 
-template <typename T>
-void InitializeParam(const ParamInfo& info, uint64_t seed, TensorRef value) {
-  T* out = value.data<T>();
-  const RandomStream random(seed, absl::StrCat("init/", info.name));
-  for (int64_t i = 0; i < value.elements(); ++i) {
-    out[i] = info.init == Init::kOnes ? T{1}
-                                      : static_cast<T>(info.stddev * random.Normal(static_cast<uint64_t>(i)));
-  }
-}
-
 }  // namespace
 
 int64_t ParamTable::elements() const {
@@ -95,12 +85,23 @@ std::string Fingerprint(const ParamTable& table) {
   return text;
 }
 
+void InitialValues(const ParamInfo& info, uint64_t seed, int64_t begin, TensorRef out) {
+  const RandomStream random(seed, absl::StrCat("init/", info.name));
+  VisitFloat(out.dtype(), [&]<class T>() {
+    T* values = out.data<T>();
+    for (int64_t i = 0; i < out.elements(); ++i) {
+      const bool ones = info.init == Init::kOnes;
+      values[i] = ones ? T{1} : static_cast<T>(info.stddev * random.Normal(static_cast<uint64_t>(begin + i)));
+    }
+  });
+}
+
 ParamStore::ParamStore(Device device, DType dtype, ParamTable table, int64_t bucket_multiple)
     : table_(std::move(table)), dtype_(dtype) {
   for (int64_t elements : table_.bucket_elements) {
     const int64_t padded = (elements + bucket_multiple - 1) / bucket_multiple * bucket_multiple;
     values_.emplace_back(device, dtype, Shape{padded});
-    grads_.emplace_back(device, dtype, Shape{padded});
+    grads_.emplace_back(device, AccumOf(dtype), Shape{padded});
   }
 }
 
@@ -112,8 +113,7 @@ int64_t ParamStore::bytes() const {
 
 void ParamStore::Initialize(uint64_t seed) {
   for (size_t i = 0; i < table_.params.size(); ++i) {
-    VisitFloat(dtype_,
-               [&]<class T>() { InitializeParam<T>(table_.params[i], seed, Value(static_cast<int>(i))); });
+    InitialValues(table_.params[i], seed, 0, Value(static_cast<int>(i)));
   }
 }
 

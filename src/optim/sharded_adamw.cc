@@ -1,8 +1,6 @@
 #include <algorithm>
-#include <chrono>
-#include <cmath>
-#include <cstring>
 
+#include "annulus/device/transfer.h"
 #include "annulus/ops/adamw.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/train/optimizer.h"
@@ -16,49 +14,106 @@ absl::Status CheckTensor(absl::string_view name, ConstTensorRef got, const Shape
                  ", expected ", Name(dtype), " ", ToString(shape));
 }
 
+// to = the host tensor `from` of the accumulator dtype, rounded to the dtype of `to`.
+absl::Status CopyRounded(Context& ctx, ConstTensorRef from, TensorRef to) {
+  if (from.dtype() == to.dtype()) {
+    Upload(ctx, from.raw(), from.bytes(), to);
+    return absl::OkStatus();
+  }
+  ArenaScope scope(ctx.scratch);
+  const TensorRef wide = ctx.scratch.Allocate(from.dtype(), to.shape());
+  Upload(ctx, from.raw(), from.bytes(), wide);
+  return Cast(ctx, wide, to);
+}
+
 }  // namespace
 
-absl::Status RestoreParameters(ParamStore& params, const TensorFinder& find) {
+absl::Status RestoreParameters(Context& ctx, ParamStore& params, const TensorFinder& find) {
   for (size_t i = 0; i < params.table().params.size(); ++i) {
     const ParamInfo& info = params.table().params[i];
     ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef value, find(info.name));
-    ANNULUS_RETURN_IF_ERROR(CheckTensor(info.name, value, info.shape, params.dtype()));
-    std::memcpy(params.Value(static_cast<int>(i)).raw(), value.raw(), static_cast<size_t>(value.bytes()));
+    ANNULUS_RETURN_IF_ERROR(CheckTensor(info.name, value, info.shape, AccumOf(params.dtype())));
+    ANNULUS_RETURN_IF_ERROR(CopyRounded(ctx, value, params.Value(static_cast<int>(i))));
   }
   return absl::OkStatus();
 }
 
-ShardedAdamW::ShardedAdamW(const OptimSpec& spec, ParamStore& params, Communicator group)
-    : spec_(spec), params_(params), group_(std::move(group)) {
+ShardedAdamW::ShardedAdamW(Context& ctx, const OptimSpec& spec, ParamStore& params, Communicator group)
+    : ctx_(ctx), spec_(spec), params_(params), group_(std::move(group)) {
+  const DType accum = AccumOf(params.dtype());
   for (int bucket = 0; bucket < params.buckets(); ++bucket) {
     const TensorRef values = params.BucketValues(bucket);
     ANNULUS_CHECK(values.elements() % group_.size() == 0) << "bucket " << bucket;
     const Shape shape{values.elements() / group_.size()};
     Shard shard;
-    shard.grad = Tensor(values.device(), values.dtype(), shape);
-    shard.m = Tensor(values.device(), values.dtype(), shape);
-    shard.v = Tensor(values.device(), values.dtype(), shape);
+    shard.grad = Tensor(values.device(), accum, shape);
+    shard.m = Tensor(values.device(), accum, shape);
+    shard.v = Tensor(values.device(), accum, shape);
+    if (has_master()) shard.master = Tensor(values.device(), accum, shape);
     shards_.push_back(std::move(shard));
   }
-  for (const ParamInfo& info : params.table().params) {
-    const Run run = RunOf(info);
+  for (size_t i = 0; i < params.table().params.size(); ++i) {
+    const Run run = RunOf(i);
     if (run.begin < run.end) runs_.push_back(run);
   }
 }
 
-ShardedAdamW::Run ShardedAdamW::RunOf(const ParamInfo& info) const {
+// Transfers that an error left under way still write into memory that is about to go.
+ShardedAdamW::~ShardedAdamW() {
+  (void)WaitForParameters();
+  for (Shard& shard : shards_) (void)shard.reduce.Wait();
+  ctx_.lane.Synchronize();
+}
+
+ShardedAdamW::Run ShardedAdamW::RunOf(size_t param) const {
+  const ParamInfo& info = params_.table().params[param];
   const int64_t shard_begin = ShardBegin(info.bucket);
   const int64_t size = shards_[static_cast<size_t>(info.bucket)].grad.ref().elements();
-  return {.bucket = info.bucket,
+  return {.param = param,
+          .bucket = info.bucket,
           .begin = std::clamp<int64_t>(info.offset - shard_begin, 0, size),
           .end = std::clamp<int64_t>(info.offset + info.shape.elements() - shard_begin, 0, size),
           .decay = info.decay};
 }
 
-ShardedAdamW::~ShardedAdamW() = default;
-
 int64_t ShardedAdamW::ShardBegin(int bucket) const {
   return params_.BucketValues(bucket).elements() / group_.size() * group_.rank();
+}
+
+TensorRef ShardedAdamW::ValueShard(int bucket) const {
+  const TensorRef values = params_.BucketValues(bucket);
+  const int64_t first = ShardBegin(bucket);
+  return values.Rows(first, first + values.elements() / group_.size());
+}
+
+TensorRef ShardedAdamW::MasterShard(int bucket) const {
+  return has_master() ? shards_[static_cast<size_t>(bucket)].master.ref() : ValueShard(bucket);
+}
+
+absl::Status ShardedAdamW::Initialize(uint64_t seed) {
+  for (const Run& run : runs_) {
+    const ParamInfo& info = params_.table().params[run.param];
+    const TensorRef master = MasterShard(run.bucket).Rows(run.begin, run.end);
+    const Tensor host(Device{}, master.dtype(), master.shape());
+    InitialValues(info, seed, ShardBegin(run.bucket) + run.begin - info.offset, host.ref());
+    Upload(ctx_, host.ref().raw(), host.ref().bytes(), master);
+  }
+  return PublishParameters();
+}
+
+absl::Status ShardedAdamW::PublishParameters() {
+  for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
+    if (has_master()) ANNULUS_RETURN_IF_ERROR(Cast(ctx_, MasterShard(bucket), ValueShard(bucket)));
+    ANNULUS_RETURN_IF_ERROR(StartGather(bucket));
+  }
+  return WaitForParameters();
+}
+
+absl::Status ShardedAdamW::ZeroGradients() {
+  for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
+    ANNULUS_RETURN_IF_ERROR(Zero(ctx_, params_.BucketGrads(bucket)));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status ShardedAdamW::StartReduce(int bucket) {
@@ -69,96 +124,112 @@ absl::Status ShardedAdamW::StartReduce(int bucket) {
 }
 
 void ShardedAdamW::Poll() {
+  // On a GPU completion is not a matter of polling, and a completed request could no longer be waited for in
+  // the order of the stream.
+  if (ctx_.device.kind != DeviceKind::kCpu) return;
   for (Shard& shard : shards_) {
-    // An error shows again in FinishReduce, which returns it.
+    // An error shows again where the request is waited for.
     if (!shard.reduce.done()) (void)shard.reduce.Test();
+    if (!shard.gather.done()) (void)shard.gather.Test();
   }
 }
 
-absl::Status ShardedAdamW::WaitTimed(Request& request) {
-  const auto start = std::chrono::steady_clock::now();
-  absl::Status status = request.Wait();
-  exposed_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return status;
-}
-
-absl::StatusOr<double> ShardedAdamW::FinishReduce(Context& ctx) {
-  double sum = 0;
+absl::Status ShardedAdamW::FinishReduce(TensorRef sum_of_squares) {
   for (Shard& shard : shards_) {
-    ANNULUS_RETURN_IF_ERROR(WaitTimed(shard.reduce));
-    ANNULUS_ASSIGN_OR_RETURN(const double squares, SumOfSquares(ctx, shard.grad.ref()));
-    sum += squares;
+    ctx_.waits.Begin(WaitKind::kGradients, ctx_.stream());
+    ANNULUS_RETURN_IF_ERROR(shard.reduce.Wait());
+    ctx_.waits.End(WaitKind::kGradients, ctx_.stream());
+    ANNULUS_RETURN_IF_ERROR(AddSumOfSquares(ctx_, shard.grad.ref(), sum_of_squares));
   }
-  ANNULUS_ASSIGN_OR_RETURN(sum, group_.AllReduceValue(sum, ReduceOp::kSum));
-  return std::sqrt(sum);
-}
-
-absl::Status ShardedAdamW::Update(Context& ctx, int64_t step, double lr, double grad_norm) {
-  AdamWHyper hyper{.lr = lr, .beta1 = spec_.beta1, .beta2 = spec_.beta2, .eps = spec_.eps, .step = step};
-  if (spec_.clip_norm > 0 && grad_norm > spec_.clip_norm) hyper.gradient_scale = spec_.clip_norm / grad_norm;
-  for (const Run& run : runs_) {
-    Shard& shard = shards_[static_cast<size_t>(run.bucket)];
-    const int64_t first = ShardBegin(run.bucket);
-    hyper.weight_decay = run.decay == Decay::kWeightDecay ? spec_.weight_decay : 0.0;
-    ANNULUS_RETURN_IF_ERROR(
-        AdamWUpdate(ctx, hyper,
-                    {.param = params_.BucketValues(run.bucket).Rows(first + run.begin, first + run.end),
-                     .m = shard.m.ref().Rows(run.begin, run.end),
-                     .v = shard.v.ref().Rows(run.begin, run.end),
-                     .grad = shard.grad.ref().Rows(run.begin, run.end)}));
-  }
-  std::vector<Request> gathers;
-  for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
-    const TensorRef values = params_.BucketValues(bucket);
-    const int64_t first = ShardBegin(bucket), size = values.elements() / group_.size();
-    ANNULUS_ASSIGN_OR_RETURN(Request request, group_.IAllGather(values.Rows(first, first + size), values));
-    gathers.push_back(std::move(request));
-  }
-  for (Request& request : gathers) ANNULUS_RETURN_IF_ERROR(WaitTimed(request));
   return absl::OkStatus();
 }
 
-double ShardedAdamW::TakeExposedSeconds() { return std::exchange(exposed_seconds_, 0.0); }
+absl::Status ShardedAdamW::StartGather(int bucket) {
+  ANNULUS_ASSIGN_OR_RETURN(shards_[static_cast<size_t>(bucket)].gather,
+                           group_.IAllGather(ValueShard(bucket), params_.BucketValues(bucket)));
+  return absl::OkStatus();
+}
+
+absl::Status ShardedAdamW::Update(int64_t step, double lr, ConstTensorRef gradient_scale) {
+  AdamWHyper hyper{.lr = lr, .beta1 = spec_.beta1, .beta2 = spec_.beta2, .eps = spec_.eps, .step = step};
+  size_t next = 0;
+  for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
+    Shard& shard = shards_[static_cast<size_t>(bucket)];
+    for (; next < runs_.size() && runs_[next].bucket == bucket; ++next) {
+      const Run& run = runs_[next];
+      hyper.weight_decay = run.decay == Decay::kWeightDecay ? spec_.weight_decay : 0.0;
+      ANNULUS_RETURN_IF_ERROR(AdamWUpdate(
+          ctx_, hyper,
+          {.param = MasterShard(bucket).Rows(run.begin, run.end),
+           .m = shard.m.ref().Rows(run.begin, run.end),
+           .v = shard.v.ref().Rows(run.begin, run.end),
+           .grad = shard.grad.ref().Rows(run.begin, run.end),
+           .gradient_scale = gradient_scale,
+           .copy = has_master() ? ValueShard(bucket).Rows(run.begin, run.end) : TensorRef()}));
+    }
+    ANNULUS_RETURN_IF_ERROR(StartGather(bucket));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ShardedAdamW::WaitForParameters(int bucket) {
+  Request& gather = shards_[static_cast<size_t>(bucket)].gather;
+  if (gather.done()) return absl::OkStatus();
+  ctx_.waits.Begin(WaitKind::kParameters, ctx_.stream());
+  absl::Status status = gather.Wait();
+  ctx_.waits.End(WaitKind::kParameters, ctx_.stream());
+  return status;
+}
+
+absl::Status ShardedAdamW::WaitForParameters() {
+  absl::Status status;
+  for (int bucket = 0; bucket < params_.buckets(); ++bucket) status.Update(WaitForParameters(bucket));
+  return status;
+}
 
 absl::StatusOr<GatheredTensors> ShardedAdamW::Gather() {
+  ANNULUS_RETURN_IF_ERROR(WaitForParameters());
   GatheredTensors result;
-  const ParamTable& table = params_.table();
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
-    const TensorRef values = params_.BucketValues(bucket);
-    Tensor m(values.device(), values.dtype(), values.shape()),
-        v(values.device(), values.dtype(), values.shape());
     const Shard& shard = shards_[static_cast<size_t>(bucket)];
-    ANNULUS_RETURN_IF_ERROR(group_.AllGather(shard.m.ref(), m.ref()));
-    ANNULUS_RETURN_IF_ERROR(group_.AllGather(shard.v.ref(), v.ref()));
-    if (bucket % group_.size() != group_.rank()) continue;
-    for (size_t i = 0; i < table.params.size(); ++i) {
-      const ParamInfo& info = table.params[i];
-      if (info.bucket != bucket) continue;
-      const int64_t end = info.offset + info.shape.elements();
-      result.tensors.push_back({info.name, params_.Value(static_cast<int>(i)).Reshaped(info.shape)});
-      result.tensors.push_back({"optim.m." + info.name, m.ref().Rows(info.offset, end).Reshaped(info.shape)});
-      result.tensors.push_back({"optim.v." + info.name, v.ref().Rows(info.offset, end).Reshaped(info.shape)});
+    const Shape whole = params_.BucketValues(bucket).shape();
+    const bool mine = bucket % group_.size() == group_.rank();
+    for (const auto& [prefix, part] : {std::pair{"", MasterShard(bucket)}, std::pair{"optim.m.", shard.m.ref()},
+                                       std::pair{"optim.v.", shard.v.ref()}}) {
+      const Tensor full(part.device(), part.dtype(), whole);
+      ANNULUS_RETURN_IF_ERROR(group_.AllGather(part, full.ref()));
+      if (!mine) {
+        ctx_.lane.Synchronize();  // `full` goes, and work on it must be over
+        continue;
+      }
+      Tensor host(Device{}, part.dtype(), whole);
+      Download(ctx_, full.ref(), host.ref().raw());
+      for (const ParamInfo& info : params_.table().params) {
+        if (info.bucket != bucket) continue;
+        const TensorRef tensor = host.ref().Rows(info.offset, info.offset + info.shape.elements());
+        result.tensors.push_back({prefix + info.name, tensor.Reshaped(info.shape)});
+      }
+      result.memory.push_back(std::move(host));
     }
-    result.memory.push_back(std::move(m));
-    result.memory.push_back(std::move(v));
   }
   return result;
 }
 
 absl::Status ShardedAdamW::Restore(const TensorFinder& find) {
-  ANNULUS_RETURN_IF_ERROR(RestoreParameters(params_, find));
-  for (const ParamInfo& info : params_.table().params) {
-    Shard& shard = shards_[static_cast<size_t>(info.bucket)];
-    const Run run = RunOf(info);
+  for (size_t i = 0; i < params_.table().params.size(); ++i) {
+    const ParamInfo& info = params_.table().params[i];
+    const Shard& shard = shards_[static_cast<size_t>(info.bucket)];
+    const Run run = RunOf(i);
     for (const auto& [prefix, state] :
-         {std::pair{"optim.m.", shard.m.ref()}, std::pair{"optim.v.", shard.v.ref()}}) {
+         {std::pair{"", MasterShard(info.bucket)}, std::pair{"optim.m.", shard.m.ref()},
+          std::pair{"optim.v.", shard.v.ref()}}) {
       const std::string name = prefix + info.name;
       ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef full, find(name));
-      ANNULUS_RETURN_IF_ERROR(CheckTensor(name, full, info.shape, params_.dtype()));
+      ANNULUS_RETURN_IF_ERROR(CheckTensor(name, full, info.shape, state.dtype()));
       if (run.begin >= run.end) continue;
-      const int64_t skip = (ShardBegin(info.bucket) + run.begin - info.offset) * SizeOf(params_.dtype());
+      const int64_t skip = (ShardBegin(info.bucket) + run.begin - info.offset) * SizeOf(state.dtype());
       const TensorRef part = state.Rows(run.begin, run.end);
-      std::memcpy(part.raw(), static_cast<const char*>(full.raw()) + skip, static_cast<size_t>(part.bytes()));
+      Upload(ctx_, static_cast<const char*>(full.raw()) + skip, part.bytes(), part);
     }
   }
   return absl::OkStatus();
@@ -166,7 +237,7 @@ absl::Status ShardedAdamW::Restore(const TensorFinder& find) {
 
 int64_t ShardedAdamW::state_bytes() const {
   int64_t bytes = 0;
-  for (const Shard& shard : shards_) bytes += 3 * shard.grad.ref().bytes();
+  for (const Shard& shard : shards_) bytes += (has_master() ? 4 : 3) * shard.grad.ref().bytes();
   return bytes;
 }
 

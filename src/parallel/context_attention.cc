@@ -2,143 +2,191 @@
 
 #include <algorithm>
 
+#include "annulus/device/transfer.h"
 #include "annulus/ops/elementwise.h"
 
 namespace annulus {
 namespace {
 
 // Keys and values inside a KV block (or their gradients inside a gradient block).
-template <typename Byte>
 struct KvHeads {
-  BasicHeadsRef<Byte> k, v;
+  HeadsRef k, v;
 };
 
-template <typename Byte>
-KvHeads<Byte> SplitKv(const BasicTensorRef<Byte>& kv, const ContextAttentionShape& shape) {
+KvHeads SplitKv(const TensorRef& kv, const ContextAttentionShape& shape) {
   return {HeadsOf(kv, 0, shape.kv_heads, shape.head_dim),
           HeadsOf(kv, shape.kv_heads * shape.head_dim, shape.kv_heads, shape.v_head_dim)};
 }
 
-// Global positions of key rows [keys.begin, keys.end) of one chunk.
-KeyPositions PositionsOf(const AttentionGeometry& geometry, const ExchangeProblem& problem,
-                         const BlockPair& pair) {
-  const size_t chunks_per_rank = problem.chunks.size() / static_cast<size_t>(problem.ranks);
-  const size_t kv_chunk = static_cast<size_t>(pair.kv_chunk);
-  const LayoutChunk chunk =
-      geometry.layout().chunks(problem.chunks[kv_chunk].owner)[kv_chunk % chunks_per_rank];
-  return {chunk.position + chunk.stride * (pair.keys.begin - chunk.row), chunk.stride};
+AttentionBlock BlockOf(const AttendCall& call, const AttentionGeometry::Mask& mask,
+                       const ContextAttentionShape& shape, TensorRef q, const KvHeads& kv) {
+  return {.q = HeadsOf(q, 0, shape.heads, shape.head_dim).Rows(call.q_rows.begin, call.q_rows.end),
+          .k = kv.k.Rows(call.keys.begin, call.keys.end),
+          .v = kv.v.Rows(call.keys.begin, call.keys.end),
+          .bounds = mask.on_device.Of(call),
+          .mask_shape = call.shape,
+          .key_positions = call.key_positions,
+          .scale = shape.scale};
 }
 
-// The home slot is the caller's tensor; the others come from scratch.
-ExchangeBinding BindSlots(Context& ctx, const RankPlan& plan, TensorRef home_kv, TensorRef home_grad) {
-  ExchangeBinding binding;
-  for (const SlotSpec& slot : plan.slots) {
-    const TensorRef like = slot.payload == Payload::kKv ? home_kv : home_grad;
-    TensorRef memory = slot.home ? like : ctx.scratch.Allocate(like.dtype(), like.shape());
-    binding.slots.push_back(memory.Reshaped({like.dim(0), like.dim(1) * like.dim(2)}));
-  }
-  return binding;
+// Memory like the result in the accumulator dtype: the result itself where the dtypes are equal.
+TensorRef AccumulatorFor(Context& ctx, TensorRef result) {
+  const DType accum = AccumOf(result.dtype());
+  return accum == result.dtype() ? result : ctx.scratch.Allocate(accum, result.shape());
 }
 
-struct Pair {
-  AttentionBlock block;
-  RowRange q_rows;
-};
+absl::Status FinishAccumulator(Context& ctx, TensorRef accumulator, TensorRef result) {
+  if (accumulator.raw() == result.raw()) return absl::OkStatus();
+  return Cast(ctx, accumulator, result);
+}
 
-// Kernel arguments of one block pair of a step.
-Pair MakePair(const AttentionGeometry& geometry, const AttentionGeometry::Mask& mask,
-              const ExchangeProblem& problem, const ContextAttentionShape& shape, ConstHeadsRef q,
-              const KvHeads<void>& kv, const BlockPair& pair) {
-  const RowRange rows = problem.chunks[static_cast<size_t>(pair.q_chunk)].rows;
-  AttentionBlock block{.q = q.Rows(rows.begin, rows.end),
-                       .k = kv.k.Rows(pair.keys.begin, pair.keys.end),
-                       .v = kv.v.Rows(pair.keys.begin, pair.keys.end),
-                       .bounds = mask.bounds.Rows(rows.begin, rows.end, q.batch),
-                       .key_positions = PositionsOf(geometry, problem, pair),
-                       .scale = shape.scale};
-  return {block, rows};
+
+// Gradient arguments of one call; dq, dk and dv in whichever dtype the tensors have.
+AttentionGradients GradientsOf(const AttendCall& call, const ContextAttentionShape& shape,
+                               const ContextAttentionBackwardArgs& args, TensorRef delta, TensorRef dq,
+                               const KvHeads& dkv) {
+  const RowRange rows = call.q_rows;
+  return {.out = HeadsOf(args.out, 0, shape.heads, shape.v_head_dim).Rows(rows.begin, rows.end),
+          .dout = HeadsOf(args.dout, 0, shape.heads, shape.v_head_dim).Rows(rows.begin, rows.end),
+          .lse = args.lse.Rows(rows.begin, rows.end),
+          .delta = delta.Rows(rows.begin, rows.end),
+          .dq = HeadsOf(dq, 0, shape.heads, shape.head_dim).Rows(rows.begin, rows.end),
+          .dk = dkv.k.Rows(call.keys.begin, call.keys.end),
+          .dv = dkv.v.Rows(call.keys.begin, call.keys.end)};
 }
 
 }  // namespace
 
 void AttentionGeometry::SetBatch(SequenceBatch sequences) {
-  const bool same_masks = !positions_.empty() && sequences_.document_starts.empty() &&
-                          sequences.document_starts.empty() && sequences_.batch == sequences.batch &&
-                          sequences_.lengths == sequences.lengths;
-  if (!same_masks) masks_.clear();
-  if (positions_.empty()) positions_ = layout_.LocalPositions(cp_.rank());
+  const bool same_masks = sequences_.document_starts.empty() && sequences.document_starts.empty() &&
+                          sequences_.batch == sequences.batch && sequences_.lengths == sequences.lengths;
+  if (!same_masks) {
+    for (auto& [window, mask] : masks_) spare_bounds_.push_back(std::move(mask.on_device));
+    masks_.clear();
+  }
   sequences_ = std::move(sequences);
 }
 
-absl::StatusOr<const AttentionGeometry::Mask*> AttentionGeometry::MaskFor(int64_t window) {
+AttentionGeometry::Schedule AttentionGeometry::MakeSchedule(ExchangePlan plan, const BoundsTable& bounds) const {
+  Schedule schedule{.plan = std::move(plan), .calls = {}};
+  const RankPlan& rank = schedule.plan.ranks[static_cast<size_t>(cp_.rank())];
+  for (const Step& step : rank.steps) {
+    schedule.calls.push_back(CallsOf(layout_, schedule.plan.problem, step, bounds, sequences_.batch));
+  }
+  schedule.whole = rank.steps.size() == 1 && schedule.calls[0].size() == 1 &&
+                   schedule.calls[0][0].q_rows == RowRange{0, layout_.local_rows()} &&
+                   rank.slots[static_cast<size_t>(rank.steps[0].slot)].home;
+  return schedule;
+}
+
+absl::StatusOr<const AttentionGeometry::Mask*> AttentionGeometry::MaskFor(Context& ctx, int64_t window) {
   if (auto found = masks_.find(window); found != masks_.end()) return &found->second;
   Mask mask;
   mask.bounds = LocalBounds(layout_, sequences_, window, cp_.rank());
   const ExchangeProblem problem = MakeExchangeProblem(layout_, sequences_, window);
-  mask.forward = BuildKvRing(problem, Pass::kForward);
-  mask.backward = BuildKvRing(problem, Pass::kBackward);
-  ANNULUS_RETURN_IF_ERROR(AgreeOnPlan(mask.forward, cp_));
-  ANNULUS_RETURN_IF_ERROR(AgreeOnPlan(mask.backward, cp_));
+  mask.forward = MakeSchedule(BuildKvRing(problem, Pass::kForward), mask.bounds);
+  mask.backward = MakeSchedule(BuildKvRing(problem, Pass::kBackward), mask.bounds);
+  ANNULUS_RETURN_IF_ERROR(AgreeOnPlan(mask.forward.plan, cp_));
+  ANNULUS_RETURN_IF_ERROR(AgreeOnPlan(mask.backward.plan, cp_));
+  const auto fits = [&](const DeviceBounds& spare) {
+    return spare.rows() == layout_.local_rows() && spare.batch() == sequences_.batch;
+  };
+  const auto spare = std::find_if(spare_bounds_.begin(), spare_bounds_.end(), fits);
+  if (spare == spare_bounds_.end()) {
+    mask.on_device = DeviceBounds(ctx.device, layout_.local_rows(), sequences_.batch);
+  } else {
+    mask.on_device = std::move(*spare);
+    spare_bounds_.erase(spare);
+  }
+  mask.on_device.Fill(ctx, mask.bounds);
   return &masks_.emplace(window, std::move(mask)).first->second;
 }
 
-absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
-                                     const ContextAttentionShape& shape, ConstHeadsRef q, TensorRef kv,
-                                     const AttentionPartial& partial, ExchangeStats* stats) {
-  ANNULUS_ASSIGN_OR_RETURN(const AttentionGeometry::Mask* mask, geometry.MaskFor(shape.window));
-  ANNULUS_RETURN_IF_ERROR(ResetPartial(ctx, partial));
+absl::StatusOr<ConstTensorRef> AttentionGeometry::Positions(Context& ctx) {
+  if (!positions_.ref().defined()) {
+    const std::vector<int64_t> positions = layout_.LocalPositions(cp_.rank());
+    positions_ = Tensor(ctx.device, DType::kI64, {static_cast<int64_t>(positions.size())});
+    Upload(ctx, positions.data(), positions_.ref().bytes(), positions_.ref());
+  }
+  return positions_.ref();
+}
+
+absl::StatusOr<ExchangeTransport*> AttentionGeometry::Transport(Context& ctx) {
+  if (transport_ == nullptr) {
+    ANNULUS_ASSIGN_OR_RETURN(transport_, MakeTransport(transport_kind_, cp_, ctx));
+  }
+  return transport_.get();
+}
+
+absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry, const ContextAttentionShape& shape,
+                                     const ContextAttentionForwardArgs& args, ExchangeStats* stats) {
+  ANNULUS_ASSIGN_OR_RETURN(const AttentionGeometry::Mask* mask, geometry.MaskFor(ctx, shape.window));
+  const AttentionGeometry::Schedule& schedule = mask->forward;
   ArenaScope scope(ctx.scratch);
-  const ExchangePlan& plan = mask->forward;
-  ExchangeBinding binding =
-      BindSlots(ctx, plan.ranks[static_cast<size_t>(geometry.cp().rank())], kv, TensorRef());
+  if (schedule.whole) {
+    const AttentionBlock block = BlockOf(schedule.calls[0][0], *mask, shape, args.q, SplitKv(args.kv, shape));
+    return AttentionForwardWhole(ctx, block, HeadsOf(args.out, 0, shape.heads, shape.v_head_dim), args.lse);
+  }
+  const TensorRef accumulator = AccumulatorFor(ctx, args.out);
+  const AttentionPartial partial{.out = HeadsOf(accumulator, 0, shape.heads, shape.v_head_dim), .lse = args.lse};
+  ANNULUS_RETURN_IF_ERROR(ResetPartial(ctx, partial));
+  ANNULUS_ASSIGN_OR_RETURN(ExchangeTransport * transport, geometry.Transport(ctx));
+  ExchangeBinding binding;
+  ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport->Slots(ctx, schedule.plan, args.kv, TensorRef()));
+  const Step* first = schedule.plan.ranks[static_cast<size_t>(geometry.cp().rank())].steps.data();
   binding.attend = [&](const Step& step) -> absl::Status {
-    const TensorRef slot = binding.slots[static_cast<size_t>(step.slot)].Reshaped(kv.shape());
-    const KvHeads<void> heads = SplitKv(slot, shape);
-    for (const BlockPair& item : step.pairs) {
-      const Pair pair = MakePair(geometry, *mask, plan.problem, shape, q, heads, item);
-      ANNULUS_RETURN_IF_ERROR(
-          AttentionForward(ctx, pair.block,
-                           {.out = partial.out.Rows(pair.q_rows.begin, pair.q_rows.end),
-                            .lse = partial.lse.Rows(pair.q_rows.begin, pair.q_rows.end)}));
+    const KvHeads kv = SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(args.kv.shape()), shape);
+    for (const AttendCall& call : schedule.calls[static_cast<size_t>(&step - first)]) {
+      ANNULUS_RETURN_IF_ERROR(AttentionForward(ctx, BlockOf(call, *mask, shape, args.q, kv),
+                                               {.out = partial.out.Rows(call.q_rows.begin, call.q_rows.end),
+                                                .lse = args.lse.Rows(call.q_rows.begin, call.q_rows.end)}));
     }
     return absl::OkStatus();
   };
-  return Execute(ctx, plan, geometry.cp(), binding, stats);
+  ANNULUS_RETURN_IF_ERROR(transport->Execute(ctx, schedule.plan, binding, stats));
+  return FinishAccumulator(ctx, accumulator, args.out);
 }
 
 absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
-                                      const ContextAttentionShape& shape, ConstHeadsRef q, TensorRef kv,
-                                      const ContextAttentionGradients& gradients, ExchangeStats* stats) {
-  ANNULUS_ASSIGN_OR_RETURN(const AttentionGeometry::Mask* mask, geometry.MaskFor(shape.window));
+                                      const ContextAttentionShape& shape,
+                                      const ContextAttentionBackwardArgs& args, ExchangeStats* stats) {
+  ANNULUS_ASSIGN_OR_RETURN(const AttentionGeometry::Mask* mask, geometry.MaskFor(ctx, shape.window));
+  const AttentionGeometry::Schedule& schedule = mask->backward;
   ArenaScope scope(ctx.scratch);
-  const TensorRef delta = ctx.scratch.Allocate(gradients.dq.dtype, gradients.lse.shape());
-  ANNULUS_RETURN_IF_ERROR(AttentionDelta(ctx, gradients.out, gradients.dout, delta));
-  ANNULUS_RETURN_IF_ERROR(Zero(ctx, gradients.dkv));
-  const ExchangePlan& plan = mask->backward;
-  ExchangeBinding binding =
-      BindSlots(ctx, plan.ranks[static_cast<size_t>(geometry.cp().rank())], kv, gradients.dkv);
+  const TensorRef delta = ctx.scratch.Allocate(args.lse.dtype(), args.lse.shape());
+  ANNULUS_RETURN_IF_ERROR(AttentionDelta(ctx, HeadsOf(args.out, 0, shape.heads, shape.v_head_dim),
+                                         HeadsOf(args.dout, 0, shape.heads, shape.v_head_dim), delta));
+  if (schedule.whole) {
+    const AttendCall& call = schedule.calls[0][0];
+    // Keys that no query sees get no gradient from the call.
+    if (call.keys.size() < args.kv.dim(0)) ANNULUS_RETURN_IF_ERROR(Zero(ctx, args.dkv));
+    return AttentionBackwardWhole(ctx, BlockOf(call, *mask, shape, args.q, SplitKv(args.kv, shape)),
+                                  GradientsOf(call, shape, args, delta, args.dq, SplitKv(args.dkv, shape)));
+  }
+  const TensorRef dq = AccumulatorFor(ctx, args.dq), dkv = AccumulatorFor(ctx, args.dkv);
+  ANNULUS_RETURN_IF_ERROR(Zero(ctx, dq));
+  ANNULUS_RETURN_IF_ERROR(Zero(ctx, dkv));
+  ANNULUS_ASSIGN_OR_RETURN(ExchangeTransport * transport, geometry.Transport(ctx));
+  ExchangeBinding binding;
+  ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport->Slots(ctx, schedule.plan, args.kv, dkv));
+  const Step* first = schedule.plan.ranks[static_cast<size_t>(geometry.cp().rank())].steps.data();
   binding.attend = [&](const Step& step) -> absl::Status {
     const TensorRef grad_slot = binding.slots[static_cast<size_t>(step.grad_slot)];
     if (step.grad_write == GradWrite::kOverwrite) {
       ANNULUS_RETURN_IF_ERROR(Zero(ctx, grad_slot.Rows(step.rows.begin, step.rows.end)));
     }
-    const KvHeads<void> heads =
-        SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(kv.shape()), shape);
-    const KvHeads<void> grads = SplitKv(grad_slot.Reshaped(kv.shape()), shape);
-    for (const BlockPair& item : step.pairs) {
-      const Pair pair = MakePair(geometry, *mask, plan.problem, shape, q, heads, item);
-      const RowRange rows = pair.q_rows;
-      ANNULUS_RETURN_IF_ERROR(AttentionBackward(ctx, pair.block,
-                                                {.dout = gradients.dout.Rows(rows.begin, rows.end),
-                                                 .lse = gradients.lse.Rows(rows.begin, rows.end),
-                                                 .delta = delta.Rows(rows.begin, rows.end),
-                                                 .dq = gradients.dq.Rows(rows.begin, rows.end),
-                                                 .dk = grads.k.Rows(item.keys.begin, item.keys.end),
-                                                 .dv = grads.v.Rows(item.keys.begin, item.keys.end)}));
+    const KvHeads kv = SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(args.kv.shape()), shape);
+    const KvHeads grads = SplitKv(grad_slot.Reshaped(args.kv.shape()), shape);
+    for (const AttendCall& call : schedule.calls[static_cast<size_t>(&step - first)]) {
+      ANNULUS_RETURN_IF_ERROR(AttentionBackward(ctx, BlockOf(call, *mask, shape, args.q, kv),
+                                                GradientsOf(call, shape, args, delta, dq, grads)));
     }
     return absl::OkStatus();
   };
-  return Execute(ctx, plan, geometry.cp(), binding, stats);
+  binding.reduce = [&](ConstTensorRef from, TensorRef to) { return AddInPlace(ctx, from, to); };
+  ANNULUS_RETURN_IF_ERROR(transport->Execute(ctx, schedule.plan, binding, stats));
+  ANNULUS_RETURN_IF_ERROR(FinishAccumulator(ctx, dq, args.dq));
+  return FinishAccumulator(ctx, dkv, args.dkv);
 }
 
 }  // namespace annulus

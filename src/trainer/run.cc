@@ -6,8 +6,11 @@
 #include <chrono>
 
 #include "absl/strings/str_format.h"
+#include "annulus/device/gpu.h"
+#include "annulus/train/placement.h"
 #include "annulus/train/report.h"
 #include "annulus/train/sample.h"
+#include "annulus/train/watchdog.h"
 #include "run_directory.h"
 
 namespace annulus {
@@ -20,22 +23,45 @@ double Now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-MeshShape ShapeOf(const ParallelSpec& spec) {
-  return {static_cast<int>(spec.dp), static_cast<int>(spec.cp), static_cast<int>(spec.tp)};
+std::string DeviceText(const Context& ctx) {
+  const absl::StatusOr<GpuInfo> gpu = DescribeGpu(ctx.device.index);
+  const bool on_gpu = ctx.device.kind == DeviceKind::kCuda && gpu.ok();
+  return on_gpu ? absl::StrCat(ToString(ctx.device), " ", gpu->name) : ToString(ctx.device);
 }
+
+// The watchdog of a run, where its configuration wants one.
+class Heart {
+ public:
+  Heart(const RunSpec& spec, const ProcessMesh& mesh, const Context& ctx) {
+    if (spec.step_deadline_seconds == 0) return;
+    watchdog_.emplace(Watchdog::Options{.deadline_seconds = spec.step_deadline_seconds,
+                                        .world_rank = mesh.world.rank(),
+                                        .watched = {mesh.cp, mesh.dp_cp},
+                                        .recorder = &ctx.recorder});
+  }
+  void Beat() {
+    if (watchdog_.has_value()) watchdog_->Beat();
+  }
+  void Stop() { watchdog_.reset(); }
+
+ private:
+  std::optional<Watchdog> watchdog_;
+};
 
 class TrainingRun {
  public:
-  TrainingRun(const ResolvedConfig& config, ProcessMesh mesh, RunDirectory directory,
+  TrainingRun(const ResolvedConfig& config, Machine machine, RunDirectory directory,
               std::unique_ptr<DataSet> data, LineFile log)
       : config_(config),
         spec_(config.spec),
-        mesh_(std::move(mesh)),
+        ctx_(std::move(machine.ctx)),
+        mesh_(std::move(machine.mesh)),
         directory_(std::move(directory)),
         data_(std::move(data)),
         log_(std::move(log)),
         console_(IsRoot() ? Console::Output::kPrint : Console::Output::kSilent),
-        trainer_(spec_, mesh_) {}
+        trainer_(spec_, mesh_, *ctx_, machine.transport),
+        heart_(spec_, mesh_, *ctx_) {}
 
   absl::Status Start(const RunOptions& options);
   absl::Status Train();
@@ -59,12 +85,14 @@ class TrainingRun {
 
   const ResolvedConfig& config_;
   const RunSpec& spec_;
+  std::unique_ptr<Context> ctx_;
   ProcessMesh mesh_;
   RunDirectory directory_;
   std::unique_ptr<DataSet> data_;
   LineFile log_;
   Console console_;
   Trainer trainer_;
+  Heart heart_;
   int64_t saved_step_ = -1;
   int64_t first_step_ = 0;
   double first_time_ = 0;
@@ -74,8 +102,9 @@ class TrainingRun {
 absl::Status TrainingRun::PrintStart() {
   ANNULUS_ASSIGN_OR_RETURN(
       const std::vector<std::string> ranks,
-      mesh_.world.AllGatherStrings(absl::StrFormat("dp=%d cp=%d tp=%d  %s  pid %d", mesh_.at.dp, mesh_.at.cp,
-                                                   mesh_.at.tp, HostName(), getpid())));
+      mesh_.world.AllGatherStrings(absl::StrFormat("dp=%d cp=%d tp=%d  %s  %s  pid %d", mesh_.at.dp,
+                                                   mesh_.at.cp, mesh_.at.tp, HostName(), DeviceText(*ctx_),
+                                                   getpid())));
   const FlopsPerToken flops = TrainingFlops(spec_.model, spec_.data.seq_len);
   const MemoryPlan memory = PlanMemory(spec_);
   console_.Line("resolved configuration (value, then where it comes from):\n" + config_.text);
@@ -101,6 +130,7 @@ absl::Status TrainingRun::PrintStart() {
 absl::Status TrainingRun::Start(const RunOptions& options) {
   ANNULUS_RETURN_IF_ERROR(PrintStart());
   if (options.start == StartFrom::kLatestCheckpoint) ANNULUS_RETURN_IF_ERROR(Resume());
+  if (saved_step_ < 0) ANNULUS_RETURN_IF_ERROR(trainer_.Initialize());
   return OnRoot([&]() -> absl::Status {
     ANNULUS_RETURN_IF_ERROR(directory_.Describe(config_, options, mesh_.world.size()));
     return directory_.Event("start", trainer_.step(), absl::StrCat(mesh_.world.size(), " ranks"));
@@ -113,7 +143,7 @@ absl::Status TrainingRun::Resume() {
     console_.Line("no checkpoint yet: starting from step 0");
   } else {
     ANNULUS_RETURN_IF_ERROR(checkpoint.status());
-    ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(trainer_.Restore(*checkpoint, data_->fingerprint())));
+    ANNULUS_RETURN_IF_ERROR(trainer_.Restore(*checkpoint, data_->fingerprint()));
     saved_step_ = trainer_.step();
     console_.Line(absl::StrCat("resumed from ", checkpoint->path(), " at step ", trainer_.step()));
   }
@@ -126,6 +156,7 @@ absl::StatusOr<StepReport> TrainingRun::OneStep() {
       LoadBatch(*data_, spec_, trainer_.layout(), trainer_.step(), mesh_.at.dp, mesh_.shape.dp, mesh_.at.cp);
   ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(batch.status()));
   ANNULUS_ASSIGN_OR_RETURN(StepReport report, trainer_.Step(*batch, Now() - start));
+  heart_.Beat();
   skipped_in_row_ = report.skipped ? skipped_in_row_ + 1 : 0;
   if (skipped_in_row_ >= kMaxSkippedInRow) {
     return mesh_.world.AgreeOk(absl::FailedPreconditionError(
@@ -138,7 +169,9 @@ absl::StatusOr<StepReport> TrainingRun::OneStep() {
 absl::Status TrainingRun::Save(int64_t keep) {
   if (saved_step_ == trainer_.step()) return absl::OkStatus();
   const double start = Now();
+  heart_.Beat();
   ANNULUS_RETURN_IF_ERROR(trainer_.Save(directory_.checkpoints(), config_.text, data_->fingerprint(), keep));
+  heart_.Beat();
   saved_step_ = trainer_.step();
   console_.Line(absl::StrFormat("checkpoint: %s/step-%08d (%.0f ms)", directory_.checkpoints(), saved_step_,
                                 (Now() - start) * 1e3));
@@ -164,7 +197,7 @@ absl::Status TrainingRun::Finish(const StepReport& report) {
   console_.Progress(report, spec_.optim.steps, line);
   std::optional<double> val_loss;
   if (evaluate) {
-    ANNULUS_ASSIGN_OR_RETURN(val_loss, trainer_.Evaluate(*data_));
+    ANNULUS_ASSIGN_OR_RETURN(val_loss, trainer_.Evaluate(*data_, [this] { heart_.Beat(); }));
     console_.Line(absl::StrFormat("step %d: validation loss %.4f nats per token", report.step, *val_loss));
   }
   return mesh_.world.AgreeOk(WriteLogs(report, line, val_loss));
@@ -209,7 +242,9 @@ absl::Status TrainingRun::Train() {
 
 absl::Status TrainingRun::PrintSample() {
   if (spec_.sample.tokens == 0) return absl::OkStatus();
-  // Parameters are whole on every rank: rank 0 samples alone.
+  // Parameters are whole on every rank: rank 0 samples alone, and the others have nothing to do but wait.
+  ANNULUS_RETURN_IF_ERROR(trainer_.WaitForParameters());
+  heart_.Stop();
   return OnRoot([&]() -> absl::Status {
     std::string text = spec_.sample.prompt;
     ANNULUS_RETURN_IF_ERROR(Sample(spec_.model, trainer_.params(), spec_.sample, spec_.data.seq_len,
@@ -219,12 +254,27 @@ absl::Status TrainingRun::PrintSample() {
   });
 }
 
+// Bytes that can still be taken where this rank computes; -1 if unknown. And a name of that place, equal for the
+// ranks that share it.
+struct MemoryPlace {
+  int64_t available = -1;
+  std::string name;
+};
+absl::StatusOr<MemoryPlace> MemoryPlaceOf(Device device) {
+  if (device.kind == DeviceKind::kCpu) return MemoryPlace{AvailableMemoryBytes(), HostName()};
+  ANNULUS_ASSIGN_OR_RETURN(const GpuMemory memory, MemoryOfGpu());
+  ANNULUS_ASSIGN_OR_RETURN(const GpuInfo gpu, DescribeGpu(device.index));
+  return MemoryPlace{memory.free_bytes, absl::StrCat(HostName(), " ", gpu.name, " ", gpu.identity)};
+}
+
 // Refuses what cannot fit, before it is allocated: the system would kill a rank in the middle of a step.
-absl::Status CheckMemory(Communicator& world, const RunSpec& spec) {
-  const std::string host = HostName();
-  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> hosts, world.AllGatherStrings(host));
-  const int64_t ranks = std::count(hosts.begin(), hosts.end(), host);
-  const int64_t planned = PlanMemory(spec).total(), available = AvailableMemoryBytes();
+absl::Status CheckMemory(Communicator& world, const RunSpec& spec, Device device) {
+  const absl::StatusOr<MemoryPlace> place = MemoryPlaceOf(device);
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(place.status()));
+  const std::string& host = place->name;
+  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> places, world.AllGatherStrings(host));
+  const int64_t ranks = std::count(places.begin(), places.end(), host);
+  const int64_t planned = PlanMemory(spec).total(), available = place->available;
   if (available < 0 || planned <= available / ranks) return world.AgreeOk(absl::OkStatus());
   return world.AgreeOk(absl::ResourceExhaustedError(absl::StrFormat(
       "memory: a rank is planned to hold %s (annulus plan shows of what), expected at most %s, as %d ranks "
@@ -238,8 +288,8 @@ absl::Status CheckMemory(Communicator& world, const RunSpec& spec) {
 }  // namespace
 
 absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const RunOptions& options) {
-  ANNULUS_ASSIGN_OR_RETURN(ProcessMesh mesh, ProcessMesh::Create(ShapeOf(config.spec.parallel), world));
-  ANNULUS_RETURN_IF_ERROR(CheckMemory(world, config.spec));
+  ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, config.spec));
+  ANNULUS_RETURN_IF_ERROR(CheckMemory(world, config.spec, device));
   // Data before the directory: a bad path must not leave an empty run behind.
   absl::StatusOr<std::unique_ptr<DataSet>> data =
       DataSet::Open(config.spec.data, config.spec.seed, config.spec.model.vocab_size);
@@ -248,7 +298,8 @@ absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const Ru
   absl::StatusOr<LineFile> log =
       LineFile::Append(absl::StrFormat("%s/logs/rank-%05d.log", directory.path, world.rank()));
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(log.status()));
-  TrainingRun run(config, std::move(mesh), std::move(directory), *std::move(data), *std::move(log));
+  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, config.spec, device));
+  TrainingRun run(config, std::move(machine), std::move(directory), *std::move(data), *std::move(log));
   ANNULUS_RETURN_IF_ERROR(run.Start(options));
   return run.Train();
 }

@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "annulus/base/random.h"
+#include "annulus/device/transfer.h"
 #include "annulus/model/decoder.h"
+#include "annulus/ops/elementwise.h"
 
 namespace annulus {
 namespace {
@@ -36,9 +38,12 @@ absl::Status Sample(const ModelSpec& model, const ParamStore& params, const Samp
   for (unsigned char byte : spec.prompt) tokens.push_back(byte);
   if (tokens.empty()) tokens.push_back('\n');
 
-  Context ctx{Device{}};
+  // Each byte has a context of another length; kernels of the deterministic kind need no plan for each.
+  Context ctx(params.BucketValues(0).device(), Determinism::kRequired);
   Decoder decoder(model, Recompute::kBlock, params);
   const RandomStream random(seed, "sample");
+  const DType wide = AccumOf(params.dtype());
+  const Tensor host(Device{}, wide, {model.vocab_size});
   for (int64_t i = 0; i < spec.tokens; ++i) {
     const int64_t length = std::min<int64_t>(static_cast<int64_t>(tokens.size()), max_context);
     AttentionGeometry geometry(SequenceLayout(LayoutKind::kContiguous, length, 1), MakeLoopbackGroup(1)[0]);
@@ -46,11 +51,15 @@ absl::Status Sample(const ModelSpec& model, const ParamStore& params, const Samp
     ModelStep step{.geometry = geometry, .stats = {}};
     ArenaScope scope(ctx.scratch);
     const TensorRef logits = ctx.scratch.Allocate(params.dtype(), {1, model.vocab_size});
-    const auto context = absl::MakeConstSpan(tokens).last(static_cast<size_t>(length));
+    const TensorRef wide_logits = ctx.scratch.Allocate(wide, logits.shape());
+    const TensorRef context = Upload<int32_t>(
+        ctx, ctx.scratch, absl::MakeConstSpan(tokens).last(static_cast<size_t>(length)));
     ANNULUS_RETURN_IF_ERROR(decoder.Logits(ctx, step, context, logits));
+    ANNULUS_RETURN_IF_ERROR(Cast(ctx, logits, wide_logits));
+    Download(ctx, wide_logits, host.ref().raw());
     // Bytes only: a larger vocabulary's other tokens have no text.
-    const int32_t next = VisitFloat(params.dtype(), [&]<class T>() {
-      return Draw<T>({logits.data<T>(), 256}, spec.temperature, random.Uniform(static_cast<uint64_t>(i)));
+    const int32_t next = VisitFloat(wide, [&]<class T>() {
+      return Draw<T>({host.ref().data<T>(), 256}, spec.temperature, random.Uniform(static_cast<uint64_t>(i)));
     });
     tokens.push_back(next);
     emit(static_cast<char>(next));

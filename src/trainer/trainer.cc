@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstring>
+
+#include "annulus/device/gpu.h"
+#include "annulus/ops/elementwise.h"
+#include "annulus/train/placement.h"
 
 namespace annulus {
 namespace {
@@ -14,65 +17,77 @@ double SecondsSince(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-double PeakResidentBytes() {
+// The high-water mark: of what is resident, or of the GPU, whose memory is taken once and kept.
+absl::StatusOr<double> MemoryInUse(Device device) {
+  if (device.kind == DeviceKind::kCuda) {
+    ANNULUS_ASSIGN_OR_RETURN(const GpuMemory memory, MemoryOfGpu());
+    return static_cast<double>(memory.total_bytes - memory.free_bytes);
+  }
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<double>(usage.ru_maxrss) * 1024;  // Linux reports KiB
 }
 
-}  // namespace
+TokenSlice UploadTokens(Context& ctx, const MicroBatch& micro) {
+  return {.tokens = Upload<int32_t>(ctx, ctx.scratch, micro.tokens),
+          .targets = Upload<int32_t>(ctx, ctx.scratch, micro.targets)};
+}
 
-DType DTypeOf(ComputeType compute) { return compute == ComputeType::kF64 ? DType::kF64 : DType::kF32; }
+}  // namespace
 
 MemoryPlan PlanMemory(const RunSpec& spec) {
   const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
-  return PlanMemory(spec.model, {.element_bytes = SizeOf(DTypeOf(spec.compute)),
+  return PlanMemory(spec.model, {.device = spec.device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu,
+                                 .dtype = DTypeOf(spec.compute),
                                  .local_tokens = layout.local_rows() * spec.optim.micro_batch,
                                  .shards = spec.parallel.dp * spec.parallel.cp,
                                  .cp_exchange = spec.parallel.cp > 1,
                                  .recompute = spec.recompute});
 }
 
-Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh)
+Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, TransportKind transport)
     : spec_(spec),
       mesh_(mesh),
-      ctx_(Device{}),
-      params_(Device{}, DTypeOf(spec.compute), BuildParamTable(spec.model), mesh.dp_cp.size()),
-      geometry_(SequenceLayout(spec.parallel.layout, spec.data.seq_len, mesh.shape.cp), mesh.cp),
+      ctx_(ctx),
+      params_(ctx.device, DTypeOf(spec.compute), BuildParamTable(spec.model), mesh.dp_cp.size()),
+      geometry_(SequenceLayout(spec.parallel.layout, spec.data.seq_len, mesh.shape.cp), mesh.cp, transport),
       decoder_(spec.model, spec.recompute, params_),
-      optimizer_(spec.optim, params_, mesh.dp_cp),
-      flops_(TrainingFlops(spec.model, spec.data.seq_len)) {
-  params_.Initialize(spec.seed);
-}
+      optimizer_(ctx, spec.optim, params_, mesh.dp_cp),
+      flops_(TrainingFlops(spec.model, spec.data.seq_len)),
+      stats_(ctx.device, DType::kF64, {2}),
+      clip_factor_(ctx.device, DType::kF64, {1}),
+      stats_read_(ctx.device, 2) {}
 
-// Sum of the loss over this rank's tokens; leaves the gradients' reduction under way.
-absl::StatusOr<double> Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
-  for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
-    const TensorRef grads = params_.BucketGrads(bucket);
-    std::memset(grads.raw(), 0, static_cast<size_t>(grads.bytes()));
-  }
+absl::Status Trainer::Initialize() { return optimizer_.Initialize(spec_.seed); }
+
+// Adds to stats_; leaves the gradients' reduction under way.
+absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
+  ANNULUS_RETURN_IF_ERROR(optimizer_.ZeroGradients());
+  ANNULUS_RETURN_IF_ERROR(Zero(ctx_, stats_.ref()));
   ctx_.progress = [this] { optimizer_.Poll(); };
-  double loss = 0;
   for (size_t i = 0; i < batch.size(); ++i) {
     const MicroBatch& micro = batch[i];
     geometry_.SetBatch(micro.sequences);
     ModelStep step{.geometry = geometry_, .stats = {}};
-    const bool last = i + 1 == batch.size();  // gradients are complete only then
-    ANNULUS_ASSIGN_OR_RETURN(
-        const double sum,
-        decoder_.LossAndGradients(
-            ctx_, step, {.tokens = micro.tokens, .targets = micro.targets}, loss_scale,
-            [&](int bucket) { return last ? optimizer_.StartReduce(bucket) : absl::OkStatus(); }));
-    loss += sum;
+    BucketHooks hooks{.needed = [&](int bucket) { return optimizer_.WaitForParameters(bucket); }, .done = {}};
+    // Gradients are complete with the last micro-batch only.
+    if (i + 1 == batch.size()) hooks.done = [&](int bucket) { return optimizer_.StartReduce(bucket); };
+    ArenaScope scope(ctx_.scratch);
+    const TokenSlice slice = UploadTokens(ctx_, micro);
+    ANNULUS_RETURN_IF_ERROR(
+        decoder_.LossAndGradients(ctx_, step, slice, loss_scale, hooks, stats_.ref().Rows(1, 2)));
     exchange_.exposed_seconds += step.stats.exposed_seconds;
     exchange_.bytes_sent += step.stats.bytes_sent;
   }
   ctx_.progress = nullptr;
-  return loss;
+  return absl::OkStatus();
 }
 
+// On a GPU everything up to the gathering of the new parameters is enqueued before the host waits for the loss,
+// so the device has work while the host prepares the next step.
 absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds) {
   const auto start = std::chrono::steady_clock::now();
+  ctx_.recorder.BeginStep(step_ + 1);
   double counted = 0;
   for (const MicroBatch& micro : batch) counted += static_cast<double>(micro.counted_tokens);
   ANNULUS_ASSIGN_OR_RETURN(counted, mesh_.dp.AllReduceValue(counted, ReduceOp::kSum));
@@ -81,13 +96,19 @@ absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds
   }
 
   exchange_ = {};
-  ANNULUS_ASSIGN_OR_RETURN(double loss, ForwardBackward(batch, 1.0 / counted));
+  ANNULUS_RETURN_IF_ERROR(ForwardBackward(batch, 1.0 / counted));
+  ANNULUS_RETURN_IF_ERROR(optimizer_.FinishReduce(stats_.ref().Rows(0, 1)));
+  ANNULUS_RETURN_IF_ERROR(mesh_.dp_cp.AllReduce(stats_.ref(), ReduceOp::kSum));
+  ANNULUS_RETURN_IF_ERROR(ClipFactor(ctx_, stats_.ref(), spec_.optim.clip_norm, clip_factor_.ref()));
+  stats_read_.Start(ctx_, stats_.ref());
   StepReport report;
   report.lr = LearningRate(spec_.optim, step_);
-  ANNULUS_ASSIGN_OR_RETURN(report.grad_norm, optimizer_.FinishReduce(ctx_));
-  ANNULUS_ASSIGN_OR_RETURN(loss, mesh_.dp_cp.AllReduceValue(loss, ReduceOp::kSum));
+  ANNULUS_RETURN_IF_ERROR(optimizer_.Update(step_ + 1, report.lr, clip_factor_.ref()));
+
+  const absl::Span<const double> stats = stats_read_.Wait();
   report.step = step_ + 1;
-  report.loss = loss / counted;
+  report.grad_norm = std::sqrt(stats[0]);
+  report.loss = stats[1] / counted;
   report.tokens = static_cast<int64_t>(counted);
   report.skipped = !std::isfinite(report.loss) || !std::isfinite(report.grad_norm);
   if (report.skipped && spec_.nan_policy == NanPolicy::kStop) {
@@ -95,17 +116,17 @@ absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds
         absl::StrCat("step ", report.step, ": loss=", report.loss, " grad_norm=", report.grad_norm,
                      ": expected finite values (nan_policy: STOP); parameters are as before this step")));
   }
-  if (!report.skipped) {
-    ANNULUS_RETURN_IF_ERROR(optimizer_.Update(ctx_, step_ + 1, report.lr, report.grad_norm));
-  }
   ++step_;
   ANNULUS_RETURN_IF_ERROR(FillTimes(SecondsSince(start) + data_seconds, data_seconds, &report));
   return report;
 }
 
 absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport* report) {
-  double worst[4] = {exchange_.exposed_seconds * 1e3, optimizer_.TakeExposedSeconds() * 1e3,
-                     data_seconds * 1e3, PeakResidentBytes()};
+  const double exchange = exchange_.exposed_seconds + ctx_.waits.TakeSeconds(WaitKind::kExchange);
+  const double reduce =
+      ctx_.waits.TakeSeconds(WaitKind::kGradients) + ctx_.waits.TakeSeconds(WaitKind::kParameters);
+  ANNULUS_ASSIGN_OR_RETURN(const double memory, MemoryInUse(ctx_.device));
+  double worst[4] = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3, memory};
   ANNULUS_RETURN_IF_ERROR(
       mesh_.world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {4}), ReduceOp::kMax));
   report->exposed_exchange_ms = worst[0];
@@ -120,11 +141,13 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   return absl::OkStatus();
 }
 
-absl::StatusOr<double> Trainer::Evaluate(const DataSet& data) {
+absl::StatusOr<double> Trainer::Evaluate(const DataSet& data, const std::function<void()>& progress) {
   int64_t sequences = data.validation_sequences();
   if (spec_.eval.sequences > 0) sequences = std::min(sequences, spec_.eval.sequences);
-  double sums[2] = {0, 0};  // loss, counted tokens
+  double counted = 0;
+  ANNULUS_RETURN_IF_ERROR(Zero(ctx_, stats_.ref()));
   const auto run = [&]() -> absl::Status {
+    ANNULUS_RETURN_IF_ERROR(optimizer_.WaitForParameters());
     std::vector<Sequence> pending;
     for (int64_t i = mesh_.at.dp; i < sequences; i += mesh_.shape.dp) {
       ANNULUS_ASSIGN_OR_RETURN(Sequence sequence, data.Validation(i));
@@ -135,15 +158,18 @@ absl::StatusOr<double> Trainer::Evaluate(const DataSet& data) {
       pending.clear();
       geometry_.SetBatch(micro.sequences);
       ModelStep step{.geometry = geometry_, .stats = {}};
-      ANNULUS_ASSIGN_OR_RETURN(const double loss,
-                               decoder_.Loss(ctx_, step, {.tokens = micro.tokens, .targets = micro.targets}));
-      sums[0] += loss;
+      ArenaScope scope(ctx_.scratch);
+      ANNULUS_RETURN_IF_ERROR(
+          decoder_.Loss(ctx_, step, UploadTokens(ctx_, micro), {}, stats_.ref().Rows(1, 2)));
       // Every cp rank knows the count of the whole sequences; one of them reports it.
-      if (mesh_.at.cp == 0) sums[1] += static_cast<double>(micro.counted_tokens);
+      if (mesh_.at.cp == 0) counted += static_cast<double>(micro.counted_tokens);
+      progress();
     }
     return absl::OkStatus();
   };
   ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(run()));
+  stats_read_.Start(ctx_, stats_.ref());
+  double sums[2] = {stats_read_.Wait()[1], counted};
   ANNULUS_RETURN_IF_ERROR(mesh_.dp_cp.AllReduce(TensorRef(sums, DType::kF64, Device{}, {2}), ReduceOp::kSum));
   if (sums[1] == 0) return mesh_.world.AgreeOk(Invalid("validation split: no token is counted in the loss"));
   return sums[0] / sums[1];
@@ -161,7 +187,7 @@ absl::Status Trainer::Save(const std::string& directory, const std::string& conf
   return SaveCheckpoint(mesh_.world, directory, meta, std::move(gathered.tensors), keep);
 }
 
-absl::Status Trainer::Restore(const Checkpoint& checkpoint, uint64_t data_fingerprint) {
+absl::Status Trainer::CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const {
   const CheckpointMeta& meta = checkpoint.meta();
   const std::string fingerprint = Fingerprint(params_.table());
   if (meta.model_fingerprint != fingerprint) {
@@ -186,9 +212,18 @@ absl::Status Trainer::Restore(const Checkpoint& checkpoint, uint64_t data_finger
                    ": expected ", meta.consumed_sequences / std::max<int64_t>(1, meta.step),
                    ", the checkpoint's");
   }
-  const auto find = [&](absl::string_view name) { return checkpoint.Find(name); };
-  ANNULUS_RETURN_IF_ERROR(Prefixed(optimizer_.Restore(find), checkpoint.path() + ": "));
-  step_ = meta.step;
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Restore(const Checkpoint& checkpoint, uint64_t data_fingerprint) {
+  absl::Status status = CheckOrigin(checkpoint, data_fingerprint);
+  if (status.ok()) {
+    const auto find = [&](absl::string_view name) { return checkpoint.Find(name); };
+    status = Prefixed(optimizer_.Restore(find), checkpoint.path() + ": ");
+  }
+  ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(status));
+  ANNULUS_RETURN_IF_ERROR(optimizer_.PublishParameters());
+  step_ = checkpoint.meta().step;
   return absl::OkStatus();
 }
 

@@ -55,7 +55,7 @@ Held MeasureTraining(const ModelSpec& spec, const WholeBatch& batch, const MeshR
   std::mutex mutex;
   OnMesh(spec, batch, run, [&](RankModel& model) {
     model.LossAndGradients([](int) { return absl::OkStatus(); });
-    const ShardedAdamW optimizer({}, model.params(), model.mesh().dp_cp);
+    const ShardedAdamW optimizer(model.ctx(), {}, model.params(), model.mesh().dp_cp);
     const std::lock_guard<std::mutex> lock(mutex);
     held.parameters = model.params().bytes();
     held.optimizer = optimizer.state_bytes();
@@ -95,7 +95,7 @@ TEST(Memory, PlanIsWhatTrainingHolds) {
     const WholeBatch batch = RandomBatch(spec, {.length = 512, .batch = 2});
     const Held held =
         MeasureTraining(spec, batch, {.dtype = DType::kF32, .cp = c.cp, .recompute = c.recompute});
-    const MemoryPlan plan = PlanMemory(spec, {.element_bytes = 4,
+    const MemoryPlan plan = PlanMemory(spec, {.dtype = DType::kF32,
                                               .local_tokens = 512 * 2 / c.cp,
                                               .shards = c.cp,
                                               .cp_exchange = c.cp > 1,

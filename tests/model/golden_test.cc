@@ -8,6 +8,7 @@
 #include "annulus/base/file.h"
 #include "annulus/train/optimizer.h"
 #include "model/mesh_run.h"
+#include "support/optimizer_step.h"
 
 namespace annulus::testing {
 namespace {
@@ -131,14 +132,15 @@ void TakeSteps(RankModel& model, const Json& variant) {
   const bool compares = model.mesh().dp_cp.rank() == 0;
   Communicator group = model.mesh().dp_cp;
   const OptimSpec spec = OptimOf();
-  ShardedAdamW optimizer(spec, model.params(), group);
+  ShardedAdamW optimizer(model.ctx(), spec, model.params(), group);
   const Json& steps = variant["steps"];
   ASSERT_EQ(static_cast<int64_t>(steps.size()), spec.steps);
   for (int64_t step = 0; step < spec.steps; ++step) {
     const Json& golden = steps[static_cast<size_t>(step)];
     model.LossAndGradients([&](int bucket) { return optimizer.StartReduce(bucket); });
-    const double norm = optimizer.FinishReduce(model.ctx()).value();
-    ANNULUS_CHECK_OK(optimizer.Update(model.ctx(), step + 1, LearningRate(spec, step), norm));
+    const double norm = FinishStep(
+        model.ctx(), optimizer,
+        {.group = group, .clip_norm = spec.clip_norm, .step = step + 1, .lr = LearningRate(spec, step)});
     const double loss = model.Loss();
     if (!compares) continue;
     ExpectNear(norm, golden["grad_norm"], kStepsTolerance, absl::StrCat("gradient norm of step ", step));

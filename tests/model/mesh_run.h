@@ -117,6 +117,11 @@ inline std::vector<double> Doubles(ConstTensorRef t) {
                     [&]<class T>() { return std::vector<double>(t.data<T>(), t.data<T>() + t.elements()); });
 }
 
+inline ConstTensorRef HostTensor(const std::vector<int32_t>& values) {
+  return {values.data(), DType::kI32, Device{}, {static_cast<int64_t>(values.size())}};
+}
+inline TensorRef Scalar(double* value) { return {value, DType::kF64, Device{}, {1}}; }
+
 // One rank's share of a batch and the decoder on it. Data-parallel ranks take equal runs of sequences.
 class RankModel {
  public:
@@ -147,6 +152,7 @@ class RankModel {
       }
     }
     geometry_.SetBatch(std::move(mine));
+    slice_ = {.tokens = HostTensor(tokens_), .targets = HostTensor(targets_)};
   }
 
   ParamStore& params() { return params_; }
@@ -156,7 +162,8 @@ class RankModel {
   // Mean loss of the whole batch. Collective.
   double Loss() {
     ModelStep step{.geometry = geometry_, .stats = {}};
-    const double sum = decoder_.Loss(ctx_, step, {.tokens = tokens_, .targets = targets_}).value();
+    double sum = 0;
+    ANNULUS_CHECK_OK(decoder_.Loss(ctx_, step, slice_, {}, Scalar(&sum)));
     bytes_sent_ = step.stats.bytes_sent;
     return mesh_.dp_cp.AllReduceValue(sum, ReduceOp::kSum).value() / counted_;
   }
@@ -167,10 +174,9 @@ class RankModel {
       std::fill_n(static_cast<char*>(grads.raw()), grads.bytes(), char{0});
     }
     ModelStep step{.geometry = geometry_, .stats = {}};
-    const double sum =
-        decoder_
-            .LossAndGradients(ctx_, step, {.tokens = tokens_, .targets = targets_}, 1 / counted_, bucket_done)
-            .value();
+    double sum = 0;
+    ANNULUS_CHECK_OK(decoder_.LossAndGradients(ctx_, step, slice_, 1 / counted_,
+                                               {.needed = {}, .done = bucket_done}, Scalar(&sum)));
     bytes_sent_ = step.stats.bytes_sent;
     return mesh_.dp_cp.AllReduceValue(sum, ReduceOp::kSum).value() / counted_;
   }
@@ -180,7 +186,7 @@ class RankModel {
     const int64_t batch = geometry_.sequences().batch;
     const Tensor logits(Device{}, params_.dtype(), {static_cast<int64_t>(tokens_.size()), vocab});
     ModelStep step{.geometry = geometry_, .stats = {}};
-    ANNULUS_CHECK_OK(decoder_.Logits(ctx_, step, tokens_, logits.ref()));
+    ANNULUS_CHECK_OK(decoder_.Logits(ctx_, step, slice_.tokens, logits.ref()));
     const std::vector<double> values = Doubles(logits.ref());
     for (int64_t row = 0; row < layout_.local_rows(); ++row) {
       const int64_t position = layout_.PositionOf(mesh_.at.cp, row);
@@ -203,6 +209,7 @@ class RankModel {
   Decoder decoder_;
   int64_t first_item_ = 0;
   std::vector<int32_t> tokens_, targets_;
+  TokenSlice slice_;  // of both
   int64_t bytes_sent_ = 0;
 };
 

@@ -11,6 +11,7 @@
 #include "annulus/base/random.h"
 #include "annulus/train/optimizer.h"
 #include "support/loopback.h"
+#include "support/optimizer_step.h"
 
 namespace annulus::testing {
 namespace {
@@ -65,24 +66,38 @@ Tensors ValuesOf(const ParamStore& params) {
   return values;
 }
 
-// One group under test. Every member runs `body(params, optimizer, ctx, group)`.
+struct Rank {
+  ParamStore& params;
+  ShardedAdamW& optimizer;
+  Context& ctx;
+  Communicator group;
+  double clip_norm;
+
+  double FinishStep(int64_t step) {
+    return testing::FinishStep(ctx, optimizer,
+                               {.group = group, .clip_norm = clip_norm, .step = step, .lr = kLr});
+  }
+};
+
+// One group under test. Every member runs `body(rank)`.
 template <typename Body>
 void OnGroup(int ranks, const OptimSpec& spec, Body&& body) {
   OnLoopback(ranks, [&](Communicator group) {
     ParamStore params(Device{}, DType::kF64, BuildParamTable(SmallSpec()), ranks);
     params.Initialize(9);
-    ShardedAdamW optimizer(spec, params, group);
     Context ctx{Device{}};
-    body(params, optimizer, ctx, group);
+    ShardedAdamW optimizer(ctx, spec, params, group);
+    Rank rank{params, optimizer, ctx, group, spec.clip_norm};
+    body(rank);
   });
 }
 
 // One step from the gradients in `params`; returns their norm.
-double TakeStep(ParamStore& params, ShardedAdamW& optimizer, Context& ctx, int64_t step) {
-  for (int bucket = 0; bucket < params.buckets(); ++bucket) ANNULUS_CHECK_OK(optimizer.StartReduce(bucket));
-  const double norm = optimizer.FinishReduce(ctx).value();
-  ANNULUS_CHECK_OK(optimizer.Update(ctx, step, kLr, norm));
-  return norm;
+double TakeStep(Rank& rank, int64_t step) {
+  for (int bucket = 0; bucket < rank.params.buckets(); ++bucket) {
+    ANNULUS_CHECK_OK(rank.optimizer.StartReduce(bucket));
+  }
+  return rank.FinishStep(step);
 }
 
 // Algorithm 2 of Loshchilov and Hutter (2019) on whole tensors, in long double.
@@ -148,15 +163,15 @@ TEST_P(ShardedAdamWTest, EqualsPlainAdamW) {
     NaiveAdamW naive(spec);
     std::vector<double> norms;
     for (int64_t step = 1; step <= 6; ++step) norms.push_back(naive.Step(step, ranks));
-    OnGroup(ranks, spec, [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator group) {
+    OnGroup(ranks, spec, [&](Rank& rank) {
       for (int64_t step = 1; step <= 6; ++step) {
-        FillGradients(params, [&](const std::string& name, int64_t i) {
-          return GradientAt(name, i, step, group.rank());
+        FillGradients(rank.params, [&](const std::string& name, int64_t i) {
+          return GradientAt(name, i, step, rank.group.rank());
         });
-        const double norm = TakeStep(params, optimizer, ctx, step);
+        const double norm = TakeStep(rank, step);
         EXPECT_NEAR(norm, norms[static_cast<size_t>(step - 1)], 1e-12 * norm);
       }
-      for (const auto& [name, values] : ValuesOf(params)) {
+      for (const auto& [name, values] : ValuesOf(rank.params)) {
         const std::vector<long double>& expected = naive.values().at(name);
         for (size_t i = 0; i < values.size(); ++i) {
           ASSERT_NEAR(values[i], static_cast<double>(expected[i]), 1e-12) << name << " at " << i;
@@ -169,19 +184,19 @@ TEST_P(ShardedAdamWTest, EqualsPlainAdamW) {
 // With zero gradients only decay acts, on matrices alone; the padding of buckets stays zero.
 TEST_P(ShardedAdamWTest, OnlyMatricesDecay) {
   OnGroup(GetParam(), SmallOptim(1),
-          [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator) {
-            const Tensors before = ValuesOf(params);
-            EXPECT_EQ(TakeStep(params, optimizer, ctx, 1), 0);
-            for (const auto& [name, values] : ValuesOf(params)) {
-              const bool matrix = params.Value(params.table().IndexOf(name)).rank() == 2;
+          [&](Rank& rank) {
+            const Tensors before = ValuesOf(rank.params);
+            EXPECT_EQ(TakeStep(rank, 1), 0);
+            for (const auto& [name, values] : ValuesOf(rank.params)) {
+              const bool matrix = rank.params.Value(rank.params.table().IndexOf(name)).rank() == 2;
               for (size_t i = 0; i < values.size(); ++i) {
                 const double x = before.at(name)[i];
                 ASSERT_NEAR(values[i], matrix ? x - kLr * 0.3 * x : x, 1e-15) << name;
               }
             }
-            for (int bucket = 0; bucket < params.buckets(); ++bucket) {
-              const TensorRef values = params.BucketValues(bucket);
-              for (int64_t i = params.table().bucket_elements[static_cast<size_t>(bucket)];
+            for (int bucket = 0; bucket < rank.params.buckets(); ++bucket) {
+              const TensorRef values = rank.params.BucketValues(bucket);
+              for (int64_t i = rank.params.table().bucket_elements[static_cast<size_t>(bucket)];
                    i < values.elements(); ++i) {
                 EXPECT_EQ(values.data<double>()[i], 0) << "padding of bucket " << bucket;
               }
@@ -195,18 +210,18 @@ TEST_P(ShardedAdamWTest, OrderOfReductionsDoesNotMatter) {
   for (const std::vector<int>& order : {std::vector{0, 1, 2, 3}, {3, 2, 1, 0}, {2, 0, 3, 1}}) {
     Tensors result;
     OnGroup(GetParam(), SmallOptim(1),
-            [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator group) {
+            [&](Rank& rank) {
               for (int64_t step = 1; step <= 3; ++step) {
-                FillGradients(params, [&](const std::string& name, int64_t i) {
-                  return GradientAt(name, i, step, group.rank());
+                FillGradients(rank.params, [&](const std::string& name, int64_t i) {
+                  return GradientAt(name, i, step, rank.group.rank());
                 });
                 for (int bucket : order) {
-                  ANNULUS_CHECK_OK(optimizer.StartReduce(bucket));
-                  if (step == 2) optimizer.Poll();
+                  ANNULUS_CHECK_OK(rank.optimizer.StartReduce(bucket));
+                  if (step == 2) rank.optimizer.Poll();
                 }
-                ANNULUS_CHECK_OK(optimizer.Update(ctx, step, kLr, optimizer.FinishReduce(ctx).value()));
+                rank.FinishStep(step);
               }
-              if (group.rank() == 0) result = ValuesOf(params);
+              if (rank.group.rank() == 0) result = ValuesOf(rank.params);
             });
     results.push_back(std::move(result));
   }
@@ -216,8 +231,8 @@ TEST_P(ShardedAdamWTest, OrderOfReductionsDoesNotMatter) {
 
 TEST_P(ShardedAdamWTest, HoldsItsShareOfTheState) {
   const int ranks = GetParam();
-  OnGroup(ranks, SmallOptim(1), [&](ParamStore& params, ShardedAdamW& optimizer, Context&, Communicator) {
-    EXPECT_EQ(optimizer.state_bytes() * ranks, 3 * params.bytes());
+  OnGroup(ranks, SmallOptim(1), [&](Rank& rank) {
+    EXPECT_EQ(rank.optimizer.state_bytes() * ranks, 3 * rank.params.bytes());
   });
 }
 
@@ -262,12 +277,12 @@ void FillOnRankZero(ParamStore& params, int64_t step, int rank) {
 // Steps 1..steps from the start, then what a checkpoint holds.
 void TrainAndSave(int ranks, int64_t steps, Saved* saved) {
   OnGroup(ranks, SmallOptim(0),
-          [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator group) {
+          [&](Rank& rank) {
             for (int64_t step = 1; step <= steps; ++step) {
-              FillOnRankZero(params, step, group.rank());
-              TakeStep(params, optimizer, ctx, step);
+              FillOnRankZero(rank.params, step, rank.group.rank());
+              TakeStep(rank, step);
             }
-            saved->Add(optimizer.Gather().value());
+            saved->Add(rank.optimizer.Gather().value());
           });
 }
 
@@ -282,16 +297,17 @@ TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {
     SCOPED_TRACE(::testing::Message() << from << " -> " << to << " ranks");
     Saved again, continued;
     OnGroup(to, SmallOptim(0),
-            [&](ParamStore& params, ShardedAdamW& optimizer, Context& ctx, Communicator group) {
-              FillOnRankZero(params, 77, group.rank());
-              TakeStep(params, optimizer, ctx, 1);  // something else in parameters and state, to be replaced
-              ANNULUS_CHECK_OK(optimizer.Restore(saved.finder()));
-              again.Add(optimizer.Gather().value());
+            [&](Rank& rank) {
+              FillOnRankZero(rank.params, 77, rank.group.rank());
+              TakeStep(rank, 1);  // something else in parameters and state, to be replaced
+              ANNULUS_CHECK_OK(rank.optimizer.Restore(saved.finder()));
+              ANNULUS_CHECK_OK(rank.optimizer.PublishParameters());
+              again.Add(rank.optimizer.Gather().value());
               for (int64_t step = 4; step <= 5; ++step) {
-                FillOnRankZero(params, step, group.rank());
-                TakeStep(params, optimizer, ctx, step);
+                FillOnRankZero(rank.params, step, rank.group.rank());
+                TakeStep(rank, step);
               }
-              continued.Add(optimizer.Gather().value());
+              continued.Add(rank.optimizer.Gather().value());
             });
     EXPECT_EQ(again.tensors(), saved.tensors());
     EXPECT_EQ(continued.tensors(), straight.tensors());
@@ -301,8 +317,8 @@ TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {
 TEST(Restore, NamesTheTensorThatDoesNotFit) {
   const auto restore = [](const Saved& saved) {
     absl::Status status;
-    OnGroup(1, SmallOptim(0), [&](ParamStore&, ShardedAdamW& optimizer, Context&, Communicator) {
-      status = optimizer.Restore(saved.finder());
+    OnGroup(1, SmallOptim(0), [&](Rank& rank) {
+      status = rank.optimizer.Restore(saved.finder());
     });
     return status;
   };
@@ -322,11 +338,12 @@ TEST(Restore, NamesTheTensorThatDoesNotFit) {
 TEST(Restore, ParametersAloneForAnyUse) {
   Saved saved;
   TrainAndSave(3, 2, &saved);
+  Context ctx{Device{}};
   ParamStore params(Device{}, DType::kF64, BuildParamTable(SmallSpec()), 1);
-  ANNULUS_CHECK_OK(RestoreParameters(params, saved.finder()));
+  ANNULUS_CHECK_OK(RestoreParameters(ctx, params, saved.finder()));
   for (const auto& [name, values] : ValuesOf(params)) EXPECT_EQ(values, saved.tensors().at(name)) << name;
   ParamStore f32(Device{}, DType::kF32, BuildParamTable(SmallSpec()), 1);
-  EXPECT_EQ(RestoreParameters(f32, saved.finder()).message(),
+  EXPECT_EQ(RestoreParameters(ctx, f32, saved.finder()).message(),
             "checkpoint tensor embed.weight: is f64 [11, 5], expected f32 [11, 5]");
 }
 

@@ -21,7 +21,6 @@ constexpr int64_t kQColumns = kHeads * kDim, kOutColumns = kHeads * kVDim,
 constexpr double kScale = 0.4;
 // Sums of at most 40 terms of order one: a few dozen epsilons (2e-16) apart in any order of summing.
 constexpr double kTolerance = 1e-12;
-constexpr double kDqBefore = 0.5;  // dq is added to
 
 struct Case {
   SequenceLayout layout;
@@ -113,7 +112,6 @@ void DenseQuery(const Case& c, const Whole& in, int64_t item, int64_t position, 
 
 Whole Dense(const Case& c, const Whole& in) {
   Whole result = MakeOutputs(c);
-  std::fill(result.dq.begin(), result.dq.end(), kDqBefore);
   for (int64_t item = 0; item < c.sequences.batch; ++item) {
     for (int64_t position = 0; position < c.layout.padded_length(); ++position) {
       for (int64_t head = 0; head < kHeads; ++head) DenseQuery(c, in, item, position, head, &result);
@@ -147,27 +145,32 @@ void RunRank(const Case& c, Whole& in, AttentionGeometry& geometry, Whole* resul
   MoveRows(c, r, Direction::kToLocal, &in.q, q.ref());
   MoveRows(c, r, Direction::kToLocal, &in.kv, kv.ref());
   MoveRows(c, r, Direction::kToLocal, &in.dout, dout.ref());
-  std::fill_n(dq.ref().data<double>(), dq.ref().elements(), kDqBefore);
-  std::fill_n(dkv.ref().data<double>(), dkv.ref().elements(), std::numeric_limits<double>::quiet_NaN());
+  for (const Tensor* result : {&out, &dq, &dkv}) {  // overwritten
+    std::fill_n(result->ref().data<double>(), result->ref().elements(), std::numeric_limits<double>::quiet_NaN());
+  }
 
-  const ContextAttentionShape shape{
-      .kv_heads = kKvHeads, .head_dim = kDim, .v_head_dim = kVDim, .window = c.window, .scale = kScale};
-  const HeadsRef q_heads = HeadsOf(q.ref(), 0, kHeads, kDim),
-                 out_heads = HeadsOf(out.ref(), 0, kHeads, kVDim);
+  const ContextAttentionShape shape{.heads = kHeads,
+                                    .kv_heads = kKvHeads,
+                                    .head_dim = kDim,
+                                    .v_head_dim = kVDim,
+                                    .window = c.window,
+                                    .scale = kScale};
   ExchangeStats stats;
-  ANNULUS_CHECK_OK(
-      ContextAttentionForward(ctx, geometry, shape, q_heads, kv.ref(), {out_heads, lse.ref()}, &stats));
-  ANNULUS_CHECK_OK(ContextAttentionBackward(ctx, geometry, shape, q_heads, kv.ref(),
-                                            {.out = out_heads,
-                                             .dout = HeadsOf(dout.ref(), 0, kHeads, kVDim),
+  ANNULUS_CHECK_OK(ContextAttentionForward(
+      ctx, geometry, shape, {.q = q.ref(), .kv = kv.ref(), .out = out.ref(), .lse = lse.ref()}, &stats));
+  ANNULUS_CHECK_OK(ContextAttentionBackward(ctx, geometry, shape,
+                                            {.q = q.ref(),
+                                             .kv = kv.ref(),
+                                             .out = out.ref(),
                                              .lse = lse.ref(),
-                                             .dq = HeadsOf(dq.ref(), 0, kHeads, kDim),
+                                             .dout = dout.ref(),
+                                             .dq = dq.ref(),
                                              .dkv = dkv.ref()},
                                             &stats));
-  const AttentionGeometry::Mask* mask = geometry.MaskFor(c.window).value();
+  const AttentionGeometry::Mask* mask = geometry.MaskFor(ctx, c.window).value();
   const int64_t row_bytes = batch * kKvColumns * SizeOf(DType::kF64);
-  EXPECT_EQ(stats.bytes_sent, BytesSent(mask->forward, r, row_bytes, row_bytes) +
-                                  BytesSent(mask->backward, r, row_bytes, row_bytes));
+  EXPECT_EQ(stats.bytes_sent, BytesSent(mask->forward.plan, r, row_bytes, row_bytes) +
+                                  BytesSent(mask->backward.plan, r, row_bytes, row_bytes));
   EXPECT_EQ(ctx.scratch.used_bytes(), 0);
   MoveRows(c, r, Direction::kToWhole, &result->out, out.ref());
   MoveRows(c, r, Direction::kToWhole, &result->lse, lse.ref());
@@ -275,23 +278,25 @@ TEST(Geometry, FollowsTheBatchAndTheWindow) {
 TEST(Geometry, KeepsPlansWhileTheMasksStay) {
   const SequenceBatch sequences = RandomSequences(1, 20, 2, Lengths::kFull, Documents::kNone);
   OnLoopback(2, [&](Communicator cp) {
+    Context ctx{Device{}};
     AttentionGeometry geometry(SequenceLayout(LayoutKind::kStriped, 20, 2), cp);
     geometry.SetBatch(sequences);
-    const AttentionGeometry::Mask* all = geometry.MaskFor(0).value();
-    const AttentionGeometry::Mask* window = geometry.MaskFor(3).value();
+    const AttentionGeometry::Mask* all = geometry.MaskFor(ctx, 0).value();
+    const AttentionGeometry::Mask* window = geometry.MaskFor(ctx, 3).value();
     EXPECT_NE(all->bounds.lo, window->bounds.lo);
     geometry.SetBatch(sequences);
-    EXPECT_EQ(geometry.MaskFor(0).value(), all);
-    EXPECT_EQ(geometry.MaskFor(3).value(), window);
+    EXPECT_EQ(geometry.MaskFor(ctx, 0).value(), all);
+    EXPECT_EQ(geometry.MaskFor(ctx, 3).value(), window);
   });
 }
 
 TEST(Geometry, RanksThatDisagreeOnTheBatchAreTold) {
   OnLoopback(3, [&](Communicator cp) {
     const int64_t length = cp.rank() == 1 ? 9 : 18;
+    Context ctx{Device{}};
     AttentionGeometry geometry(SequenceLayout(LayoutKind::kZigzag, 18, 3), cp);
     geometry.SetBatch({.batch = 1, .lengths = {length}, .document_starts = {}});
-    EXPECT_EQ(geometry.MaskFor(0).status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(geometry.MaskFor(ctx, 0).status().code(), absl::StatusCode::kInvalidArgument);
   });
 }
 

@@ -50,14 +50,13 @@ TEST(LocalBounds, AreThoseOfTheRowsInOrder) {
     for (int r = 0; r < draw.layout.ranks(); ++r) {
       const BoundsTable table = LocalBounds(draw.layout, draw.sequences, draw.window, r);
       ASSERT_EQ(static_cast<int64_t>(table.lo.size()), rows * batch);
+      ASSERT_EQ(static_cast<int64_t>(table.hi.size()), rows * batch);
       for (int64_t row = 0; row < rows; ++row) {
-        const MaskBounds bounds = table.Rows(row, row + 1, batch);
-        ASSERT_EQ(static_cast<int64_t>(bounds.hi.size()), batch);
         for (int64_t item = 0; item < batch; ++item) {
           const int64_t q = draw.layout.PositionOf(r, row);
           for (int64_t k = 0; k < draw.layout.padded_length(); ++k) {
-            const bool in_bounds =
-                bounds.lo[static_cast<size_t>(item)] <= k && k < bounds.hi[static_cast<size_t>(item)];
+            const size_t token = static_cast<size_t>(row * batch + item);
+            const bool in_bounds = table.lo[token] <= k && k < table.hi[token];
             ASSERT_EQ(in_bounds, Sees(draw.sequences, draw.window, item, q, k)) << "draw " << seed;
           }
         }

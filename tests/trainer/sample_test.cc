@@ -49,7 +49,7 @@ TEST_F(SampleTest, TakesTheLikeliestByteAtTemperatureZero) {
   ModelStep step{.geometry = geometry, .stats = {}};
   Tensor logits(Device{}, DType::kF64, Shape({4, spec_.model.vocab_size}));
   const std::vector<int32_t> prompt = {'w', 'o', 'r', 'd'};
-  ASSERT_TRUE(decoder.Logits(ctx, step, prompt, logits.ref()).ok());
+  ASSERT_TRUE(decoder.Logits(ctx, step, {prompt.data(), DType::kI32, Device{}, {4}}, logits.ref()).ok());
   const double* last = logits.ref().data<double>() + 3 * spec_.model.vocab_size;
   EXPECT_EQ(std::max_element(last, last + 256) - last, static_cast<unsigned char>(text[0]));
 }

@@ -63,7 +63,9 @@ TEST(Evaluate, LeavesTrainingAlone) {
   EXPECT_LT(want.back(), want.front());
 }
 
-std::vector<double> ValuesOf(ParamStore& params) {
+std::vector<double> ValuesOf(Trainer& trainer) {
+  ANNULUS_CHECK_OK(trainer.WaitForParameters());
+  const ParamStore& params = trainer.params();
   std::vector<double> values;
   for (int bucket = 0; bucket < params.buckets(); ++bucket) {
     const TensorRef all = params.BucketValues(bucket);
@@ -76,18 +78,19 @@ TEST(NotFinite, SkippedStepLeavesParametersAndTheNextOneGoesOn) {
   const RunSpec spec = SmallRun({"nan_policy=SKIP"});
   OnMesh(spec, 2, 2, [&](RankOfRun rank) {
     ASSERT_TRUE(NextStep(rank, spec).ok());
+    ASSERT_TRUE(rank.trainer.WaitForParameters().ok());
     double* weight =
         rank.trainer.params().Value(rank.trainer.params().table().IndexOf("embed.weight")).data<double>();
     const double before = weight['w' * spec.model.d_model];
     weight['w' * spec.model.d_model] = std::numeric_limits<double>::quiet_NaN();
-    const std::vector<double> poisoned = ValuesOf(rank.trainer.params());
+    const std::vector<double> poisoned = ValuesOf(rank.trainer);
     const absl::StatusOr<StepReport> skipped = NextStep(rank, spec);
     ASSERT_TRUE(skipped.ok()) << skipped.status();
     EXPECT_TRUE(skipped->skipped);
     EXPECT_TRUE(std::isnan(skipped->loss));
     EXPECT_EQ(skipped->step, 2);
     EXPECT_EQ(rank.trainer.step(), 2);
-    const std::vector<double> after = ValuesOf(rank.trainer.params());
+    const std::vector<double> after = ValuesOf(rank.trainer);
     EXPECT_EQ(std::memcmp(after.data(), poisoned.data(), after.size() * sizeof(double)), 0);
 
     weight['w' * spec.model.d_model] = before;
@@ -95,7 +98,7 @@ TEST(NotFinite, SkippedStepLeavesParametersAndTheNextOneGoesOn) {
     ASSERT_TRUE(next.ok()) << next.status();
     EXPECT_FALSE(next->skipped);
     EXPECT_TRUE(std::isfinite(next->loss));
-    EXPECT_NE(ValuesOf(rank.trainer.params()), after);
+    EXPECT_NE(ValuesOf(rank.trainer), after);
   });
 }
 

@@ -21,6 +21,7 @@ namespace annulus::testing {
 inline constexpr char kSmallRun[] = R"(name: "small"
 seed: 5
 compute: F64
+device: CPU
 model {
   pattern: "A -"
   d_model: 8
@@ -79,7 +80,9 @@ inline void OnMesh(RunSpec spec, int dp, int cp, const std::function<void(RankOf
     absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create({dp, cp, 1}, world);
     ANNULUS_CHECK(mesh.ok()) << mesh.status();
     const std::unique_ptr<DataSet> data = OpenData(spec);
-    Trainer trainer(spec, *mesh);
+    Context ctx{Device{}};
+    Trainer trainer(spec, *mesh, ctx);
+    ANNULUS_CHECK_OK(trainer.Initialize());
     fn({*mesh, *data, trainer});
   });
 }

@@ -33,9 +33,13 @@ absl::StatusOr<GpuLink> ChooseGpuLink(Communicator host, const Context& ctx);
 // posting makes two ranks wait for each other.
 //
 // kNccl: sums are taken in an order fixed by the group and the size, not in rank order, and those of bf16 are
-// rounded at every addition. kHost: sums as on hosts; Wait() blocks the host until the result is on its way
-// to the device.
+// rounded at every addition. NCCL connects two ranks when they first need it: until both have called, that
+// first operation may hold the host. kHost: sums as on hosts; Wait() blocks the host until the result is on
+// its way to the device.
 absl::StatusOr<Communicator> WithGpu(Communicator host, GpuLink link, Context& ctx,
                                      std::string lane = "collectives");
+
+// "NCCL 2.28.3"; "none" in a build without CUDA.
+std::string NcclVersion();
 
 }  // namespace annulus

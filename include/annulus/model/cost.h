@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "annulus/base/dtype.h"
+#include "annulus/device/device.h"
 #include "annulus/model/spec.h"
 
 namespace annulus {
@@ -25,16 +27,17 @@ double MeanVisibleKeys(int64_t seq_len, int64_t window);
 struct MemoryPlan {
   int64_t parameters = 0;
   int64_t gradients = 0;
-  int64_t optimizer = 0;    // m, v and the reduced gradient, sharded over dp x cp
+  int64_t optimizer = 0;    // m, v, the reduced gradient and a master copy if there is one, sharded over dp x cp
   int64_t activations = 0;  // kept from forward to backward
   // Temporaries at the peak of backward, with as many exchange buffers as a plan ever has and the loss chunk
-  // on CPUs. The tiles of kernels (below 1 MiB) are left out.
+  // of the device. The tiles and workspaces of kernels are left out.
   int64_t workspace = 0;
   int64_t total() const { return parameters + gradients + optimizer + activations + workspace; }
 };
 
 struct MemoryInputs {
-  int64_t element_bytes = 4;
+  DeviceKind device = DeviceKind::kCpu;
+  DType dtype = DType::kF32;  // compute dtype
   int64_t local_tokens = 0;  // rows * micro-batch
   int64_t shards = 1;        // dp x cp
   bool cp_exchange = false;  // more than one cp rank

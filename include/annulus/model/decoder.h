@@ -12,10 +12,17 @@
 
 namespace annulus {
 
-// This rank's part of a micro-batch, ordered (row, batch item); its sequences and masks are in the geometry.
+// This rank's part of a micro-batch, ordered (row, batch item), on the context's device; its sequences and masks
+// are in the geometry.
 struct TokenSlice {
-  absl::Span<const int32_t> tokens;   // [rows * batch]; padding rows hold any token
-  absl::Span<const int32_t> targets;  // [rows * batch]; negative: not counted
+  ConstTensorRef tokens;   // i32 [rows * batch]; padding rows hold any token
+  ConstTensorRef targets;  // i32 [rows * batch]; negative: not counted
+};
+
+// Calls around the use of a bucket of parameters; either may be empty.
+struct BucketHooks {
+  std::function<absl::Status(int)> needed;  // before a pass first reads the bucket's values, in order
+  std::function<absl::Status(int)> done;    // as soon as its gradients are complete, in reverse order
 };
 
 class Decoder {
@@ -23,17 +30,16 @@ class Decoder {
   // `params` must have been built for `spec` and must outlive the decoder.
   Decoder(const ModelSpec& spec, Recompute recompute, const ParamStore& params);
 
-  // Sum of the loss over this rank's counted tokens, in nats.
-  absl::StatusOr<double> Loss(Context& ctx, ModelStep& step, const TokenSlice& slice);
+  // loss += sum of the loss over this rank's counted tokens, in nats.   loss: f64 [1]
+  absl::Status Loss(Context& ctx, ModelStep& step, const TokenSlice& slice, const BucketHooks& hooks,
+                    TensorRef loss);
 
-  // The same, and adds loss_scale * d(sum)/d(parameter) to every gradient. `bucket_done(bucket)` is called as
-  // soon as a bucket's gradients are complete, in reverse order of the model.
-  absl::StatusOr<double> LossAndGradients(
-      Context& ctx, ModelStep& step, const TokenSlice& slice, double loss_scale,
-      const std::function<absl::Status(int)>&
-          bucket_done);  // Logits of this rank's last logits.dim(0) tokens: [n, vocab]. For sampling and
-                         // tests: not in chunks.
-  absl::Status Logits(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens, TensorRef logits);
+  // The same, and adds loss_scale * d(sum)/d(parameter) to every gradient.
+  absl::Status LossAndGradients(Context& ctx, ModelStep& step, const TokenSlice& slice, double loss_scale,
+                                const BucketHooks& hooks, TensorRef loss);
+
+  // Logits of this rank's last logits.dim(0) tokens: [n, vocab]. For sampling and tests: not in chunks.
+  absl::Status Logits(Context& ctx, ModelStep& step, ConstTensorRef tokens, TensorRef logits);
 
  private:
   struct Layer {
@@ -42,9 +48,10 @@ class Decoder {
     TensorRef x, normed;  // kept from forward: input, and with Recompute::kNone its norm
   };
 
-  absl::StatusOr<TensorRef> Trunk(Context& ctx, ModelStep& step, absl::Span<const int32_t> tokens, Keep keep);
-  absl::StatusOr<double> HeadForwardBackward(Context& ctx, TensorRef x, absl::Span<const int32_t> targets,
-                                             double loss_scale, TensorRef gradient);
+  absl::StatusOr<TensorRef> Trunk(Context& ctx, ModelStep& step, ConstTensorRef tokens, Keep keep,
+                                  const BucketHooks& hooks);
+  absl::Status HeadForwardBackward(Context& ctx, TensorRef x, ConstTensorRef targets, double loss_scale,
+                                   TensorRef gradient, TensorRef loss);
   absl::Status LayerForward(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef x, Keep keep,
                             TensorRef y);
   absl::Status LayerBackward(Context& ctx, ModelStep& step, Layer& layer, TensorRef gradient);

@@ -39,10 +39,15 @@ ParamTable BuildParamTable(const ModelSpec& spec);
 // "name [shape] ..." of every parameter; equal for models that can read each other's checkpoints.
 std::string Fingerprint(const ParamTable& table);
 
-// Parameters and their gradients in one dtype.
+// Initial values of elements [begin, begin + n) of a parameter, from (seed, name, global index): the same
+// whatever the number of ranks.   out: n values of f32 or f64
+void InitialValues(const ParamInfo& info, uint64_t seed, int64_t begin, TensorRef out);
+
+// Parameters in the compute dtype and their gradients in its accumulator dtype.
 class ParamStore {
  public:
-  // Every bucket's memory is padded with zeros to a multiple of `bucket_multiple` elements.
+  // `dtype` is the compute dtype. Every bucket's memory is padded with zeros to a multiple of `bucket_multiple`
+  // elements.
   ParamStore(Device device, DType dtype, ParamTable table, int64_t bucket_multiple);
 
   const ParamTable& table() const { return table_; }
@@ -58,7 +63,7 @@ class ParamStore {
   int buckets() const { return static_cast<int>(values_.size()); }
   int64_t bytes() const;  // of the values
 
-  // Fills every parameter from (seed, name, global index).
+  // Fills every parameter with its initial values. On CPUs.
   void Initialize(uint64_t seed);
 
  private:

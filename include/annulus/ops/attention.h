@@ -99,4 +99,7 @@ struct AttentionKernelCase {
 };
 AttentionKernel ChooseAttentionKernel(const AttentionKernelCase& c);
 
+// "cuDNN 9.19.0", or why this build has none.
+std::string CudnnVersion();
+
 }  // namespace annulus

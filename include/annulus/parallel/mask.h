@@ -6,9 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "absl/types/span.h"
 #include "annulus/comm/exchange_plan.h"
-#include "annulus/ops/attention.h"
 #include "annulus/parallel/sequence_layout.h"
 
 namespace annulus {
@@ -32,12 +30,6 @@ KeyRange VisibleKeys(const SequenceBatch& sequences, int64_t window, int64_t ite
 // Bounds of one rank's rows, index row * batch + item.
 struct BoundsTable {
   std::vector<int64_t> lo, hi;
-  // Of local rows [begin, end).
-  MaskBounds Rows(int64_t begin, int64_t end, int64_t batch) const {
-    const size_t first = static_cast<size_t>(begin * batch),
-                 count = static_cast<size_t>((end - begin) * batch);
-    return {absl::MakeConstSpan(lo).subspan(first, count), absl::MakeConstSpan(hi).subspan(first, count)};
-  }
 };
 BoundsTable LocalBounds(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window,
                         int cp_rank);

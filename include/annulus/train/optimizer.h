@@ -2,9 +2,12 @@
 
 // AdamW with its state sharded over the dp x cp group (ZeRO stage 1; Rajbhandari et al., 2020): gradients of
 // a bucket are reduce-scattered as soon as they are complete, each rank updates its 1/N of every bucket, and
-// the new parameters are all-gathered. Also the learning-rate schedules.
+// the new parameters are all-gathered while the next forward begins. The state is in the accumulator dtype; where
+// that is wider than the compute dtype (bf16), it includes the parameters themselves. Also the learning-rate
+// schedules.
 
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "annulus/comm/communicator.h"
@@ -18,7 +21,7 @@ namespace annulus {
 // Learning rate of optimizer step `step`, 0-based, of spec.steps.
 double LearningRate(const OptimSpec& spec, int64_t step);
 
-// Logical tensors with the memory of those that had to be gathered.
+// Logical tensors in host memory, with that memory where they had to be gathered.
 struct GatheredTensors {
   std::vector<NamedTensor> tensors;
   std::vector<Tensor> memory;
@@ -26,59 +29,73 @@ struct GatheredTensors {
 
 using TensorFinder = std::function<absl::StatusOr<ConstTensorRef>(absl::string_view name)>;
 
-// Copies every parameter from the tensors that `find` gives, which must have the table's shapes and the
-// store's dtype.
-absl::Status RestoreParameters(ParamStore& params, const TensorFinder& find);
+// Copies every parameter from the host tensors that `find` gives, which must have the table's shapes and the
+// accumulator dtype of the store's.
+absl::Status RestoreParameters(Context& ctx, ParamStore& params, const TensorFinder& find);
 
 class ShardedAdamW {
  public:
-  // `params` was made with a bucket multiple of group.size(), and outlives the optimizer.
-  ShardedAdamW(const OptimSpec& spec, ParamStore& params, Communicator group);
+  // `params` was made with a bucket multiple of group.size() and takes its memory from ctx.device; both outlive
+  // the optimizer.
+  ShardedAdamW(Context& ctx, const OptimSpec& spec, ParamStore& params, Communicator group);
   ~ShardedAdamW();
 
+  // Fills parameters and master copies with their initial values. Collective.
+  absl::Status Initialize(uint64_t seed);
+
+  // Zeroes the gradients for a new step.
+  absl::Status ZeroGradients();
   // Starts the sum over the group of a bucket's gradients; returns at once. Call Poll() to move it along.
   absl::Status StartReduce(int bucket);
   void Poll();
-  // Waits for all sums and returns the global norm of the gradient (the same on every rank).
-  absl::StatusOr<double> FinishReduce(Context& ctx);
+  // Waits for all sums and adds this rank's part of the global sum of squares of the gradient to
+  // sum_of_squares, f64 [1].
+  absl::Status FinishReduce(TensorRef sum_of_squares);
 
-  // Clips to spec.clip_norm, updates this rank's shards and gathers the parameters. `step` is 1 for the first
-  // update.
-  absl::Status Update(Context& ctx, int64_t step, double lr, double grad_norm);
+  // Updates this rank's shards with gradients times gradient_scale (f64 [1]; NaN: nothing changes) and starts
+  // to gather the parameters. `step` is 1 for the first update.
+  absl::Status Update(int64_t step, double lr, ConstTensorRef gradient_scale);
+  // Before parameters of the bucket are read after an Update.
+  absl::Status WaitForParameters(int bucket);
+  absl::Status WaitForParameters();  // of all buckets
 
-  // Seconds that FinishReduce and Update waited for transfers since the last call.
-  double TakeExposedSeconds();
-
-  // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint;
-  // buckets are dealt to the ranks in turn. Collective.
+  // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint, in the
+  // accumulator dtype; buckets are dealt to the ranks in turn. Collective.
   absl::StatusOr<GatheredTensors> Gather();
-  // Reads parameters and this rank's part of the state, as RestoreParameters does.
+  // Reads this rank's part of parameters and state, as RestoreParameters does; PublishParameters must follow.
   absl::Status Restore(const TensorFinder& find);
+  // Parameters of all ranks from what each holds of them. Collective.
+  absl::Status PublishParameters();
 
-  int64_t state_bytes() const;  // of this rank: m, v and the reduced gradient
+  int64_t state_bytes() const;  // of this rank: master parameters, m, v and the reduced gradient
 
  private:
   // Elements [begin, end) of this rank's shard of a bucket that belong to one parameter.
   struct Run {
+    size_t param = 0;  // index in the table
     int bucket = 0;
     int64_t begin = 0, end = 0;
     Decay decay = Decay::kNone;
   };
   struct Shard {
     Tensor grad, m, v;
-    Request reduce;
+    Tensor master;  // only where the accumulator dtype is wider than the compute dtype
+    Request reduce, gather;
   };
 
-  int64_t ShardBegin(int bucket) const;    // first element of the bucket in this rank's shard
-  Run RunOf(const ParamInfo& info) const;  // empty if the shard holds none of the parameter
-  absl::Status WaitTimed(Request& request);
+  bool has_master() const { return AccumOf(params_.dtype()) != params_.dtype(); }
+  int64_t ShardBegin(int bucket) const;      // first element of the bucket in this rank's shard
+  TensorRef ValueShard(int bucket) const;    // this rank's part of the bucket's values
+  TensorRef MasterShard(int bucket) const;   // the same in the accumulator dtype
+  Run RunOf(size_t param) const;             // empty if the shard holds none of the parameter
+  absl::Status StartGather(int bucket);
 
+  Context& ctx_;
   OptimSpec spec_;
   ParamStore& params_;
   Communicator group_;
   std::vector<Shard> shards_;
   std::vector<Run> runs_;
-  double exposed_seconds_ = 0;
 };
 
 }  // namespace annulus

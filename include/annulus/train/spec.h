@@ -44,6 +44,7 @@ struct DataSpec {
 };
 
 enum class ExchangeKind { kAuto, kKvRing };
+enum class TransportChoice { kBest, kHost, kNccl, kCopyEngine };
 
 struct ParallelSpec {
   int64_t dp = 1;  // 0, in a configuration loaded without a number of ranks: ranks / (cp * tp)
@@ -51,6 +52,7 @@ struct ParallelSpec {
   int64_t tp = 1;
   LayoutKind layout = LayoutKind::kZigzag;
   ExchangeKind exchange = ExchangeKind::kAuto;
+  TransportChoice transport = TransportChoice::kBest;
   friend bool operator==(const ParallelSpec&, const ParallelSpec&) = default;
 };
 
@@ -99,12 +101,16 @@ struct SampleSpec {
   friend bool operator==(const SampleSpec&, const SampleSpec&) = default;
 };
 
-enum class ComputeType { kF32, kF64 };
+enum class ComputeType { kF32, kF64, kBF16, kAuto };
+enum class DeviceChoice { kAuto, kCpu, kCuda };
 
 struct RunSpec {
   std::string name;
   uint64_t seed = 0;
   ComputeType compute = ComputeType::kF32;
+  DeviceChoice device = DeviceChoice::kCpu;
+  bool deterministic = false;
+  double step_deadline_seconds = 600;
   ModelSpec model;
   std::string pattern;  // as written
   Recompute recompute = Recompute::kAttentionOutput;

@@ -4,11 +4,14 @@
 // loss and gradients, clipping, AdamW. The loss is the global sum over counted tokens divided by their global
 // count, so it does not depend on how sequences are spread over ranks.
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 
+#include "annulus/comm/exchange_transport.h"
 #include "annulus/comm/process_mesh.h"
+#include "annulus/device/transfer.h"
 #include "annulus/model/cost.h"
 #include "annulus/model/decoder.h"
 #include "annulus/train/batch.h"
@@ -30,50 +33,57 @@ struct StepReport {
   double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next two
   double exposed_reduce_ms = 0;
   double data_ms = 0;
-  int64_t memory_peak_bytes = 0;  // of the largest rank, resident
+  int64_t memory_peak_bytes = 0;  // of the largest rank: resident, or of its GPU
   bool skipped = false;           // not finite: parameters were left as they were
 };
 
 class Trainer {
  public:
-  // The spec has been validated for mesh.shape. Parameters are initialised from spec.seed.
-  Trainer(const RunSpec& spec, ProcessMesh& mesh);
+  // The spec has been validated for mesh.shape, whose communicators are for tensors on ctx.device; both outlive
+  // the trainer.
+  Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, TransportKind transport = TransportKind::kHost);
+  // Parameters from spec.seed. Collective; before anything else, unless Restore follows.
+  absl::Status Initialize();
 
   // Collective over the mesh. FailedPrecondition if loss or gradient norm is not finite and the policy is to
   // stop.
   absl::StatusOr<StepReport> Step(const Batch& batch, double data_seconds);
 
-  // Mean loss in nats per counted token over the validation split, or its first spec.eval.sequences.
-  // Collective.
-  absl::StatusOr<double> Evaluate(const DataSet& data);
+  // Mean loss in nats per counted token over the validation split, or its first spec.eval.sequences. `progress`
+  // is called after each micro-batch. Collective.
+  absl::StatusOr<double> Evaluate(const DataSet& data, const std::function<void()>& progress = [] {});
+
+  // Before parameters are read outside of the trainer: they may still be on their way.
+  absl::Status WaitForParameters() { return optimizer_.WaitForParameters(); }
 
   int64_t step() const { return step_; }  // optimizer steps done
   const SequenceLayout& layout() const { return geometry_.layout(); }
-  ParamStore& params() {
-    return params_;
-  }  // Collective. `directory` holds the step directories, of which the newest `keep` stay.
+  ParamStore& params() { return params_; }
+  // Collective. `directory` holds the step directories, of which the newest `keep` stay.
   absl::Status Save(const std::string& directory, const std::string& config, uint64_t data_fingerprint,
                     int64_t keep);
-  // InvalidArgument when the checkpoint is of another model, seed or data set.
+  // InvalidArgument when the checkpoint is of another model, seed or data set. Collective.
   absl::Status Restore(const Checkpoint& checkpoint, uint64_t data_fingerprint);
 
  private:
-  absl::StatusOr<double> ForwardBackward(const Batch& batch, double loss_scale);
+  absl::Status ForwardBackward(const Batch& batch, double loss_scale);
+  absl::Status CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const;
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
 
   RunSpec spec_;
   ProcessMesh& mesh_;
-  Context ctx_;
+  Context& ctx_;
   ParamStore params_;
   AttentionGeometry geometry_;
   Decoder decoder_;
   ShardedAdamW optimizer_;
   FlopsPerToken flops_;
+  Tensor stats_;         // f64 [2] of the step: sum of squares of the gradient, sum of the loss
+  Tensor clip_factor_;   // f64 [1]
+  Readback stats_read_;  // stats_ on the host
   ExchangeStats exchange_;
   int64_t step_ = 0;
 };
-
-DType DTypeOf(ComputeType compute);
 
 // What a rank of this run holds.
 MemoryPlan PlanMemory(const RunSpec& spec);

@@ -1,0 +1,37 @@
+// The transport of the exchange, without attention: what a rank sends, all ranks sending at once.
+
+#include "annulus/comm/exchange_bench.h"
+
+#include "bench.h"
+
+namespace annulus {
+namespace {
+
+// NVLink 4: 18 links of 25 GB/s a direction (NVIDIA H100 and H200 SXM datasheets).
+double LinkCeiling(const GpuInfo& gpu) { return gpu.compute_major == 9 ? 450 : 0; }
+
+}  // namespace
+
+absl::Status BenchExchange(Bench& bench) {
+  constexpr int64_t kMiB = int64_t{1} << 20;
+  std::vector<int64_t> sizes = {kMiB, 16 * kMiB, 128 * kMiB};
+  if (bench.arguments.Has("--bytes")) {
+    ANNULUS_ASSIGN_OR_RETURN(const int64_t bytes, bench.Int("--bytes", kMiB));
+    sizes = {bytes};
+  }
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, bench.Int("--repeats", 10));
+  ANNULUS_ASSIGN_OR_RETURN(const std::unique_ptr<ExchangeTransport> transport,
+                           MakeTransport(bench.machine.transport, bench.machine.mesh.cp, bench.ctx()));
+  for (const int64_t bytes : sizes) {
+    ANNULUS_ASSIGN_OR_RETURN(const ExchangeRate rate, MeasureExchange(bench.ctx(), bench.machine.mesh.cp, *transport,
+                                                                      bytes, static_cast<int>(repeats)));
+    bench.Report({{"bytes", bytes},
+                  {"transport", std::string(Name(transport->kind()))},
+                  {"one_way_gb_per_second", rate.one_way_gb_per_second},
+                  {"both_ways_gb_per_second", rate.both_ways_gb_per_second},
+                  {"link_gb_per_second", LinkCeiling(bench.gpu)}});
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace annulus

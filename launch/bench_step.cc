@@ -1,0 +1,68 @@
+// Training steps of a configuration on random tokens: its data is not read.
+
+#include "annulus/base/random.h"
+#include "annulus/train/report.h"
+#include "annulus/train/trainer.h"
+#include "bench.h"
+
+namespace annulus {
+namespace {
+
+Batch RandomBatch(const RunSpec& spec, const SequenceLayout& layout, const MeshCoordinates& at) {
+  const int64_t per_rank = spec.optim.sequences_per_step / spec.parallel.dp;
+  Batch batch;
+  std::vector<Sequence> pending;
+  for (int64_t i = 0; i < per_rank; ++i) {
+    const RandomStream random(spec.seed, absl::StrCat("bench/", at.dp * per_rank + i));
+    Sequence sequence;
+    sequence.length = spec.data.seq_len;
+    for (int64_t t = 0; t <= spec.data.seq_len; ++t) {
+      const uint64_t token = random.Below(static_cast<uint64_t>(t), static_cast<uint64_t>(spec.model.vocab_size));
+      if (t < spec.data.seq_len) sequence.tokens.push_back(static_cast<int32_t>(token));
+      if (t > 0) sequence.targets.push_back(static_cast<int32_t>(token));
+    }
+    sequence.document_starts.resize(static_cast<size_t>(spec.data.seq_len));
+    pending.push_back(std::move(sequence));
+    if (static_cast<int64_t>(pending.size()) == spec.optim.micro_batch || i + 1 == per_rank) {
+      batch.push_back(MakeMicroBatch(pending, spec.data, layout, at.cp));
+      pending.clear();
+    }
+  }
+  return batch;
+}
+
+}  // namespace
+
+absl::Status BenchStep(Bench& bench) {
+  if (!bench.arguments.Has("--config")) {
+    return bench.machine.mesh.world.AgreeOk(Invalid("annulus bench step: expected --config FILE"));
+  }
+  Trainer trainer(bench.spec, bench.machine.mesh, bench.ctx(), bench.machine.transport);
+  ANNULUS_RETURN_IF_ERROR(trainer.Initialize());
+  const Batch batch = RandomBatch(bench.spec, trainer.layout(), bench.machine.mesh.at);
+  StepReport report;
+  ANNULUS_ASSIGN_OR_RETURN(const double seconds, bench.Seconds([&]() -> absl::Status {
+    ANNULUS_ASSIGN_OR_RETURN(report, trainer.Step(batch, 0));
+    return absl::OkStatus();
+  }));
+  const FlopsPerToken flops = TrainingFlops(bench.spec.model, bench.spec.data.seq_len);
+  const double tokens = static_cast<double>(bench.spec.optim.sequences_per_step * bench.spec.data.seq_len);
+  const double per_rank = tokens / seconds / bench.machine.mesh.world.size() * 1e-12;
+  bench.Report({{"name", bench.spec.name},
+                {"seq_len", bench.spec.data.seq_len},
+                {"sequences", bench.spec.optim.sequences_per_step},
+                {"transport", std::string(Name(bench.machine.transport))},
+                {"step_ms", seconds * 1e3},
+                {"tokens_per_second", tokens / seconds},
+                {"tflops_causal", flops.causal * per_rank},
+                {"tflops_full", flops.full * per_rank},
+                {"datasheet_tflops", bench.gpu.bf16_tflops},
+                {"mfu_causal", bench.gpu.bf16_tflops > 0 ? flops.causal * per_rank / bench.gpu.bf16_tflops : 0.0},
+                {"exposed_exchange_ms", report.exposed_exchange_ms},
+                {"exposed_reduce_ms", report.exposed_reduce_ms},
+                {"memory_gib", static_cast<double>(report.memory_peak_bytes) / (int64_t{1} << 30)},
+                {"loss", report.loss}});
+  return absl::OkStatus();
+}
+
+}  // namespace annulus

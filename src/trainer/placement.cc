@@ -1,0 +1,74 @@
+#include "annulus/train/placement.h"
+
+#include <algorithm>
+
+#include "annulus/comm/gpu_communicator.h"
+#include "annulus/device/gpu.h"
+#include "run_directory.h"
+
+namespace annulus {
+
+absl::Status ResolveDevice(RunSpec* spec) {
+  if (spec->device == DeviceChoice::kCuda && GpuCount() == 0) {
+    return absl::UnavailableError(
+        absl::StrCat("device=CUDA: expected a GPU: ", WhyNoGpu(), " (device: CPU runs without)"));
+  }
+  if (spec->device == DeviceChoice::kAuto) {
+    const bool cpu_only = spec->compute == ComputeType::kF64;
+    spec->device = GpuCount() > 0 && !cpu_only ? DeviceChoice::kCuda : DeviceChoice::kCpu;
+  }
+  const bool gpu = spec->device == DeviceChoice::kCuda;
+  if (spec->compute == ComputeType::kAuto) spec->compute = gpu ? ComputeType::kBF16 : ComputeType::kF32;
+  if (spec->compute == ComputeType::kBF16 && !gpu) {
+    return Invalid("compute=BF16: expected F32 or F64 on CPUs", GpuCount() == 0 ? "; no GPU: " : "", WhyNoGpu());
+  }
+  return absl::OkStatus();
+}
+
+DType DTypeOf(ComputeType compute) {
+  ANNULUS_CHECK(compute != ComputeType::kAuto) << "compute type not resolved";
+  if (compute == ComputeType::kF64) return DType::kF64;
+  return compute == ComputeType::kBF16 ? DType::kBF16 : DType::kF32;
+}
+
+absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec) {
+  if (spec.device != DeviceChoice::kCuda) return Device{};
+  const std::string host = HostName();
+  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> hosts, world.AllGatherStrings(host));
+  const int64_t before = std::count(hosts.begin(), hosts.begin() + world.rank(), host);
+  const Device device{DeviceKind::kCuda, static_cast<int>(before % GpuCount())};
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(UseGpu(device.index)));
+  return device;
+}
+
+namespace {
+
+absl::StatusOr<TransportKind> TransportFor(Communicator cp, const Context& ctx, TransportChoice choice) {
+  if (choice == TransportChoice::kBest) return ChooseTransport(cp, ctx);
+  if (choice == TransportChoice::kHost) return TransportKind::kHost;
+  if (ctx.device.kind == DeviceKind::kCpu) {
+    return Invalid("parallel.exchange.transport: expected BEST or HOST on CPUs");
+  }
+  return choice == TransportChoice::kNccl ? TransportKind::kNccl : TransportKind::kCopyEngine;
+}
+
+}  // namespace
+
+absl::StatusOr<Machine> SetUpMachine(Communicator world, const RunSpec& spec, Device device) {
+  Machine machine;
+  const Determinism determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff;
+  machine.ctx = std::make_unique<Context>(device, determinism);
+  const MeshShape shape{.dp = static_cast<int>(spec.parallel.dp),
+                        .cp = static_cast<int>(spec.parallel.cp),
+                        .tp = static_cast<int>(spec.parallel.tp)};
+  ANNULUS_ASSIGN_OR_RETURN(machine.mesh, ProcessMesh::Create(shape, world));
+  if (device.kind == DeviceKind::kCuda) {
+    ANNULUS_ASSIGN_OR_RETURN(const GpuLink link, ChooseGpuLink(world, *machine.ctx));
+    ANNULUS_RETURN_IF_ERROR(machine.mesh.UseGpu(link, *machine.ctx));
+  }
+  ANNULUS_ASSIGN_OR_RETURN(machine.transport,
+                           TransportFor(machine.mesh.cp, *machine.ctx, spec.parallel.transport));
+  return machine;
+}
+
+}  // namespace annulus
