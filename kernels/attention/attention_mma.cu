@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kMaxGrid = 65535, kMaxRows = std::numeric_limits<int32_t>::max() - 1024;
 
 template <typename T>
-bool Aligned(const MmaHeads<T>& x) {
+bool Aligned(const CudaHeads<T>& x) {
   constexpr int64_t kElements = 16 / sizeof(T);
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride % kElements == 0 &&
          x.batch_stride % kElements == 0;

@@ -19,6 +19,16 @@
 // tile has made dS whole. It is added to global memory without an order: by the copy engine out of shared
 // memory where there is one that adds, by atomics from registers elsewhere.
 //
+// What orders the accesses to shared memory, with B(r) the barrier of all warps that begins round r, the
+// round of query tile r:
+//
+//   query tile r, stage r % 2    copies of round r - 1, B(r), read in round r, B(r + 1), copies of tile r + 2
+//   P, buffer r % 2              value warp, handoff of round r, key warp of the same pair
+//   dS, over P                   key warp, B(r + 1), read by all warps, B(r + 2), P of round r + 2
+//   sum of dQ, by halves         copy engine has read, barrier of the half, stores, fence and barrier, copy
+//   engine way, four slots              written two rounds before it is read, read for the last time one
+//   round after
+//
 // Floor: 2 (3 dim + 2 v_dim) FLOP per visible (query, key) pair and head.
 
 #include "attention_mma_launch.cuh"
@@ -35,6 +45,10 @@ struct BackwardTile {
   static constexpr bool kBulkAdd = kDim >= 128;
   // dQ is shared out over the warps: value warps take the upper half of its rows, key warps the lower.
   static constexpr int kGradientRows = kQueries / 2, kGradientColumns = kDim / kPairs;
+  // Whether a value warp waits for the key warp of its pair when P is ready. Where both come to that point at
+  // about the same time the named barrier is the quickest; with keys of 192 the key warp, whose dQ comes
+  // first, is so late that it costs 10%.
+  static constexpr bool kValueWarpWaits = kDim <= 128;
   // Named barriers: one for each half of dQ, one for each pair.
   static constexpr int kHalfBarrier = 1, kPairBarrier = 3;
 
@@ -90,6 +104,8 @@ struct QueryTileStage {
   uint32_t q, dout;
   const RowStats* stats;
   const KeyRows* ranges;
+  uint32_t dscores;  // the buffer of P and dS
+  uint32_t parity;   // of the number of tiles before
 };
 
 // Where the fragments of columns 8n ... 8n + 7 of a warp's rows of dS^T go: rows g, and 8 rows further down.
@@ -98,17 +114,54 @@ __device__ inline uint32_t DScoresAddress(uint32_t dscores, int row, int n, int 
   return dscores + Tile::DScores::Offset(row + lane / 4, n) + static_cast<uint32_t>(lane % 4 * 4);
 }
 
+// P passes from the value warp of a pair to its key warp, once per query tile. (bar.arrive would be the third
+// way: racecheck of compute-sanitizer then loses the order that the block's barrier gives to the pairs.)
+template <typename Tile>
+class WeightsHandoff {
+ public:
+  // `barriers` holds a phase barrier for each pair; unused where value warps wait.
+  __device__ WeightsHandoff(int pair, const uint64_t* barriers)
+      : pair_(pair), barrier_(SharedAddress(barriers + pair)) {}
+
+  __device__ static void Init(const uint64_t* barriers) {
+    if constexpr (!Tile::kValueWarpWaits) {
+      for (int pair = 0; pair < Tile::kPairs; ++pair) PhaseBarrierInit(SharedAddress(barriers + pair), 32);
+    }
+  }
+  // Every lane has stored its P.
+  __device__ void Give() const {
+    if constexpr (Tile::kValueWarpWaits) {
+      NamedBarrier(Tile::kPairBarrier + pair_, 64);
+    } else {
+      PhaseBarrierArrive(barrier_);
+    }
+  }
+  // P of the query tile is there; `parity` is of the number of tiles before.
+  __device__ void Take(uint32_t parity) const {
+    if constexpr (Tile::kValueWarpWaits) {
+      NamedBarrier(Tile::kPairBarrier + pair_, 64);
+    } else {
+      PhaseBarrierWait(barrier_, parity);
+    }
+  }
+
+ private:
+  const int pair_;
+  const uint32_t barrier_;
+};
+
 template <typename Tile>
 class ValueWarp {
  public:
   static constexpr bool kQueryGradientFirst = false;
 
-  __device__ ValueWarp(uint32_t shared, int pair) : shared_(shared), pair_(pair), row_(pair * 16 * Tile::kM) {
+  __device__ ValueWarp(uint32_t shared, int pair, const uint64_t* barriers)
+      : shared_(shared), row_(pair * 16 * Tile::kM), handoff_(pair, barriers) {
     Clear(dv_);
   }
 
-  // `dscores` is the buffer of this query tile, `key` the key row of the block's first key.
-  __device__ void Step(const QueryTileStage& tile, uint32_t dscores, float scale, bool masked, int key) {
+  // `key` is the key row of the block's first key.
+  __device__ void Step(const QueryTileStage& tile, float scale, bool masked, int key) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     MultiplyTransposed<typename Tile::K, typename Tile::Q, Tile::kM, Tile::kQueries, Tile::kDim>(
         weights_, shared_ + Tile::K::LaneOffset(lane, row_), tile.q + Tile::Q::CrossedLaneOffset(lane));
@@ -121,12 +174,12 @@ class ValueWarp {
     for (int m = 0; m < Tile::kM; ++m) {
 #pragma unroll
       for (int n = 0; n < Tile::kQueries / 8; ++n) {
-        const uint32_t to = DScoresAddress<Tile>(dscores, row_ + m * 16, n, lane);
+        const uint32_t to = DScoresAddress<Tile>(tile.dscores, row_ + m * 16, n, lane);
         StoreShared(to, PackHalf(weights_[m][n][0], weights_[m][n][1]));
         StoreShared(to + 8 * 128, PackHalf(weights_[m][n][2], weights_[m][n][3]));
       }
     }
-    NamedBarrierArrive(Tile::kPairBarrier + pair_, 64);
+    handoff_.Give();
     AddProduct<typename Tile::DOut, Tile::kM, Tile::kValueDim, Tile::kQueries>(
         dv_, weights_, tile.dout + Tile::DOut::LaneOffset(lane));
   }
@@ -160,7 +213,8 @@ class ValueWarp {
   }
 
   const uint32_t shared_;
-  const int pair_, row_;
+  const int row_;
+  const WeightsHandoff<Tile> handoff_;
   Fragments<Tile::kM, Tile::kQueries> weights_;
   Fragments<Tile::kM, Tile::kValueDim> dv_;
 };
@@ -170,16 +224,17 @@ class KeyWarp {
  public:
   static constexpr bool kQueryGradientFirst = true;
 
-  __device__ KeyWarp(uint32_t shared, int pair) : shared_(shared), pair_(pair), row_(pair * 16 * Tile::kM) {
+  __device__ KeyWarp(uint32_t shared, int pair, const uint64_t* barriers)
+      : shared_(shared), row_(pair * 16 * Tile::kM), handoff_(pair, barriers) {
     Clear(dk_);
   }
 
-  __device__ void Step(const QueryTileStage& tile, uint32_t dscores, float, bool, int) {
+  __device__ void Step(const QueryTileStage& tile, float, bool, int) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     MultiplyTransposed<typename Tile::V, typename Tile::DOut, Tile::kM, Tile::kQueries, Tile::kValueDim>(
         dscores_t_, shared_ + Tile::K::kBytes + Tile::V::LaneOffset(lane, row_),
         tile.dout + Tile::DOut::CrossedLaneOffset(lane));
-    NamedBarrier(Tile::kPairBarrier + pair_, 64);  // P is there
+    handoff_.Take(tile.parity);
 #pragma unroll
     for (int n = 0; n < Tile::kQueries / 8; ++n) {
       const int column = n * 8 + lane % 4 * 2;
@@ -188,8 +243,8 @@ class KeyWarp {
       for (int m = 0; m < Tile::kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t at =
-              DScoresAddress<Tile>(dscores, row_ + m * 16, n, lane) + static_cast<uint32_t>(half * 8 * 128);
+          const uint32_t at = DScoresAddress<Tile>(tile.dscores, row_ + m * 16, n, lane) +
+                              static_cast<uint32_t>(half * 8 * 128);
           const float2 weight = UnpackHalf(LoadShared(at));
           float* dscore = dscores_t_[m][n] + 2 * half;
           dscore[0] = weight.x * (dscore[0] - delta[0]);
@@ -208,7 +263,8 @@ class KeyWarp {
 
  private:
   const uint32_t shared_;
-  const int pair_, row_;
+  const int row_;
+  const WeightsHandoff<Tile> handoff_;
   Fragments<Tile::kM, Tile::kQueries> dscores_t_;
   Fragments<Tile::kM, Tile::kDim> dk_;
 };
@@ -355,8 +411,12 @@ struct BackwardKeyBlock {
     const int at = Tile::kStages + stage * Tile::kStageBytes;
     const uint32_t q = shared + static_cast<uint32_t>(at);
     const unsigned char* rows = memory + at + Tile::Q::kBytes + Tile::DOut::kBytes;
-    return {q, q + Tile::Q::kBytes, reinterpret_cast<const RowStats*>(rows),
-            reinterpret_cast<const KeyRows*>(rows + Tile::kRowBytes)};
+    return {q,
+            q + Tile::Q::kBytes,
+            reinterpret_cast<const RowStats*>(rows),
+            reinterpret_cast<const KeyRows*>(rows + Tile::kRowBytes),
+            DScores(stage),
+            static_cast<uint32_t>(stage)};
   }
   __device__ uint32_t DScores(int buffer) const {
     return shared + static_cast<uint32_t>(Tile::kDScores + buffer * Tile::DScores::kBytes);
@@ -417,7 +477,7 @@ struct BackwardKeyBlock {
 
   // The block's rows of dk or dv, kColumns wide; keys no query sees are not touched.
   template <int kColumns>
-  __device__ GradientRows Rows(const MmaHeads<float>& x) const {
+  __device__ GradientRows Rows(const CudaHeads<float>& x) const {
     return {x.data + key() * x.row_stride + item() * x.batch_stride + kv_head() * kColumns, x.row_stride,
             view.begin, view.end};
   }
@@ -448,7 +508,7 @@ __device__ void WalkQueryTiles(const BackwardKeyBlock<Tile>& keys, Warp& warp) {
       if (round > 0) keys.AddQueryGradients(way[(round - 1) % QueryTileWalk::kSlots], stage ^ 1);
     };
     if (kSum && Warp::kQueryGradientFirst) add_before();
-    if (more) warp.Step(keys.Stage(stage), keys.DScores(stage), scale, at.masked, keys.key());
+    if (more) warp.Step(keys.Stage(stage), scale, at.masked, keys.key());
     if (kSum && !Warp::kQueryGradientFirst) add_before();
   }
   if (kSum) BulkWait();
@@ -461,6 +521,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                          const __grid_constant__ BackwardTables tables) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ QueryTileWalk walk;
+  __shared__ uint64_t barriers[Tile::kPairs];
   using Block = BackwardKeyBlock<Tile>;
   const KeyBlockView view = FindQueryTiles<Tile::kThreads>(tables.bounds + Block::item() * tables.query_tiles,
                                                            tables.query_tiles, Block::key(), Tile::kKeys);
@@ -471,6 +532,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     walk.last = view.last;
     walk.group = static_cast<int>(block.heads / block.kv_heads);
     walk.head = 0;
+    WeightsHandoff<Tile>::Init(barriers);
     for (int round = 0; round < QueryTileWalk::kAhead; ++round) keys.FindQueryTile(round);
   }
   keys.LoadKeys();
@@ -480,11 +542,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   const int warp = static_cast<int>(threadIdx.x / 32);
   if (warp < Tile::kPairs) {
-    ValueWarp<Tile> values(keys.shared, warp);
+    ValueWarp<Tile> values(keys.shared, warp, barriers);
     WalkQueryTiles<kQueryGradient>(keys, values);
     values.Store(keys.template Rows<Tile::kValueDim>(gradients.dv));
   } else {
-    KeyWarp<Tile, kQueryGradient> warp_keys(keys.shared, warp - Tile::kPairs);
+    KeyWarp<Tile, kQueryGradient> warp_keys(keys.shared, warp - Tile::kPairs, barriers);
     WalkQueryTiles<kQueryGradient>(keys, warp_keys);
     warp_keys.Store(block.scale, keys.template Rows<Tile::kDim>(gradients.dk));
   }

@@ -182,7 +182,7 @@ class ForwardRows {
     return (row * block_.batch + blockIdx.z) * block_.heads + blockIdx.y;
   }
   template <typename T>
-  __device__ T* OutRow(const MmaHeads<T>& x, int64_t row) const {
+  __device__ T* OutRow(const CudaHeads<T>& x, int64_t row) const {
     return x.data + row * x.row_stride + blockIdx.z * x.batch_stride + blockIdx.y * Tile::kValueDim +
            lane_ % 4 * 2;
   }

@@ -3,7 +3,8 @@
 // The passes of attention_mma.h, one function per pass and head dim, each defined in a file of its own so
 // that they compile in parallel: attention_mma_{forward,backward,backward_ordered}_<dim>.cu.
 
-#include "attention_mma_bounds.cuh"
+#include "attention_bounds.cuh"
+#include "attention_mma.h"
 
 namespace annulus::kernels {
 

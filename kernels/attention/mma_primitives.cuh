@@ -148,13 +148,35 @@ __device__ inline void BulkWaitRead() {}
 __device__ inline void BulkWait() {}
 #endif
 
-// Barrier of `threads` threads of the block, whole warps; ids 0 to 15. Arriving does not wait.
+// Barrier of `threads` threads of the block, whole warps; ids 0 to 15.
 __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ inline void NamedBarrierArrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+
+// A barrier in 8 bytes of shared memory at which some threads arrive without waiting and others wait: a phase
+// ends when `count` threads have arrived. A wait names the parity of its phase, 0 for the first.
+__device__ inline void PhaseBarrierInit(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
+__device__ inline void PhaseBarrierArrive(uint32_t barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+#if __CUDA_ARCH__ >= 900
+#define ANNULUS_PHASE_TEST "mbarrier.try_wait"  // sleeps a while
+#else
+#define ANNULUS_PHASE_TEST "mbarrier.test_wait"
+#endif
+__device__ inline void PhaseBarrierWait(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
+  do {
+    asm volatile("{ .reg .pred p; " ANNULUS_PHASE_TEST
+                 ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(over)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (over == 0);
+}
+#undef ANNULUS_PHASE_TEST
 
 // Four adjacent columns out of a C fragment: even lanes get row g, odd lanes row g + 8, both columns
 // 4 (t / 2) ... + 3, so that a lane moves 16 bytes.

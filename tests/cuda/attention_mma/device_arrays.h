@@ -2,25 +2,23 @@
 
 // Device arrays of the attention check, with gaps, guards and poison.
 
-#include <algorithm>
-#include <chrono>
-#include <cstdio>
-#include <cstring>
-#include <numeric>
-#include <random>
-#include <string>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
 
-#include "cuda/attention_mma/reference.h"
-#include "cuda/attention_mma/variants.h"
-#include "kernels/attention/attention_mma.h"
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "kernels/attention/attention_block_cuda.h"
 
 namespace annulus::testing {
 
-using kernels::MmaAttentionBlock;
-using kernels::MmaAttentionGradients;
-using kernels::MmaAttentionPartial;
-using kernels::MmaHeads;
-using kernels::MmaQueryGradient;
+using kernels::CudaHeads;
 using bf16 = __nv_bfloat16;
 
 #define CUDA(call)                                                                           \
@@ -33,8 +31,6 @@ using bf16 = __nv_bfloat16;
   } while (0)
 
 inline size_t Size(int64_t n) { return static_cast<size_t>(n); }
-inline double RoundToBf16(double x) { return __bfloat162float(__float2bfloat16(static_cast<float>(x))); }
-inline double RoundNot(double x) { return x; }
 
 template <typename T>
 T FromDouble(double x) {
@@ -43,6 +39,11 @@ T FromDouble(double x) {
 }
 inline double ToDouble(bf16 x) { return __bfloat162float(x); }
 inline double ToDouble(float x) { return x; }
+template <typename T>
+double RoundTo(double x) {
+  return ToDouble(FromDouble<T>(x));
+}
+inline double RoundNot(double x) { return x; }
 
 template <typename T>
 struct DeviceArray {
@@ -53,6 +54,35 @@ struct DeviceArray {
   }
   DeviceArray(const DeviceArray&) = delete;
   ~DeviceArray() { cudaFree(data); }
+};
+
+// n dense elements on the device with a guard behind.
+template <typename T>
+class GuardedArray {
+ public:
+  explicit GuardedArray(std::vector<T> host) : size_(host.size()), array_(Guard(&host)) {}
+  T* data() const { return array_.data; }
+
+  // The elements; sets *intact to false when the guard was written.
+  std::vector<T> Download(bool* intact) const {
+    std::vector<T> host(size_ + kGuard);
+    CUDA(cudaMemcpy(host.data(), array_.data, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
+    const T guard = FromDouble<T>(NAN);
+    for (size_t i = size_; i < host.size(); ++i) {
+      *intact = *intact && std::memcmp(&host[i], &guard, sizeof(T)) == 0;
+    }
+    host.resize(size_);
+    return host;
+  }
+
+ private:
+  static constexpr size_t kGuard = 64;
+  static const std::vector<T>& Guard(std::vector<T>* host) {
+    host->resize(host->size() + kGuard, FromDouble<T>(NAN));
+    return *host;
+  }
+  const size_t size_;
+  DeviceArray<T> array_;
 };
 
 // [rows, batch, width] on the device with gaps between rows and between items, and guard rows behind. The
@@ -106,7 +136,7 @@ class StridedHeads {
   }
 
   template <typename U>
-  MmaHeads<U> Heads(int64_t first = 0, int64_t step = 1) const {
+  CudaHeads<U> Heads(int64_t first = 0, int64_t step = 1) const {
     return {array_.data + first * row_stride_, row_stride_ * step, batch_stride_};
   }
 
@@ -124,8 +154,12 @@ class StridedHeads {
   DeviceArray<T> array_;
 };
 
-enum class Mask { kFull, kCausal, kWindow, kDocuments, kRandom };
-
+template <typename T>
+std::vector<T> Convert(const std::vector<double>& x) {
+  std::vector<T> y(x.size());
+  std::transform(x.begin(), x.end(), y.begin(), FromDouble<T>);
+  return y;
+}
 template <typename T>
 std::vector<double> Doubles(const std::vector<T>& x) {
   std::vector<double> y(x.size());

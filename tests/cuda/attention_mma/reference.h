@@ -1,12 +1,13 @@
 #pragma once
 
-// Block attention in double on the host, by naive loops over one (item, head, query row) at a time: LSE by
-// two passes, no tiles, no carry. Operands as in attention_mma.h, but dense.
+// Block attention on the host, by naive loops over one (item, head, query row) at a time: LSE by two passes,
+// no tiles, no carry. Operands as in attention_block_cuda.h, but dense.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -23,8 +24,8 @@ struct Solution {
   std::vector<double> out, lse, delta, dq, dk, dv;
 };
 
-// What the kernel rounds: nothing for the reference; weights and their gradients to bf16 for the naive error
-// that any kernel on bf16 matrix units has.
+// What of a solution is rounded besides its arithmetic: nothing; or weights and their gradients to bf16, for
+// the naive error that any kernel on bf16 matrix units has.
 using Round = double (*)(double);
 
 inline void ForEachParallel(int64_t count, const std::function<void(int64_t)>& fn) {
@@ -38,63 +39,78 @@ inline void ForEachParallel(int64_t count, const std::function<void(int64_t)>& f
   for (std::thread& thread : pool) thread.join();
 }
 
-inline Solution Solve(const Problem& p, Round round) {
-  const auto size = [](int64_t n) { return static_cast<size_t>(n); };
-  Solution s;
-  s.out.resize(size(p.q_rows * p.batch * p.heads * p.v_dim));
-  s.lse.assign(size(p.q_rows * p.batch * p.heads), -INFINITY);
-  s.delta.resize(s.lse.size());
-  s.dq.resize(p.q.size());
-  s.dk.resize(p.k.size());
-  s.dv.resize(p.v.size());
-  std::vector<double> weight(size(p.k_rows));
-  for (int64_t item = 0; item < p.batch; ++item) {
-    for (int64_t head = 0; head < p.heads; ++head) {
-      const int64_t kv_head = head / (p.heads / p.kv_heads);
-      for (int64_t i = 0; i < p.q_rows; ++i) {
-        const int64_t stat = (i * p.batch + item) * p.heads + head;
-        const int64_t lo = p.lo[size(i * p.batch + item)], hi = p.hi[size(i * p.batch + item)];
-        const double *q = &p.q[size(stat * p.dim)], *dout = &p.dout[size(stat * p.v_dim)];
-        const auto key = [&](int64_t j) { return (j * p.batch + item) * p.kv_heads + kv_head; };
-        double largest = -INFINITY;
-        for (int64_t j = lo; j < hi; ++j) {
-          const double* k = &p.k[size(key(j) * p.dim)];
-          double dot = 0;
-          for (int64_t d = 0; d < p.dim; ++d) dot += q[d] * k[d];
-          weight[size(j)] = dot * p.scale;
-          largest = std::max(largest, weight[size(j)]);
-        }
-        if (lo >= hi) continue;
-        double sum = 0;
-        for (int64_t j = lo; j < hi; ++j) sum += std::exp(weight[size(j)] - largest);
-        s.lse[size(stat)] = largest + std::log(sum);
-        double* out = &s.out[size(stat * p.v_dim)];
-        for (int64_t j = lo; j < hi; ++j) {
-          weight[size(j)] = std::exp(weight[size(j)] - s.lse[size(stat)]);
-          const double* v = &p.v[size(key(j) * p.v_dim)];
-          const double w = round(weight[size(j)]);
-          for (int64_t d = 0; d < p.v_dim; ++d) out[d] += w * v[d];
-        }
-        double delta = 0;
-        for (int64_t d = 0; d < p.v_dim; ++d) delta += dout[d] * out[d];
-        s.delta[size(stat)] = delta;
-        double* dq = &s.dq[size(stat * p.dim)];
-        for (int64_t j = lo; j < hi; ++j) {
-          const double *k = &p.k[size(key(j) * p.dim)], *v = &p.v[size(key(j) * p.v_dim)];
-          double *dk = &s.dk[size(key(j) * p.dim)], *dv = &s.dv[size(key(j) * p.v_dim)];
-          double dweight = 0;
-          for (int64_t d = 0; d < p.v_dim; ++d) dweight += dout[d] * v[d];
-          const double ds = round(weight[size(j)] * (dweight - delta)), w = round(weight[size(j)]);
-          for (int64_t d = 0; d < p.v_dim; ++d) dv[d] += w * dout[d];
-          for (int64_t d = 0; d < p.dim; ++d) {
-            dq[d] += p.scale * ds * k[d];
-            dk[d] += p.scale * ds * q[d];
-          }
-        }
+// The solution in arithmetic of type T.
+template <typename T>
+class Solver {
+ public:
+  Solver(const Problem& p, Round round) : p_(p), round_(round) {
+    const auto make = [](size_t n, T value) { return std::vector<T>(n, value); };
+    const size_t stats = Size(p.q_rows * p.batch * p.heads);
+    out_ = make(stats * Size(p.v_dim), 0);
+    lse_ = make(stats, -std::numeric_limits<T>::infinity());
+    delta_ = make(stats, 0);
+    dq_ = make(p.q.size(), 0);
+    dk_ = make(p.k.size(), 0);
+    dv_ = make(p.v.size(), 0);
+    weights_ = make(Size(p.k_rows), 0);
+  }
+
+  Solution Solve() {
+    for (int64_t item = 0; item < p_.batch; ++item) {
+      for (int64_t head = 0; head < p_.heads; ++head) {
+        for (int64_t row = 0; row < p_.q_rows; ++row) SolveRow(item, head, row);
       }
     }
+    const auto doubles = [](const std::vector<T>& x) { return std::vector<double>(x.begin(), x.end()); };
+    return {doubles(out_), doubles(lse_), doubles(delta_), doubles(dq_), doubles(dk_), doubles(dv_)};
   }
-  return s;
-}
+
+ private:
+  static size_t Size(int64_t n) { return static_cast<size_t>(n); }
+  T Rounded(T x) const { return static_cast<T>(round_(static_cast<double>(x))); }
+  static T Dot(const double* x, const double* y, int64_t n) {
+    T dot = 0;
+    for (int64_t d = 0; d < n; ++d) dot += static_cast<T>(x[d]) * static_cast<T>(y[d]);
+    return dot;
+  }
+  static void Add(T factor, const double* x, int64_t n, T* to) {
+    for (int64_t d = 0; d < n; ++d) to[d] += factor * static_cast<T>(x[d]);
+  }
+
+  void SolveRow(int64_t item, int64_t head, int64_t row) {
+    const int64_t kv_head = head / (p_.heads / p_.kv_heads), token = row * p_.batch + item;
+    const int64_t lo = p_.lo[Size(token)], hi = p_.hi[Size(token)];
+    if (lo >= hi) return;
+    const size_t stat = Size(token * p_.heads + head), dim = Size(p_.dim), v_dim = Size(p_.v_dim);
+    const auto key = [&](int64_t j) { return Size((j * p_.batch + item) * p_.kv_heads + kv_head); };
+    const double *q = &p_.q[stat * dim], *dout = &p_.dout[stat * v_dim];
+    const T scale = static_cast<T>(p_.scale);
+    T largest = -std::numeric_limits<T>::infinity(), sum = 0;
+    for (int64_t j = lo; j < hi; ++j) {
+      weights_[Size(j)] = Dot(q, &p_.k[key(j) * dim], p_.dim) * scale;
+      largest = std::max(largest, weights_[Size(j)]);
+    }
+    for (int64_t j = lo; j < hi; ++j) sum += std::exp(weights_[Size(j)] - largest);
+    lse_[stat] = largest + std::log(sum);
+    T* out = &out_[stat * v_dim];
+    for (int64_t j = lo; j < hi; ++j) {
+      weights_[Size(j)] = std::exp(weights_[Size(j)] - lse_[stat]);
+      Add(Rounded(weights_[Size(j)]), &p_.v[key(j) * v_dim], p_.v_dim, out);
+    }
+    for (size_t d = 0; d < v_dim; ++d) delta_[stat] += static_cast<T>(dout[d]) * out[d];
+    for (int64_t j = lo; j < hi; ++j) {
+      const T weight = weights_[Size(j)];
+      const T dweight = Dot(dout, &p_.v[key(j) * v_dim], p_.v_dim);
+      const T dscore = scale * Rounded(weight * (dweight - delta_[stat]));
+      Add(Rounded(weight), dout, p_.v_dim, &dv_[key(j) * v_dim]);
+      Add(dscore, &p_.k[key(j) * dim], p_.dim, &dq_[stat * dim]);
+      Add(dscore, q, p_.dim, &dk_[key(j) * dim]);
+    }
+  }
+
+  const Problem& p_;
+  const Round round_;
+  std::vector<T> out_, lse_, delta_, dq_, dk_, dv_, weights_;
+};
 
 }  // namespace annulus::testing

@@ -1,10 +1,22 @@
-// Times the passes of block attention on tensor cores.
+// Times the passes of block attention, on tensor cores and in f32.
+
+#include <cmath>
+#include <string>
 
 #include "cuda/attention_mma/device_arrays.h"
 #include "cuda/attention_mma/timing.h"
+#include "cuda/attention_mma/variants.h"
+#include "kernels/attention/attention_f32_cuda.h"
+#include "kernels/attention/attention_mma.h"
+#include "kernels/attention/attention_partial_cuda.h"
 
 namespace annulus::testing {
 namespace {
+
+using kernels::MmaAttentionBlock;
+using kernels::MmaAttentionGradients;
+using kernels::MmaAttentionPartial;
+using kernels::MmaQueryGradient;
 
 __global__ void FillRandom(bf16* x, int64_t n, uint32_t seed) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
@@ -18,16 +30,6 @@ __global__ void FillRandom(bf16* x, int64_t n, uint32_t seed) {
     for (int b = 0; b < 4; ++b) sum += static_cast<float>((h >> (16 * b)) & 0xFFFF) / 65536;
     x[i] = __float2bfloat16(sum * 1.7320508f);
   }
-}
-
-// delta of dense [tokens * heads, dim] out and dout.
-__global__ void Delta(const float* out, const bf16* dout, int64_t dim, float* delta) {
-  const int64_t row = blockIdx.x;
-  float sum = 0;
-  for (int64_t d = threadIdx.x; d < dim; d += 32)
-    sum += out[row * dim + d] * __bfloat162float(dout[row * dim + d]);
-  for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
-  if (threadIdx.x == 0) delta[row] = sum;
 }
 
 template <typename Fn>
@@ -60,7 +62,7 @@ std::vector<double> DownloadRow(const T* data, int64_t at, int64_t n) {
 
 void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants) {
   DeviceArray<bf16> q(rows * heads * dim), k(rows * heads * dim), v(rows * heads * v_dim),
-      dout(rows * heads * v_dim);
+      dout(rows * heads * v_dim), result(rows * heads * v_dim);
   FillRandom<<<1024, 256>>>(q.data, rows * heads * dim, 1);
   FillRandom<<<1024, 256>>>(k.data, rows * heads * dim, 2);
   FillRandom<<<1024, 256>>>(v.data, rows * heads * v_dim, 3);
@@ -95,7 +97,6 @@ void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants
   const auto report = [&](const std::string& name, double seconds, double flop) {
     std::printf("%-32s %6ld rows %3ld heads %3ld/%-3ld %8.3f ms %7.1f TFLOP/s\n", name.c_str(), long(rows),
                 long(heads), long(dim), long(v_dim), seconds * 1e3, flop / seconds * 1e-12);
-    std::fflush(stdout);
   };
 
   // The first block of a ring reads no carry; later ones do (here the same block again).
@@ -108,9 +109,20 @@ void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants
              5),
          forward_flop);
   reset();
-  CUDA(kernels::MmaAttentionForward(block, partial, nullptr));
+  const MmaAttentionPartial last{partial.out, partial.lse, {result.data, heads * v_dim, heads * v_dim}};
+  CUDA(kernels::MmaAttentionForward(block, last, nullptr));
   CUDA(cudaDeviceSynchronize());
-  Delta<<<static_cast<unsigned>(rows * heads), 32>>>(out.data, dout.data, v_dim, delta.data);
+  const kernels::CudaAttentionDeltaArgs<bf16> delta_args{rows,
+                                                         1,
+                                                         heads,
+                                                         v_dim,
+                                                         {result.data, heads * v_dim, heads * v_dim},
+                                                         {dout.data, heads * v_dim, heads * v_dim},
+                                                         delta.data};
+  const double delta_seconds =
+      MedianSeconds([&] { CUDA(kernels::CudaAttentionDelta(delta_args, nullptr)); }, 5);
+  std::printf("  delta: %.3f ms, %.0f GB/s read\n", delta_seconds * 1e3,
+              4e-9 * double(rows * heads * v_dim) / delta_seconds);
 
   double error = 0;
   for (const int64_t row : {int64_t{77}, rows / 2 + 13, rows - 1}) {
@@ -184,6 +196,50 @@ void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants
     report(variant.name, MedianSeconds([&] { CUDA(variant.launch(block, gradients, tables, nullptr)); }, 5),
            backward_flop);
   }
+}
+
+void TimeF32(int64_t rows, int64_t heads, int64_t dim) {
+  const int64_t n = rows * heads * dim, stride = heads * dim;
+  const std::vector<float> some(Size(n), 0.01f);
+  const DeviceArray<float> q(some), k(some), v(some), dout(some), out(n), dq(some), dk(some), dv(some);
+  const DeviceArray<float> lse(std::vector<float>(Size(rows * heads), -INFINITY)),
+      delta(std::vector<float>(Size(rows * heads), 0));
+  std::vector<int64_t> lo(Size(rows)), hi(Size(rows));
+  for (int64_t i = 0; i < rows; ++i) hi[Size(i)] = i + 1;
+  const DeviceArray<int64_t> dlo(lo), dhi(hi);
+  const kernels::CudaAttentionBlock<float> block{.q = {q.data, stride, stride},
+                                                 .k = {k.data, stride, stride},
+                                                 .v = {v.data, stride, stride},
+                                                 .q_rows = rows,
+                                                 .k_rows = rows,
+                                                 .batch = 1,
+                                                 .heads = heads,
+                                                 .kv_heads = heads,
+                                                 .dim = dim,
+                                                 .v_dim = dim,
+                                                 .lo = dlo.data,
+                                                 .hi = dhi.data};
+  const double pairs = 0.5 * double(rows) * double(rows) * double(heads) * double(dim);
+  const double forward = MedianSeconds(
+      [&] {
+        CUDA(kernels::F32AttentionForward(block, {{out.data, stride, stride}, lse.data, {}}, nullptr));
+      },
+      3);
+  const double backward = MedianSeconds(
+      [&] {
+        CUDA(kernels::F32AttentionBackward(block,
+                                           {{dout.data, stride, stride},
+                                            lse.data,
+                                            delta.data,
+                                            {dq.data, stride, stride},
+                                            {dk.data, stride, stride},
+                                            {dv.data, stride, stride}},
+                                           nullptr));
+      },
+      3);
+  std::printf("f32 %ld rows %ld heads %ld: forward %.2f ms %.1f TFLOP/s, backward %.2f ms %.1f TFLOP/s\n",
+              long(rows), long(heads), long(dim), forward * 1e3, 4 * pairs / forward * 1e-12, backward * 1e3,
+              10 * pairs / backward * 1e-12);
 }
 
 }  // namespace annulus::testing

@@ -8,4 +8,7 @@ namespace annulus::testing {
 // also times other tilings of the kernels.
 void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants);
 
+// The f32 kernels on a causal sequence.
+void TimeF32(int64_t rows, int64_t heads, int64_t dim);
+
 }  // namespace annulus::testing

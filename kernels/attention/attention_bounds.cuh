@@ -5,7 +5,7 @@
 
 #include <climits>
 
-#include "attention_mma.h"
+#include "kernels/attention/attention_block_cuda.h"
 
 namespace annulus::kernels {
 
@@ -48,14 +48,16 @@ struct alignas(16) TileBounds {
 };
 
 // The first key row at or after `position`.
-__device__ inline int FirstKeyRow(const MmaAttentionBlock& block, int64_t position) {
+template <typename T>
+__device__ int FirstKeyRow(const CudaAttentionBlock<T>& block, int64_t position) {
   if (position <= block.key_offset) return 0;
   const int64_t distance = position - block.key_offset - 1;  // offset >= 0: no overflow
   const int64_t row = (block.key_stride == 1 ? distance : distance / block.key_stride) + 1;
   return static_cast<int>(min(row, block.k_rows));
 }
 
-__device__ inline KeyRows AllowedKeyRows(const MmaAttentionBlock& block, int64_t q_row, int64_t item) {
+template <typename T>
+__device__ KeyRows AllowedKeyRows(const CudaAttentionBlock<T>& block, int64_t q_row, int64_t item) {
   const int64_t token = q_row * block.batch + item;
   const KeyRows rows{FirstKeyRow(block, block.lo[token]), FirstKeyRow(block, block.hi[token])};
   return rows.begin < rows.end ? rows : KeyRows{0, 0};
@@ -63,8 +65,8 @@ __device__ inline KeyRows AllowedKeyRows(const MmaAttentionBlock& block, int64_t
 
 // Ranges of query rows [first, first + kRows) into `ranges` (rows past q_rows see nothing and bind nothing),
 // and their bounds to every thread. All threads of the block call it; it ends with a barrier.
-template <int kRows, int kThreads>
-__device__ TileBounds LoadKeyRows(const MmaAttentionBlock& block, int64_t first, int64_t item,
+template <int kRows, int kThreads, typename T>
+__device__ TileBounds LoadKeyRows(const CudaAttentionBlock<T>& block, int64_t first, int64_t item,
                                   KeyRows* ranges) {
   __shared__ TileBounds warps[kThreads / 32];
   TileBounds bounds = TileBounds::OfNoRows();

@@ -1,0 +1,106 @@
+#pragma once
+
+// Problems of the attention check and their solutions.
+
+#include <random>
+
+#include "cuda/attention_mma/device_arrays.h"
+#include "cuda/attention_mma/reference.h"
+
+namespace annulus::testing {
+
+enum class Mask { kFull, kCausal, kWindow, kDocuments, kRandom };
+
+struct Case {
+  const char* name;
+  int64_t dim, v_dim, q_rows, k_rows, batch, heads, kv_heads;
+  Mask mask = Mask::kCausal;
+  int chunks = 1;
+  bool striped = false;
+  bool far = false;
+  int64_t window = 50;
+};
+
+// Bounds in key rows; not yet within [0, k_rows].
+inline void FillBounds(const Case& c, std::mt19937& rng, Problem* p) {
+  p->lo.assign(Size(c.q_rows * c.batch), 0);
+  p->hi.assign(Size(c.q_rows * c.batch), c.k_rows);
+  for (int64_t item = 0; item < c.batch; ++item) {
+    std::vector<int64_t> document_start(Size(c.k_rows));
+    for (int64_t j = 1; j < c.k_rows; ++j) {
+      const bool starts = rng() % 40 == 0 || (j > 20 && j < 24);  // some documents of one token
+      document_start[Size(j)] = starts ? j : document_start[Size(j - 1)];
+    }
+    for (int64_t i = 0; i < c.q_rows; ++i) {
+      int64_t &lo = p->lo[Size(i * c.batch + item)], &hi = p->hi[Size(i * c.batch + item)];
+      // Queries end where the keys end: the first may be before all keys.
+      const int64_t position = c.k_rows - c.q_rows + i;
+      switch (c.mask) {
+        case Mask::kFull:
+          break;
+        case Mask::kCausal:
+          hi = position + 1;
+          break;
+        case Mask::kWindow:
+          lo = position - c.window + 1;
+          hi = position + 1;
+          break;
+        case Mask::kDocuments:
+          lo = position < 0 ? 0 : document_start[Size(position)];
+          hi = position + 1;
+          break;
+        case Mask::kRandom:
+          lo = static_cast<int64_t>(rng() % Size(c.k_rows));
+          hi = rng() % 4 == 0 ? lo - static_cast<int64_t>(rng() % 3)
+                              : lo + 1 + static_cast<int64_t>(rng() % 200);
+          break;
+      }
+    }
+  }
+}
+
+// Operands that T holds.
+template <typename T>
+Problem MakeProblem(const Case& c, std::mt19937& rng) {
+  Problem p{c.q_rows, c.k_rows, c.batch, c.heads, c.kv_heads, c.dim, c.v_dim, 1 / std::sqrt(double(c.dim)),
+            {},       {},       {},      {},      {},         {}};
+  std::normal_distribution<double> normal;
+  const auto fill = [&](std::vector<double>* x, int64_t n, double sigma) {
+    x->resize(Size(n));
+    for (double& e : *x) e = RoundTo<T>(sigma * normal(rng));
+  };
+  fill(&p.q, c.q_rows * c.batch * c.heads * c.dim, 1.5);  // scores of spread 1.5: neither flat nor one key
+  fill(&p.k, c.k_rows * c.batch * c.kv_heads * c.dim, 1);
+  fill(&p.v, c.k_rows * c.batch * c.kv_heads * c.v_dim, 1);
+  fill(&p.dout, c.q_rows * c.batch * c.heads * c.v_dim, 1);
+  FillBounds(c, rng, &p);
+  return p;
+}
+
+// A case with its solutions, made on all cores before the device is needed.
+struct Prepared {
+  Case c;
+  std::mt19937 rng;
+  Problem p;                    // bounds are key rows
+  std::vector<int64_t> lo, hi;  // the bounds as the kernel gets them
+  Solution exact, naive;        // in double, and as T would have it
+};
+
+template <typename T>
+Prepared Prepare(const Case& c, uint32_t seed) {
+  Prepared made{.c = c, .rng = std::mt19937(seed), .p = {}, .lo = {}, .hi = {}, .exact = {}, .naive = {}};
+  Problem& p = made.p = MakeProblem<T>(c, made.rng);
+  made.lo = p.lo;
+  made.hi = p.hi;
+  for (int64_t& x : p.lo) x = std::clamp<int64_t>(x, 0, c.k_rows);
+  for (int64_t& x : p.hi) x = std::clamp<int64_t>(x, 0, c.k_rows);
+  made.exact = Solver<double>(p, RoundNot).Solve();
+  if constexpr (std::is_same_v<T, bf16>) {
+    made.naive = Solver<double>(p, RoundTo<bf16>).Solve();
+  } else {
+    made.naive = Solver<T>(p, RoundNot).Solve();
+  }
+  return made;
+}
+
+}  // namespace annulus::testing
