@@ -6,6 +6,7 @@
 #include "../backoff.h"
 #include "../reduce.h"
 #include "annulus/base/hash.h"
+#include "binding.h"
 #include "plan_text.h"
 
 namespace annulus {
@@ -75,19 +76,31 @@ class Executor {
     Request request;
   };
 
+  bool on_gpu() const { return ctx_.device.kind == DeviceKind::kCuda; }
+
   // After an error the transfers go on, so that no other rank hangs; computing does not.
   void Compute(size_t s) {
     if (!status_.ok()) return;
     const Step& step = rank_.steps[s];
+    const std::string text = StepText(plan_, cp_.rank(), s);
+    if (!on_gpu()) ctx_.recorder.Note("compute", text, nullptr);
     if (step.kind == StepKind::kAttend) {
-      status_ = Prefixed(binding_.attend(step), absl::StrCat(StepText(plan_, cp_.rank(), s), ": "));
-      return;
+      status_ = binding_.attend(step);
+    } else if (binding_.reduce) {
+      status_ = binding_.reduce(RowsOf(binding_, step.slot, step.rows),
+                                RowsOf(binding_, step.grad_slot, step.rows));
+    } else {
+      Reduce(step);
     }
-    const TensorRef from =
-        binding_.slots[static_cast<size_t>(step.slot)].Rows(step.rows.begin, step.rows.end);
-    const TensorRef to =
-        binding_.slots[static_cast<size_t>(step.grad_slot)].Rows(step.rows.begin, step.rows.end);
-    // In pieces, so that transfers go on meanwhile.
+    status_ = Prefixed(status_, text + ": ");
+    if (on_gpu()) ctx_.recorder.Note("compute", text, ctx_.stream());
+  }
+
+  // In pieces, so that transfers go on meanwhile.
+  void Reduce(const Step& step) {
+    ANNULUS_CHECK(!on_gpu()) << plan_.name << ": no `reduce` is bound";
+    const TensorRef from = RowsOf(binding_, step.slot, step.rows);
+    const TensorRef to = RowsOf(binding_, step.grad_slot, step.rows);
     constexpr int64_t kPiece = int64_t{1} << 16;
     for (int64_t begin = 0; begin < from.elements(); begin += kPiece) {
       const int64_t offset = begin * SizeOf(from.dtype());
@@ -97,12 +110,15 @@ class Executor {
     }
   }
 
+  // On GPUs the clock counts from the end of the computing that is enqueued, which the host is ahead of.
   template <typename Condition>
   void WaitUntil(const Condition& reached, ExchangeStats* stats) {
     const Clock::time_point begin = Clock::now();
+    ctx_.waits.Begin(WaitKind::kExchange, ctx_.stream());
     Backoff backoff;
     for (ctx_.Poll(); !reached(); ctx_.Poll()) backoff.Pause();
-    stats->exposed_seconds += std::chrono::duration<double>(Clock::now() - begin).count();
+    ctx_.waits.End(WaitKind::kExchange, ctx_.stream());
+    if (!on_gpu()) stats->exposed_seconds += std::chrono::duration<double>(Clock::now() - begin).count();
   }
 
   // Starts and completes transfers.
@@ -126,8 +142,7 @@ class Executor {
     std::sort(startable_.begin(), startable_.end());  // in order of the list
     for (const size_t s : startable_) {
       const Step& step = rank_.steps[s];
-      const TensorRef rows =
-          binding_.slots[static_cast<size_t>(step.slot)].Rows(step.rows.begin, step.rows.end);
+      const TensorRef rows = RowsOf(binding_, step.slot, step.rows);
       const bool send = step.kind == StepKind::kSend;
       absl::StatusOr<Request> request =
           send ? cp_.Send(rows, step.peer, tags_[s]) : cp_.Receive(rows, step.peer, tags_[s]);
@@ -170,17 +185,7 @@ class Executor {
 
 absl::Status Execute(Context& ctx, const ExchangePlan& plan, Communicator& cp, const ExchangeBinding& binding,
                      ExchangeStats* stats) {
-  ANNULUS_CHECK(static_cast<int>(plan.ranks.size()) == cp.size())
-      << plan.name << " is for " << plan.ranks.size() << " ranks, the group has " << cp.size();
-  const RankPlan& rank = plan.ranks[static_cast<size_t>(cp.rank())];
-  ANNULUS_CHECK(binding.slots.size() == rank.slots.size())
-      << plan.name << " has " << rank.slots.size() << " slots, " << binding.slots.size() << " are bound";
-  for (size_t i = 0; i < rank.slots.size(); ++i) {
-    const TensorRef& slot = binding.slots[i];
-    ANNULUS_CHECK(slot.rank() >= 1 && slot.dim(0) == plan.problem.block_rows)
-        << plan.name << ": slot " << i << " is " << ToString(slot.shape()) << ", a block has "
-        << plan.problem.block_rows << " rows";
-  }
+  CheckBinding(plan, cp.rank(), cp.size(), binding);
   return Executor(ctx, plan, cp, binding).Run(stats);
 }
 

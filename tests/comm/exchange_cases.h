@@ -28,7 +28,10 @@ struct ExchangeCase {
   bool Allowed(int64_t q, int64_t k) const { return allowed[static_cast<size_t>(q * rows() + k)]; }
 };
 
-inline int64_t ToyValue(int64_t row) { return (row * 2654435761) % 1009 + 1; }
+// Differ from one execution of a plan to the next.
+inline int64_t ToyValue(int64_t row, int64_t execution) {
+  return ((row + 101 * execution) * 2654435761) % 1009 + 1;
+}
 inline int64_t ToyWeight(int64_t q, int64_t k) { return (q * 31 + k * 17) % 13 + 1; }
 
 class ExchangeCaseMaker {
@@ -169,31 +172,43 @@ class ExchangeCaseMaker {
 // and its negative, so that halves of different messages do not fit together.
 class ToyRank {
  public:
-  ToyRank(const ExchangeCase& exchange_case, const ExchangePlan& plan, int cp_rank)
+  ToyRank(const ExchangeCase& exchange_case, const ExchangePlan& plan, int cp_rank, int64_t execution = 0)
       : case_(exchange_case),
         plan_(plan),
         cp_rank_(cp_rank),
+        execution_(execution),
         out_(static_cast<size_t>(plan.problem.block_rows)) {
     const int64_t n = plan.problem.block_rows;
     for (const SlotSpec& spec : plan.ranks[static_cast<size_t>(cp_rank)].slots) {
-      slots_.emplace_back(static_cast<size_t>(2 * n), kGarbage);
+      memory_.emplace_back(static_cast<size_t>(2 * n), kGarbage);
+      slots_.emplace_back(memory_.back().data(), memory_.back().size());
       if (!spec.home) continue;
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t value = spec.payload == Payload::kKv ? ToyValue(cp_rank * n + i) : 0;
-        slots_.back()[static_cast<size_t>(2 * i)] = value;
-        slots_.back()[static_cast<size_t>(2 * i + 1)] = -value;
+        const int64_t value = spec.payload == Payload::kKv ? ToyValue(cp_rank * n + i, execution) : 0;
+        memory_.back()[static_cast<size_t>(2 * i)] = value;
+        memory_.back()[static_cast<size_t>(2 * i + 1)] = -value;
       }
     }
   }
 
+  ToyRank(ToyRank&&) = default;
+
   std::vector<TensorRef> refs() {
     std::vector<TensorRef> result;
-    for (std::vector<int64_t>& slot : slots_) {
+    for (const absl::Span<int64_t>& slot : slots_) {
       result.emplace_back(slot.data(), DType::kI64, Device{}, Shape{plan_.problem.block_rows, 2});
     }
     return result;
   }
-  std::vector<int64_t>& slot(int index) { return slots_[static_cast<size_t>(index)]; }
+  absl::Span<int64_t> slot(int index) { return slots_[static_cast<size_t>(index)]; }
+  // Slots move, with what they hold, to other memory like refs().
+  void Bind(const std::vector<TensorRef>& slots) {
+    for (size_t s = 0; s < slots_.size(); ++s) {
+      const absl::Span<int64_t> to(slots[s].data<int64_t>(), slots_[s].size());
+      if (to.data() != slots_[s].data()) std::copy(slots_[s].begin(), slots_[s].end(), to.begin());
+      slots_[s] = to;
+    }
+  }
 
   void Attend(const Step& step) {
     const int64_t n = plan_.problem.block_rows;
@@ -211,8 +226,8 @@ class ToyRank {
           if (slot(step.slot)[static_cast<size_t>(2 * j)] != -slot(step.slot)[static_cast<size_t>(2 * j + 1)])
             torn_ = true;
           if (step.grad_slot < 0) continue;
-          slot(step.grad_slot)[static_cast<size_t>(2 * j)] += ToyWeight(q, k) * ToyValue(q);
-          slot(step.grad_slot)[static_cast<size_t>(2 * j + 1)] -= ToyWeight(q, k) * ToyValue(q);
+          slot(step.grad_slot)[static_cast<size_t>(2 * j)] += ToyWeight(q, k) * ToyValue(q, execution_);
+          slot(step.grad_slot)[static_cast<size_t>(2 * j + 1)] -= ToyWeight(q, k) * ToyValue(q, execution_);
         }
       }
     }
@@ -232,9 +247,9 @@ class ToyRank {
       const int64_t own = cp_rank_ * n + i;
       int64_t out = 0;
       for (int64_t other = 0; other < case_.rows(); ++other) {
-        if (case_.Allowed(own, other)) out += ToyWeight(own, other) * ToyValue(other);
+        if (case_.Allowed(own, other)) out += ToyWeight(own, other) * ToyValue(other, execution_);
         if (case_.Allowed(other, own))
-          grad[static_cast<size_t>(2 * i)] += ToyWeight(other, own) * ToyValue(other);
+          grad[static_cast<size_t>(2 * i)] += ToyWeight(other, own) * ToyValue(other, execution_);
       }
       grad[static_cast<size_t>(2 * i + 1)] = -grad[static_cast<size_t>(2 * i)];
       if (out_[static_cast<size_t>(i)] != out)
@@ -253,7 +268,9 @@ class ToyRank {
   const ExchangeCase& case_;
   const ExchangePlan& plan_;
   const int cp_rank_;
-  std::vector<std::vector<int64_t>> slots_;
+  const int64_t execution_;
+  std::vector<std::vector<int64_t>> memory_;
+  std::vector<absl::Span<int64_t>> slots_;
   std::vector<int64_t> out_;
   bool torn_ = false;
 };
@@ -313,7 +330,7 @@ inline std::string RunInRandomOrder(const ExchangeCase& exchange_case, const Exc
     if (step.kind == StepKind::kReduce) ranks[choice.rank].Reduce(step);
     if (step.kind == StepKind::kSend) {
       const Step& receive = plan.ranks[choice.to_rank].steps[choice.to_step];
-      const std::vector<int64_t>& from = ranks[choice.rank].slot(step.slot);
+      const absl::Span<int64_t> from = ranks[choice.rank].slot(step.slot);
       std::copy(from.begin() + 2 * step.rows.begin, from.begin() + 2 * step.rows.end,
                 ranks[choice.to_rank].slot(receive.slot).begin() + 2 * receive.rows.begin);
       done[choice.to_rank][choice.to_step] = true;

@@ -36,6 +36,7 @@ struct RowRange {
 struct Chunk {
   int owner = 0;
   RowRange rows;
+  friend bool operator==(const Chunk&, const Chunk&) = default;
 };
 
 // What must be computed: which key rows of chunk j the queries of chunk i see.
@@ -46,6 +47,7 @@ struct ExchangeProblem {
   // [chunks * chunks], index i * chunks + j. Rows of chunk j's owner; empty where all is masked.
   std::vector<RowRange> keys;
   std::vector<int64_t> pairs;  // unmasked (query, key) pairs, for the cost
+  friend bool operator==(const ExchangeProblem&, const ExchangeProblem&) = default;
 
   const RowRange& keys_of(size_t q_chunk, size_t kv_chunk) const {
     return keys[q_chunk * chunks.size() + kv_chunk];
@@ -69,6 +71,7 @@ struct SlotSpec {
   // Holds the rank's own block before (kKv) or after (kKvGrad) the plan runs. The plan adds to a home
   // kKvGrad: the caller zeroes it.
   bool home = false;
+  friend bool operator==(const SlotSpec&, const SlotSpec&) = default;
 };
 
 enum class StepKind {
@@ -85,6 +88,7 @@ struct BlockPair {
   int kv_chunk = 0;
   RowRange keys;
   int64_t pairs = 0;
+  friend bool operator==(const BlockPair&, const BlockPair&) = default;
 };
 
 // What kAttend does to grad_slot in backward.
@@ -101,11 +105,13 @@ struct Step {
   int message = -1;                               // kSend, kReceive: unique in the plan
   std::vector<BlockPair> pairs = {};              // kAttend
   std::vector<int> after = {};  // earlier steps of the same rank that must be complete before this one starts
+  friend bool operator==(const Step&, const Step&) = default;
 };
 
 struct RankPlan {
   std::vector<SlotSpec> slots = {};
   std::vector<Step> steps = {};  // computing steps run in this order; transfers start once `after` allows
+  friend bool operator==(const RankPlan&, const RankPlan&) = default;
 };
 
 struct ExchangePlan {
@@ -176,19 +182,23 @@ std::string Timeline(const ExchangePlan& plan, const Simulation& simulation, int
 // ---- Execute ------------------------------------------------------------------------------------
 
 struct ExchangeBinding {
-  std::vector<TensorRef> slots;  // one per SlotSpec, [block_rows, elements of a row]
-  // kAttend of this rank. Must call ctx.Poll() at least every few hundred microseconds. kReduce is done by
-  // Execute.
-  std::function<absl::Status(const Step&)> attend;
+  std::vector<TensorRef> slots = {};  // one per SlotSpec, [block_rows, elements of a row]
+  // kAttend of this rank. On CPUs it must call ctx.Poll() at least every few hundred microseconds; on GPUs it
+  // enqueues on ctx.stream().
+  std::function<absl::Status(const Step&)> attend = {};
+  // kReduce, to += from, in pieces of a slot's rows; undefined: done by Execute, on CPUs.
+  std::function<absl::Status(ConstTensorRef from, TensorRef to)> reduce = {};
 };
 
 struct ExchangeStats {
-  double exposed_seconds = 0;  // computing waited for transfers, the tail included
+  double exposed_seconds = 0;  // computing waited for transfers, the tail included; on GPUs in ctx.waits only
   int64_t bytes_sent = 0;
 };
 
 // Runs this rank's part. Transfers start before the compute that hides them and progress through ctx.progress
-// while computing (the previous ctx.progress is restored afterwards). `stats` are added to.
+// while computing (the previous ctx.progress is restored afterwards). Waiting is counted in ctx.waits,
+// computing noted in ctx.recorder. `stats` are added to. Other ways to move the messages:
+// exchange_transport.h.
 absl::Status Execute(Context& ctx, const ExchangePlan& plan, Communicator& cp, const ExchangeBinding& binding,
                      ExchangeStats* stats);
 

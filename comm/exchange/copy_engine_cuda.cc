@@ -1,0 +1,230 @@
+// Copies straight into the slots of peers, by the copy engines: no multiprocessor takes part.
+//
+// Every rank has one piece of memory that all ranks map (peer_memory.h):
+//
+//     [ ready flags | arrived flags | slots that receive ]
+//
+// The slots of a plan lie at places that every rank can work out for every other (StreamPlan). Flags are
+// numbers, one of each kind for a message:
+//
+//     receiver   [after ...]--write ready at the sender
+//     sender     [after ...][wait for ready][copy rows][write arrived at the receiver]
+//     receiver                                          [wait for arrived]--whoever needs the rows
+//
+// All of it is enqueued: the device writes a flag of the peer's memory and waits for one of its own. A flag
+// is set when it holds at least the number of the execution, which is the same on all ranks and grows by one,
+// so flags are never cleared. A flag cannot be ahead: a receiver begins its next execution when it has all
+// messages of this one. So a slot is written by the sender only after its last reader of the execution
+// before, too.
+//
+// The waits have no limit of their own; Abort() ends them by setting this rank's flags to the last number.
+
+#include <cudaTypedefs.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "../../src/device/cuda_call.h"
+#include "annulus/device/gpu.h"
+#include "copy_engine.h"
+#include "peer_memory.h"
+#include "stream_transport.h"
+
+namespace annulus {
+namespace {
+
+// cuStreamWriteValue32 and cuStreamWaitValue32. A write comes after everything on its stream, for all GPUs to
+// see.
+struct StreamFlags {
+  absl::Status Load() {
+    ANNULUS_RETURN_IF_ERROR(Find("cuStreamWriteValue32", reinterpret_cast<void**>(&write)));
+    return Find("cuStreamWaitValue32", reinterpret_cast<void**>(&wait));
+  }
+  absl::Status Write(StreamHandle stream, uint32_t* flag, uint32_t value) const {
+    return Check("cuStreamWriteValue32",
+                 write(stream, reinterpret_cast<CUdeviceptr>(flag), value, CU_STREAM_WRITE_VALUE_DEFAULT));
+  }
+  // The stream goes on once *flag - value >= 0 in 32-bit arithmetic.
+  absl::Status Wait(StreamHandle stream, const uint32_t* flag, uint32_t value) const {
+    return Check("cuStreamWaitValue32",
+                 wait(stream, reinterpret_cast<CUdeviceptr>(flag), value, CU_STREAM_WAIT_VALUE_GEQ));
+  }
+
+ private:
+  static constexpr unsigned kVersion = 12000;  // of CUDA, whose forms of the functions these are
+
+  static absl::Status Find(const char* name, void** function) {
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    ANNULUS_RETURN_IF_ERROR(
+        CudaStatus("cudaGetDriverEntryPointByVersion",
+                   cudaGetDriverEntryPointByVersion(name, function, kVersion, cudaEnableDefault, &found)));
+    if (found == cudaDriverEntryPointSuccess) return absl::OkStatus();
+    return Invalid("the driver has no ", name, " of CUDA ", kVersion / 1000);
+  }
+  static absl::Status Check(const char* call, CUresult code) {
+    if (code == CUDA_SUCCESS) return absl::OkStatus();
+    return absl::InternalError(
+        absl::StrCat(call, ": CUresult ", static_cast<int>(code), " on ", CurrentDevice()));
+  }
+
+  PFN_cuStreamWriteValue32_v11070 write = nullptr;
+  PFN_cuStreamWaitValue32_v11070 wait = nullptr;
+};
+
+// Lanes of StreamTransport: arrivals of KV and of gradients, then copies of both to each rank. Their numbers
+// continue with those on which `ready` is written.
+constexpr size_t kPayloads = 2;  // ExchangeLane::kKv, kKvGrad
+
+class CopyEngineTransport : public StreamTransport {
+ public:
+  CopyEngineTransport(Communicator cp, Device device)
+      : StreamTransport(cp, device),
+        memory_(std::move(cp), device),
+        abort_stream_(device, StreamPriority::kHigh) {}
+
+  ~CopyEngineTransport() override {
+    if (!aborted_) Synchronize();
+  }
+
+  absl::Status Load() { return flags_.Load(); }
+  TransportKind kind() const override { return TransportKind::kCopyEngine; }
+
+  absl::StatusOr<std::vector<TensorRef>> Slots(Context& ctx, const ExchangePlan& plan, TensorRef home_kv,
+                                               TensorRef home_grad) override {
+    const StreamPlan& mine = PlanOf(plan);
+    slot_bytes_ = {.kv = Aligned(home_kv.bytes()), .grad = Aligned(home_grad.bytes())};
+    ANNULUS_RETURN_IF_ERROR(Reserve(mine));
+    std::vector<TensorRef> slots;
+    for (size_t i = 0; i < mine.rank.slots.size(); ++i) {
+      const SlotSpec& slot = mine.rank.slots[i];
+      const TensorRef& like = slot.payload == Payload::kKv ? home_kv : home_grad;
+      if (slot.home) {
+        slots.push_back(like);
+      } else if (mine.pool[i].has_value()) {
+        slots.emplace_back(SlotAt(cp_.rank(), *mine.pool[i]), like.dtype(), like.device(), like.shape());
+      } else {
+        slots.push_back(ctx.scratch.Allocate(like.dtype(), like.shape()));
+      }
+    }
+    return slots;
+  }
+
+  void Abort() override {
+    if (aborted_.exchange(true)) return;
+    memory_.Abandon();
+    uint32_t* const flags = own_flags_;
+    if (flags == nullptr || !UseGpu(device_.index).ok()) return;
+    for (int64_t i = 0; i < 2 * messages_; ++i) {
+      if (!flags_.Write(abort_stream_.handle(), flags + i, kLastCount).ok()) return;
+    }
+  }
+
+ private:
+  static constexpr uint32_t kLastCount = uint32_t{1} << 30;  // far from where differences of numbers overflow
+
+  static int64_t Aligned(int64_t bytes) {
+    return (bytes + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
+  }
+  size_t ReadyLane(size_t payload) const {
+    return kPayloads * (1 + static_cast<size_t>(cp_.size())) + payload;
+  }
+  static size_t CopyLane(int peer, size_t payload) {
+    return kPayloads * (1 + static_cast<size_t>(peer)) + payload;
+  }
+
+  std::string NameOf(size_t lane) const override {
+    const char* const payload = lane % kPayloads == 0 ? "kv" : "gradients";
+    const size_t owner = lane / kPayloads;
+    if (owner == 0) return absl::StrCat("exchange ", payload, " in");
+    if (owner > static_cast<size_t>(cp_.size())) return absl::StrCat("exchange ", payload, " ready");
+    return absl::StrCat("exchange ", payload, " to rank ", owner - 1);
+  }
+
+  int64_t FlagBytes() const { return Aligned(2 * messages_ * static_cast<int64_t>(sizeof(uint32_t))); }
+  uint32_t* Ready(int cp_rank, int message) const {
+    return reinterpret_cast<uint32_t*>(memory_.at(cp_rank)) + message;
+  }
+  uint32_t* Arrived(int cp_rank, int message) const { return Ready(cp_rank, message) + messages_; }
+  char* SlotAt(int cp_rank, const PoolPlace& place) const {
+    return memory_.at(cp_rank) + FlagBytes() + OffsetOf(place, slot_bytes_);
+  }
+
+  // What every rank decides alike, from what is the same on all of them.
+  absl::Status Reserve(const StreamPlan& plan) {
+    const int64_t pool = plan.PoolBytes(slot_bytes_);
+    const bool enough = plan.messages <= messages_ && FlagBytes() + pool <= memory_.bytes();
+    if (plan.messages == 0 || (enough && count_ + 1 < kLastCount)) return absl::OkStatus();
+    messages_ = std::max<int64_t>(messages_, plan.messages);
+    own_flags_ = nullptr;
+    ANNULUS_RETURN_IF_ERROR(memory_.Resize(std::max(FlagBytes() + pool, memory_.bytes())));
+    own_flags_ = Ready(cp_.rank(), 0);
+    count_ = 0;
+    return absl::OkStatus();
+  }
+
+  absl::Status Begin(const Run& run) override {
+    ++count_;
+    for (size_t i = 0; i < run.plan.pool.size(); ++i) {
+      ANNULUS_CHECK(!run.plan.pool[i].has_value() ||
+                    run.binding.slots[i].raw() == SlotAt(cp_.rank(), *run.plan.pool[i]))
+          << run.plan.name << ": slot " << i << " receives, but is not from the last Slots call";
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Transfer(const Run& run, const Launch& round) override {
+    const size_t payload = static_cast<size_t>(round.lane);
+    for (const int s : round.steps) {
+      const bool sends = run.step(s).kind == StepKind::kSend;
+      ANNULUS_RETURN_IF_ERROR(sends ? Send(run, s, payload) : Receive(run, s, payload));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Receive(const Run& run, int s, size_t payload) {
+    const Step& step = run.step(s);
+    const StreamHandle ready = StreamOf(ReadyLane(payload)), arrivals = StreamOf(payload);
+    Await(run, s, ready);
+    ANNULUS_RETURN_IF_ERROR(flags_.Write(ready, Ready(step.peer, step.message), count_));
+    ANNULUS_RETURN_IF_ERROR(flags_.Wait(arrivals, Arrived(cp_.rank(), step.message), count_));
+    Complete(run, s, payload);
+    return absl::OkStatus();
+  }
+
+  absl::Status Send(const Run& run, int s, size_t payload) {
+    const Step& step = run.step(s);
+    const size_t lane = CopyLane(step.peer, payload);
+    const StreamHandle stream = StreamOf(lane);
+    Await(run, s, stream);
+    ANNULUS_RETURN_IF_ERROR(flags_.Wait(stream, Ready(cp_.rank(), step.message), count_));
+    const TensorRef rows = run.RowsOf(s);
+    const int64_t row_bytes = rows.bytes() / step.rows.size();
+    char* const to =
+        SlotAt(step.peer, run.plan.peer_place[static_cast<size_t>(s)]) + step.rows.begin * row_bytes;
+    ANNULUS_RETURN_IF_ERROR(
+        CudaStatus("cudaMemcpyAsync", cudaMemcpyAsync(to, rows.raw(), static_cast<size_t>(rows.bytes()),
+                                                      cudaMemcpyDeviceToDevice, stream)));
+    ANNULUS_RETURN_IF_ERROR(flags_.Write(stream, Arrived(step.peer, step.message), count_));
+    Complete(run, s, lane);
+    return absl::OkStatus();
+  }
+
+  StreamFlags flags_;
+  PeerMemory memory_;
+  int64_t messages_ = 0;  // flags of each kind
+  SlotBytes slot_bytes_;  // of the last Slots call
+  uint32_t count_ = 0;    // executions on this memory
+  Stream abort_stream_;
+  std::atomic<uint32_t*> own_flags_{nullptr};  // both kinds, for Abort
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeCopyEngineTransport(Communicator cp, Context& ctx) {
+  ANNULUS_RETURN_IF_ERROR(CheckPeerMemory(cp, ctx.device));
+  auto transport = std::make_unique<CopyEngineTransport>(cp, ctx.device);
+  ANNULUS_RETURN_IF_ERROR(cp.AgreeOk(transport->Load()));
+  return transport;
+}
+
+}  // namespace annulus

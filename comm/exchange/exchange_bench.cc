@@ -1,0 +1,116 @@
+#include "annulus/comm/exchange_bench.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace annulus {
+namespace {
+
+constexpr int kWarmUps = 3;  // memory and streams are made
+constexpr int kBackToBack =
+    10;  // timed as one: ranks leave a barrier at different times, which is shared by these
+
+// Adds a message of `rows` from each rank to the one `hop` further.
+void AddMessages(const RowRange& rows, int hop, ExchangePlan* plan) {
+  const int ranks = plan->problem.ranks;
+  const int first =
+      static_cast<int>(plan->ranks[0].steps.size()) / 2 * ranks;  // a send and a receive a message
+  for (int r = 0; r < ranks; ++r) {
+    const int to = (r + hop + ranks) % ranks;
+    Step send{.kind = StepKind::kSend, .slot = 0, .block = r, .rows = rows, .peer = to, .message = first + r};
+    Step receive = send;
+    receive.kind = StepKind::kReceive;
+    receive.slot = 1;
+    receive.peer = r;
+    plan->ranks[static_cast<size_t>(r)].steps.push_back(std::move(send));
+    plan->ranks[static_cast<size_t>(to)].steps.push_back(std::move(receive));
+  }
+}
+
+enum class Ways { kOne, kBoth };
+
+// Blocks of two rows that neighbours exchange; nothing is computed.
+ExchangePlan NeighbourPlan(int ranks, Ways ways) {
+  ExchangePlan plan{.name = ways == Ways::kOne ? "to the next rank" : "to both neighbours",
+                    .pass = Pass::kForward,
+                    .problem = {.ranks = ranks, .block_rows = 2, .chunks = {}, .keys = {}, .pairs = {}}};
+  for (int r = 0; r < ranks; ++r) {
+    plan.problem.chunks.push_back({r, {0, 2}});
+    plan.ranks.push_back({.slots = {{Payload::kKv, true}, {Payload::kKv, false}}});
+  }
+  plan.problem.keys.resize(plan.problem.chunks.size() * plan.problem.chunks.size());
+  plan.problem.pairs.resize(plan.problem.keys.size());
+  if (ways == Ways::kOne) {
+    AddMessages({0, 2}, 1, &plan);
+  } else {
+    AddMessages({0, 1}, 1, &plan);
+    AddMessages({1, 2}, -1, &plan);
+  }
+  return plan;
+}
+
+class Timer {
+ public:
+  explicit Timer(Context& ctx)
+      : ctx_(ctx), begin_(ctx.device, EventTiming::kTimed), end_(ctx.device, EventTiming::kTimed) {}
+  void Begin() {
+    host_begin_ = std::chrono::steady_clock::now();
+    begin_.Record(ctx_.stream());
+  }
+  double Seconds() {
+    end_.Record(ctx_.stream());
+    end_.Synchronize();
+    if (ctx_.device.kind == DeviceKind::kCuda) return Event::Seconds(begin_, end_);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - host_begin_).count();
+  }
+
+ private:
+  Context& ctx_;
+  Event begin_, end_;
+  std::chrono::steady_clock::time_point host_begin_;
+};
+
+// The slowest rank's median.
+absl::StatusOr<double> MedianSeconds(Context& ctx, Communicator& cp, ExchangeTransport& transport,
+                                     const ExchangePlan& plan, TensorRef block, int repeats) {
+  ArenaScope scope(ctx.scratch);
+  ExchangeBinding binding;
+  ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport.Slots(ctx, plan, block, TensorRef()));
+  binding.attend = [](const Step&) { return absl::OkStatus(); };
+  Timer timer(ctx);
+  std::vector<double> seconds;
+  for (int i = 0; i < kWarmUps + repeats; ++i) {
+    ANNULUS_RETURN_IF_ERROR(cp.Barrier());
+    timer.Begin();
+    for (int n = 0; n < kBackToBack; ++n) {
+      ExchangeStats stats;
+      ANNULUS_RETURN_IF_ERROR(transport.Execute(ctx, plan, binding, &stats));
+    }
+    const double took = timer.Seconds() / kBackToBack;
+    if (i >= kWarmUps) seconds.push_back(took);
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
+  return cp.AllReduceValue(seconds[static_cast<size_t>(repeats / 2)], ReduceOp::kMax);
+}
+
+}  // namespace
+
+absl::StatusOr<ExchangeRate> MeasureExchange(Context& ctx, Communicator cp, ExchangeTransport& transport,
+                                             int64_t bytes, int repeats) {
+  if (cp.size() < 2) return Invalid("ranks=", cp.size(), ": expected at least 2 to exchange between");
+  if (bytes < 2 || repeats < 1) {
+    return Invalid("bytes=", bytes, ", repeats=", repeats, ": expected at least 2 bytes and 1 repeat");
+  }
+  const Tensor block(ctx.device, DType::kU8, {2, bytes / 2});
+  const double sent = static_cast<double>(block.ref().bytes());
+  ANNULUS_ASSIGN_OR_RETURN(
+      const double one_way,
+      MedianSeconds(ctx, cp, transport, NeighbourPlan(cp.size(), Ways::kOne), block.ref(), repeats));
+  ANNULUS_ASSIGN_OR_RETURN(
+      const double both_ways,
+      MedianSeconds(ctx, cp, transport, NeighbourPlan(cp.size(), Ways::kBoth), block.ref(), repeats));
+  return ExchangeRate{.one_way_gb_per_second = sent / one_way / 1e9,
+                      .both_ways_gb_per_second = sent / both_ways / 1e9};
+}
+
+}  // namespace annulus

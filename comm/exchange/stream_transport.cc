@@ -1,0 +1,112 @@
+#include "stream_transport.h"
+
+#include "annulus/device/trace.h"
+#include "binding.h"
+#include "plan_text.h"
+
+namespace annulus {
+
+StreamTransport::~StreamTransport() = default;
+
+TensorRef StreamTransport::Run::RowsOf(int s) const {
+  return annulus::RowsOf(binding, step(s).slot, step(s).rows);
+}
+
+absl::StatusOr<std::vector<TensorRef>> StreamTransport::Slots(Context& ctx, const ExchangePlan& plan,
+                                                              TensorRef home_kv, TensorRef home_grad) {
+  return ScratchSlots(ctx, plan.ranks[static_cast<size_t>(cp_.rank())], home_kv, home_grad);
+}
+
+absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
+                                      ExchangeStats* stats) {
+  if (aborted_) return absl::AbortedError("the exchange was aborted");
+  CheckBinding(plan, cp_.rank(), cp_.size(), binding);
+  ANNULUS_CHECK(plan.pass == Pass::kForward || binding.reduce) << plan.name << ": no `reduce` is bound";
+  const Run run{.ctx = ctx, .plan = PlanOf(plan), .binding = binding};
+  while (events_.size() < run.plan.rank.steps.size()) events_.emplace_back(device_);
+  ++run_;
+  begin_.Record(ctx.stream());
+  ANNULUS_RETURN_IF_ERROR(Begin(run));
+  // After an error the transfers go on, so that no other rank hangs; computing does not.
+  absl::Status status;
+  for (const Launch& launch : run.plan.launches) {
+    const size_t first = static_cast<size_t>(launch.steps[0]);
+    const TraceRange range(run.plan.texts[first]);
+    if (launch.lane == ExchangeLane::kCompute) {
+      AwaitTransfers(run, run.plan.compute_waits[first]);
+      if (status.ok()) status = Compute(run, launch.steps[0]);
+      if (run.plan.is_awaited[first]) events_[first].Record(ctx.stream());
+    } else {
+      // A failed transfer ends the job: peers wait for it.
+      const absl::Status enqueued = Transfer(run, launch);
+      ANNULUS_CHECK(enqueued.ok()) << run.plan.name << ": " << run.plan.texts[first] << ": " << enqueued;
+    }
+  }
+  AwaitTransfers(run, LastOfLanes());
+  for (size_t s = 0; s < run.plan.rank.steps.size(); ++s) {
+    const bool sends = run.plan.rank.steps[s].kind == StepKind::kSend;
+    if (sends) stats->bytes_sent += run.RowsOf(static_cast<int>(s)).bytes();
+  }
+  return status;
+}
+
+absl::Status StreamTransport::Compute(const Run& run, int s) {
+  const Step& step = run.step(s);
+  const std::string& text = run.plan.texts[static_cast<size_t>(s)];
+  const absl::Status status = step.kind == StepKind::kAttend
+                                  ? run.binding.attend(step)
+                                  : run.binding.reduce(RowsOf(run.binding, step.slot, step.rows),
+                                                       RowsOf(run.binding, step.grad_slot, step.rows));
+  run.ctx.recorder.Note("compute", text, run.ctx.stream());
+  return Prefixed(status, absl::StrCat(text, ": "));
+}
+
+StreamHandle StreamTransport::StreamOf(size_t lane) {
+  if (lanes_.size() <= lane) lanes_.resize(lane + 1);
+  if (lanes_[lane] == nullptr) {
+    lanes_[lane] = std::make_unique<TransferLane>(
+        TransferLane{.name = NameOf(lane), .stream = Stream(device_, StreamPriority::kHigh)});
+  }
+  TransferLane& used = *lanes_[lane];
+  if (used.run != run_) {
+    used.run = run_;
+    used.last = -1;
+    begin_.Hold(used.stream.handle());
+  }
+  return used.stream.handle();
+}
+
+void StreamTransport::Await(const Run& run, int s, StreamHandle stream) {
+  for (const int before : run.step(s).after) events_[static_cast<size_t>(before)].Hold(stream);
+}
+
+void StreamTransport::Complete(const Run& run, int s, size_t lane) {
+  TransferLane& on = *lanes_[lane];
+  run.ctx.recorder.Note(on.name, run.plan.texts[static_cast<size_t>(s)], on.stream.handle());
+  events_[static_cast<size_t>(s)].Record(on.stream.handle());
+  on.last = s;
+}
+
+void StreamTransport::AwaitTransfers(const Run& run, const std::vector<int>& transfers) {
+  if (transfers.empty()) return;
+  Context& ctx = run.ctx;
+  ctx.waits.Begin(WaitKind::kExchange, ctx.stream());
+  for (const int transfer : transfers) events_[static_cast<size_t>(transfer)].Hold(ctx.stream());
+  ctx.waits.End(WaitKind::kExchange, ctx.stream());
+}
+
+const std::vector<int>& StreamTransport::LastOfLanes() {
+  last_.clear();
+  for (const auto& lane : lanes_) {
+    if (lane != nullptr && lane->run == run_ && lane->last >= 0) last_.push_back(lane->last);
+  }
+  return last_;
+}
+
+void StreamTransport::Synchronize() const {
+  for (const auto& lane : lanes_) {
+    if (lane != nullptr) lane->stream.Synchronize();
+  }
+}
+
+}  // namespace annulus

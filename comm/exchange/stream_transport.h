@@ -1,0 +1,86 @@
+#pragma once
+
+// Running a plan on streams of a GPU. The host enqueues this rank's steps by level (rounds.h) and returns:
+// computing on ctx.stream(), transfers on high-priority streams of the transport, each stream waiting by
+// events for what its steps come after.
+//
+//     ctx.stream():   [attend 0]        [attend 1]  ...  [join]
+//     kv in:             [receive 1] ------^    [receive 2]
+//     kv to rank 3:      [send 0]  [send 1]
+//
+// A run begins behind what was enqueued on ctx.stream() before it, and ctx.stream() ends behind all transfers
+// of this rank, so memory of the caller and of arenas follows the usual rule: whoever comes later on
+// ctx.stream() may use it. Peers are waited for on the device without limit; a watchdog ends a job that
+// hangs.
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "annulus/comm/exchange_transport.h"
+#include "stream_plan.h"
+
+namespace annulus {
+
+class StreamTransport : public ExchangeTransport {
+ public:
+  ~StreamTransport() override;
+  absl::StatusOr<std::vector<TensorRef>> Slots(Context& ctx, const ExchangePlan& plan, TensorRef home_kv,
+                                               TensorRef home_grad) override;
+  absl::Status Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
+                       ExchangeStats* stats) final;
+
+ protected:
+  StreamTransport(Communicator cp, Device device) : cp_(std::move(cp)), device_(device), begin_(device) {}
+
+  // One execution of a plan by this rank.
+  struct Run {
+    Context& ctx;
+    const StreamPlan& plan;
+    const ExchangeBinding& binding;
+    const Step& step(int s) const { return plan.rank.steps[static_cast<size_t>(s)]; }
+    TensorRef RowsOf(int s) const;
+  };
+
+  virtual absl::Status Begin(const Run& run) = 0;
+  // Enqueues the transfers of a round: each is completed (Complete) on the stream of some lane.
+  virtual absl::Status Transfer(const Run& run, const Launch& round) = 0;
+  virtual std::string NameOf(size_t lane) const = 0;  // for reports; a lane is made when it is first used
+
+  // The lane's stream, behind the beginning of the run.
+  StreamHandle StreamOf(size_t lane);
+  // `stream` goes on once all steps that step s comes after are complete.
+  void Await(const Run& run, int s, StreamHandle stream);
+  // Step s is complete with what is enqueued on the lane's stream.
+  void Complete(const Run& run, int s, size_t lane);
+
+  const StreamPlan& PlanOf(const ExchangePlan& plan) { return plans_.Of(plan, cp_.rank()); }
+  void Synchronize() const;  // the host waits for all lanes
+
+  Communicator cp_;
+  const Device device_;
+  std::atomic<bool> aborted_{false};
+
+ private:
+  struct TransferLane {
+    std::string name;
+    Stream stream;
+    int64_t run = 0;  // the last that used it
+    int last = -1;    // the last step of that run that is complete with it
+  };
+
+  absl::Status Compute(const Run& run, int s);
+  // ctx.stream() waits, which is counted.
+  void AwaitTransfers(const Run& run, const std::vector<int>& transfers);
+  const std::vector<int>& LastOfLanes();  // of the run under way: with them all of its transfers are complete
+
+  StreamPlans plans_;
+  std::vector<std::unique_ptr<TransferLane>> lanes_;
+  std::vector<Event> events_;  // by step, of whichever plan runs
+  std::vector<int> last_;
+  Event begin_;
+  int64_t run_ = 0;
+};
+
+}  // namespace annulus
