@@ -162,4 +162,11 @@ AttentionKernel ChooseAttentionKernel(const AttentionKernelCase& c) {
   return cudnn ? AttentionKernel::kCudnn : AttentionKernel::kTensorCore;
 }
 
+bool AttentionSupports(DeviceKind device, DType dtype, int64_t dim, int64_t v_dim) {
+  if (device == DeviceKind::kCpu) return dtype != DType::kBF16;
+  if (dtype == DType::kBF16) return kernels::TensorCoreDims(dim, v_dim);
+  constexpr int64_t kMostF32 = 256;  // what the f32 kernel holds in registers
+  return dtype == DType::kF32 && dim <= kMostF32 && v_dim <= kMostF32;
+}
+
 }  // namespace annulus

@@ -4,6 +4,7 @@
 
 #include "annulus/comm/gpu_communicator.h"
 #include "annulus/device/gpu.h"
+#include "annulus/ops/attention.h"
 #include "run_directory.h"
 
 namespace annulus {
@@ -18,7 +19,15 @@ absl::Status ResolveDevice(RunSpec* spec) {
     spec->device = GpuCount() > 0 && !cpu_only ? DeviceChoice::kCuda : DeviceChoice::kCpu;
   }
   const bool gpu = spec->device == DeviceChoice::kCuda;
-  if (spec->compute == ComputeType::kAuto) spec->compute = gpu ? ComputeType::kBF16 : ComputeType::kF32;
+  const int64_t dim = spec->model.head_dim;
+  const bool bf16_heads = AttentionSupports(DeviceKind::kCuda, DType::kBF16, dim, dim);
+  if (spec->compute == ComputeType::kAuto) {
+    spec->compute = gpu && bf16_heads ? ComputeType::kBF16 : ComputeType::kF32;
+  }
+  if (spec->compute == ComputeType::kBF16 && gpu && !bf16_heads) {
+    return Invalid("model.attention.head_dim=", dim, ": expected 64 or 128 with compute=BF16 (compute: F32 takes ",
+                   "any up to 256)");
+  }
   if (spec->compute == ComputeType::kBF16 && !gpu) {
     return Invalid("compute=BF16: expected F32 or F64 on CPUs", GpuCount() == 0 ? "; no GPU: " : "", WhyNoGpu());
   }

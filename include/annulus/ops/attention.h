@@ -99,6 +99,9 @@ struct AttentionKernelCase {
 };
 AttentionKernel ChooseAttentionKernel(const AttentionKernelCase& c);
 
+// Whether there is a kernel for heads of `dim` with values of `v_dim`.
+bool AttentionSupports(DeviceKind device, DType dtype, int64_t dim, int64_t v_dim);
+
 // "cuDNN 9.19.0", or why this build has none.
 std::string CudnnVersion();
 

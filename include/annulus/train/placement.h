@@ -11,7 +11,7 @@
 namespace annulus {
 
 // Puts definite values in place of spec.device = kAuto (GPUs if this process sees any) and spec.compute = kAuto
-// (bf16 on GPUs, f32 on CPUs). Unavailable or InvalidArgument, naming field and reason, where they cannot be had.
+// (bf16 on GPUs whose kernels know the model's heads, else f32). Unavailable or InvalidArgument, naming field and reason, where they cannot be had.
 absl::Status ResolveDevice(RunSpec* spec);
 
 DType DTypeOf(ComputeType compute);  // a definite one
