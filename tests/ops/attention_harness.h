@@ -3,6 +3,8 @@
 // Attention problems for tests: shapes, masks, random operands, a naive reference in any floating type, and
 // the kernels run on chunks of the keys in any order.
 
+#include <functional>
+
 #include "annulus/ops/attention.h"
 #include "ops/harness.h"
 
@@ -95,9 +97,10 @@ struct AttentionResults {
   std::vector<W> out, lse, dq, dk, dv;
 };
 
-// One query row of one head at a time, with its whole row of probabilities.
-template <typename W>
-AttentionResults<W> ReferenceAttention(const AttentionProblem& p, const Operands<W>& in) {
+// One query row of one head at a time, with its whole row of probabilities. `round` is what kernels in 16
+// bits do to the operands of their products and to results.
+template <typename W, typename Round = std::identity>
+AttentionResults<W> ReferenceAttention(const AttentionProblem& p, const Operands<W>& in, Round round = {}) {
   const AttentionShape& s = p.shape;
   AttentionResults<W> r{.out = std::vector<W>(in.dout.size()),
                         .lse = std::vector<W>(static_cast<size_t>(p.stats())),
@@ -115,7 +118,7 @@ AttentionResults<W> ReferenceAttention(const AttentionProblem& p, const Operands
     };
     const W scale = static_cast<W>(p.scale());
     std::vector<W> probability(keys), upstream(keys);
-    W sum = 0, mean = 0;
+    W sum = 0, delta = 0;
     for (size_t j = 0; j < keys; ++j) {
       if (!p.Allowed(row, item, static_cast<int64_t>(j))) continue;
       W score = 0;
@@ -129,20 +132,26 @@ AttentionResults<W> ReferenceAttention(const AttentionProblem& p, const Operands
       probability[j] /= sum;
       for (int64_t i = 0; i < s.v_dim; ++i) {
         const auto at = static_cast<size_t>(kv_row(j) * s.v_dim + i);
-        out[i] += probability[j] * in.v[at];
+        out[i] += round(probability[j]) * in.v[at];
         upstream[j] += dout[i] * in.v[at];
-        r.dv[at] += probability[j] * dout[i];
+        r.dv[at] += round(probability[j]) * dout[i];
       }
-      mean += probability[j] * upstream[j];
+    }
+    for (int64_t i = 0; i < s.v_dim; ++i) {
+      out[i] = round(out[i]);
+      delta += dout[i] * out[i];
     }
     for (size_t j = 0; j < keys; ++j) {
-      const W dscore = scale * probability[j] * (upstream[j] - mean);
+      const W dscore = scale * round(probability[j] * (upstream[j] - delta));
       for (int64_t i = 0; i < s.dim; ++i) {
         const auto at = static_cast<size_t>(kv_row(j) * s.dim + i);
         dq[i] += dscore * in.k[at];
         r.dk[at] += dscore * q[i];
       }
     }
+  }
+  for (std::vector<W>* gradient : {&r.dq, &r.dk, &r.dv}) {
+    for (W& x : *gradient) x = round(x);
   }
   return r;
 }
