@@ -23,7 +23,8 @@ class ExchangeTransport {
 
   // Memory for every slot of this rank's part of the plan: the caller's tensors for home slots, else of the
   // same dtype and shape as these, in the order of the plan. Uninitialised; valid until the caller's
-  // ArenaScope on ctx.scratch ends or Slots is called again. The same call on every rank of the group.
+  // ArenaScope on ctx.scratch ends or Slots is called again. Slots and Execute are called alike by all ranks
+  // of the group; only for a plan that has no messages between any ranks may some leave them out.
   virtual absl::StatusOr<std::vector<TensorRef>> Slots(Context& ctx, const ExchangePlan& plan,
                                                        TensorRef home_kv, TensorRef home_grad) = 0;
 
