@@ -120,12 +120,4 @@ inline bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Multiprocessors of the calling thread's device.
-inline int SmCount() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 }  // namespace annulus::kernels

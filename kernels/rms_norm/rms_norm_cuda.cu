@@ -189,6 +189,13 @@ __global__ void __launch_bounds__(1024)
   if (threadIdx.x == 0 && own < d) dw[own] += sum;
 }
 
+int SmCount() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Threads of a row that hold V vectors each, whole warps.
 int RowThreads(int64_t vectors, int per_thread) {
   return static_cast<int>(32 * std::max<int64_t>(1, CeilDiv(vectors, 32 * per_thread)));

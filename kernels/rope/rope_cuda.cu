@@ -1,7 +1,6 @@
-// Rotary embedding. CTAs stay and take tiles of a few rows: a tile's sines and cosines are formed once, in
-// shared memory, while its first loads are in flight, and turn all heads of all batch items. Angles are
-// reduced in f64, in turns: at position 10^6 an f32 angle is off by 0.06 radians. Floor: x read and written
-// once.
+// Rotary embedding. A CTA takes a few rows: it forms their sines and cosines once, in shared memory, while
+// its first loads are in flight, and turns all heads of all batch items by them. Angles are reduced in f64,
+// in turns: at position 10^6 an f32 angle is off by 0.06 radians. Floor: x read and written once.
 
 #include <cmath>
 
@@ -12,20 +11,19 @@ namespace annulus::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 2;  // pairs of vectors in flight per thread: 64 KB in an SM of 4 CTAs
-constexpr int kResident = 4;
 constexpr int kMaxHalf = kCudaRopeMaxDim / 2;
-constexpr int kMaxAngles = 512;  // of a tile: rows * dim / 2
+constexpr int kMaxAngles = 512;  // of a CTA: rows * dim / 2
+constexpr int kUnroll = 2;       // pairs of vectors in flight per thread: 64 KB in an SM of 4 CTAs
 
-// Turns per position of each pair. Powers cost more than the memory traffic, so the host takes them.
+// Turns per position of each pair. Powers cost a CTA more than its memory traffic, so the host takes them.
 struct Frequencies {
   double turns[kMaxHalf];
 };
 
-// Where pair vector `item` of a tile lies, relative to the tile's first row.
+// Where pair vector `item` of a CTA lies, relative to the CTA's first row.
 struct Place {
   uint32_t low;    // element offset of the first half's vector
-  uint32_t angle;  // index of its first angle in the tile's table
+  uint32_t angle;  // index of its first angle in the CTA's table
 };
 
 template <typename T, int N>
@@ -41,95 +39,77 @@ __device__ Place Locate(const CudaRopeArgs<T>& args, uint32_t item) {
           .angle = row * half + vector * N};
 }
 
-// Cosines and sines of a tile's rows, row by row.
-struct Angles {
-  float cosine[kMaxAngles], sine[kMaxAngles];
-};
-
-__device__ void FormAngles(const int64_t* positions, const double* turns_per_position, int half, int count,
-                           float sign, Angles* angles) {
-  for (int a = threadIdx.x; a < count; a += kThreads) {
-    double turns = static_cast<double>(positions[a / half]) * turns_per_position[a % half];
-    turns -= rint(turns);
-    float s, c;
-    sincospif(2.0f * static_cast<float>(turns), &s, &c);
-    angles->cosine[a] = c;
-    angles->sine[a] = sign * s;
-  }
-}
-
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, kResident)
-    RopeKernel(const CudaRopeArgs<T> args, int rows_per_tile,
-               const __grid_constant__ Frequencies frequencies) {
-  __shared__ __align__(16) Angles angles[2];  // of this tile, and of the one before: one barrier a tile
-  __shared__ double turns[kMaxHalf];          // lanes that read different constants would take turns
+__global__ void __launch_bounds__(kThreads, 4) RopeKernel(const CudaRopeArgs<T> args, int rows_per_block,
+                                                          const __grid_constant__ Frequencies frequencies) {
+  __shared__ __align__(16) float cosine[kMaxAngles], sine[kMaxAngles];
   const int half = static_cast<int>(args.dim / 2);
-  for (int i = threadIdx.x; i < half; i += kThreads) turns[i] = frequencies.turns[i];
-  __syncthreads();
-  const int64_t stride = int64_t{gridDim.x} * rows_per_tile;
-  int parity = 0;
-  for (int64_t first_row = int64_t{blockIdx.x} * rows_per_tile; first_row < args.rows;
-       first_row += stride, parity ^= 1) {
-    const int rows = static_cast<int>(min(int64_t{rows_per_tile}, args.rows - first_row));
-    T* x = args.x + first_row * args.row_stride;
-    const auto items = static_cast<uint32_t>(rows * args.batch * args.heads * (half / N));
-    for (uint32_t base = 0; base < items; base += kThreads * kUnroll) {
-      Place place[kUnroll];
-      Pack<T, N> low[kUnroll], high[kUnroll];
+  const int64_t first_row = int64_t{blockIdx.x} * rows_per_block;
+  const int rows = static_cast<int>(min(int64_t{rows_per_block}, args.rows - first_row));
+  T* x = args.x + first_row * args.row_stride;
+  const auto items = static_cast<uint32_t>(rows * args.batch * args.heads * (half / N));
+  for (uint32_t base = 0; base < items; base += kThreads * kUnroll) {
+    Place place[kUnroll];
+    Pack<T, N> low[kUnroll], high[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const uint32_t item = base + u * kThreads + threadIdx.x;
-        if (item >= items) continue;
-        place[u] = Locate<T, N>(args, item);
-        low[u] = LoadPack<N>(static_cast<const T*>(x + place[u].low));
-        high[u] = LoadPack<N>(static_cast<const T*>(x + place[u].low + half));
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t item = base + u * kThreads + threadIdx.x;
+      if (item >= items) continue;
+      place[u] = Locate<T, N>(args, item);
+      low[u] = LoadPack<N>(static_cast<const T*>(x + place[u].low));
+      high[u] = LoadPack<N>(static_cast<const T*>(x + place[u].low + half));
+    }
+    if (base == 0) {
+      for (int a = threadIdx.x; a < rows * half; a += kThreads) {
+        double turns =
+            static_cast<double>(args.positions[first_row + a / half]) * frequencies.turns[a % half];
+        turns -= rint(turns);
+        float s, c;
+        sincospif(2.0f * static_cast<float>(turns), &s, &c);
+        cosine[a] = c;
+        sine[a] = args.inverse ? -s : s;
       }
-      if (base == 0) {
-        FormAngles(args.positions + first_row, turns, half, rows * half, args.inverse ? -1.0f : 1.0f,
-                   &angles[parity]);
-        __syncthreads();
-      }
+      __syncthreads();
+    }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (base + u * kThreads + threadIdx.x >= items) continue;
-        const Pack<float, N> c =
-            LoadPack<N>(static_cast<const float*>(angles[parity].cosine + place[u].angle));
-        const Pack<float, N> s = LoadPack<N>(static_cast<const float*>(angles[parity].sine + place[u].angle));
-        float a[N], b[N];
+    for (int u = 0; u < kUnroll; ++u) {
+      if (base + u * kThreads + threadIdx.x >= items) continue;
+      const Pack<float, N> c = LoadPack<N>(static_cast<const float*>(cosine + place[u].angle));
+      const Pack<float, N> s = LoadPack<N>(static_cast<const float*>(sine + place[u].angle));
+      float a[N], b[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          a[i] = low[u][i] * c[i] - high[u][i] * s[i];
-          b[i] = low[u][i] * s[i] + high[u][i] * c[i];
-        }
-        StorePack<N>(PackOf<T>(a), x + place[u].low);
-        StorePack<N>(PackOf<T>(b), x + place[u].low + half);
+      for (int i = 0; i < N; ++i) {
+        a[i] = low[u][i] * c[i] - high[u][i] * s[i];
+        b[i] = low[u][i] * s[i] + high[u][i] * c[i];
       }
+      StorePack<N>(PackOf<T>(a), x + place[u].low);
+      StorePack<N>(PackOf<T>(b), x + place[u].low + half);
     }
   }
 }
 
-// As many rows as one round of loads covers, as far as their angles fit.
-int64_t RowsPerTile(int64_t vectors_per_row, int64_t half) {
-  return std::max<int64_t>(1, std::min(kMaxAngles / half, CeilDiv(kThreads * kUnroll, vectors_per_row)));
+// Rows with an angle for every thread, and where a row has few heads more, until no thread lacks a load.
+int64_t RowsPerBlock(int64_t vectors_per_row, int64_t half) {
+  const int64_t wanted = std::max(kMaxHalf / half, CeilDiv(kThreads * kUnroll, vectors_per_row));
+  return std::max<int64_t>(1, std::min(kMaxAngles / half, wanted));
 }
 
 template <typename T, int N>
 cudaError_t Launch(const CudaRopeArgs<T>& args, cudaStream_t stream) {
   const int64_t half = args.dim / 2;
-  const int64_t rows_per_tile = RowsPerTile(args.batch * args.heads * half / N, half);
-  const int64_t tiles = CeilDiv(args.rows, rows_per_tile);
+  const int64_t rows_per_block = RowsPerBlock(args.batch * args.heads * half / N, half);
+  const int64_t blocks = CeilDiv(args.rows, rows_per_block);
   const int64_t reach =
-      rows_per_tile * args.row_stride + args.batch * args.batch_stride + args.heads * args.dim;
-  if (reach > INT32_MAX) return cudaErrorInvalidValue;
+      rows_per_block * args.row_stride + args.batch * args.batch_stride + args.heads * args.dim;
+  if (blocks > INT32_MAX || reach > INT32_MAX) return cudaErrorInvalidValue;
   constexpr double kTurnsPerRadian = 0.15915494309189533577;
   Frequencies frequencies = {};
   for (int64_t i = 0; i < half; ++i) {
     const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(args.dim);
     frequencies.turns[i] = std::pow(args.theta, exponent) * kTurnsPerRadian;
   }
-  const auto blocks = static_cast<uint32_t>(std::min(tiles, int64_t{SmCount()} * kResident));
-  RopeKernel<T, N><<<blocks, kThreads, 0, stream>>>(args, static_cast<int>(rows_per_tile), frequencies);
+  RopeKernel<T, N><<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(
+      args, static_cast<int>(rows_per_block), frequencies);
   return cudaGetLastError();
 }
 

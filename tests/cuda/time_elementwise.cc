@@ -1,6 +1,5 @@
 #include "cuda/harness.h"
 #include "kernels/adamw/adamw_cuda.h"
-#include "kernels/cross_entropy/cross_entropy_cuda.h"
 #include "kernels/elementwise/elementwise_cuda.h"
 #include "kernels/embedding/embedding_cuda.h"
 #include "kernels/rms_norm/rms_norm_cuda.h"
@@ -55,8 +54,15 @@ void TimeElementwise() {
   Report("sum of squares bf16", 2 * B,
          Milliseconds(9, [&] { CudaSumOfSquares<Bf16>(a, big, sums + 1, sums, g_stream); }));
   Report("adamw, bf16 copy", 30 * N, Milliseconds(9, [&] {
-           CudaAdamW({.elements = n, .lr = 1e-4, .param = f, .m = g, .v = h, .grad = k, .param_bf16 = c},
-                     g_stream);
+           CudaAdamW<Bf16>({.elements = n,
+                            .lr = 1e-4,
+                            .gradient_scale = sums,
+                            .param = f,
+                            .m = g,
+                            .v = h,
+                            .grad = k,
+                            .copy = c},
+                           g_stream);
          }));
   CudaRmsNormForwardArgs<Bf16> norm{.tokens = tokens, .d = d, .eps = 1e-5, .x = a, .w = w, .y = b};
   Report("rms_norm forward bf16", 4 * N, Milliseconds(9, [&] { CudaRmsNormForward(norm, g_stream); }));
@@ -84,9 +90,9 @@ void TimeElementwise() {
                                      g_stream);
          }));
   int64_t* positions;
-  std::vector<int64_t> host(static_cast<size_t>(tokens));
+  std::vector<int64_t> host(static_cast<size_t>(4 * tokens));
   for (size_t i = 0; i < host.size(); ++i) host[i] = static_cast<int64_t>(i) * 8;
-  Must(cudaMalloc(&positions, tokens * 8), "malloc");
+  Must(cudaMalloc(&positions, 4 * tokens * 8), "malloc");
   Must(cudaMemcpy(positions, host.data(), host.size() * 8, cudaMemcpyHostToDevice), "copy");
   Report("rope bf16, 32 heads of 128", 4 * N, Milliseconds(9, [&] {
            CudaRope<Bf16>({.rows = tokens,
@@ -98,12 +104,12 @@ void TimeElementwise() {
                            .positions = positions},
                           g_stream);
          }));
-  Report("rope bf16, 8 heads of 128 in qkv", N, Milliseconds(9, [&] {
-           CudaRope<Bf16>({.rows = tokens,
+  Report("rope bf16, 8 heads of K in KV rows", 4 * N, Milliseconds(9, [&] {
+           CudaRope<Bf16>({.rows = 4 * tokens,
                            .heads = 8,
                            .dim = 128,
-                           .row_stride = 6144,
-                           .batch_stride = 6144,
+                           .row_stride = 2048,
+                           .batch_stride = 2048,
                            .x = a,
                            .positions = positions},
                           g_stream);
