@@ -118,7 +118,7 @@ absl::StatusOr<RunSpec> SpecFor(const Arguments& arguments, int world) {
   RunSpec spec;
   std::string text = "name: \"bench\" model { pattern: \"A\" d_model: 64 attention { heads: 1 } mlp { d_ff: 1 } } "
                      "data { train { text { path: \"-\" } } seq_len: 1 } "
-                     "optim { adamw { lr: 0 } steps: 1 sequences_per_step: 1 }";
+                     "optim { adamw { lr: 1 } steps: 1 sequences_per_step: 1 }";
   std::string name = "bench";
   if (arguments.Has("--config")) {
     name = arguments.Last("--config", "");

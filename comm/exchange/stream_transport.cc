@@ -22,7 +22,10 @@ absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, co
   if (aborted_) return absl::AbortedError("the exchange was aborted");
   CheckBinding(plan, cp_.rank(), cp_.size(), binding);
   ANNULUS_CHECK(plan.pass == Pass::kForward || binding.reduce) << plan.name << ": no `reduce` is bound";
-  const Run run{.ctx = ctx, .plan = PlanOf(plan), .binding = binding};
+  const Run run{.ctx = ctx,
+                .plan = PlanOf(plan),
+                .rank = plan.ranks[static_cast<size_t>(cp_.rank())],
+                .binding = binding};
   while (events_.size() < run.plan.rank.steps.size()) events_.emplace_back(device_);
   ++run_;
   begin_.Record(ctx.stream());

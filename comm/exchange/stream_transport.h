@@ -38,8 +38,9 @@ class StreamTransport : public ExchangeTransport {
   struct Run {
     Context& ctx;
     const StreamPlan& plan;
+    const RankPlan& rank;  // the caller's own, whose steps the binding knows
     const ExchangeBinding& binding;
-    const Step& step(int s) const { return plan.rank.steps[static_cast<size_t>(s)]; }
+    const Step& step(int s) const { return rank.steps[static_cast<size_t>(s)]; }
     TensorRef RowsOf(int s) const;
   };
 

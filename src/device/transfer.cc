@@ -1,10 +1,16 @@
 #include "annulus/device/transfer.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "gpu_memory.h"
 
 namespace annulus {
+namespace {
+
+constexpr int64_t kUploadPieceBytes = int64_t{32} << 20;
+
+}  // namespace
 
 void CopyBytes(ConstTensorRef from, TensorRef to, StreamHandle stream) {
   ANNULUS_CHECK(from.bytes() == to.bytes()) << from.bytes() << " bytes to " << to.bytes();
@@ -32,10 +38,14 @@ void Upload(Context& ctx, const void* host, int64_t bytes, TensorRef to) {
     std::memcpy(to.raw(), host, static_cast<size_t>(bytes));
     return;
   }
-  ctx.staging.Send(bytes, ctx.stream(), [&](void* pinned) {
-    std::memcpy(pinned, host, static_cast<size_t>(bytes));
-    EnqueueCopy(pinned, to.raw(), bytes, ctx.stream());
-  });
+  // In pieces, so that little memory is pinned however large the tensor is.
+  for (int64_t begin = 0; begin < bytes; begin += kUploadPieceBytes) {
+    const int64_t piece = std::min(kUploadPieceBytes, bytes - begin);
+    ctx.staging.Send(piece, ctx.stream(), [&](void* pinned) {
+      std::memcpy(pinned, static_cast<const char*>(host) + begin, static_cast<size_t>(piece));
+      EnqueueCopy(pinned, static_cast<char*>(to.raw()) + begin, piece, ctx.stream());
+    });
+  }
 }
 
 void Download(Context& ctx, ConstTensorRef from, void* host) {

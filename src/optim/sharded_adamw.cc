@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <atomic>
+#include <thread>
 
 #include "annulus/device/transfer.h"
 #include "annulus/ops/adamw.h"
@@ -24,6 +26,24 @@ absl::Status CopyRounded(Context& ctx, ConstTensorRef from, TensorRef to) {
   const TensorRef wide = ctx.scratch.Allocate(from.dtype(), to.shape());
   Upload(ctx, from.raw(), from.bytes(), wide);
   return Cast(ctx, wide, to);
+}
+
+// InitialValues on every core: drawing billions of numbers takes minutes on one.
+void FillInParallel(const ParamInfo& info, uint64_t seed, int64_t begin, TensorRef out) {
+  constexpr int64_t kPiece = int64_t{1} << 20;
+  const int64_t pieces = (out.elements() + kPiece - 1) / kPiece;
+  std::atomic<int64_t> next = 0;
+  const auto work = [&] {
+    for (int64_t piece = next++; piece < pieces; piece = next++) {
+      const int64_t first = piece * kPiece, last = std::min(first + kPiece, out.elements());
+      InitialValues(info, seed, begin + first, out.Rows(first, last));
+    }
+  };
+  std::vector<std::thread> helpers;
+  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  for (int64_t i = 1; i < std::min(cores, pieces); ++i) helpers.emplace_back(work);
+  work();
+  for (std::thread& helper : helpers) helper.join();
 }
 
 }  // namespace
@@ -95,7 +115,7 @@ absl::Status ShardedAdamW::Initialize(uint64_t seed) {
     const ParamInfo& info = params_.table().params[run.param];
     const TensorRef master = MasterShard(run.bucket).Rows(run.begin, run.end);
     const Tensor host(Device{}, master.dtype(), master.shape());
-    InitialValues(info, seed, ShardBegin(run.bucket) + run.begin - info.offset, host.ref());
+    FillInParallel(info, seed, ShardBegin(run.bucket) + run.begin - info.offset, host.ref());
     Upload(ctx_, host.ref().raw(), host.ref().bytes(), master);
   }
   return PublishParameters();

@@ -73,9 +73,11 @@ AttentionGeometry::Schedule AttentionGeometry::MakeSchedule(ExchangePlan plan, c
   for (const Step& step : rank.steps) {
     schedule.calls.push_back(CallsOf(layout_, schedule.plan.problem, step, bounds, sequences_.batch));
   }
-  schedule.whole = rank.steps.size() == 1 && schedule.calls[0].size() == 1 &&
-                   schedule.calls[0][0].q_rows == RowRange{0, layout_.local_rows()} &&
-                   rank.slots[static_cast<size_t>(rank.steps[0].slot)].home;
+  // Decided for the group, whose ranks meet in the exchange.
+  const bool alone = std::all_of(schedule.plan.ranks.begin(), schedule.plan.ranks.end(),
+                                 [](const RankPlan& each) { return each.steps.size() == 1; });
+  schedule.whole = alone && schedule.calls[0].size() == 1 &&
+                   schedule.calls[0][0].q_rows == RowRange{0, layout_.local_rows()};
   return schedule;
 }
 

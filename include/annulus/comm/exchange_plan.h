@@ -185,6 +185,7 @@ struct ExchangeBinding {
   std::vector<TensorRef> slots = {};  // one per SlotSpec, [block_rows, elements of a row]
   // kAttend of this rank. On CPUs it must call ctx.Poll() at least every few hundred microseconds; on GPUs it
   // enqueues on ctx.stream().
+  // The step is the one in the plan that Execute was given, so its place there identifies it.
   std::function<absl::Status(const Step&)> attend = {};
   // kReduce, to += from, in pieces of a slot's rows; undefined: done by Execute, on CPUs.
   std::function<absl::Status(ConstTensorRef from, TensorRef to)> reduce = {};
