@@ -10,10 +10,10 @@
 namespace annulus::kernels {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kMaxHalf = kCudaRopeMaxDim / 2;
 constexpr int kMaxAngles = 512;  // of a CTA: rows * dim / 2
-constexpr int kUnroll = 2;       // pairs of vectors in flight per thread: 64 KB in an SM of 4 CTAs
+constexpr int kUnroll = 2;       // pairs of vectors in flight per thread: 64 KB in an SM of 8 CTAs
 
 // Turns per position of each pair. Powers cost a CTA more than its memory traffic, so the host takes them.
 struct Frequencies {
@@ -40,7 +40,7 @@ __device__ Place Locate(const CudaRopeArgs<T>& args, uint32_t item) {
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, 4) RopeKernel(const CudaRopeArgs<T> args, int rows_per_block,
+__global__ void __launch_bounds__(kThreads, 8) RopeKernel(const CudaRopeArgs<T> args, int rows_per_block,
                                                           const __grid_constant__ Frequencies frequencies) {
   __shared__ __align__(16) float cosine[kMaxAngles], sine[kMaxAngles];
   const int half = static_cast<int>(args.dim / 2);
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 4) RopeKernel(const CudaRopeArgs<T> 
   }
 }
 
-// Rows with an angle for every thread, and where a row has few heads more, until no thread lacks a load.
+// Rows with two angles for every thread, and where a row has few heads more, until no thread lacks a load.
 int64_t RowsPerBlock(int64_t vectors_per_row, int64_t half) {
   const int64_t wanted = std::max(kMaxHalf / half, CeilDiv(kThreads * kUnroll, vectors_per_row));
   return std::max<int64_t>(1, std::min(kMaxAngles / half, wanted));
