@@ -7,44 +7,58 @@ namespace annulus {
 namespace {
 
 constexpr int kWarmUps = 3;  // memory and streams are made
-constexpr int kBackToBack =
-    10;  // timed as one: ranks leave a barrier at different times, which is shared by these
+constexpr int kMessages = 16;  // of an execution, so that its beginning and end weigh little
 
-// Adds a message of `rows` from each rank to the one `hop` further.
-void AddMessages(const RowRange& rows, int hop, ExchangePlan* plan) {
+// Adds a message of `rows` from each rank to the one `hop` further, into slot `slot` of the receiver once the
+// message before it there has come: in a ring, too, two buffers take turns.
+struct Messages {
+  RowRange rows;
+  int hop = 1, slot = 1;
+  std::vector<int> after = {};  // by rank: the step that received the message before; -1: none
+};
+void AddMessages(Messages* messages, ExchangePlan* plan) {
   const int ranks = plan->problem.ranks;
-  const int first =
-      static_cast<int>(plan->ranks[0].steps.size()) / 2 * ranks;  // a send and a receive a message
+  if (messages->after.empty()) messages->after.resize(static_cast<size_t>(ranks), -1);
+  const int first = static_cast<int>(plan->ranks[0].steps.size()) / 2 * ranks;  // a send and a receive a message
   for (int r = 0; r < ranks; ++r) {
-    const int to = (r + hop + ranks) % ranks;
-    Step send{.kind = StepKind::kSend, .slot = 0, .block = r, .rows = rows, .peer = to, .message = first + r};
+    const int to = (r + messages->hop + ranks) % ranks;
+    Step send{.kind = StepKind::kSend, .slot = 0, .block = r, .rows = messages->rows, .peer = to, .message = first + r};
     Step receive = send;
     receive.kind = StepKind::kReceive;
-    receive.slot = 1;
+    receive.slot = messages->slot;
     receive.peer = r;
+    int& after = messages->after[static_cast<size_t>(to)];
+    if (after >= 0) receive.after = {after};
     plan->ranks[static_cast<size_t>(r)].steps.push_back(std::move(send));
+    after = static_cast<int>(plan->ranks[static_cast<size_t>(to)].steps.size());
     plan->ranks[static_cast<size_t>(to)].steps.push_back(std::move(receive));
   }
 }
 
 enum class Ways { kOne, kBoth };
 
-// Blocks of two rows that neighbours exchange; nothing is computed.
+// Blocks of two rows that neighbours exchange kMessages times; nothing is computed.
 ExchangePlan NeighbourPlan(int ranks, Ways ways) {
   ExchangePlan plan{.name = ways == Ways::kOne ? "to the next rank" : "to both neighbours",
                     .pass = Pass::kForward,
                     .problem = {.ranks = ranks, .block_rows = 2, .chunks = {}, .keys = {}, .pairs = {}}};
   for (int r = 0; r < ranks; ++r) {
     plan.problem.chunks.push_back({r, {0, 2}});
-    plan.ranks.push_back({.slots = {{Payload::kKv, true}, {Payload::kKv, false}}});
+    plan.ranks.push_back({.slots = {{Payload::kKv, true}, {Payload::kKv, false}, {Payload::kKv, false}}});
   }
   plan.problem.keys.resize(plan.problem.chunks.size() * plan.problem.chunks.size());
   plan.problem.pairs.resize(plan.problem.keys.size());
-  if (ways == Ways::kOne) {
-    AddMessages({0, 2}, 1, &plan);
-  } else {
-    AddMessages({0, 1}, 1, &plan);
-    AddMessages({1, 2}, -1, &plan);
+  std::vector<Messages> lanes;
+  for (const int slot : {1, 2}) {
+    if (ways == Ways::kOne) {
+      lanes.push_back({.rows = {0, 2}, .hop = 1, .slot = slot});
+    } else {
+      lanes.push_back({.rows = {0, 1}, .hop = 1, .slot = slot});
+      lanes.push_back({.rows = {1, 2}, .hop = -1, .slot = slot});
+    }
+  }
+  for (int i = 0; i < kMessages / 2; ++i) {
+    for (Messages& lane : lanes) AddMessages(&lane, &plan);
   }
   return plan;
 }
@@ -82,11 +96,9 @@ absl::StatusOr<double> MedianSeconds(Context& ctx, Communicator& cp, ExchangeTra
   for (int i = 0; i < kWarmUps + repeats; ++i) {
     ANNULUS_RETURN_IF_ERROR(cp.Barrier());
     timer.Begin();
-    for (int n = 0; n < kBackToBack; ++n) {
-      ExchangeStats stats;
-      ANNULUS_RETURN_IF_ERROR(transport.Execute(ctx, plan, binding, &stats));
-    }
-    const double took = timer.Seconds() / kBackToBack;
+    ExchangeStats stats;
+    ANNULUS_RETURN_IF_ERROR(transport.Execute(ctx, plan, binding, &stats));
+    const double took = timer.Seconds() / kMessages;
     if (i >= kWarmUps) seconds.push_back(took);
   }
   std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());

@@ -77,14 +77,26 @@ std::string FormatBytes(double bytes) {
   return absl::StrFormat(unit == 0 ? "%.0f %s" : "%.1f %s", bytes, units[unit]);
 }
 
+namespace {
+
+// FLOP/s of a rank, and how much of the peak that is, in both conventions where the peak is known.
+std::string RateText(const StepReport& report) {
+  if (report.peak_tflops == 0) return absl::StrFormat("%.1f GFLOP/s causal/rank", report.tflops_causal * 1e3);
+  return absl::StrFormat("%.1f TFLOP/s/rank, MFU %.1f%% causal %.1f%% full", report.tflops_causal,
+                         100 * report.tflops_causal / report.peak_tflops,
+                         100 * report.tflops_full / report.peak_tflops);
+}
+
+}  // namespace
+
 std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, double eta_seconds) {
   const double ms = std::max(report.step_ms, 1e-9);
   return absl::StrFormat(
-      "step %d/%d %d%% | loss %.3f | gnorm %.2f | %s ms | %s tok/s (%s/rank) | %.1f GFLOP/s causal/rank | "
+      "step %d/%d %d%% | loss %.3f | gnorm %.2f | %s ms | %s tok/s (%s/rank) | %s | "
       "wait: data %.1f%% exchange %.1f%% gradients %.1f%% | %s | ETA %s%s",
       report.step, total_steps, 100 * report.step / total_steps, report.loss, report.grad_norm,
       WithThousands(std::llround(ms)), FormatCount(report.tokens_per_second),
-      FormatCount(report.tokens_per_second / ranks), report.tflops_causal * 1e3, 100 * report.data_ms / ms,
+      FormatCount(report.tokens_per_second / ranks), RateText(report), 100 * report.data_ms / ms,
       100 * report.exposed_exchange_ms / ms, 100 * report.exposed_reduce_ms / ms,
       FormatBytes(static_cast<double>(report.memory_peak_bytes)), FormatDuration(eta_seconds),
       report.skipped ? " | SKIPPED: not finite" : "");
@@ -101,6 +113,10 @@ std::string MetricsJson(const StepReport& report, std::optional<double> val_loss
   json["tokens_per_second"] = report.tokens_per_second;
   json["tflops_causal"] = report.tflops_causal;
   json["tflops_full"] = report.tflops_full;
+  if (report.peak_tflops > 0) {
+    json["mfu_causal"] = report.tflops_causal / report.peak_tflops;
+    json["mfu_full"] = report.tflops_full / report.peak_tflops;
+  }
   json["exposed_exchange_ms"] = report.exposed_exchange_ms;
   json["exposed_reduce_ms"] = report.exposed_reduce_ms;
   json["data_ms"] = report.data_ms;

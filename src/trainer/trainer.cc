@@ -56,7 +56,10 @@ Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, Transport
       flops_(TrainingFlops(spec.model, spec.data.seq_len)),
       stats_(ctx.device, DType::kF64, {2}),
       clip_factor_(ctx.device, DType::kF64, {1}),
-      stats_read_(ctx.device, 2) {}
+      stats_read_(ctx.device, 2) {
+  if (ctx.device.kind != DeviceKind::kCuda) return;
+  if (const absl::StatusOr<GpuInfo> gpu = DescribeGpu(ctx.device.index); gpu.ok()) peak_tflops_ = gpu->bf16_tflops;
+}
 
 absl::Status Trainer::Initialize() { return optimizer_.Initialize(spec_.seed); }
 
@@ -138,6 +141,7 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   const double per_rank = report->tokens_per_second / mesh_.world.size() / 1e12;
   report->tflops_causal = flops_.causal * per_rank;
   report->tflops_full = flops_.full * per_rank;
+  report->peak_tflops = peak_tflops_;
   return absl::OkStatus();
 }
 

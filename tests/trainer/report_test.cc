@@ -63,6 +63,10 @@ TEST(StepLine, SaysWhatHappenedAndWhatIsLeft) {
   StepReport skipped = Report();
   skipped.skipped = true;
   EXPECT_TRUE(absl::StrContains(StepLine(skipped, 2000, 8, 0), "SKIPPED"));
+
+  StepReport on_gpu = Report();
+  on_gpu.tflops_causal = 400, on_gpu.tflops_full = 500, on_gpu.peak_tflops = 1000;
+  EXPECT_TRUE(absl::StrContains(StepLine(on_gpu, 2000, 8, 0), "400.0 TFLOP/s/rank, MFU 40.0% causal 50.0% full"));
 }
 
 TEST(Metrics, AreOneObjectOnOneLine) {

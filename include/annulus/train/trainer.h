@@ -30,6 +30,7 @@ struct StepReport {
   double step_ms = 0;
   double tokens_per_second = 0;
   double tflops_causal = 0, tflops_full = 0;  // per rank, of the model's FLOPs (model/cost.h)
+  double peak_tflops = 0;                     // of the rank's GPU, by its datasheet; 0: not known
   double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next two
   double exposed_reduce_ms = 0;
   double data_ms = 0;
@@ -78,6 +79,7 @@ class Trainer {
   Decoder decoder_;
   ShardedAdamW optimizer_;
   FlopsPerToken flops_;
+  double peak_tflops_ = 0;
   Tensor stats_;         // f64 [2] of the step: sum of squares of the gradient, sum of the loss
   Tensor clip_factor_;   // f64 [1]
   Readback stats_read_;  // stats_ on the host
