@@ -117,17 +117,31 @@ class RingRank {
     return result;
   }
 
+  void AddHomeAttend(std::vector<BlockPair> pairs, int distance) {
+    if (pairs.empty()) return;
+    Step attend{.kind = StepKind::kAttend,
+                .slot = home_kv_,
+                .grad_slot = home_grad_,
+                .block = cp_rank_,
+                .rows = NeedsOf(pairs).hull(),
+                .pairs = std::move(pairs)};
+    list_.Add({.distance = distance, .phase = kCompute}, std::move(attend));
+  }
+
   void AddHome() {
-    const std::vector<BlockPair>& pairs = ring_.own_pairs[static_cast<size_t>(cp_rank_)];
-    if (!pairs.empty()) {
-      Step attend{.kind = StepKind::kAttend,
-                  .slot = home_kv_,
-                  .grad_slot = home_grad_,
-                  .block = cp_rank_,
-                  .rows = NeedsOf(pairs).hull(),
-                  .pairs = pairs};
-      list_.Add({.distance = 0, .phase = kCompute}, std::move(attend));
+    std::vector<BlockPair> first = ring_.own_pairs[static_cast<size_t>(cp_rank_)], last;
+    if (backward() && !visits_.empty()) {
+      // Pairs of different chunks are computed while the first block arrives, the others while the last
+      // gradients travel.
+      const auto middle = std::stable_partition(
+          first.begin(), first.end(), [](const BlockPair& pair) { return pair.q_chunk != pair.kv_chunk; });
+      if (middle != first.begin()) {
+        last.assign(middle, first.end());
+        first.erase(middle, first.end());
+      }
     }
+    AddHomeAttend(std::move(first), 0);
+    if (!last.empty()) AddHomeAttend(std::move(last), visits_.back().distance + 1);
     for (const Visit* visit : own_route()) {
       if (visit->previous != nullptr) continue;
       AddMoves(

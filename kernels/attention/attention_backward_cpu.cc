@@ -137,6 +137,9 @@ absl::Status AttentionDelta(CpuTag, Context&, ConstHeadsRef out, ConstHeadsRef d
 template <typename T>
 absl::Status AttentionBackward(CpuTag, Context& ctx, const AttentionBlock& block,
                                const AttentionGradients& gradients) {
+  if (gradients.kv_write == Write::kOverwrite) {
+    for (const HeadsRef& gradient : {gradients.dk, gradients.dv}) ZeroHeads<T>(gradient);
+  }
   ArenaScope scope(ctx.scratch);
   BackwardTiles<T> tiles(ctx, block, gradients);
   ForEachQueryTile(ctx, block,

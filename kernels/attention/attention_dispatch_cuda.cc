@@ -206,10 +206,14 @@ template <typename T>
 absl::Status AttentionBackward(CudaTag, Context& ctx, const AttentionBlock& block,
                                const AttentionGradients& gradients) {
   ANNULUS_RETURN_IF_ERROR(CheckSupported<T>(block, gradients));
-  if (NoPairs(block)) return absl::OkStatus();
 #if ANNULUS_HAS_CUDNN
   if (UseCudnn(ctx, block)) return CudnnBackward(ctx, block, gradients);
 #endif
+  if (gradients.kv_write == Write::kOverwrite) {
+    ANNULUS_RETURN_IF_ERROR(Zero(ctx, gradients.dk));
+    ANNULUS_RETURN_IF_ERROR(Zero(ctx, gradients.dv));
+  }
+  if (NoPairs(block)) return absl::OkStatus();
   return LaunchBackward<T>(ctx, block, gradients);
 }
 

@@ -82,11 +82,14 @@ absl::Status RunBackward(Context& ctx, const AttentionBlock& block, const Attent
                         CallWith(ctx, bytes));
 }
 
-// y += x
-absl::Status Add(Context& ctx, const ConstHeadsRef& x, const HeadsRef& y) {
-  return CudaStatus(
-      CudaAddRows<__nv_bfloat16, float>(RowsOf(x), StridedOf<BFloat16>(x), StridedOf<float>(y), ctx.stream()),
-      "attention: sum of a block's gradients");
+// y (=, +=) x
+absl::Status WriteTo(Context& ctx, const ConstHeadsRef& x, Write write, const HeadsRef& y) {
+  const auto from = StridedOf<BFloat16>(x);
+  const auto to = StridedOf<float>(y);
+  return CudaStatus(write == Write::kOverwrite
+                        ? CudaCastRows<__nv_bfloat16, float>(RowsOf(x), from, to, ctx.stream())
+                        : CudaAddRows<__nv_bfloat16, float>(RowsOf(x), from, to, ctx.stream()),
+                    "attention: sum of a block's gradients");
 }
 
 }  // namespace
@@ -128,9 +131,9 @@ absl::Status CudnnBackward(Context& ctx, const AttentionBlock& block, const Atte
   own.dk = ScratchLike(ctx, DType::kBF16, gradients.dk);
   own.dv = ScratchLike(ctx, DType::kBF16, gradients.dv);
   ANNULUS_RETURN_IF_ERROR(RunBackward(ctx, block, own));
-  ANNULUS_RETURN_IF_ERROR(Add(ctx, own.dq, gradients.dq));
-  ANNULUS_RETURN_IF_ERROR(Add(ctx, own.dk, gradients.dk));
-  return Add(ctx, own.dv, gradients.dv);
+  ANNULUS_RETURN_IF_ERROR(WriteTo(ctx, own.dq, Write::kAccumulate, gradients.dq));
+  ANNULUS_RETURN_IF_ERROR(WriteTo(ctx, own.dk, gradients.kv_write, gradients.dk));
+  return WriteTo(ctx, own.dv, gradients.kv_write, gradients.dv);
 }
 
 absl::Status CudnnBackwardWhole(Context& ctx, const AttentionBlock& block,

@@ -174,14 +174,18 @@ absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
   const Step* first = schedule.plan.ranks[static_cast<size_t>(geometry.cp().rank())].steps.data();
   binding.attend = [&](const Step& step) -> absl::Status {
     const TensorRef grad_slot = binding.slots[static_cast<size_t>(step.grad_slot)];
-    if (step.grad_write == GradWrite::kOverwrite) {
+    const std::vector<AttendCall>& calls = schedule.calls[static_cast<size_t>(&step - first)];
+    const bool overwrite = step.grad_write == GradWrite::kOverwrite;
+    const bool one_call = calls.size() == 1 && calls[0].keys == step.rows;
+    if (overwrite && !one_call) {
       ANNULUS_RETURN_IF_ERROR(Zero(ctx, grad_slot.Rows(step.rows.begin, step.rows.end)));
     }
     const KvHeads kv = SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(args.kv.shape()), shape);
     const KvHeads grads = SplitKv(grad_slot.Reshaped(args.kv.shape()), shape);
-    for (const AttendCall& call : schedule.calls[static_cast<size_t>(&step - first)]) {
-      ANNULUS_RETURN_IF_ERROR(AttentionBackward(ctx, BlockOf(call, *mask, shape, args.q, kv),
-                                                GradientsOf(call, shape, args, delta, dq, grads)));
+    for (const AttendCall& call : calls) {
+      AttentionGradients gradients = GradientsOf(call, shape, args, delta, dq, grads);
+      if (overwrite && one_call) gradients.kv_write = Write::kOverwrite;
+      ANNULUS_RETURN_IF_ERROR(AttentionBackward(ctx, BlockOf(call, *mask, shape, args.q, kv), gradients));
     }
     return absl::OkStatus();
   };

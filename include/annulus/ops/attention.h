@@ -16,6 +16,7 @@
 #include "annulus/base/status.h"
 #include "annulus/device/context.h"
 #include "annulus/ops/heads.h"
+#include "annulus/ops/write.h"
 
 namespace annulus {
 
@@ -69,6 +70,7 @@ struct AttentionGradients {
   ConstTensorRef lse;    // [q_rows, batch, heads], of all blocks together
   ConstTensorRef delta;  // [q_rows, batch, heads]
   HeadsRef dq, dk, dv;   // accumulator dtype; added to
+  Write kv_write = Write::kAccumulate;  // kOverwrite: dk and dv hold nothing yet
 };
 
 absl::Status AttentionBackward(Context& ctx, const AttentionBlock& block,

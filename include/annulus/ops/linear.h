@@ -4,6 +4,7 @@
 
 #include "annulus/base/status.h"
 #include "annulus/device/context.h"
+#include "annulus/ops/write.h"
 
 namespace annulus {
 
@@ -33,9 +34,6 @@ struct BasicMatrixRef {
 };
 using MatrixRef = BasicMatrixRef<void>;
 using ConstMatrixRef = BasicMatrixRef<const void>;
-
-// What an op does to an output that already holds something.
-enum class Write { kOverwrite, kAccumulate };
 
 // y[t, out] (=, +=) sum_in x[t, in] w[out, in]
 absl::Status LinearForward(Context& ctx, ConstMatrixRef x, ConstMatrixRef w, Write write, MatrixRef y);
