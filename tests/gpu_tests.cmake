@@ -5,6 +5,7 @@ add_library(annulus_gpu_test_support INTERFACE)
 target_include_directories(annulus_gpu_test_support INTERFACE ${PROJECT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR})
 target_link_libraries(annulus_gpu_test_support INTERFACE annulus_ops annulus_options ${ANNULUS_CUDART} ${ANNULUS_CUBLAS})
 annulus_tests(gpu annulus_gpu_test_support ${gpu_test_properties})
+add_dependencies(gpu_test annulus)  # which tests/gpu/train_test.cc starts
 
 # annulus_kernel_check(PROGRAM ARGUMENT sources...): a program that compares kernels with f64 on the CPU and times
 # them; the test runs the part that ARGUMENT names.

@@ -1,11 +1,17 @@
 #pragma once
 
-// A small decoder on any mesh of loopback ranks, fed with whole sequences; what a test compares comes back
-// whole.
+// A small decoder on any mesh, fed with whole sequences; what a test compares comes back whole. The ranks are
+// threads on CPUs:
 //
 //   const WholeBatch batch = RandomBatch(spec, {.length = 37, .batch = 2, .documents = Documents::kRandom});
 //   const Outcome one = Train(spec, batch, {.cp = 1}), four = Train(spec, batch, {.cp = 4});
 //   ExpectSame(one, four, 1e-12);
+//
+// or processes, each with the context of its device:
+//
+//   Context ctx(gpu);
+//   ProcessMesh mesh = ...;  // of the same device
+//   const Outcome outcome = RankModel(spec, batch, run, mesh, ctx).Train();
 
 #include <gtest/gtest.h>
 
@@ -15,7 +21,9 @@
 
 #include "annulus/base/random.h"
 #include "annulus/comm/process_mesh.h"
+#include "annulus/device/transfer.h"
 #include "annulus/model/decoder.h"
+#include "annulus/train/optimizer.h"
 #include "parallel/sequences.h"
 #include "support/loopback.h"
 
@@ -87,7 +95,7 @@ inline LayerSpec Attention(int64_t window, std::optional<double> rope_theta = 10
   return {LayerKind::kAttention, window, rope_theta};
 }
 
-// As Initialize, and norm weights off one.
+// As Initialize, and norm weights off one. On CPUs.
 inline void FillRandom(ParamStore& params) {
   constexpr uint64_t seed = 3;
   params.Initialize(seed);
@@ -109,7 +117,8 @@ struct MeshRun {
   LayoutKind layout = LayoutKind::kZigzag;
   int dp = 1, cp = 1;
   Recompute recompute = Recompute::kAttentionOutput;
-  std::function<void(ParamStore&)> fill = FillRandom;
+  TransportKind transport = TransportKind::kHost;
+  std::function<void(ParamStore&)> fill = FillRandom;  // of parameters on the CPU in the accumulator dtype
 };
 
 inline std::vector<double> Doubles(ConstTensorRef t) {
@@ -117,23 +126,35 @@ inline std::vector<double> Doubles(ConstTensorRef t) {
                     [&]<class T>() { return std::vector<double>(t.data<T>(), t.data<T>() + t.elements()); });
 }
 
-inline ConstTensorRef HostTensor(const std::vector<int32_t>& values) {
-  return {values.data(), DType::kI32, Device{}, {static_cast<int64_t>(values.size())}};
+// The same of a tensor on the context's device.
+inline std::vector<double> Doubles(Context& ctx, ConstTensorRef t) {
+  const Tensor host(Device{}, t.dtype(), t.shape());
+  Download(ctx, t, host.ref().raw());
+  return Doubles(host.ref());
 }
-inline TensorRef Scalar(double* value) { return {value, DType::kF64, Device{}, {1}}; }
 
-// One rank's share of a batch and the decoder on it. Data-parallel ranks take equal runs of sequences.
+struct Outcome {
+  double loss = 0;  // mean over counted tokens
+  std::vector<std::string> names;
+  std::vector<std::vector<double>> gradients;  // of `loss`, by parameter
+  int64_t bytes_sent = 0;                      // by attention, all ranks
+};
+
+// One rank's share of a batch and the decoder on it, on ctx.device. Data-parallel ranks take equal runs of
+// sequences. The mesh is for tensors on that device; both outlive the model.
 class RankModel {
  public:
-  RankModel(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run, const ProcessMesh& mesh)
+  RankModel(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run, const ProcessMesh& mesh,
+            Context& ctx)
       : mesh_(mesh),
         counted_(whole.counted()),
-        ctx_(Device{}),
-        params_(Device{}, run.dtype, BuildParamTable(spec), mesh.shape.world()),
+        ctx_(ctx),
+        params_(ctx.device, run.dtype, BuildParamTable(spec), mesh.shape.world()),
         layout_(run.layout, whole.length, run.cp),
-        geometry_(layout_, mesh.cp),
-        decoder_(spec, run.recompute, params_) {
-    run.fill(params_);
+        geometry_(layout_, mesh.cp, run.transport),
+        decoder_(spec, run.recompute, params_),
+        loss_(ctx.device, DType::kF64, {1}) {
+    FillParameters(run);
     const int64_t per_rank = whole.sequences.batch / run.dp;
     ANNULUS_CHECK(per_rank * run.dp == whole.sequences.batch);
     first_item_ = per_rank * mesh.at.dp;
@@ -143,51 +164,70 @@ class RankModel {
       if (whole.sequences.document_starts.empty()) continue;
       mine.document_starts.push_back(whole.sequences.document_starts[static_cast<size_t>(item)]);
     }
+    std::vector<int32_t> tokens, targets;
     for (int64_t position : layout_.LocalPositions(mesh.at.cp)) {
       for (int64_t item = first_item_; item < first_item_ + per_rank; ++item) {
         const bool padding = position >= whole.length;
         const size_t i = static_cast<size_t>(item), p = static_cast<size_t>(position);
-        tokens_.push_back(padding ? 0 : whole.tokens[i][p]);
-        targets_.push_back(padding ? kNotCounted : whole.targets[i][p]);
+        tokens.push_back(padding ? 0 : whole.tokens[i][p]);
+        targets.push_back(padding ? kNotCounted : whole.targets[i][p]);
       }
     }
     geometry_.SetBatch(std::move(mine));
-    slice_ = {.tokens = HostTensor(tokens_), .targets = HostTensor(targets_)};
+    tokens_ = OnDevice(tokens), targets_ = OnDevice(targets);
   }
 
   ParamStore& params() { return params_; }
   Context& ctx() { return ctx_; }
   const ProcessMesh& mesh() const { return mesh_; }
+  AttentionGeometry& geometry() { return geometry_; }
+  TokenSlice slice() const { return {.tokens = tokens_.ref(), .targets = targets_.ref()}; }
+  double counted() const { return counted_; }  // of the whole batch
 
   // Mean loss of the whole batch. Collective.
   double Loss() {
     ModelStep step{.geometry = geometry_, .stats = {}};
-    double sum = 0;
-    ANNULUS_CHECK_OK(decoder_.Loss(ctx_, step, slice_, {}, Scalar(&sum)));
+    ZeroBytes(loss_.ref(), ctx_.stream());
+    ANNULUS_CHECK_OK(decoder_.Loss(ctx_, step, slice(), {}, loss_.ref()));
     bytes_sent_ = step.stats.bytes_sent;
-    return mesh_.dp_cp.AllReduceValue(sum, ReduceOp::kSum).value() / counted_;
+    return MeanLoss();
   }
   // The same, and gradients of it from this rank's tokens.
   double LossAndGradients(const std::function<absl::Status(int)>& bucket_done) {
     for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
-      const TensorRef grads = params_.BucketGrads(bucket);
-      std::fill_n(static_cast<char*>(grads.raw()), grads.bytes(), char{0});
+      ZeroBytes(params_.BucketGrads(bucket), ctx_.stream());
     }
     ModelStep step{.geometry = geometry_, .stats = {}};
-    double sum = 0;
-    ANNULUS_CHECK_OK(decoder_.LossAndGradients(ctx_, step, slice_, 1 / counted_,
-                                               {.needed = {}, .done = bucket_done}, Scalar(&sum)));
+    ZeroBytes(loss_.ref(), ctx_.stream());
+    ANNULUS_CHECK_OK(decoder_.LossAndGradients(ctx_, step, slice(), 1 / counted_,
+                                               {.needed = {}, .done = bucket_done}, loss_.ref()));
     bytes_sent_ = step.stats.bytes_sent;
-    return mesh_.dp_cp.AllReduceValue(sum, ReduceOp::kSum).value() / counted_;
+    return MeanLoss();
+  }
+  // Loss and gradients of the whole batch, on every rank. Collective.
+  Outcome Train() {
+    Outcome outcome;
+    outcome.loss = LossAndGradients([](int) { return absl::OkStatus(); });
+    Communicator group = mesh_.dp_cp;
+    outcome.bytes_sent =
+        static_cast<int64_t>(group.AllReduceValue(static_cast<double>(bytes_sent_), ReduceOp::kSum).value());
+    for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
+      ANNULUS_CHECK_OK(group.AllReduce(params_.BucketGrads(bucket), ReduceOp::kSum));
+    }
+    for (size_t i = 0; i < params_.table().params.size(); ++i) {
+      outcome.names.push_back(params_.table().params[i].name);
+      outcome.gradients.push_back(Doubles(ctx_, params_.Grad(static_cast<int>(i))));
+    }
+    return outcome;
   }
   // Puts this rank's logits into [item][position][vocab] of the whole batch; padding is left out.
   void Logits(std::vector<double>* whole) {
     const int64_t vocab = params_.Value(params_.table().IndexOf("embed.weight")).dim(0);
     const int64_t batch = geometry_.sequences().batch;
-    const Tensor logits(Device{}, params_.dtype(), {static_cast<int64_t>(tokens_.size()), vocab});
+    const Tensor logits(ctx_.device, params_.dtype(), {tokens_.ref().elements(), vocab});
     ModelStep step{.geometry = geometry_, .stats = {}};
-    ANNULUS_CHECK_OK(decoder_.Logits(ctx_, step, slice_.tokens, logits.ref()));
-    const std::vector<double> values = Doubles(logits.ref());
+    ANNULUS_CHECK_OK(decoder_.Logits(ctx_, step, tokens_.ref(), logits.ref()));
+    const std::vector<double> values = Doubles(ctx_, logits.ref());
     for (int64_t row = 0; row < layout_.local_rows(); ++row) {
       const int64_t position = layout_.PositionOf(mesh_.at.cp, row);
       if (position >= layout_.length()) continue;
@@ -200,16 +240,33 @@ class RankModel {
   int64_t bytes_sent() const { return bytes_sent_; }  // by the last pass
 
  private:
+  void FillParameters(const MeshRun& run) {
+    ParamStore host(Device{}, AccumOf(run.dtype), params_.table(), 1);
+    run.fill(host);
+    const auto find = [&](absl::string_view name) -> absl::StatusOr<ConstTensorRef> {
+      return host.Value(host.table().IndexOf(name));
+    };
+    ANNULUS_CHECK_OK(RestoreParameters(ctx_, params_, find));
+  }
+  Tensor OnDevice(const std::vector<int32_t>& values) {
+    Tensor tensor(ctx_.device, DType::kI32, {static_cast<int64_t>(values.size())});
+    Upload(ctx_, values.data(), tensor.ref().bytes(), tensor.ref());
+    return tensor;
+  }
+  double MeanLoss() {
+    const double sum = Doubles(ctx_, loss_.ref())[0];
+    return mesh_.dp_cp.AllReduceValue(sum, ReduceOp::kSum).value() / counted_;
+  }
+
   ProcessMesh mesh_;
   double counted_;
-  Context ctx_;
+  Context& ctx_;
   ParamStore params_;
   SequenceLayout layout_;
   AttentionGeometry geometry_;
   Decoder decoder_;
   int64_t first_item_ = 0;
-  std::vector<int32_t> tokens_, targets_;
-  TokenSlice slice_;  // of both
+  Tensor tokens_, targets_, loss_;
   int64_t bytes_sent_ = 0;
 };
 
@@ -218,36 +275,17 @@ template <typename Fn>
 void OnMesh(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run, Fn&& fn) {
   OnLoopback(run.dp * run.cp, [&](Communicator world) {
     absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create({.dp = run.dp, .cp = run.cp, .tp = 1}, world);
-    RankModel model(spec, whole, run, mesh.value());
+    Context ctx(Device{});
+    RankModel model(spec, whole, run, mesh.value(), ctx);
     fn(model);
   });
 }
 
-struct Outcome {
-  double loss = 0;  // mean over counted tokens
-  std::vector<std::string> names;
-  std::vector<std::vector<double>> gradients;  // of `loss`, by parameter
-  int64_t bytes_sent = 0;                      // by attention, all ranks
-};
-
 inline Outcome Train(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run) {
   Outcome outcome;
   OnMesh(spec, whole, run, [&](RankModel& model) {
-    const double loss = model.LossAndGradients([](int) { return absl::OkStatus(); });
-    Communicator group = model.mesh().dp_cp;
-    const double bytes =
-        group.AllReduceValue(static_cast<double>(model.bytes_sent()), ReduceOp::kSum).value();
-    ParamStore& params = model.params();
-    for (int bucket = 0; bucket < params.buckets(); ++bucket) {
-      ANNULUS_CHECK_OK(group.AllReduce(params.BucketGrads(bucket), ReduceOp::kSum));
-    }
-    if (group.rank() != 0) return;
-    outcome.loss = loss;
-    outcome.bytes_sent = static_cast<int64_t>(bytes);
-    for (size_t i = 0; i < params.table().params.size(); ++i) {
-      outcome.names.push_back(params.table().params[i].name);
-      outcome.gradients.push_back(Doubles(params.Grad(static_cast<int>(i))));
-    }
+    Outcome of_rank = model.Train();
+    if (model.mesh().world.rank() == 0) outcome = std::move(of_rank);
   });
   return outcome;
 }

@@ -61,6 +61,19 @@ inline void Overwrite(const std::string& path, const std::string& contents) {
   ANNULUS_CHECK(file.good()) << path;
 }
 
+// Where the program and what it needs lie: in the installed tree whose tests/ holds this test, else in the
+// build and the sources.
+struct ProgramTree {
+  std::string program;  // annulus
+  std::string files;    // folder of launch/ and examples/
+};
+inline ProgramTree ThisTree() {
+  const std::filesystem::path test = std::filesystem::read_symlink("/proc/self/exe");
+  const std::filesystem::path installed = test.parent_path().parent_path();
+  if (std::filesystem::exists(installed / "bin/annulus")) return {installed / "bin/annulus", installed};
+  return {ANNULUS_BINARY_DIR "/annulus", ANNULUS_SOURCE_DIR};
+}
+
 struct JobSpec {
   std::string folder;  // working directory; out.txt and err.txt are written there
   int ranks = 1;
@@ -86,8 +99,9 @@ class Job {
   explicit Job(const JobSpec& spec) : folder_(spec.folder) {
     // Ranks that outlive mpirun become children of the test: it sees them, and can end them.
     ANNULUS_CHECK(prctl(PR_SET_CHILD_SUBREAPER, 1) == 0);
-    std::vector<std::string> words = {ANNULUS_SOURCE_DIR "/launch/mpirun", "-n", absl::StrCat(spec.ranks),
-                                      ANNULUS_BINARY_DIR "/annulus"};
+    const ProgramTree tree = ThisTree();
+    std::vector<std::string> words = {tree.files + "/launch/mpirun", "-n", absl::StrCat(spec.ranks),
+                                      tree.program};
     words.insert(words.end(), spec.arguments.begin(), spec.arguments.end());
     for (const char* file : {"/out.txt", "/err.txt"}) Overwrite(folder_ + file, "");  // not the last job's
     mpirun_ = fork();

@@ -40,6 +40,7 @@ optim {
   micro_batch: 2
 }
 eval { every_steps: 4 sequences: 5 }
+device: CPU
 )";
 
 // Words of two to five letters drawn from a small alphabet: a text with something to learn.
