@@ -50,8 +50,7 @@ class OrderedReduction : public RequestState, public PolledOperation {
   enum class Phase { kReduce, kGather, kDone };
   struct InFlight {
     MpiParts parts;
-    std::vector<char>
-        contributions;  // [size * segment], by rank; this rank's own is not used
+    std::vector<char> contributions;  // [size * segment], by rank; this rank's own is not used
   };
 
   int64_t PartElements(int p) const {

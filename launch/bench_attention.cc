@@ -1,11 +1,11 @@
-// Attention of one layer over all ranks, without projections: the exchange of KV blocks and the block kernels.
-
-#include "annulus/parallel/context_attention.h"
+// Attention of one layer over all ranks, without projections: the exchange of KV blocks and the block
+// kernels.
 
 #include <cmath>
 
 #include "annulus/model/cost.h"
 #include "annulus/ops/elementwise.h"
+#include "annulus/parallel/context_attention.h"
 #include "bench.h"
 
 namespace annulus {
@@ -84,16 +84,17 @@ absl::Status BenchAttention(Bench& bench) {
   }));
   // Four FLOPs a (query, key) pair and head dim forward, for scores and values; backward 2.5 times as many.
   const double pairs = MeanVisibleKeys(length, shape.window) * static_cast<double>(length);
-  const double flops = 2e-12 * pairs * static_cast<double>(shape.heads * (shape.head_dim + shape.v_head_dim)) /
+  const double flops = 2e-12 * pairs *
+                       static_cast<double>(shape.heads * (shape.head_dim + shape.v_head_dim)) /
                        bench.machine.mesh.world.size();
   ANNULUS_ASSIGN_OR_RETURN(const double gemm, GemmRate(bench, 8192, 8192, 8192));
-  const AttentionKernel kernel = ChooseAttentionKernel({.device = bench.ctx().device.kind,
-                                                        .dtype = bench.dtype(),
-                                                        .dim = shape.head_dim,
-                                                        .v_dim = shape.v_head_dim,
-                                                        .mask_shape = shape.window > 0 ? MaskShape::kGeneral
-                                                                                       : MaskShape::kCausal,
-                                                        .determinism = bench.ctx().determinism});
+  const AttentionKernel kernel =
+      ChooseAttentionKernel({.device = bench.ctx().device.kind,
+                             .dtype = bench.dtype(),
+                             .dim = shape.head_dim,
+                             .v_dim = shape.v_head_dim,
+                             .mask_shape = shape.window > 0 ? MaskShape::kGeneral : MaskShape::kCausal,
+                             .determinism = bench.ctx().determinism});
   bench.Report({{"length", length},
                 {"heads", shape.heads},
                 {"kv_heads", shape.kv_heads},

@@ -116,9 +116,10 @@ namespace {
 
 absl::StatusOr<RunSpec> SpecFor(const Arguments& arguments, int world) {
   RunSpec spec;
-  std::string text = "name: \"bench\" model { pattern: \"A\" d_model: 64 attention { heads: 1 } mlp { d_ff: 1 } } "
-                     "data { train { text { path: \"-\" } } seq_len: 1 } "
-                     "optim { adamw { lr: 1 } steps: 1 sequences_per_step: 1 }";
+  std::string text =
+      "name: \"bench\" model { pattern: \"A\" d_model: 64 attention { heads: 1 } mlp { d_ff: 1 } } "
+      "data { train { text { path: \"-\" } } seq_len: 1 } "
+      "optim { adamw { lr: 1 } steps: 1 sequences_per_step: 1 }";
   std::string name = "bench";
   if (arguments.Has("--config")) {
     name = arguments.Last("--config", "");
@@ -157,7 +158,8 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   const absl::Status status = RunOn(session.world(), arguments);
   if (status.ok()) return status;
   if (!IsAgreed(status)) {
-    std::fprintf(stderr, "error: rank %d: %s\n", session.world().rank(), std::string(status.message()).c_str());
+    std::fprintf(stderr, "error: rank %d: %s\n", session.world().rank(),
+                 std::string(status.message()).c_str());
     MpiSession::Abort(1);
   }
   return session.world().rank() == 0 ? status : absl::CancelledError();
@@ -166,25 +168,26 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
 }  // namespace
 
 Command BenchCommand() {
-  return {{"bench",
-           "WHAT",
-           "measures gemm, attention, exchange or step, beside the ceiling of each",
-           {{"--json", Option::Takes::kNothing, "", "one JSON object a result"},
-            {"--repeats", Option::Takes::kValue, "N", "timed runs, of which the median counts (default 10)"},
-            {"--m", Option::Takes::kValue, "M", "gemm: rows (default 8192); --n, --k: default M"},
-            {"--n", Option::Takes::kValue, "N", "gemm: columns"},
-            {"--k", Option::Takes::kValue, "K", "gemm: inner size"},
-            {"--heads", Option::Takes::kValue, "H", "attention: query heads (default 16)"},
-            {"--kv_heads", Option::Takes::kValue, "H", "attention: KV heads (default: heads)"},
-            {"--dim", Option::Takes::kValue, "D", "attention: head dim (default 128)"},
-            {"--v_dim", Option::Takes::kValue, "D", "attention: head dim of values (default: dim)"},
-            {"--length", Option::Takes::kValue, "S", "attention: tokens over all ranks (default 32768)"},
-            {"--window", Option::Takes::kValue, "W", "attention: keys a query sees (default: all before it)"},
-            {"--bytes", Option::Takes::kValue, "B", "exchange: of a message (default: 1, 16 and 128 MiB)"},
-            {"--config", Option::Takes::kValue, "FILE", "step: the configuration; its data is not read"},
-            {"--set", Option::Takes::kValue, "PATH=VALUE",
-             "overrides a field: device, compute, parallel.layout, parallel.exchange.transport; repeatable"}}},
-          Run};
+  return {
+      {"bench",
+       "WHAT",
+       "measures gemm, attention, exchange or step, beside the ceiling of each",
+       {{"--json", Option::Takes::kNothing, "", "one JSON object a result"},
+        {"--repeats", Option::Takes::kValue, "N", "timed runs, of which the median counts (default 10)"},
+        {"--m", Option::Takes::kValue, "M", "gemm: rows (default 8192); --n, --k: default M"},
+        {"--n", Option::Takes::kValue, "N", "gemm: columns"},
+        {"--k", Option::Takes::kValue, "K", "gemm: inner size"},
+        {"--heads", Option::Takes::kValue, "H", "attention: query heads (default 16)"},
+        {"--kv_heads", Option::Takes::kValue, "H", "attention: KV heads (default: heads)"},
+        {"--dim", Option::Takes::kValue, "D", "attention: head dim (default 128)"},
+        {"--v_dim", Option::Takes::kValue, "D", "attention: head dim of values (default: dim)"},
+        {"--length", Option::Takes::kValue, "S", "attention: tokens over all ranks (default 32768)"},
+        {"--window", Option::Takes::kValue, "W", "attention: keys a query sees (default: all before it)"},
+        {"--bytes", Option::Takes::kValue, "B", "exchange: of a message (default: 1, 16 and 128 MiB)"},
+        {"--config", Option::Takes::kValue, "FILE", "step: the configuration; its data is not read"},
+        {"--set", Option::Takes::kValue, "PATH=VALUE",
+         "overrides a field: device, compute, parallel.layout, parallel.exchange.transport; repeatable"}}},
+      Run};
 }
 
 }  // namespace annulus

@@ -1,7 +1,6 @@
 // The transport of the exchange, without attention: what a rank sends, all ranks sending at once.
 
 #include "annulus/comm/exchange_bench.h"
-
 #include "bench.h"
 
 namespace annulus {
@@ -23,8 +22,9 @@ absl::Status BenchExchange(Bench& bench) {
   ANNULUS_ASSIGN_OR_RETURN(const std::unique_ptr<ExchangeTransport> transport,
                            MakeTransport(bench.machine.transport, bench.machine.mesh.cp, bench.ctx()));
   for (const int64_t bytes : sizes) {
-    ANNULUS_ASSIGN_OR_RETURN(const ExchangeRate rate, MeasureExchange(bench.ctx(), bench.machine.mesh.cp, *transport,
-                                                                      bytes, static_cast<int>(repeats)));
+    ANNULUS_ASSIGN_OR_RETURN(
+        const ExchangeRate rate,
+        MeasureExchange(bench.ctx(), bench.machine.mesh.cp, *transport, bytes, static_cast<int>(repeats)));
     bench.Report({{"bytes", bytes},
                   {"transport", std::string(Name(transport->kind()))},
                   {"one_way_gb_per_second", rate.one_way_gb_per_second},

@@ -17,7 +17,8 @@ Batch RandomBatch(const RunSpec& spec, const SequenceLayout& layout, const MeshC
     Sequence sequence;
     sequence.length = spec.data.seq_len;
     for (int64_t t = 0; t <= spec.data.seq_len; ++t) {
-      const uint64_t token = random.Below(static_cast<uint64_t>(t), static_cast<uint64_t>(spec.model.vocab_size));
+      const uint64_t token =
+          random.Below(static_cast<uint64_t>(t), static_cast<uint64_t>(spec.model.vocab_size));
       if (t < spec.data.seq_len) sequence.tokens.push_back(static_cast<int32_t>(token));
       if (t > 0) sequence.targets.push_back(static_cast<int32_t>(token));
     }
@@ -48,20 +49,21 @@ absl::Status BenchStep(Bench& bench) {
   const FlopsPerToken flops = TrainingFlops(bench.spec.model, bench.spec.data.seq_len);
   const double tokens = static_cast<double>(bench.spec.optim.sequences_per_step * bench.spec.data.seq_len);
   const double per_rank = tokens / seconds / bench.machine.mesh.world.size() * 1e-12;
-  bench.Report({{"name", bench.spec.name},
-                {"seq_len", bench.spec.data.seq_len},
-                {"sequences", bench.spec.optim.sequences_per_step},
-                {"transport", std::string(Name(bench.machine.transport))},
-                {"step_ms", seconds * 1e3},
-                {"tokens_per_second", tokens / seconds},
-                {"tflops_causal", flops.causal * per_rank},
-                {"tflops_full", flops.full * per_rank},
-                {"datasheet_tflops", bench.gpu.bf16_tflops},
-                {"mfu_causal", bench.gpu.bf16_tflops > 0 ? flops.causal * per_rank / bench.gpu.bf16_tflops : 0.0},
-                {"exposed_exchange_ms", report.exposed_exchange_ms},
-                {"exposed_reduce_ms", report.exposed_reduce_ms},
-                {"memory_gib", static_cast<double>(report.memory_peak_bytes) / (int64_t{1} << 30)},
-                {"loss", report.loss}});
+  bench.Report(
+      {{"name", bench.spec.name},
+       {"seq_len", bench.spec.data.seq_len},
+       {"sequences", bench.spec.optim.sequences_per_step},
+       {"transport", std::string(Name(bench.machine.transport))},
+       {"step_ms", seconds * 1e3},
+       {"tokens_per_second", tokens / seconds},
+       {"tflops_causal", flops.causal * per_rank},
+       {"tflops_full", flops.full * per_rank},
+       {"datasheet_tflops", bench.gpu.bf16_tflops},
+       {"mfu_causal", bench.gpu.bf16_tflops > 0 ? flops.causal * per_rank / bench.gpu.bf16_tflops : 0.0},
+       {"exposed_exchange_ms", report.exposed_exchange_ms},
+       {"exposed_reduce_ms", report.exposed_reduce_ms},
+       {"memory_gib", static_cast<double>(report.memory_peak_bytes) / (int64_t{1} << 30)},
+       {"loss", report.loss}});
   return absl::OkStatus();
 }
 

@@ -31,7 +31,7 @@ struct LayerPlan {
   std::vector<size_t> layers;  // attention layers with this window
   ExchangePlan plan;
   Simulation simulation;
-  std::vector<int64_t> bytes;  // sent per rank
+  std::vector<int64_t> bytes;              // sent per rank
   std::map<std::string, int64_t> kernels;  // calls of each, over all ranks
 };
 

@@ -31,9 +31,9 @@ absl::Status Train(Communicator world, const Arguments& arguments, const std::st
 }
 
 absl::Status Run(const Arguments& arguments, const std::string& command_line) {
-  InstallStopSignals();
   ANNULUS_ASSIGN_OR_RETURN(MpiSession session, MpiSession::Start(nullptr, nullptr));
   const int rank = session.world().rank();
+  InstallStopSignals(rank);
   const absl::Status status = Train(session.world(), arguments, command_line);
   if (status.ok()) return status;
   if (!IsAgreed(status)) {

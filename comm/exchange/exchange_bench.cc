@@ -6,7 +6,7 @@
 namespace annulus {
 namespace {
 
-constexpr int kWarmUps = 3;  // memory and streams are made
+constexpr int kWarmUps = 3;    // memory and streams are made
 constexpr int kMessages = 16;  // of an execution, so that its beginning and end weigh little
 
 // Adds a message of `rows` from each rank to the one `hop` further, into slot `slot` of the receiver once the
@@ -19,10 +19,16 @@ struct Messages {
 void AddMessages(Messages* messages, ExchangePlan* plan) {
   const int ranks = plan->problem.ranks;
   if (messages->after.empty()) messages->after.resize(static_cast<size_t>(ranks), -1);
-  const int first = static_cast<int>(plan->ranks[0].steps.size()) / 2 * ranks;  // a send and a receive a message
+  const int first =
+      static_cast<int>(plan->ranks[0].steps.size()) / 2 * ranks;  // a send and a receive a message
   for (int r = 0; r < ranks; ++r) {
     const int to = (r + messages->hop + ranks) % ranks;
-    Step send{.kind = StepKind::kSend, .slot = 0, .block = r, .rows = messages->rows, .peer = to, .message = first + r};
+    Step send{.kind = StepKind::kSend,
+              .slot = 0,
+              .block = r,
+              .rows = messages->rows,
+              .peer = to,
+              .message = first + r};
     Step receive = send;
     receive.kind = StepKind::kReceive;
     receive.slot = messages->slot;

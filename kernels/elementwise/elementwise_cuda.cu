@@ -1,6 +1,5 @@
 // Floors, bytes per element: cast 6 (f32 and bf16), add f32 += bf16 10, scale 2 sizes, sum of squares 1 size.
 
-
 #include "kernels/common/rows.cuh"
 #include "kernels/elementwise/elementwise_cuda.h"
 

@@ -49,8 +49,8 @@ inline constexpr int64_t kSumOfSquaresScratch = 1024;
 template <typename T>
 cudaError_t CudaSumOfSquares(const T* x, int64_t elements, double* scratch, double* sum, cudaStream_t stream);
 
-// *factor = min(1, max_norm / sqrt(stats[0])), 1 if max_norm is 0; NaN unless all of stats[0, count) are finite.
-// On the device, so that no host waits between the norm and AdamW.
+// *factor = min(1, max_norm / sqrt(stats[0])), 1 if max_norm is 0; NaN unless all of stats[0, count) are
+// finite. On the device, so that no host waits between the norm and AdamW.
 cudaError_t CudaClipFactor(const double* stats, int64_t count, double max_norm, double* factor,
                            cudaStream_t stream);
 

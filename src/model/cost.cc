@@ -30,8 +30,8 @@ LayerBytes AttentionBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
   LayerBytes bytes;
   bytes.kept = (keep_all ? (d + q + kv) * element : 0) + (inputs.recompute == Recompute::kBlock ? 0 : output);
   bytes.workspace = (keep_all ? d : 2 * d + q + kv) * element;
-  bytes.workspace += (2 * q + kv) * element + spec.heads * accum;         // dout, dq, dkv, delta
-  if (accum != element) bytes.workspace += (q + kv) * accum;              // sums of dq and dkv over blocks
+  bytes.workspace += (2 * q + kv) * element + spec.heads * accum;  // dout, dq, dkv, delta
+  if (accum != element) bytes.workspace += (q + kv) * accum;       // sums of dq and dkv over blocks
   if (inputs.cp_exchange) bytes.workspace += kv * (2 * element + 4 * accum);  // slots of KV and of gradients
   if (inputs.recompute == Recompute::kBlock) bytes.workspace += output;
   return bytes;

@@ -95,8 +95,8 @@ absl::Status Decoder::Loss(Context& ctx, ModelStep& step, const TokenSlice& slic
 }
 
 // Adds the gradient of the trunk's output x to `gradient`.
-absl::Status Decoder::HeadForwardBackward(Context& ctx, TensorRef x, ConstTensorRef targets, double loss_scale,
-                                          TensorRef gradient, TensorRef loss) {
+absl::Status Decoder::HeadForwardBackward(Context& ctx, TensorRef x, ConstTensorRef targets,
+                                          double loss_scale, TensorRef gradient, TensorRef loss) {
   ArenaScope scope(ctx.scratch);
   const TensorRef normed = ctx.scratch.Allocate(dtype_, x.shape());
   const TensorRef dnormed = ctx.scratch.Allocate(dtype_, x.shape());
@@ -107,8 +107,8 @@ absl::Status Decoder::HeadForwardBackward(Context& ctx, TensorRef x, ConstTensor
   return RmsNormBackward(ctx, Tokens(x), final_norm_, Tokens(dnormed), eps_, Tokens(gradient), dfinal_norm_);
 }
 
-absl::Status Decoder::LossAndGradients(Context& ctx, ModelStep& step, const TokenSlice& slice, double loss_scale,
-                                       const BucketHooks& hooks, TensorRef loss) {
+absl::Status Decoder::LossAndGradients(Context& ctx, ModelStep& step, const TokenSlice& slice,
+                                       double loss_scale, const BucketHooks& hooks, TensorRef loss) {
   ArenaScope saved(ctx.saved);
   ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, slice.tokens, Keep::kForBackward, hooks));
   ArenaScope scope(ctx.scratch);

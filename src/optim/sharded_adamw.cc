@@ -178,14 +178,14 @@ absl::Status ShardedAdamW::Update(int64_t step, double lr, ConstTensorRef gradie
     for (; next < runs_.size() && runs_[next].bucket == bucket; ++next) {
       const Run& run = runs_[next];
       hyper.weight_decay = run.decay == Decay::kWeightDecay ? spec_.weight_decay : 0.0;
-      ANNULUS_RETURN_IF_ERROR(AdamWUpdate(
-          ctx_, hyper,
-          {.param = MasterShard(bucket).Rows(run.begin, run.end),
-           .m = shard.m.ref().Rows(run.begin, run.end),
-           .v = shard.v.ref().Rows(run.begin, run.end),
-           .grad = shard.grad.ref().Rows(run.begin, run.end),
-           .gradient_scale = gradient_scale,
-           .copy = has_master() ? ValueShard(bucket).Rows(run.begin, run.end) : TensorRef()}));
+      ANNULUS_RETURN_IF_ERROR(
+          AdamWUpdate(ctx_, hyper,
+                      {.param = MasterShard(bucket).Rows(run.begin, run.end),
+                       .m = shard.m.ref().Rows(run.begin, run.end),
+                       .v = shard.v.ref().Rows(run.begin, run.end),
+                       .grad = shard.grad.ref().Rows(run.begin, run.end),
+                       .gradient_scale = gradient_scale,
+                       .copy = has_master() ? ValueShard(bucket).Rows(run.begin, run.end) : TensorRef()}));
     }
     ANNULUS_RETURN_IF_ERROR(StartGather(bucket));
   }
@@ -214,8 +214,9 @@ absl::StatusOr<GatheredTensors> ShardedAdamW::Gather() {
     const Shard& shard = shards_[static_cast<size_t>(bucket)];
     const Shape whole = params_.BucketValues(bucket).shape();
     const bool mine = bucket % group_.size() == group_.rank();
-    for (const auto& [prefix, part] : {std::pair{"", MasterShard(bucket)}, std::pair{"optim.m.", shard.m.ref()},
-                                       std::pair{"optim.v.", shard.v.ref()}}) {
+    for (const auto& [prefix, part] :
+         {std::pair{"", MasterShard(bucket)}, std::pair{"optim.m.", shard.m.ref()},
+          std::pair{"optim.v.", shard.v.ref()}}) {
       const Tensor full(part.device(), part.dtype(), whole);
       ANNULUS_RETURN_IF_ERROR(group_.AllGather(part, full.ref()));
       if (!mine) {

@@ -9,7 +9,8 @@
 namespace annulus {
 namespace {
 
-constexpr int64_t kAllKeys = std::numeric_limits<int64_t>::max() / 2;  // above every position, far from overflow
+constexpr int64_t kAllKeys =
+    std::numeric_limits<int64_t>::max() / 2;  // above every position, far from overflow
 
 // Rows `keys` of the block of chunk `kv_chunk`'s owner.
 struct Rectangle {
@@ -103,8 +104,8 @@ std::optional<AttendCall> CallFor(const SequenceLayout& layout, int owner, const
 
 }  // namespace
 
-std::vector<AttendCall> CallsOf(const SequenceLayout& layout, const ExchangeProblem& problem, const Step& step,
-                                const BoundsTable& bounds, int64_t batch) {
+std::vector<AttendCall> CallsOf(const SequenceLayout& layout, const ExchangeProblem& problem,
+                                const Step& step, const BoundsTable& bounds, int64_t batch) {
   if (step.pairs.empty()) return {};
   const int owner = problem.chunks[static_cast<size_t>(step.pairs.front().kv_chunk)].owner;
   if (const std::optional<Rectangle> all = UnionOf(problem, step); all.has_value()) {
@@ -138,8 +139,10 @@ void DeviceBounds::Fill(Context& ctx, const BoundsTable& bounds) {
 
 MaskBounds DeviceBounds::Of(const AttendCall& call) const {
   const auto rows_of = [&](int64_t array, const RowRange& rows) {
-    return table_.ref().Rows(array, array + 1).Reshaped({rows_ * batch_}).Rows(rows.begin * batch_,
-                                                                              rows.end * batch_);
+    return table_.ref()
+        .Rows(array, array + 1)
+        .Reshaped({rows_ * batch_})
+        .Rows(rows.begin * batch_, rows.end * batch_);
   };
   const RowRange from_zero{0, call.q_rows.size()};
   switch (call.bounds) {

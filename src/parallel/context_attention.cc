@@ -40,7 +40,6 @@ absl::Status FinishAccumulator(Context& ctx, TensorRef accumulator, TensorRef re
   return Cast(ctx, accumulator, result);
 }
 
-
 // Gradient arguments of one call; dq, dk and dv in whichever dtype the tensors have.
 AttentionGradients GradientsOf(const AttendCall& call, const ContextAttentionShape& shape,
                                const ContextAttentionBackwardArgs& args, TensorRef delta, TensorRef dq,
@@ -67,7 +66,8 @@ void AttentionGeometry::SetBatch(SequenceBatch sequences) {
   sequences_ = std::move(sequences);
 }
 
-AttentionGeometry::Schedule AttentionGeometry::MakeSchedule(ExchangePlan plan, const BoundsTable& bounds) const {
+AttentionGeometry::Schedule AttentionGeometry::MakeSchedule(ExchangePlan plan,
+                                                            const BoundsTable& bounds) const {
   Schedule schedule{.plan = std::move(plan), .calls = {}};
   const RankPlan& rank = schedule.plan.ranks[static_cast<size_t>(cp_.rank())];
   for (const Step& step : rank.steps) {
@@ -120,7 +120,8 @@ absl::StatusOr<ExchangeTransport*> AttentionGeometry::Transport(Context& ctx) {
   return transport_.get();
 }
 
-absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry, const ContextAttentionShape& shape,
+absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
+                                     const ContextAttentionShape& shape,
                                      const ContextAttentionForwardArgs& args, ExchangeStats* stats) {
   ANNULUS_ASSIGN_OR_RETURN(const AttentionGeometry::Mask* mask, geometry.MaskFor(ctx, shape.window));
   const AttentionGeometry::Schedule& schedule = mask->forward;
@@ -130,14 +131,16 @@ absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry, 
     return AttentionForwardWhole(ctx, block, HeadsOf(args.out, 0, shape.heads, shape.v_head_dim), args.lse);
   }
   const TensorRef accumulator = AccumulatorFor(ctx, args.out);
-  const AttentionPartial partial{.out = HeadsOf(accumulator, 0, shape.heads, shape.v_head_dim), .lse = args.lse};
+  const AttentionPartial partial{.out = HeadsOf(accumulator, 0, shape.heads, shape.v_head_dim),
+                                 .lse = args.lse};
   ANNULUS_RETURN_IF_ERROR(ResetPartial(ctx, partial));
   ANNULUS_ASSIGN_OR_RETURN(ExchangeTransport * transport, geometry.Transport(ctx));
   ExchangeBinding binding;
   ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport->Slots(ctx, schedule.plan, args.kv, TensorRef()));
   const Step* first = schedule.plan.ranks[static_cast<size_t>(geometry.cp().rank())].steps.data();
   binding.attend = [&](const Step& step) -> absl::Status {
-    const KvHeads kv = SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(args.kv.shape()), shape);
+    const KvHeads kv =
+        SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(args.kv.shape()), shape);
     for (const AttendCall& call : schedule.calls[static_cast<size_t>(&step - first)]) {
       ANNULUS_RETURN_IF_ERROR(AttentionForward(ctx, BlockOf(call, *mask, shape, args.q, kv),
                                                {.out = partial.out.Rows(call.q_rows.begin, call.q_rows.end),
@@ -180,7 +183,8 @@ absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
     if (overwrite && !one_call) {
       ANNULUS_RETURN_IF_ERROR(Zero(ctx, grad_slot.Rows(step.rows.begin, step.rows.end)));
     }
-    const KvHeads kv = SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(args.kv.shape()), shape);
+    const KvHeads kv =
+        SplitKv(binding.slots[static_cast<size_t>(step.slot)].Reshaped(args.kv.shape()), shape);
     const KvHeads grads = SplitKv(grad_slot.Reshaped(args.kv.shape()), shape);
     for (const AttendCall& call : calls) {
       AttentionGradients gradients = GradientsOf(call, shape, args, delta, dq, grads);

@@ -25,11 +25,12 @@ absl::Status ResolveDevice(RunSpec* spec) {
     spec->compute = gpu && bf16_heads ? ComputeType::kBF16 : ComputeType::kF32;
   }
   if (spec->compute == ComputeType::kBF16 && gpu && !bf16_heads) {
-    return Invalid("model.attention.head_dim=", dim, ": expected 64 or 128 with compute=BF16 (compute: F32 takes ",
-                   "any up to 256)");
+    return Invalid("model.attention.head_dim=", dim,
+                   ": expected 64 or 128 with compute=BF16 (compute: F32 takes ", "any up to 256)");
   }
   if (spec->compute == ComputeType::kBF16 && !gpu) {
-    return Invalid("compute=BF16: expected F32 or F64 on CPUs", GpuCount() == 0 ? "; no GPU: " : "", WhyNoGpu());
+    return Invalid("compute=BF16: expected F32 or F64 on CPUs", GpuCount() == 0 ? "; no GPU: " : "",
+                   WhyNoGpu());
   }
   return absl::OkStatus();
 }

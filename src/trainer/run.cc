@@ -100,11 +100,10 @@ class TrainingRun {
 };
 
 absl::Status TrainingRun::PrintStart() {
-  ANNULUS_ASSIGN_OR_RETURN(
-      const std::vector<std::string> ranks,
-      mesh_.world.AllGatherStrings(absl::StrFormat("dp=%d cp=%d tp=%d  %s  %s  pid %d", mesh_.at.dp,
-                                                   mesh_.at.cp, mesh_.at.tp, HostName(), DeviceText(*ctx_),
-                                                   getpid())));
+  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> ranks,
+                           mesh_.world.AllGatherStrings(
+                               absl::StrFormat("dp=%d cp=%d tp=%d  %s  %s  pid %d", mesh_.at.dp, mesh_.at.cp,
+                                               mesh_.at.tp, HostName(), DeviceText(*ctx_), getpid())));
   const FlopsPerToken flops = TrainingFlops(spec_.model, spec_.data.seq_len);
   const MemoryPlan memory = PlanMemory(spec_);
   console_.Line("resolved configuration (value, then where it comes from):\n" + config_.text);
@@ -152,6 +151,7 @@ absl::Status TrainingRun::Resume() {
 
 absl::StatusOr<StepReport> TrainingRun::OneStep() {
   const double start = Now();
+  NoteStep(trainer_.step() + 1);
   absl::StatusOr<Batch> batch =
       LoadBatch(*data_, spec_, trainer_.layout(), trainer_.step(), mesh_.at.dp, mesh_.shape.dp, mesh_.at.cp);
   ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(batch.status()));
@@ -254,8 +254,8 @@ absl::Status TrainingRun::PrintSample() {
   });
 }
 
-// Bytes that can still be taken where this rank computes; -1 if unknown. And a name of that place, equal for the
-// ranks that share it.
+// Bytes that can still be taken where this rank computes; -1 if unknown. And a name of that place, equal for
+// the ranks that share it.
 struct MemoryPlace {
   int64_t available = -1;
   std::string name;

@@ -52,8 +52,8 @@ absl::Status Sample(const ModelSpec& model, const ParamStore& params, const Samp
     ArenaScope scope(ctx.scratch);
     const TensorRef logits = ctx.scratch.Allocate(params.dtype(), {1, model.vocab_size});
     const TensorRef wide_logits = ctx.scratch.Allocate(wide, logits.shape());
-    const TensorRef context = Upload<int32_t>(
-        ctx, ctx.scratch, absl::MakeConstSpan(tokens).last(static_cast<size_t>(length)));
+    const TensorRef context =
+        Upload<int32_t>(ctx, ctx.scratch, absl::MakeConstSpan(tokens).last(static_cast<size_t>(length)));
     ANNULUS_RETURN_IF_ERROR(decoder.Logits(ctx, step, context, logits));
     ANNULUS_RETURN_IF_ERROR(Cast(ctx, logits, wide_logits));
     Download(ctx, wide_logits, host.ref().raw());

@@ -37,12 +37,13 @@ TokenSlice UploadTokens(Context& ctx, const MicroBatch& micro) {
 
 MemoryPlan PlanMemory(const RunSpec& spec) {
   const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
-  return PlanMemory(spec.model, {.device = spec.device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu,
-                                 .dtype = DTypeOf(spec.compute),
-                                 .local_tokens = layout.local_rows() * spec.optim.micro_batch,
-                                 .shards = spec.parallel.dp * spec.parallel.cp,
-                                 .cp_exchange = spec.parallel.cp > 1,
-                                 .recompute = spec.recompute});
+  return PlanMemory(spec.model,
+                    {.device = spec.device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu,
+                     .dtype = DTypeOf(spec.compute),
+                     .local_tokens = layout.local_rows() * spec.optim.micro_batch,
+                     .shards = spec.parallel.dp * spec.parallel.cp,
+                     .cp_exchange = spec.parallel.cp > 1,
+                     .recompute = spec.recompute});
 }
 
 Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, TransportKind transport)
@@ -58,7 +59,8 @@ Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, Transport
       clip_factor_(ctx.device, DType::kF64, {1}),
       stats_read_(ctx.device, 2) {
   if (ctx.device.kind != DeviceKind::kCuda) return;
-  if (const absl::StatusOr<GpuInfo> gpu = DescribeGpu(ctx.device.index); gpu.ok()) peak_tflops_ = gpu->bf16_tflops;
+  if (const absl::StatusOr<GpuInfo> gpu = DescribeGpu(ctx.device.index); gpu.ok())
+    peak_tflops_ = gpu->bf16_tflops;
 }
 
 absl::Status Trainer::Initialize() { return optimizer_.Initialize(spec_.seed); }
@@ -86,8 +88,8 @@ absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
   return absl::OkStatus();
 }
 
-// On a GPU everything up to the gathering of the new parameters is enqueued before the host waits for the loss,
-// so the device has work while the host prepares the next step.
+// On a GPU everything up to the gathering of the new parameters is enqueued before the host waits for the
+// loss, so the device has work while the host prepares the next step.
 absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds) {
   const auto start = std::chrono::steady_clock::now();
   ctx_.recorder.BeginStep(step_ + 1);

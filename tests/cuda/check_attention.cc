@@ -225,10 +225,7 @@ void TimeProblem(Context& ctx, CudnnAttention& cudnn, const Problem& p) {
                 long(p.kv_heads), long(p.dim), long(p.v_dim),
                 p.mask_shape == MaskShape::kCausal ? "causal" : "full");
   TimeInTurn(std::string(name) + " forward", p.ForwardFlops(),
-             {.library =
-                  [&] {
-                    Ok(cudnn.Forward(block, {q, k, v, x.out.raw(), lse}, call));
-                  },
+             {.library = [&] { Ok(cudnn.Forward(block, {q, k, v, x.out.raw(), lse}, call)); },
               .whole = [&] { Ok(AttentionForwardWhole(ctx, x.Block(), x.Out(x.out), x.lse)); },
               .carried = [&] { Ok(AttentionForward(ctx, x.Block(), x.PartialResult())); }});
   TimeInTurn(std::string(name) + " backward", p.BackwardFlops(),

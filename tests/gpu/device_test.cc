@@ -178,7 +178,9 @@ TEST_F(DeviceOnGpu, ArenaOfARepeatedStepStays) {
 }
 
 TEST_F(DeviceOnGpu, ArenaGivesItsMemoryBack) {
-  { Arena(kGpu).Allocate(DType::kU8, {1}); }  // what CUDA takes for itself at first use
+  {
+    Arena(kGpu).Allocate(DType::kU8, {1});
+  }  // what CUDA takes for itself at first use
   const absl::StatusOr<GpuMemory> before = MemoryOfGpu();
   ASSERT_TRUE(before.ok()) << before.status();
   for (int repeat = 0; repeat < 3; ++repeat) {

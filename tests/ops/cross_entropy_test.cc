@@ -59,8 +59,7 @@ TYPED_TEST(CrossEntropyTest, LossAndGradientsMatchLoops) {
     const double loss = static_cast<double>(expected.template operator()<Wide<T>>().loss);
     const double epsilon = static_cast<double>(std::numeric_limits<T>::epsilon());
     EXPECT_NEAR(both.values()[0] - 0.5, loss, 8 * epsilon * (loss + static_cast<double>(dims.tokens)));
-    ExpectMatches<T>(
-        dx.values(), [&]<class W>() { return expected.template operator()<W>().dx; }, MaxAbs(w));
+    ExpectMatches<T>(dx.values(), [&]<class W>() { return expected.template operator()<W>().dx; }, MaxAbs(w));
     ExpectMatches<T>(
         dw.values(),
         [&]<class W>() {

@@ -183,25 +183,24 @@ TEST_P(ShardedAdamWTest, EqualsPlainAdamW) {
 
 // With zero gradients only decay acts, on matrices alone; the padding of buckets stays zero.
 TEST_P(ShardedAdamWTest, OnlyMatricesDecay) {
-  OnGroup(GetParam(), SmallOptim(1),
-          [&](Rank& rank) {
-            const Tensors before = ValuesOf(rank.params);
-            EXPECT_EQ(TakeStep(rank, 1), 0);
-            for (const auto& [name, values] : ValuesOf(rank.params)) {
-              const bool matrix = rank.params.Value(rank.params.table().IndexOf(name)).rank() == 2;
-              for (size_t i = 0; i < values.size(); ++i) {
-                const double x = before.at(name)[i];
-                ASSERT_NEAR(values[i], matrix ? x - kLr * 0.3 * x : x, 1e-15) << name;
-              }
-            }
-            for (int bucket = 0; bucket < rank.params.buckets(); ++bucket) {
-              const TensorRef values = rank.params.BucketValues(bucket);
-              for (int64_t i = rank.params.table().bucket_elements[static_cast<size_t>(bucket)];
-                   i < values.elements(); ++i) {
-                EXPECT_EQ(values.data<double>()[i], 0) << "padding of bucket " << bucket;
-              }
-            }
-          });
+  OnGroup(GetParam(), SmallOptim(1), [&](Rank& rank) {
+    const Tensors before = ValuesOf(rank.params);
+    EXPECT_EQ(TakeStep(rank, 1), 0);
+    for (const auto& [name, values] : ValuesOf(rank.params)) {
+      const bool matrix = rank.params.Value(rank.params.table().IndexOf(name)).rank() == 2;
+      for (size_t i = 0; i < values.size(); ++i) {
+        const double x = before.at(name)[i];
+        ASSERT_NEAR(values[i], matrix ? x - kLr * 0.3 * x : x, 1e-15) << name;
+      }
+    }
+    for (int bucket = 0; bucket < rank.params.buckets(); ++bucket) {
+      const TensorRef values = rank.params.BucketValues(bucket);
+      for (int64_t i = rank.params.table().bucket_elements[static_cast<size_t>(bucket)];
+           i < values.elements(); ++i) {
+        EXPECT_EQ(values.data<double>()[i], 0) << "padding of bucket " << bucket;
+      }
+    }
+  });
 }
 
 // Buckets may be reduced in any order that the ranks share, polled or not: not a bit depends on it.
@@ -209,20 +208,19 @@ TEST_P(ShardedAdamWTest, OrderOfReductionsDoesNotMatter) {
   std::vector<Tensors> results;
   for (const std::vector<int>& order : {std::vector{0, 1, 2, 3}, {3, 2, 1, 0}, {2, 0, 3, 1}}) {
     Tensors result;
-    OnGroup(GetParam(), SmallOptim(1),
-            [&](Rank& rank) {
-              for (int64_t step = 1; step <= 3; ++step) {
-                FillGradients(rank.params, [&](const std::string& name, int64_t i) {
-                  return GradientAt(name, i, step, rank.group.rank());
-                });
-                for (int bucket : order) {
-                  ANNULUS_CHECK_OK(rank.optimizer.StartReduce(bucket));
-                  if (step == 2) rank.optimizer.Poll();
-                }
-                rank.FinishStep(step);
-              }
-              if (rank.group.rank() == 0) result = ValuesOf(rank.params);
-            });
+    OnGroup(GetParam(), SmallOptim(1), [&](Rank& rank) {
+      for (int64_t step = 1; step <= 3; ++step) {
+        FillGradients(rank.params, [&](const std::string& name, int64_t i) {
+          return GradientAt(name, i, step, rank.group.rank());
+        });
+        for (int bucket : order) {
+          ANNULUS_CHECK_OK(rank.optimizer.StartReduce(bucket));
+          if (step == 2) rank.optimizer.Poll();
+        }
+        rank.FinishStep(step);
+      }
+      if (rank.group.rank() == 0) result = ValuesOf(rank.params);
+    });
     results.push_back(std::move(result));
   }
   EXPECT_EQ(results[1], results[0]);
@@ -231,9 +229,8 @@ TEST_P(ShardedAdamWTest, OrderOfReductionsDoesNotMatter) {
 
 TEST_P(ShardedAdamWTest, HoldsItsShareOfTheState) {
   const int ranks = GetParam();
-  OnGroup(ranks, SmallOptim(1), [&](Rank& rank) {
-    EXPECT_EQ(rank.optimizer.state_bytes() * ranks, 3 * rank.params.bytes());
-  });
+  OnGroup(ranks, SmallOptim(1),
+          [&](Rank& rank) { EXPECT_EQ(rank.optimizer.state_bytes() * ranks, 3 * rank.params.bytes()); });
 }
 
 // Everything that the ranks of a group would write into a checkpoint.
@@ -276,14 +273,13 @@ void FillOnRankZero(ParamStore& params, int64_t step, int rank) {
 
 // Steps 1..steps from the start, then what a checkpoint holds.
 void TrainAndSave(int ranks, int64_t steps, Saved* saved) {
-  OnGroup(ranks, SmallOptim(0),
-          [&](Rank& rank) {
-            for (int64_t step = 1; step <= steps; ++step) {
-              FillOnRankZero(rank.params, step, rank.group.rank());
-              TakeStep(rank, step);
-            }
-            saved->Add(rank.optimizer.Gather().value());
-          });
+  OnGroup(ranks, SmallOptim(0), [&](Rank& rank) {
+    for (int64_t step = 1; step <= steps; ++step) {
+      FillOnRankZero(rank.params, step, rank.group.rank());
+      TakeStep(rank, step);
+    }
+    saved->Add(rank.optimizer.Gather().value());
+  });
 }
 
 TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {
@@ -296,19 +292,18 @@ TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {
   for (int to = 1; to <= 4; ++to) {
     SCOPED_TRACE(::testing::Message() << from << " -> " << to << " ranks");
     Saved again, continued;
-    OnGroup(to, SmallOptim(0),
-            [&](Rank& rank) {
-              FillOnRankZero(rank.params, 77, rank.group.rank());
-              TakeStep(rank, 1);  // something else in parameters and state, to be replaced
-              ANNULUS_CHECK_OK(rank.optimizer.Restore(saved.finder()));
-              ANNULUS_CHECK_OK(rank.optimizer.PublishParameters());
-              again.Add(rank.optimizer.Gather().value());
-              for (int64_t step = 4; step <= 5; ++step) {
-                FillOnRankZero(rank.params, step, rank.group.rank());
-                TakeStep(rank, step);
-              }
-              continued.Add(rank.optimizer.Gather().value());
-            });
+    OnGroup(to, SmallOptim(0), [&](Rank& rank) {
+      FillOnRankZero(rank.params, 77, rank.group.rank());
+      TakeStep(rank, 1);  // something else in parameters and state, to be replaced
+      ANNULUS_CHECK_OK(rank.optimizer.Restore(saved.finder()));
+      ANNULUS_CHECK_OK(rank.optimizer.PublishParameters());
+      again.Add(rank.optimizer.Gather().value());
+      for (int64_t step = 4; step <= 5; ++step) {
+        FillOnRankZero(rank.params, step, rank.group.rank());
+        TakeStep(rank, step);
+      }
+      continued.Add(rank.optimizer.Gather().value());
+    });
     EXPECT_EQ(again.tensors(), saved.tensors());
     EXPECT_EQ(continued.tensors(), straight.tensors());
   }
@@ -317,9 +312,7 @@ TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {
 TEST(Restore, NamesTheTensorThatDoesNotFit) {
   const auto restore = [](const Saved& saved) {
     absl::Status status;
-    OnGroup(1, SmallOptim(0), [&](Rank& rank) {
-      status = rank.optimizer.Restore(saved.finder());
-    });
+    OnGroup(1, SmallOptim(0), [&](Rank& rank) { status = rank.optimizer.Restore(saved.finder()); });
     return status;
   };
   Saved missing, reshaped, reshaped_state;

@@ -1,5 +1,5 @@
-// Every (query, key) pair that a mask allows is in exactly one call of the whole group, with the bounds that the
-// call's kernel reads; and where libraries without bounds can serve a block, the calls say so.
+// Every (query, key) pair that a mask allows is in exactly one call of the whole group, with the bounds that
+// the call's kernel reads; and where libraries without bounds can serve a block, the calls say so.
 
 #include "annulus/parallel/attend_calls.h"
 
@@ -74,7 +74,8 @@ TEST(AttendCalls, ComputeEachPairOnce) {
           for (const Lengths lengths : {Lengths::kFull, Lengths::kRandom}) {
             const SequenceLayout layout(kind, 31 + static_cast<int64_t>(seed % 3), ranks);
             const SequenceBatch sequences = RandomSequences(++seed, layout.length(), 2, lengths, documents);
-            SCOPED_TRACE(::testing::Message() << NameOf(kind) << ", " << ranks << " ranks, window " << window);
+            SCOPED_TRACE(::testing::Message()
+                         << NameOf(kind) << ", " << ranks << " ranks, window " << window);
             ExpectEachPairOnce({layout, sequences, window}, seed % 2 ? Pass::kForward : Pass::kBackward);
           }
         }
@@ -106,7 +107,8 @@ TEST(AttendCalls, CausalZigzagIsOneCallABlock) {
       for (size_t i = 1; i < calls.size(); ++i) {
         EXPECT_EQ(calls[i].shape, MaskShape::kFull);
         // Lower ranks' first half for all queries, or all of a higher rank's block for the second half.
-        EXPECT_EQ(calls[i].q_rows.size() * calls[i].keys.size(), layout.local_rows() * layout.local_rows() / 2);
+        EXPECT_EQ(calls[i].q_rows.size() * calls[i].keys.size(),
+                  layout.local_rows() * layout.local_rows() / 2);
       }
     }
   }

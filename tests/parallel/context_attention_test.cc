@@ -146,7 +146,8 @@ void RunRank(const Case& c, Whole& in, AttentionGeometry& geometry, Whole* resul
   MoveRows(c, r, Direction::kToLocal, &in.kv, kv.ref());
   MoveRows(c, r, Direction::kToLocal, &in.dout, dout.ref());
   for (const Tensor* result : {&out, &dq, &dkv}) {  // overwritten
-    std::fill_n(result->ref().data<double>(), result->ref().elements(), std::numeric_limits<double>::quiet_NaN());
+    std::fill_n(result->ref().data<double>(), result->ref().elements(),
+                std::numeric_limits<double>::quiet_NaN());
   }
 
   const ContextAttentionShape shape{.heads = kHeads,

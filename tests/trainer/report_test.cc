@@ -66,7 +66,8 @@ TEST(StepLine, SaysWhatHappenedAndWhatIsLeft) {
 
   StepReport on_gpu = Report();
   on_gpu.tflops_causal = 400, on_gpu.tflops_full = 500, on_gpu.peak_tflops = 1000;
-  EXPECT_TRUE(absl::StrContains(StepLine(on_gpu, 2000, 8, 0), "400.0 TFLOP/s/rank, MFU 40.0% causal 50.0% full"));
+  EXPECT_TRUE(
+      absl::StrContains(StepLine(on_gpu, 2000, 8, 0), "400.0 TFLOP/s/rank, MFU 40.0% causal 50.0% full"));
 }
 
 TEST(Metrics, AreOneObjectOnOneLine) {

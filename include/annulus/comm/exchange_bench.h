@@ -12,8 +12,9 @@ struct ExchangeRate {
   double both_ways_gb_per_second = 0;  // half of it to the next rank, half to the one before
 };
 
-// Each rank sends messages of `bytes` one after the other into two buffers of its neighbour in turn. The slowest
-// rank's median of `repeats` executions, on GPUs in device time, the cost of flags and events included. InvalidArgument for less than two ranks. Collective.
+// Each rank sends messages of `bytes` one after the other into two buffers of its neighbour in turn. The
+// slowest rank's median of `repeats` executions, on GPUs in device time, the cost of flags and events
+// included. InvalidArgument for less than two ranks. Collective.
 absl::StatusOr<ExchangeRate> MeasureExchange(Context& ctx, Communicator cp, ExchangeTransport& transport,
                                              int64_t bytes, int repeats = 15);
 

@@ -27,7 +27,8 @@ double MeanVisibleKeys(int64_t seq_len, int64_t window);
 struct MemoryPlan {
   int64_t parameters = 0;
   int64_t gradients = 0;
-  int64_t optimizer = 0;    // m, v, the reduced gradient and a master copy if there is one, sharded over dp x cp
+  int64_t optimizer =
+      0;  // m, v, the reduced gradient and a master copy if there is one, sharded over dp x cp
   int64_t activations = 0;  // kept from forward to backward
   // Temporaries at the peak of backward, with as many exchange buffers as a plan ever has and the loss chunk
   // of the device. The tiles and workspaces of kernels are left out.
@@ -38,9 +39,9 @@ struct MemoryPlan {
 struct MemoryInputs {
   DeviceKind device = DeviceKind::kCpu;
   DType dtype = DType::kF32;  // compute dtype
-  int64_t local_tokens = 0;  // rows * micro-batch
-  int64_t shards = 1;        // dp x cp
-  bool cp_exchange = false;  // more than one cp rank
+  int64_t local_tokens = 0;   // rows * micro-batch
+  int64_t shards = 1;         // dp x cp
+  bool cp_exchange = false;   // more than one cp rank
   Recompute recompute = Recompute::kAttentionOutput;
 };
 MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs);

@@ -12,8 +12,8 @@
 
 namespace annulus {
 
-// This rank's part of a micro-batch, ordered (row, batch item), on the context's device; its sequences and masks
-// are in the geometry.
+// This rank's part of a micro-batch, ordered (row, batch item), on the context's device; its sequences and
+// masks are in the geometry.
 struct TokenSlice {
   ConstTensorRef tokens;   // i32 [rows * batch]; padding rows hold any token
   ConstTensorRef targets;  // i32 [rows * batch]; negative: not counted

@@ -46,8 +46,8 @@ void InitialValues(const ParamInfo& info, uint64_t seed, int64_t begin, TensorRe
 // Parameters in the compute dtype and their gradients in its accumulator dtype.
 class ParamStore {
  public:
-  // `dtype` is the compute dtype. Every bucket's memory is padded with zeros to a multiple of `bucket_multiple`
-  // elements.
+  // `dtype` is the compute dtype. Every bucket's memory is padded with zeros to a multiple of
+  // `bucket_multiple` elements.
   ParamStore(Device device, DType dtype, ParamTable table, int64_t bucket_multiple);
 
   const ParamTable& table() const { return table_; }

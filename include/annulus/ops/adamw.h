@@ -11,7 +11,7 @@ namespace annulus {
 
 struct AdamWHyper {
   double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
-  int64_t step = 1;           // 1 for the first update
+  int64_t step = 1;  // 1 for the first update
 };
 
 struct AdamWTensors {

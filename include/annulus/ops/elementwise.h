@@ -9,8 +9,8 @@
 namespace annulus {
 
 absl::Status Zero(Context& ctx, TensorRef x);
-absl::Status Copy(Context& ctx, ConstTensorRef x, TensorRef y);        // equal dtypes
-absl::Status Cast(Context& ctx, ConstTensorRef x, TensorRef y);        // between floating dtypes, to nearest even
+absl::Status Copy(Context& ctx, ConstTensorRef x, TensorRef y);  // equal dtypes
+absl::Status Cast(Context& ctx, ConstTensorRef x, TensorRef y);  // between floating dtypes, to nearest even
 absl::Status AddInPlace(Context& ctx, ConstTensorRef x, TensorRef y);  // y += x, equal dtypes
 absl::Status Scale(Context& ctx, double factor, TensorRef x);
 

@@ -1,8 +1,8 @@
 #pragma once
 
-// Kernel calls of one computing step of an exchange plan. The plan speaks of pairs of chunks; where their union
-// is a rectangle of which every query sees every key (or a causal square), one call does it, and kernels that
-// know no bounds can serve it. Zigzag, P = 4, rank 1 (chunks 1 and 6), in order of local rows:
+// Kernel calls of one computing step of an exchange plan. The plan speaks of pairs of chunks; where their
+// union is a rectangle of which every query sees every key (or a causal square), one call does it, and
+// kernels that know no bounds can serve it. Zigzag, P = 4, rank 1 (chunks 1 and 6), in order of local rows:
 //
 //     own block      block of rank 0 (0, 7)    block of rank 2 (2, 5)
 //       1 6                0 7                       2 5
@@ -34,8 +34,8 @@ struct AttendCall {
 };
 
 // Calls that together compute the step's pairs, each (query, key) pair once.
-std::vector<AttendCall> CallsOf(const SequenceLayout& layout, const ExchangeProblem& problem, const Step& step,
-                                const BoundsTable& bounds, int64_t batch);
+std::vector<AttendCall> CallsOf(const SequenceLayout& layout, const ExchangeProblem& problem,
+                                const Step& step, const BoundsTable& bounds, int64_t batch);
 
 // The bounds of all sources on a device: i64 [5, rows * batch].
 class DeviceBounds {

@@ -41,7 +41,7 @@ class AttentionGeometry {
   const SequenceLayout& layout() const { return layout_; }
   const SequenceBatch& sequences() const { return sequences_; }
   Communicator& cp() { return cp_; }
-  absl::StatusOr<ConstTensorRef> Positions(Context& ctx);       // i64, global, of this rank's rows
+  absl::StatusOr<ConstTensorRef> Positions(Context& ctx);      // i64, global, of this rank's rows
   absl::StatusOr<ExchangeTransport*> Transport(Context& ctx);  // made at first use, collectively
   ExchangeTransport* transport_if_made() const { return transport_.get(); }
 
@@ -73,7 +73,8 @@ struct ContextAttentionForwardArgs {
   TensorRef q, kv;
   TensorRef out, lse;
 };
-absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry, const ContextAttentionShape& shape,
+absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
+                                     const ContextAttentionShape& shape,
                                      const ContextAttentionForwardArgs& args, ExchangeStats* stats);
 
 // out, lse: forward's results. dq, dkv: as q and kv.

@@ -2,9 +2,9 @@
 
 // AdamW with its state sharded over the dp x cp group (ZeRO stage 1; Rajbhandari et al., 2020): gradients of
 // a bucket are reduce-scattered as soon as they are complete, each rank updates its 1/N of every bucket, and
-// the new parameters are all-gathered while the next forward begins. The state is in the accumulator dtype; where
-// that is wider than the compute dtype (bf16), it includes the parameters themselves. Also the learning-rate
-// schedules.
+// the new parameters are all-gathered while the next forward begins. The state is in the accumulator dtype;
+// where that is wider than the compute dtype (bf16), it includes the parameters themselves. Also the
+// learning-rate schedules.
 
 #include <functional>
 #include <optional>
@@ -35,8 +35,8 @@ absl::Status RestoreParameters(Context& ctx, ParamStore& params, const TensorFin
 
 class ShardedAdamW {
  public:
-  // `params` was made with a bucket multiple of group.size() and takes its memory from ctx.device; both outlive
-  // the optimizer.
+  // `params` was made with a bucket multiple of group.size() and takes its memory from ctx.device; both
+  // outlive the optimizer.
   ShardedAdamW(Context& ctx, const OptimSpec& spec, ParamStore& params, Communicator group);
   ~ShardedAdamW();
 
@@ -59,8 +59,8 @@ class ShardedAdamW {
   absl::Status WaitForParameters(int bucket);
   absl::Status WaitForParameters();  // of all buckets
 
-  // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint, in the
-  // accumulator dtype; buckets are dealt to the ranks in turn. Collective.
+  // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint, in
+  // the accumulator dtype; buckets are dealt to the ranks in turn. Collective.
   absl::StatusOr<GatheredTensors> Gather();
   // Reads this rank's part of parameters and state, as RestoreParameters does; PublishParameters must follow.
   absl::Status Restore(const TensorFinder& find);
@@ -84,10 +84,10 @@ class ShardedAdamW {
   };
 
   bool has_master() const { return AccumOf(params_.dtype()) != params_.dtype(); }
-  int64_t ShardBegin(int bucket) const;      // first element of the bucket in this rank's shard
-  TensorRef ValueShard(int bucket) const;    // this rank's part of the bucket's values
-  TensorRef MasterShard(int bucket) const;   // the same in the accumulator dtype
-  Run RunOf(size_t param) const;             // empty if the shard holds none of the parameter
+  int64_t ShardBegin(int bucket) const;     // first element of the bucket in this rank's shard
+  TensorRef ValueShard(int bucket) const;   // this rank's part of the bucket's values
+  TensorRef MasterShard(int bucket) const;  // the same in the accumulator dtype
+  Run RunOf(size_t param) const;            // empty if the shard holds none of the parameter
   absl::Status StartGather(int bucket);
 
   Context& ctx_;

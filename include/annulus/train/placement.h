@@ -10,8 +10,9 @@
 
 namespace annulus {
 
-// Puts definite values in place of spec.device = kAuto (GPUs if this process sees any) and spec.compute = kAuto
-// (bf16 on GPUs whose kernels know the model's heads, else f32). Unavailable or InvalidArgument, naming field and reason, where they cannot be had.
+// Puts definite values in place of spec.device = kAuto (GPUs if this process sees any) and spec.compute =
+// kAuto (bf16 on GPUs whose kernels know the model's heads, else f32). Unavailable or InvalidArgument, naming
+// field and reason, where they cannot be had.
 absl::Status ResolveDevice(RunSpec* spec);
 
 DType DTypeOf(ComputeType compute);  // a definite one
@@ -19,8 +20,8 @@ DType DTypeOf(ComputeType compute);  // a definite one
 // This rank's device, made the thread's: ranks of a host take its GPUs in turn. Collective.
 absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec);
 
-// What this rank computes on, its groups, and how exchanges inside a context-parallel group travel: as the spec
-// asks, or the best there is.
+// What this rank computes on, its groups, and how exchanges inside a context-parallel group travel: as the
+// spec asks, or the best there is.
 struct Machine {
   std::unique_ptr<Context> ctx;
   ProcessMesh mesh;

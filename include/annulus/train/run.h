@@ -3,6 +3,7 @@
 // A whole training run: run directory, steps, evaluation, checkpoints, signals, sample. Collective over the
 // world.
 
+#include <cstdint>
 #include <string>
 
 #include "annulus/comm/communicator.h"
@@ -24,8 +25,11 @@ struct RunOptions {
 absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const RunOptions& options);
 
 // SIGUSR1 and SIGTERM from now on set a flag instead of ending the process. TrainRun saves and stops at the
-// next step boundary when any rank's flag is set. A second SIGTERM ends the process at once.
-void InstallStopSignals();
+// next step boundary when any rank's flag is set. A SIGTERM also prints rank and step; a second one ends the
+// process at once.
+void InstallStopSignals(int world_rank);
+// The step that is under way, which a SIGTERM's line on stderr names.
+void NoteStep(int64_t step);
 bool StopRequested();
 
 }  // namespace annulus

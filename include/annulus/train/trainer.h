@@ -40,9 +40,10 @@ struct StepReport {
 
 class Trainer {
  public:
-  // The spec has been validated for mesh.shape, whose communicators are for tensors on ctx.device; both outlive
-  // the trainer.
-  Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, TransportKind transport = TransportKind::kHost);
+  // The spec has been validated for mesh.shape, whose communicators are for tensors on ctx.device; both
+  // outlive the trainer.
+  Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx,
+          TransportKind transport = TransportKind::kHost);
   // Parameters from spec.seed. Collective; before anything else, unless Restore follows.
   absl::Status Initialize();
 
@@ -50,8 +51,8 @@ class Trainer {
   // stop.
   absl::StatusOr<StepReport> Step(const Batch& batch, double data_seconds);
 
-  // Mean loss in nats per counted token over the validation split, or its first spec.eval.sequences. `progress`
-  // is called after each micro-batch. Collective.
+  // Mean loss in nats per counted token over the validation split, or its first spec.eval.sequences.
+  // `progress` is called after each micro-batch. Collective.
   absl::StatusOr<double> Evaluate(const DataSet& data, const std::function<void()>& progress = [] {});
 
   // Before parameters are read outside of the trainer: they may still be on their way.

@@ -221,9 +221,7 @@ void TimeF32(int64_t rows, int64_t heads, int64_t dim) {
                                                  .hi = dhi.data};
   const double pairs = 0.5 * double(rows) * double(rows) * double(heads) * double(dim);
   const double forward = MedianSeconds(
-      [&] {
-        CUDA(kernels::F32AttentionForward(block, {{out.data, stride, stride}, lse.data, {}}, nullptr));
-      },
+      [&] { CUDA(kernels::F32AttentionForward(block, {{out.data, stride, stride}, lse.data, {}}, nullptr)); },
       3);
   const double backward = MedianSeconds(
       [&] {
