@@ -128,11 +128,15 @@ class CopyEngineTransport : public StreamTransport {
   size_t ReadyLane(size_t payload) const {
     return kPayloads * (1 + static_cast<size_t>(cp_.size())) + payload;
   }
-  static size_t CopyLane(int peer, size_t payload) {
-    return kPayloads * (1 + static_cast<size_t>(peer)) + payload;
+  // Messages to a peer take two lanes in turn: the flags of one are written while the other copies.
+  size_t CopyLane(const Step& send, size_t payload) const {
+    const size_t second = send.message % 2 == 0 ? 0 : ReadyLane(0) + kPayloads;
+    return second + kPayloads * (1 + static_cast<size_t>(send.peer)) + payload;
   }
 
   std::string NameOf(size_t lane) const override {
+    const size_t lanes = ReadyLane(0) + kPayloads;
+    if (lane >= lanes) return absl::StrCat(NameOf(lane - lanes), ", second");
     const char* const payload = lane % kPayloads == 0 ? "kv" : "gradients";
     const size_t owner = lane / kPayloads;
     if (owner == 0) return absl::StrCat("exchange ", payload, " in");
@@ -193,7 +197,7 @@ class CopyEngineTransport : public StreamTransport {
 
   absl::Status Send(const Run& run, int s, size_t payload) {
     const Step& step = run.step(s);
-    const size_t lane = CopyLane(step.peer, payload);
+    const size_t lane = CopyLane(step, payload);
     const StreamHandle stream = StreamOf(lane);
     Await(run, s, stream);
     ANNULUS_RETURN_IF_ERROR(flags_.Wait(stream, Ready(cp_.rank(), step.message), count_));

@@ -2,6 +2,7 @@
 
 #include <csignal>
 
+#include "annulus/base/check.h"
 #include "annulus/train/run.h"
 
 namespace annulus {
@@ -9,7 +10,7 @@ namespace {
 
 // The one piece of global state: a signal handler has nothing else to read and to write.
 volatile std::sig_atomic_t stop_requested = 0;
-volatile std::sig_atomic_t rank_of_job = 0, step_under_way = 0;
+volatile std::sig_atomic_t rank_of_job = 0;
 
 // Appends text or a number to a line; for signal handlers, where printf is not allowed.
 struct Line {
@@ -18,8 +19,8 @@ struct Line {
   void Add(const char* more) {
     while (*more != '\0' && size < sizeof(text)) text[size++] = *more++;
   }
-  void Add(std::sig_atomic_t number) {
-    char digits[16];
+  void Add(int64_t number) {
+    char digits[20];
     size_t count = 0;
     do digits[count++] = static_cast<char>('0' + number % 10);
     while ((number /= 10) > 0 && count < sizeof(digits));
@@ -32,9 +33,9 @@ struct Line {
 void SayStep() {
   Line line;
   line.Add("annulus: rank ");
-  line.Add(rank_of_job);
+  line.Add(static_cast<int64_t>(rank_of_job));
   line.Add(": told to end (SIGTERM) in step ");
-  line.Add(step_under_way);
+  line.Add(StepUnderWay());
   line.Add("\n");
   if (write(STDERR_FILENO, line.text, line.size) < 0) return;  // nobody reads: nothing to be done
 }
@@ -56,8 +57,6 @@ void InstallStopSignals(int world_rank) {
   sigaction(SIGUSR1, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
 }
-
-void NoteStep(int64_t step) { step_under_way = static_cast<std::sig_atomic_t>(step); }
 
 bool StopRequested() { return stop_requested != 0; }
 

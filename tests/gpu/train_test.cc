@@ -290,8 +290,9 @@ TEST_F(TrainOnGpu, AStoppedRankIsReportedByAllOthers) {
 TEST_F(TrainOnGpu, ARunThatNoGpuCouldHoldIsRefused) {
   const JobResult result =
       RunJob(SpecOf({1, 2}, "run", {"model.d_model=65536", "model.mlp.d_ff=1000000"}), kSecondsToTrain);
-  EXPECT_TRUE(result.in_time && result.exit_code == 1) << result;
-  EXPECT_EQ(ErrorLines(result).size(), 1u) << result;
+  EXPECT_TRUE(result.in_time && result.exit_code != 0)
+      << result;  // launch/mpirun may have to end an mpirun that hangs
+  EXPECT_TRUE(absl::StartsWith(result.err, "error: memory: ")) << result;
   EXPECT_TRUE(Finds(result.err, "memory: a rank is planned to hold [0-9.]+ TiB")) << result;
   EXPECT_TRUE(absl::StrContains(result.err, DescribeGpu(0)->name)) << result;
   EXPECT_FALSE(std::filesystem::exists(Path("run"))) << "it never started";
@@ -302,8 +303,9 @@ TEST_F(TrainOnGpu, ARunThatAFilledGpuCannotHoldIsRefused) {
   const MemoryFiller others(0, int64_t{1} << 30);
   const JobResult result =
       RunJob(SpecOf({1, 1}, "run", {"model.d_model=4096", "model.mlp.d_ff=16384"}), kSecondsToTrain);
-  EXPECT_TRUE(result.in_time && result.exit_code == 1) << result;
-  EXPECT_EQ(ErrorLines(result).size(), 1u) << result;
+  EXPECT_TRUE(result.in_time && result.exit_code != 0)
+      << result;  // launch/mpirun may have to end an mpirun that hangs
+  EXPECT_TRUE(absl::StartsWith(result.err, "error: memory: ")) << result;
   EXPECT_TRUE(Finds(result.err, "memory: a rank is planned to hold [0-9.]+ GiB")) << result;
   EXPECT_TRUE(Finds(result.err, "1 ranks share the ([0-9.]+ [KM]?i?B|1.0 GiB) that are available")) << result;
   EXPECT_FALSE(std::filesystem::exists(Path("run"))) << "it never started";
@@ -321,7 +323,8 @@ TEST_F(TrainOnGpu, MemoryThatIsGoneInTheMiddleIsNamed) {
   EXPECT_TRUE(result.in_time) << result;
   EXPECT_NE(result.exit_code, 0) << result;
   const char* message =
-      "\\[world rank [01]\\] .*out of memory: [0-9]+ bytes on cuda:0, [0-9]+ of [0-9]+ bytes are free";
+      "\\[world rank [01]\\] \\[step [0-9]+\\] .*out of memory: [0-9]+ bytes on cuda:0, [0-9]+ of [0-9]+ "
+      "bytes are free";
   EXPECT_TRUE(Finds(result.err, message)) << result;
   EXPECT_GE(SavedStep("run"), 20);
 }

@@ -1,14 +1,19 @@
 #pragma once
 
 // ANNULUS_CHECK(cond) << "context": a broken invariant of ours or of the caller. Prints file:line, the
-// condition, the world rank and the context to stderr, then ends the process with kInvariantExitCode
+// condition, the world rank, the step and the context to stderr, then ends the process with kInvariantExitCode
 // without a core dump; mpirun then ends the other ranks. Never used for bad input (base/status.h).
 
+#include <cstdint>
 #include <sstream>
 
 namespace annulus {
 
 inline constexpr int kInvariantExitCode = 70;  // EX_SOFTWARE of sysexits.h
+
+// The optimizer step that is under way, for messages of what ends the job; 0: none.
+void NoteStep(int64_t step);
+int64_t StepUnderWay();
 
 class CheckFailure {
  public:

@@ -3,7 +3,6 @@
 // A whole training run: run directory, steps, evaluation, checkpoints, signals, sample. Collective over the
 // world.
 
-#include <cstdint>
 #include <string>
 
 #include "annulus/comm/communicator.h"
@@ -28,8 +27,6 @@ absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const Ru
 // next step boundary when any rank's flag is set. A SIGTERM also prints rank and step; a second one ends the
 // process at once.
 void InstallStopSignals(int world_rank);
-// The step that is under way, which a SIGTERM's line on stderr names.
-void NoteStep(int64_t step);
 bool StopRequested();
 
 }  // namespace annulus
