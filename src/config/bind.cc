@@ -279,14 +279,12 @@ RunSpec Bind(Run* run, Provenance* provenance) {
   const Section root(run, "", provenance);
   BindName(root, &spec.name);
   root.Seed("seed", &spec.seed);
-  spec.compute = ComputeType::kAuto;
   root.Enum<ComputeType>("compute",
                          {{"F32", ComputeType::kF32},
                           {"F64", ComputeType::kF64},
                           {"BF16", ComputeType::kBF16},
-                          {"AUTO_COMPUTE", ComputeType::kAuto}},
+                          {"BEST", ComputeType::kAuto}},
                          &spec.compute);
-  spec.device = DeviceChoice::kAuto;
   root.Enum<DeviceChoice>(
       "device", {{"AUTO", DeviceChoice::kAuto}, {"CPU", DeviceChoice::kCpu}, {"CUDA", DeviceChoice::kCuda}},
       &spec.device);
@@ -294,6 +292,7 @@ RunSpec Bind(Run* run, Provenance* provenance) {
   root.Real("step_deadline_seconds", Presence::kOptional, kNotNegative, &spec.step_deadline_seconds);
   root.Enum<annulus::Recompute>("recompute",
                                 {{"NONE", annulus::Recompute::kNone},
+                                 {"ELEMENTWISE", annulus::Recompute::kElementwise},
                                  {"ATTENTION_OUTPUT", annulus::Recompute::kAttentionOutput},
                                  {"BLOCK", annulus::Recompute::kBlock}},
                                 &spec.recompute);

@@ -40,7 +40,8 @@ class AttentionMixer : public SequenceMixer {
     const bool keeping = keep == Keep::kForBackward;
     saved_ = {};
     if (keeping && recompute_ != Recompute::kBlock) AllocateOutput(ctx.saved, x, &saved_);
-    if (keeping && recompute_ == Recompute::kNone) AllocateProjections(ctx.saved, x, &saved_);
+    const bool projections = recompute_ == Recompute::kNone || recompute_ == Recompute::kElementwise;
+    if (keeping && projections) AllocateProjections(ctx.saved, x, &saved_);
     ArenaScope scope(ctx.scratch);
     const Activations now = WithScratch(ctx, x);
     ANNULUS_RETURN_IF_ERROR(Project(ctx, step, x, now));

@@ -14,22 +14,30 @@ struct LayerBytes {
   int64_t workspace = 0;  // live at the peak of its backward
 };
 
+// Of a layer's normed input and of its SwiGLU; of its matrix products.
+bool KeepsNorms(Recompute recompute) { return recompute == Recompute::kNone; }
+bool KeepsProducts(Recompute recompute) {
+  return recompute == Recompute::kNone || recompute == Recompute::kElementwise;
+}
+
 LayerBytes MlpBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
   const int64_t d = spec.d_model, element = SizeOf(inputs.dtype);
-  const bool keep_all = inputs.recompute == Recompute::kNone;
-  // Gradient of the normed input; and, where they are not kept, the normed input and what is made of it.
-  return {.kept = (keep_all ? d + 3 * spec.d_ff : 0) * element,
-          .workspace = (keep_all ? d + 3 * spec.d_ff : 2 * d + 6 * spec.d_ff) * element};
+  const bool norms = KeepsNorms(inputs.recompute), products = KeepsProducts(inputs.recompute);
+  // Gradients of the normed input, of h and of gate and up; and what is not kept.
+  return {.kept = ((norms ? d + spec.d_ff : 0) + (products ? 2 * spec.d_ff : 0)) * element,
+          .workspace =
+              (d + 3 * spec.d_ff + (norms ? 0 : d + spec.d_ff) + (products ? 0 : 2 * spec.d_ff)) * element};
 }
 
 LayerBytes AttentionBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
   const int64_t d = spec.d_model, element = SizeOf(inputs.dtype), accum = SizeOf(AccumOf(inputs.dtype));
-  const bool keep_all = inputs.recompute == Recompute::kNone;
+  const bool norms = KeepsNorms(inputs.recompute), products = KeepsProducts(inputs.recompute);
   const int64_t q = spec.heads * spec.head_dim, kv = 2 * spec.kv_heads * spec.head_dim;
   const int64_t output = q * element + spec.heads * accum;
   LayerBytes bytes;
-  bytes.kept = (keep_all ? (d + q + kv) * element : 0) + (inputs.recompute == Recompute::kBlock ? 0 : output);
-  bytes.workspace = (keep_all ? d : 2 * d + q + kv) * element;
+  bytes.kept = ((norms ? d : 0) + (products ? q + kv : 0)) * element;
+  if (inputs.recompute != Recompute::kBlock) bytes.kept += output;
+  bytes.workspace = (d + (norms ? 0 : d) + (products ? 0 : q + kv)) * element;
   bytes.workspace += (2 * q + kv) * element + spec.heads * accum;  // dout, dq, dkv, delta
   if (accum != element) bytes.workspace += (q + kv) * accum;       // sums of dq and dkv over blocks
   if (inputs.cp_exchange) bytes.workspace += kv * (2 * element + 4 * accum);  // slots of KV and of gradients
@@ -63,7 +71,8 @@ FlopsPerToken TrainingFlops(const ModelSpec& spec, int64_t seq_len) {
 }
 
 MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs) {
-  const int64_t parameters = BuildParamTable(spec).elements();
+  const ParamTable table = BuildParamTable(spec);
+  const int64_t parameters = table.elements();
   const int64_t element = SizeOf(inputs.dtype), accum = SizeOf(AccumOf(inputs.dtype));
   const int64_t stream = spec.d_model * element;  // of a token in the residual stream
   int64_t kept = stream, workspace = 0;           // the last layer's output
@@ -79,7 +88,7 @@ MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs) {
 
   MemoryPlan plan;
   plan.parameters = parameters * element;
-  plan.gradients = parameters * accum;
+  plan.gradients = GradientElements(table, inputs.gradients) * accum;
   plan.optimizer = (accum == element ? 3 : 4) * parameters * accum / inputs.shards;
   plan.activations = kept * inputs.local_tokens;
   plan.workspace = std::max(workspace * inputs.local_tokens, loss) + stream * inputs.local_tokens;

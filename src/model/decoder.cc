@@ -23,7 +23,11 @@ absl::Status Call(const std::function<absl::Status(int)>& hook, int bucket) {
 }  // namespace
 
 Decoder::Decoder(const ModelSpec& spec, Recompute recompute, const ParamStore& params)
-    : recompute_(recompute), eps_(spec.norm_eps), d_model_(spec.d_model), dtype_(params.dtype()) {
+    : recompute_(recompute),
+      eps_(spec.norm_eps),
+      d_model_(spec.d_model),
+      dtype_(params.dtype()),
+      tied_head_(spec.tied_head) {
   const ParamTable& table = params.table();
   const int embed = table.IndexOf("embed.weight"), norm = table.IndexOf("final_norm.weight");
   const int head = spec.tied_head ? embed : table.IndexOf("head.weight");
@@ -114,14 +118,17 @@ absl::Status Decoder::LossAndGradients(Context& ctx, ModelStep& step, const Toke
   ArenaScope scope(ctx.scratch);
   const TensorRef gradient = ctx.scratch.Allocate(dtype_, x.shape());
   ANNULUS_RETURN_IF_ERROR(Zero(ctx, gradient));
-  ANNULUS_RETURN_IF_ERROR(HeadForwardBackward(ctx, x, slice.targets, loss_scale, gradient, loss));
-
   const int last_bucket = static_cast<int>(layers_.size()) + 1;
+  ANNULUS_RETURN_IF_ERROR(Call(hooks.begun, last_bucket));
+  if (tied_head_) ANNULUS_RETURN_IF_ERROR(Call(hooks.begun, 0));
+  ANNULUS_RETURN_IF_ERROR(HeadForwardBackward(ctx, x, slice.targets, loss_scale, gradient, loss));
   ANNULUS_RETURN_IF_ERROR(Call(hooks.done, last_bucket));
   for (int i = static_cast<int>(layers_.size()) - 1; i >= 0; --i) {
+    ANNULUS_RETURN_IF_ERROR(Call(hooks.begun, i + 1));
     ANNULUS_RETURN_IF_ERROR(LayerBackward(ctx, step, layers_[static_cast<size_t>(i)], gradient));
     ANNULUS_RETURN_IF_ERROR(Call(hooks.done, i + 1));
   }
+  if (!tied_head_) ANNULUS_RETURN_IF_ERROR(Call(hooks.begun, 0));
   ANNULUS_RETURN_IF_ERROR(EmbeddingBackward(ctx, slice.tokens, Tokens(gradient), dembed_));
   return Call(hooks.done, 0);
 }

@@ -22,18 +22,26 @@ class MlpMixer : public SequenceMixer {
 
   absl::Status Forward(Context& ctx, ModelStep&, ConstTensorRef x, Keep keep, TensorRef y) override {
     saved_ = {};
-    if (keep == Keep::kForBackward && recompute_ == Recompute::kNone) saved_ = Allocate(ctx.saved, x);
+    const bool keeping = keep == Keep::kForBackward;
+    if (keeping && recompute_ == Recompute::kNone) saved_.h = AllocateH(ctx.saved, x);
+    if (keeping && (recompute_ == Recompute::kNone || recompute_ == Recompute::kElementwise)) {
+      saved_.gate_up = AllocateGateUp(ctx.saved, x);
+    }
     ArenaScope scope(ctx.scratch);
-    const Activations now = saved_.h.defined() ? saved_ : Allocate(ctx.scratch, x);
-    ANNULUS_RETURN_IF_ERROR(Compute(ctx, x, now));
+    const Activations now = WithScratch(ctx, x);
+    ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, x, w_in_, Write::kOverwrite, now.gate_up));
+    ANNULUS_RETURN_IF_ERROR(SwigluForward(ctx, now.gate_up, now.h));
     return LinearForward(ctx, now.h, w_down_, Write::kAccumulate, y);
   }
 
   absl::Status Backward(Context& ctx, ModelStep&, ConstTensorRef x, ConstTensorRef dy,
                         TensorRef dx) override {
     ArenaScope scope(ctx.scratch);
-    const Activations now = saved_.h.defined() ? saved_ : Allocate(ctx.scratch, x);
-    if (!saved_.h.defined()) ANNULUS_RETURN_IF_ERROR(Compute(ctx, x, now));
+    const Activations now = WithScratch(ctx, x);
+    if (!saved_.gate_up.defined()) {
+      ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, x, w_in_, Write::kOverwrite, now.gate_up));
+    }
+    if (!saved_.h.defined()) ANNULUS_RETURN_IF_ERROR(SwigluForward(ctx, now.gate_up, now.h));
 
     const TensorRef dh = ctx.scratch.Allocate(x.dtype(), now.h.shape());
     ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dy, w_down_, Write::kOverwrite, dh));
@@ -49,13 +57,18 @@ class MlpMixer : public SequenceMixer {
     TensorRef gate_up, h;  // [tokens, 2 d_ff], [tokens, d_ff]
   };
 
-  Activations Allocate(Arena& arena, ConstTensorRef x) const {
-    const int64_t tokens = x.dim(0) * x.dim(1);
-    return {arena.Allocate(x.dtype(), {tokens, 2 * d_ff_}), arena.Allocate(x.dtype(), {tokens, d_ff_})};
+  TensorRef AllocateGateUp(Arena& arena, ConstTensorRef x) const {
+    return arena.Allocate(x.dtype(), {x.dim(0) * x.dim(1), 2 * d_ff_});
   }
-  absl::Status Compute(Context& ctx, ConstTensorRef x, const Activations& to) const {
-    ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, x, w_in_, Write::kOverwrite, to.gate_up));
-    return SwigluForward(ctx, to.gate_up, to.h);
+  TensorRef AllocateH(Arena& arena, ConstTensorRef x) const {
+    return arena.Allocate(x.dtype(), {x.dim(0) * x.dim(1), d_ff_});
+  }
+  // What was kept, with scratch memory in place of what was not.
+  Activations WithScratch(Context& ctx, ConstTensorRef x) const {
+    Activations now = saved_;
+    if (!now.gate_up.defined()) now.gate_up = AllocateGateUp(ctx.scratch, x);
+    if (!now.h.defined()) now.h = AllocateH(ctx.scratch, x);
+    return now;
   }
 
   Recompute recompute_;

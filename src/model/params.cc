@@ -1,5 +1,6 @@
 #include "annulus/model/params.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
@@ -96,13 +97,81 @@ void InitialValues(const ParamInfo& info, uint64_t seed, int64_t begin, TensorRe
   });
 }
 
-ParamStore::ParamStore(Device device, DType dtype, ParamTable table, int64_t bucket_multiple)
-    : table_(std::move(table)), dtype_(dtype) {
-  for (int64_t elements : table_.bucket_elements) {
-    const int64_t padded = (elements + bucket_multiple - 1) / bucket_multiple * bucket_multiple;
-    values_.emplace_back(device, dtype, Shape{padded});
-    grads_.emplace_back(device, AccumOf(dtype), Shape{padded});
+namespace {
+
+// The buffer of each bucket. In a backward pass layers follow each other, so that a few buffers in turn serve
+// all: of three, one is written and two are on their way. Embedding and head are its two ends, unless they
+// are one.
+std::vector<size_t> GradientBuffers(const ParamTable& table, GradientMemory memory) {
+  constexpr size_t kTurns = 3;
+  const size_t buckets = table.bucket_elements.size();
+  const bool own_head = std::any_of(table.params.begin(), table.params.end(),
+                                    [](const ParamInfo& info) { return info.name == "head.weight"; });
+  std::vector<size_t> buffers;
+  for (size_t bucket = 0; bucket < buckets; ++bucket) {
+    const bool first = bucket == 0, last = bucket + 1 == buckets;
+    if (memory == GradientMemory::kAll) {
+      buffers.push_back(bucket);
+    } else if (first || (last && own_head)) {
+      buffers.push_back(0);
+    } else {
+      buffers.push_back(1 + bucket % kTurns);
+    }
   }
+  return buffers;
+}
+
+// Elements of each buffer: of its largest bucket.
+std::vector<int64_t> SizesOf(const std::vector<size_t>& buffers,
+                             const std::vector<int64_t>& bucket_elements) {
+  std::vector<int64_t> sizes(*std::max_element(buffers.begin(), buffers.end()) + 1);
+  for (size_t bucket = 0; bucket < buffers.size(); ++bucket) {
+    int64_t& size = sizes[buffers[bucket]];
+    size = std::max(size, bucket_elements[bucket]);
+  }
+  return sizes;
+}
+
+}  // namespace
+
+int64_t GradientElements(const ParamTable& table, GradientMemory memory) {
+  int64_t elements = 0;
+  for (const int64_t size : SizesOf(GradientBuffers(table, memory), table.bucket_elements)) elements += size;
+  return elements;
+}
+
+ParamStore::ParamStore(Device device, DType dtype, ParamTable table, int64_t bucket_multiple,
+                       GradientMemory memory)
+    : table_(std::move(table)), dtype_(dtype), grad_buffers_(GradientBuffers(table_, memory)) {
+  std::vector<int64_t> padded;
+  for (int64_t elements : table_.bucket_elements) {
+    padded.push_back((elements + bucket_multiple - 1) / bucket_multiple * bucket_multiple);
+    values_.emplace_back(device, dtype, Shape{padded.back()});
+  }
+  for (const int64_t size : SizesOf(grad_buffers_, padded)) {
+    grads_.emplace_back(device, AccumOf(dtype), Shape{size});
+  }
+}
+
+TensorRef ParamStore::Values(int first, int last) const {
+  return Slice(BucketValues(table_.params[static_cast<size_t>(first)].bucket), first, last);
+}
+
+TensorRef ParamStore::Grads(int first, int last) const {
+  return Slice(BucketGrads(table_.params[static_cast<size_t>(first)].bucket), first, last);
+}
+
+TensorRef ParamStore::BucketGrads(int bucket) const {
+  return grads_[grad_buffers_[static_cast<size_t>(bucket)]].ref().Rows(0, BucketValues(bucket).elements());
+}
+
+std::vector<int> ParamStore::SharingGrads(int bucket) const {
+  std::vector<int> others;
+  for (int other = 0; other < buckets(); ++other) {
+    const bool same = grad_buffers_[static_cast<size_t>(other)] == grad_buffers_[static_cast<size_t>(bucket)];
+    if (same && other != bucket) others.push_back(other);
+  }
+  return others;
 }
 
 int64_t ParamStore::bytes() const {
@@ -117,13 +186,12 @@ void ParamStore::Initialize(uint64_t seed) {
   }
 }
 
-TensorRef ParamStore::Slice(const std::vector<Tensor>& buckets, int first, int last) const {
+TensorRef ParamStore::Slice(TensorRef bucket, int first, int last) const {
   const ParamInfo& begin = table_.params[static_cast<size_t>(first)];
   const ParamInfo& end = table_.params[static_cast<size_t>(last)];
   ANNULUS_CHECK(first <= last && begin.bucket == end.bucket);
   const int64_t elements = end.offset + end.shape.elements() - begin.offset;
-  const TensorRef flat =
-      buckets[static_cast<size_t>(begin.bucket)].ref().Rows(begin.offset, begin.offset + elements);
+  const TensorRef flat = bucket.Rows(begin.offset, begin.offset + elements);
   if (begin.shape.rank() == 1) return flat;
   const int64_t columns = begin.shape[1];
   ANNULUS_CHECK(elements % columns == 0);

@@ -129,11 +129,18 @@ absl::Status ShardedAdamW::PublishParameters() {
   return WaitForParameters();
 }
 
-absl::Status ShardedAdamW::ZeroGradients() {
-  for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
-    ANNULUS_RETURN_IF_ERROR(Zero(ctx_, params_.BucketGrads(bucket)));
-  }
-  return absl::OkStatus();
+absl::Status ShardedAdamW::PrepareGradients(int bucket) {
+  for (const int other : params_.SharingGrads(bucket)) ANNULUS_RETURN_IF_ERROR(WaitForReduce(other));
+  return Zero(ctx_, params_.BucketGrads(bucket));
+}
+
+absl::Status ShardedAdamW::WaitForReduce(int bucket) {
+  Request& reduce = shards_[static_cast<size_t>(bucket)].reduce;
+  if (reduce.done()) return absl::OkStatus();
+  ctx_.waits.Begin(WaitKind::kGradients, ctx_.stream());
+  absl::Status status = reduce.Wait();
+  ctx_.waits.End(WaitKind::kGradients, ctx_.stream());
+  return status;
 }
 
 absl::Status ShardedAdamW::StartReduce(int bucket) {
@@ -155,11 +162,10 @@ void ShardedAdamW::Poll() {
 }
 
 absl::Status ShardedAdamW::FinishReduce(TensorRef sum_of_squares) {
-  for (Shard& shard : shards_) {
-    ctx_.waits.Begin(WaitKind::kGradients, ctx_.stream());
-    ANNULUS_RETURN_IF_ERROR(shard.reduce.Wait());
-    ctx_.waits.End(WaitKind::kGradients, ctx_.stream());
-    ANNULUS_RETURN_IF_ERROR(AddSumOfSquares(ctx_, shard.grad.ref(), sum_of_squares));
+  for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
+    ANNULUS_RETURN_IF_ERROR(WaitForReduce(bucket));
+    ANNULUS_RETURN_IF_ERROR(
+        AddSumOfSquares(ctx_, shards_[static_cast<size_t>(bucket)].grad.ref(), sum_of_squares));
   }
   return absl::OkStatus();
 }

@@ -33,6 +33,12 @@ TokenSlice UploadTokens(Context& ctx, const MicroBatch& micro) {
           .targets = Upload<int32_t>(ctx, ctx.scratch, micro.targets)};
 }
 
+// Gradients may be handed on as soon as they are complete if one micro-batch makes them.
+GradientMemory GradientMemoryOf(const RunSpec& spec) {
+  const int64_t per_rank = spec.optim.sequences_per_step / std::max<int64_t>(1, spec.parallel.dp);
+  return per_rank <= spec.optim.micro_batch ? GradientMemory::kTurns : GradientMemory::kAll;
+}
+
 }  // namespace
 
 MemoryPlan PlanMemory(const RunSpec& spec) {
@@ -43,14 +49,16 @@ MemoryPlan PlanMemory(const RunSpec& spec) {
                      .local_tokens = layout.local_rows() * spec.optim.micro_batch,
                      .shards = spec.parallel.dp * spec.parallel.cp,
                      .cp_exchange = spec.parallel.cp > 1,
-                     .recompute = spec.recompute});
+                     .recompute = spec.recompute,
+                     .gradients = GradientMemoryOf(spec)});
 }
 
 Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, TransportKind transport)
     : spec_(spec),
       mesh_(mesh),
       ctx_(ctx),
-      params_(ctx.device, DTypeOf(spec.compute), BuildParamTable(spec.model), mesh.dp_cp.size()),
+      params_(ctx.device, DTypeOf(spec.compute), BuildParamTable(spec.model), mesh.dp_cp.size(),
+              GradientMemoryOf(spec)),
       geometry_(SequenceLayout(spec.parallel.layout, spec.data.seq_len, mesh.shape.cp), mesh.cp, transport),
       decoder_(spec.model, spec.recompute, params_),
       optimizer_(ctx, spec.optim, params_, mesh.dp_cp),
@@ -67,14 +75,15 @@ absl::Status Trainer::Initialize() { return optimizer_.Initialize(spec_.seed); }
 
 // Adds to stats_; leaves the gradients' reduction under way.
 absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
-  ANNULUS_RETURN_IF_ERROR(optimizer_.ZeroGradients());
   ANNULUS_RETURN_IF_ERROR(Zero(ctx_, stats_.ref()));
   ctx_.progress = [this] { optimizer_.Poll(); };
   for (size_t i = 0; i < batch.size(); ++i) {
     const MicroBatch& micro = batch[i];
     geometry_.SetBatch(micro.sequences);
     ModelStep step{.geometry = geometry_, .stats = {}};
-    BucketHooks hooks{.needed = [&](int bucket) { return optimizer_.WaitForParameters(bucket); }, .done = {}};
+    BucketHooks hooks;
+    hooks.needed = [&](int bucket) { return optimizer_.WaitForParameters(bucket); };
+    if (i == 0) hooks.begun = [&](int bucket) { return optimizer_.PrepareGradients(bucket); };
     // Gradients are complete with the last micro-batch only.
     if (i + 1 == batch.size()) hooks.done = [&](int bucket) { return optimizer_.StartReduce(bucket); };
     ArenaScope scope(ctx_.scratch);

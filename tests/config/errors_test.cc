@@ -50,12 +50,19 @@ TEST(ConfigErrors, UnknownEnumValues) {
             "c.textproto:2:2: parallel.layout=ZIGZAGG: expected one of CONTIGUOUS, ZIGZAG, STRIPED "
             "(did you mean `ZIGZAG`?)");
   EXPECT_EQ(ErrorsOf("recompute: block"),
-            "c.textproto:1:1: recompute=block: expected one of NONE, ATTENTION_OUTPUT, BLOCK "
+            "c.textproto:1:1: recompute=block: expected one of NONE, ATTENTION_OUTPUT, BLOCK, ELEMENTWISE "
             "(did you mean `BLOCK`?)");
   EXPECT_EQ(ErrorsOf("checkpoint { on_signal: SIGTERM }"),
             "c.textproto:1:14: checkpoint.on_signal=SIGTERM: expected SIGUSR1");
   EXPECT_EQ(ErrorsOf(Changed("optim {", "parallel { layout: 7 } optim {")),
             "c.textproto:12:12: parallel.layout=7: expected one of CONTIGUOUS, ZIGZAG, STRIPED");
+}
+
+TEST(ConfigErrors, ComputeTypesThatADeviceLacks) {
+  EXPECT_EQ(ErrorsOf(kSampleConfig, {"compute=F64", "device=CUDA"}),
+            "--set compute=F64: expected F32 or BF16 with device=CUDA (nearest valid value F32)");
+  EXPECT_EQ(ErrorsOf(kSampleConfig, {"compute=BF16", "device=CPU"}),
+            "--set compute=BF16: expected F32 or F64 with device=CPU (nearest valid value F32)");
 }
 
 TEST(ConfigErrors, MissingValuesAreNamedAtTheirMessage) {

@@ -247,7 +247,8 @@ TEST(ModelOnGpu, DeterministicStepsAgreeBitForBitWhateverIsRecomputed) {
   OnMasksAndRanks(Determinism::kRequired, [&](const References& references, GpuRank& rank) {
     OnRuns(rank, [&](GpuRank::Run run) {
       const Outcome first = rank.Train(references.batch, run);
-      for (const Recompute recompute : {Recompute::kAttentionOutput, Recompute::kNone, Recompute::kBlock}) {
+      for (const Recompute recompute :
+           {Recompute::kAttentionOutput, Recompute::kNone, Recompute::kElementwise, Recompute::kBlock}) {
         SCOPED_TRACE(static_cast<int>(recompute));
         run.recompute = recompute;
         const Outcome again = rank.Train(references.batch, run);

@@ -76,7 +76,8 @@ std::vector<MemoryCase> MemoryCases() {
   std::vector<MemoryCase> cases;
   for (const char* pattern : {"A", "-", "(A -)^2"}) {
     for (const int64_t vocab : {32, 512}) {
-      for (const Recompute recompute : {Recompute::kNone, Recompute::kAttentionOutput, Recompute::kBlock}) {
+      for (const Recompute recompute :
+           {Recompute::kNone, Recompute::kElementwise, Recompute::kAttentionOutput, Recompute::kBlock}) {
         for (const int cp : {1, 4}) cases.push_back({pattern, vocab, recompute, cp});
       }
     }

@@ -38,7 +38,8 @@ void ExpectSlopes(const std::function<double()>& f, TensorRef x, TensorRef dx, i
   }
 }
 
-constexpr Recompute kPolicies[] = {Recompute::kNone, Recompute::kAttentionOutput, Recompute::kBlock};
+constexpr Recompute kPolicies[] = {Recompute::kNone, Recompute::kElementwise, Recompute::kAttentionOutput,
+                                   Recompute::kBlock};
 
 // y = mixer(x) alone, with f = <y, weights>.
 class OneMixer {

@@ -200,7 +200,7 @@ class RankModel {
     ModelStep step{.geometry = geometry_, .stats = {}};
     ZeroBytes(loss_.ref(), ctx_.stream());
     ANNULUS_CHECK_OK(decoder_.LossAndGradients(ctx_, step, slice(), 1 / counted_,
-                                               {.needed = {}, .done = bucket_done}, loss_.ref()));
+                                               {.needed = {}, .begun = {}, .done = bucket_done}, loss_.ref()));
     bytes_sent_ = step.stats.bytes_sent;
     return MeanLoss();
   }

@@ -166,5 +166,36 @@ TEST(TiedHead, SumsTheGradientsOfBothUses) {
   }
 }
 
+// Buckets far apart in a backward pass take turns: three buffers for the layers, one for embedding and head.
+TEST(ParamStore, GradientsThatTakeTurnsHoldLess) {
+  const ModelSpec spec =
+      SmallSpec({Attention(0), Mlp(), Attention(0), Mlp(), Attention(0), Mlp(), Attention(0)});
+  const ParamTable table = BuildParamTable(spec);
+  const ParamStore all(Device{}, DType::kF32, table, 1),
+      turns(Device{}, DType::kF32, table, 1, GradientMemory::kTurns);
+  EXPECT_EQ(GradientElements(table, GradientMemory::kAll), table.elements());
+  const std::vector<int64_t>& sizes = table.bucket_elements;
+  const int64_t attention = sizes[1], mlp = sizes[2];
+  EXPECT_EQ(GradientElements(table, GradientMemory::kTurns),
+            std::max(sizes.front(), sizes.back()) + 3 * std::max(attention, mlp));
+  for (int bucket = 0; bucket < turns.buckets(); ++bucket) {
+    EXPECT_TRUE(all.SharingGrads(bucket).empty());
+    EXPECT_EQ(turns.BucketGrads(bucket).elements(), sizes[static_cast<size_t>(bucket)]);
+    for (const int other : turns.SharingGrads(bucket)) {
+      EXPECT_EQ(turns.BucketGrads(other).raw(), turns.BucketGrads(bucket).raw());
+      const bool ends = bucket + other == turns.buckets() - 1 && bucket * other == 0;
+      EXPECT_TRUE(ends || std::abs(bucket - other) % 3 == 0) << bucket << " " << other;
+    }
+  }
+}
+
+// A tied head adds to the embedding's gradient from the first to the last moment of a pass.
+TEST(ParamStore, ATiedHeadSharesItsGradientWithNone) {
+  ModelSpec spec = SmallSpec({Attention(0), Mlp(), Attention(0), Mlp()});
+  spec.tied_head = true;
+  const ParamStore turns(Device{}, DType::kF32, BuildParamTable(spec), 1, GradientMemory::kTurns);
+  EXPECT_TRUE(turns.SharingGrads(0).empty());
+}
+
 }  // namespace
 }  // namespace annulus::testing

@@ -51,9 +51,10 @@ TEST_P(Parity, RecomputePoliciesAgreeBitForBit) {
   const WholeBatch batch = RandomBatch(spec, GetParam().batch);
   for (const int cp : {1, 3}) {
     const Outcome kept = Train(spec, batch, {.cp = cp, .recompute = Recompute::kNone});
+    const Outcome products = Train(spec, batch, {.cp = cp, .recompute = Recompute::kElementwise});
     const Outcome output = Train(spec, batch, {.cp = cp, .recompute = Recompute::kAttentionOutput});
     const Outcome block = Train(spec, batch, {.cp = cp, .recompute = Recompute::kBlock});
-    for (const Outcome* other : {&output, &block}) {
+    for (const Outcome* other : {&products, &output, &block}) {
       EXPECT_EQ(other->loss, kept.loss);
       EXPECT_EQ(other->gradients, kept.gradients);
     }

@@ -227,6 +227,40 @@ TEST_P(ShardedAdamWTest, OrderOfReductionsDoesNotMatter) {
   EXPECT_EQ(results[2], results[0]);
 }
 
+// Buckets whose gradients take turns in memory, reduced as a backward pass completes them: the same bits.
+TEST_P(ShardedAdamWTest, GradientsThatShareMemoryGiveTheSameUpdate) {
+  ModelSpec model = SmallSpec();
+  for (int i = 0; i < 3; ++i) model.layers.insert(model.layers.end(), {model.layers[0], model.layers[1]});
+  std::vector<Tensors> results;
+  for (const GradientMemory memory : {GradientMemory::kAll, GradientMemory::kTurns}) {
+    Tensors result;
+    OnLoopback(GetParam(), [&](Communicator group) {
+      ParamStore params(Device{}, DType::kF64, BuildParamTable(model), group.size(), memory);
+      Context ctx{Device{}};
+      const OptimSpec spec = SmallOptim(1);
+      ShardedAdamW optimizer(ctx, spec, params, group);
+      ANNULUS_CHECK_OK(optimizer.Initialize(9));
+      for (int64_t step = 1; step <= 3; ++step) {
+        for (int bucket = params.buckets() - 1; bucket >= 0; --bucket) {
+          ANNULUS_CHECK_OK(optimizer.PrepareGradients(bucket));
+          for (const ParamInfo& info : params.table().params) {
+            if (info.bucket != bucket) continue;
+            const TensorRef grad = params.Grad(params.table().IndexOf(info.name));
+            for (int64_t i = 0; i < grad.elements(); ++i) {
+              grad.data<double>()[i] += GradientAt(info.name, i, step, group.rank());
+            }
+          }
+          ANNULUS_CHECK_OK(optimizer.StartReduce(bucket));
+        }
+        FinishStep(ctx, optimizer, {.group = group, .clip_norm = spec.clip_norm, .step = step, .lr = kLr});
+      }
+      if (group.rank() == 0) result = ValuesOf(params);
+    });
+    results.push_back(std::move(result));
+  }
+  EXPECT_EQ(results[1], results[0]);
+}
+
 TEST_P(ShardedAdamWTest, HoldsItsShareOfTheState) {
   const int ranks = GetParam();
   OnGroup(ranks, SmallOptim(1),

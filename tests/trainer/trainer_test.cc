@@ -63,6 +63,25 @@ TEST(Evaluate, LeavesTrainingAlone) {
   EXPECT_LT(want.back(), want.front());
 }
 
+// One micro-batch a step, whose gradients take turns in memory, and two, whose gradients do not: the same
+// training.
+TEST(Training, MemoryOfGradientsDoesNotShow) {
+  const auto losses = [](const char* micro_batch) {
+    const RunSpec spec = SmallRun({micro_batch, "model.pattern=(A -)^3"});
+    std::vector<double> result;
+    OnMesh(spec, 2, 2, [&](RankOfRun rank) {
+      for (int step = 0; step < 4; ++step) {
+        const absl::StatusOr<StepReport> report = NextStep(rank, spec);
+        ANNULUS_CHECK(report.ok()) << report.status();
+        if (rank.mesh.world.rank() == 0) result.push_back(report->loss);
+      }
+    });
+    return result;
+  };
+  const std::vector<double> one = losses("optim.micro_batch=6"), two = losses("optim.micro_batch=3");
+  for (size_t i = 0; i < one.size(); ++i) EXPECT_NEAR(one[i], two[i], 1e-12 * two[i]);
+}
+
 std::vector<double> ValuesOf(Trainer& trainer) {
   ANNULUS_CHECK_OK(trainer.WaitForParameters());
   const ParamStore& params = trainer.params();

@@ -7,6 +7,7 @@
 
 #include "annulus/base/dtype.h"
 #include "annulus/device/device.h"
+#include "annulus/model/params.h"
 #include "annulus/model/spec.h"
 
 namespace annulus {
@@ -43,6 +44,7 @@ struct MemoryInputs {
   int64_t shards = 1;         // dp x cp
   bool cp_exchange = false;   // more than one cp rank
   Recompute recompute = Recompute::kAttentionOutput;
+  GradientMemory gradients = GradientMemory::kAll;
 };
 MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs);
 

@@ -22,6 +22,7 @@ struct TokenSlice {
 // Calls around the use of a bucket of parameters; either may be empty.
 struct BucketHooks {
   std::function<absl::Status(int)> needed;  // before a pass first reads the bucket's values, in order
+  std::function<absl::Status(int)> begun;   // before a pass first adds to its gradients
   std::function<absl::Status(int)> done;    // as soon as its gradients are complete, in reverse order
 };
 
@@ -60,6 +61,7 @@ class Decoder {
   double eps_;
   int64_t d_model_;
   DType dtype_;
+  bool tied_head_;
   TensorRef embed_, dembed_, final_norm_, dfinal_norm_, head_, dhead_;
   std::vector<Layer> layers_;
 };

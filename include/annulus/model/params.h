@@ -43,23 +43,34 @@ std::string Fingerprint(const ParamTable& table);
 // whatever the number of ranks.   out: n values of f32 or f64
 void InitialValues(const ParamInfo& info, uint64_t seed, int64_t begin, TensorRef out);
 
+// Where gradients of buckets lie.
+enum class GradientMemory {
+  kAll,    // each bucket has its own: several micro-batches can add to it
+  kTurns,  // buckets that are far apart in a backward pass take turns; the pass must free them as it goes
+};
+// Elements of all gradients' memory, padding left out.
+int64_t GradientElements(const ParamTable& table, GradientMemory memory);
+
 // Parameters in the compute dtype and their gradients in its accumulator dtype.
 class ParamStore {
  public:
   // `dtype` is the compute dtype. Every bucket's memory is padded with zeros to a multiple of
   // `bucket_multiple` elements.
-  ParamStore(Device device, DType dtype, ParamTable table, int64_t bucket_multiple);
+  ParamStore(Device device, DType dtype, ParamTable table, int64_t bucket_multiple,
+             GradientMemory memory = GradientMemory::kAll);
 
   const ParamTable& table() const { return table_; }
   DType dtype() const { return dtype_; }
-  TensorRef Value(int param) const { return Slice(values_, param, param); }
-  TensorRef Grad(int param) const { return Slice(grads_, param, param); }
+  TensorRef Value(int param) const { return Values(param, param); }
+  TensorRef Grad(int param) const { return Grads(param, param); }
   // Parameters first..last, adjacent in memory and of equal row width, as one matrix of all their rows.
-  TensorRef Values(int first, int last) const { return Slice(values_, first, last); }
-  TensorRef Grads(int first, int last) const { return Slice(grads_, first, last); }
+  TensorRef Values(int first, int last) const;
+  TensorRef Grads(int first, int last) const;
   // A whole bucket, padding included.
   TensorRef BucketValues(int bucket) const { return values_[static_cast<size_t>(bucket)].ref(); }
-  TensorRef BucketGrads(int bucket) const { return grads_[static_cast<size_t>(bucket)].ref(); }
+  TensorRef BucketGrads(int bucket) const;
+  // Buckets whose gradients lie in the same memory as those of `bucket`, itself left out.
+  std::vector<int> SharingGrads(int bucket) const;
   int buckets() const { return static_cast<int>(values_.size()); }
   int64_t bytes() const;  // of the values
 
@@ -67,10 +78,12 @@ class ParamStore {
   void Initialize(uint64_t seed);
 
  private:
-  TensorRef Slice(const std::vector<Tensor>& buckets, int first, int last) const;
+  TensorRef Slice(TensorRef bucket, int first, int last) const;
   ParamTable table_;
   DType dtype_;
-  std::vector<Tensor> values_, grads_;
+  std::vector<Tensor> values_;
+  std::vector<size_t> grad_buffers_;  // by bucket, in grads_
+  std::vector<Tensor> grads_;
 };
 
 }  // namespace annulus

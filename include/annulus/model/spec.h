@@ -38,6 +38,7 @@ struct ModelSpec {
 // What is kept from forward for backward; the rest is recomputed.
 enum class Recompute {
   kNone,             // keep every activation
+  kElementwise,      // norms and SwiGLU run again: all that matrix products and attention made is kept
   kAttentionOutput,  // keep block inputs, attention output and its LSE: attention and exchange run once
   kBlock,            // keep block inputs only: attention and exchange run again
 };

@@ -43,8 +43,9 @@ class ShardedAdamW {
   // Fills parameters and master copies with their initial values. Collective.
   absl::Status Initialize(uint64_t seed);
 
-  // Zeroes the gradients for a new step.
-  absl::Status ZeroGradients();
+  // Before the first gradient of a step is added to a bucket: waits until buckets that lay in the same memory
+  // are on their way, and zeroes it.
+  absl::Status PrepareGradients(int bucket);
   // Starts the sum over the group of a bucket's gradients; returns at once. Call Poll() to move it along.
   absl::Status StartReduce(int bucket);
   void Poll();
@@ -88,6 +89,7 @@ class ShardedAdamW {
   TensorRef ValueShard(int bucket) const;   // this rank's part of the bucket's values
   TensorRef MasterShard(int bucket) const;  // the same in the accumulator dtype
   Run RunOf(size_t param) const;            // empty if the shard holds none of the parameter
+  absl::Status WaitForReduce(int bucket);
   absl::Status StartGather(int bucket);
 
   Context& ctx_;

@@ -107,8 +107,8 @@ enum class DeviceChoice { kAuto, kCpu, kCuda };
 struct RunSpec {
   std::string name;
   uint64_t seed = 0;
-  ComputeType compute = ComputeType::kF32;
-  DeviceChoice device = DeviceChoice::kCpu;
+  ComputeType compute = ComputeType::kAuto;
+  DeviceChoice device = DeviceChoice::kAuto;
   bool deterministic = false;
   double step_deadline_seconds = 600;
   ModelSpec model;
