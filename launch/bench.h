@@ -31,6 +31,9 @@ struct Bench {
 // A tensor of normal random values in the compute type; memory of the caller's arena.
 absl::StatusOr<TensorRef> RandomTensor(Bench& bench, const Shape& shape, uint64_t seed);
 
+// A product large enough to fill the device.
+int64_t CeilingSize(const Bench& bench);
+
 // TFLOP/s of c[m, n] = a[m, k] b[n, k]^T. Collective.
 absl::StatusOr<double> GemmRate(Bench& bench, int64_t m, int64_t n, int64_t k);
 

@@ -87,7 +87,8 @@ absl::Status BenchAttention(Bench& bench) {
   const double flops = 2e-12 * pairs *
                        static_cast<double>(shape.heads * (shape.head_dim + shape.v_head_dim)) /
                        bench.machine.mesh.world.size();
-  ANNULUS_ASSIGN_OR_RETURN(const double gemm, GemmRate(bench, 8192, 8192, 8192));
+  const int64_t size = CeilingSize(bench);
+  ANNULUS_ASSIGN_OR_RETURN(const double gemm, GemmRate(bench, size, size, size));
   const AttentionKernel kernel =
       ChooseAttentionKernel({.device = bench.ctx().device.kind,
                              .dtype = bench.dtype(),

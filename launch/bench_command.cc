@@ -92,6 +92,8 @@ absl::StatusOr<TensorRef> RandomTensor(Bench& bench, const Shape& shape, uint64_
   return tensor;
 }
 
+int64_t CeilingSize(const Bench& bench) { return bench.ctx().device.kind == DeviceKind::kCuda ? 8192 : 1024; }
+
 absl::StatusOr<double> GemmRate(Bench& bench, int64_t m, int64_t n, int64_t k) {
   ArenaScope scope(bench.ctx().saved);
   ANNULUS_ASSIGN_OR_RETURN(const TensorRef a, RandomTensor(bench, {m, k}, 1));
@@ -104,7 +106,7 @@ absl::StatusOr<double> GemmRate(Bench& bench, int64_t m, int64_t n, int64_t k) {
 }
 
 absl::Status BenchGemm(Bench& bench) {
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t m, bench.Int("--m", 8192));
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t m, bench.Int("--m", CeilingSize(bench)));
   ANNULUS_ASSIGN_OR_RETURN(const int64_t n, bench.Int("--n", m));
   ANNULUS_ASSIGN_OR_RETURN(const int64_t k, bench.Int("--k", m));
   ANNULUS_ASSIGN_OR_RETURN(const double rate, GemmRate(bench, m, n, k));
@@ -174,7 +176,7 @@ Command BenchCommand() {
        "measures gemm, attention, exchange or step, beside the ceiling of each",
        {{"--json", Option::Takes::kNothing, "", "one JSON object a result"},
         {"--repeats", Option::Takes::kValue, "N", "timed runs, of which the median counts (default 10)"},
-        {"--m", Option::Takes::kValue, "M", "gemm: rows (default 8192); --n, --k: default M"},
+        {"--m", Option::Takes::kValue, "M", "gemm: rows (default 8192, on CPUs 1024); --n, --k: default M"},
         {"--n", Option::Takes::kValue, "N", "gemm: columns"},
         {"--k", Option::Takes::kValue, "K", "gemm: inner size"},
         {"--heads", Option::Takes::kValue, "H", "attention: query heads (default 16)"},

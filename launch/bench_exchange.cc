@@ -13,6 +13,11 @@ double LinkCeiling(const GpuInfo& gpu) { return gpu.compute_major == 9 ? 450 : 0
 
 absl::Status BenchExchange(Bench& bench) {
   constexpr int64_t kMiB = int64_t{1} << 20;
+  Communicator world = bench.machine.mesh.world;
+  if (world.size() < 2) {
+    return world.AgreeOk(
+        Invalid("ranks=", world.size(), ": expected at least 2 (launch/mpirun -n 2 annulus bench exchange)"));
+  }
   std::vector<int64_t> sizes = {kMiB, 16 * kMiB, 128 * kMiB};
   if (bench.arguments.Has("--bytes")) {
     ANNULUS_ASSIGN_OR_RETURN(const int64_t bytes, bench.Int("--bytes", kMiB));
