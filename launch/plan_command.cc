@@ -20,11 +20,13 @@ namespace annulus {
 namespace {
 
 // Assumed machine; options override it. Not measured: predictions say so.
-struct Machine {
-  double rank_gflops = 20;  // attention on one CPU core
-  double link_gbps = 5;     // GB/s between ranks of one host
-  double latency_us = 20;   // of a message, with ranks sharing cores
+struct AssumedMachine {
+  double rank_gflops;  // of attention
+  double link_gbps;    // GB/s between ranks of one host
+  double latency_us;   // of a message
 };
+constexpr AssumedMachine kCpuCore{.rank_gflops = 20, .link_gbps = 5, .latency_us = 20};
+constexpr AssumedMachine kGpu{.rank_gflops = 500e3, .link_gbps = 340, .latency_us = 20};  // Hopper, NVLink
 
 struct LayerPlan {
   int64_t window = 0;
@@ -57,7 +59,7 @@ std::string KernelsText(const LayerPlan& layer) {
 }
 
 // Sequences without documents: documents differ in every batch and only remove work.
-LayerPlan MakeLayerPlan(const RunSpec& spec, const Machine& machine, int64_t window, Pass pass) {
+LayerPlan MakeLayerPlan(const RunSpec& spec, const AssumedMachine& machine, int64_t window, Pass pass) {
   const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
   const SequenceBatch sequences{.batch = 1, .lengths = {spec.data.seq_len}, .document_starts = {}};
   LayerPlan result;
@@ -90,7 +92,7 @@ LayerPlan MakeLayerPlan(const RunSpec& spec, const Machine& machine, int64_t win
   return result;
 }
 
-std::vector<LayerPlan> PlansOf(const RunSpec& spec, const Machine& machine) {
+std::vector<LayerPlan> PlansOf(const RunSpec& spec, const AssumedMachine& machine) {
   std::map<int64_t, std::vector<size_t>> by_window;
   for (size_t i = 0; i < spec.model.layers.size(); ++i) {
     if (spec.model.layers[i].kind == LayerKind::kAttention)
@@ -114,7 +116,7 @@ int64_t Largest(const std::vector<int64_t>& values) {
 
 const char* PassName(Pass pass) { return pass == Pass::kForward ? "forward" : "backward"; }
 
-std::string Json(const RunSpec& spec, const Machine& machine, const std::vector<LayerPlan>& plans) {
+std::string Json(const RunSpec& spec, const AssumedMachine& machine, const std::vector<LayerPlan>& plans) {
   const FlopsPerToken flops = TrainingFlops(spec.model, spec.data.seq_len);
   const MemoryPlan memory = PlanMemory(spec);
   nlohmann::ordered_json json;
@@ -143,7 +145,7 @@ std::string Json(const RunSpec& spec, const Machine& machine, const std::vector<
   return json.dump(2);
 }
 
-void Print(const RunSpec& spec, const Machine& machine, const std::vector<LayerPlan>& plans) {
+void Print(const RunSpec& spec, const AssumedMachine& machine, const std::vector<LayerPlan>& plans) {
   const FlopsPerToken flops = TrainingFlops(spec.model, spec.data.seq_len);
   const MemoryPlan memory = PlanMemory(spec);
   const auto bytes = [](int64_t value) { return FormatBytes(static_cast<double>(value)); };
@@ -183,8 +185,7 @@ absl::Status PlanDevice(RunSpec* spec) {
   const bool gpu = spec->device == DeviceChoice::kCuda || spec->compute == ComputeType::kBF16;
   if (!gpu) return ResolveDevice(spec);
   spec->device = DeviceChoice::kCuda;
-  if (spec->compute == ComputeType::kAuto) spec->compute = ComputeType::kBF16;
-  return absl::OkStatus();
+  return ResolveCompute(spec);
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
@@ -192,12 +193,12 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(arguments.operand()));
   ANNULUS_ASSIGN_OR_RETURN(ResolvedConfig config,
                            LoadConfig(arguments.operand(), text, arguments.All("--set"), world));
-  Machine machine;
+  ANNULUS_RETURN_IF_ERROR(PlanDevice(&config.spec));
+  AssumedMachine machine = config.spec.device == DeviceChoice::kCuda ? kGpu : kCpuCore;
   ANNULUS_ASSIGN_OR_RETURN(machine.rank_gflops,
                            arguments.PositiveNumber("--rank_gflops", machine.rank_gflops));
   ANNULUS_ASSIGN_OR_RETURN(machine.link_gbps, arguments.PositiveNumber("--link_gbps", machine.link_gbps));
   ANNULUS_ASSIGN_OR_RETURN(machine.latency_us, arguments.PositiveNumber("--latency_us", machine.latency_us));
-  ANNULUS_RETURN_IF_ERROR(PlanDevice(&config.spec));
   // Without --world and parallel.dp the smallest world that the configuration asks for.
   config.spec.parallel.dp = std::max<int64_t>(1, config.spec.parallel.dp);
   const std::vector<LayerPlan> plans = PlansOf(config.spec, machine);
@@ -220,8 +221,9 @@ Command PlanCommand() {
             {"--json", Option::Takes::kNothing, "", "prints JSON"},
             {"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field; repeatable"},
             {"--rank_gflops", Option::Takes::kValue, "X",
-             "attention rate of a rank for the prediction (default 20)"},
-            {"--link_gbps", Option::Takes::kValue, "X", "GB/s that a rank can send, and add up (default 5)"},
+             "attention rate of a rank for the prediction (default 20, on GPUs 500000)"},
+            {"--link_gbps", Option::Takes::kValue, "X",
+             "GB/s that a rank can send, and add up (default 5, on GPUs 340)"},
             {"--latency_us", Option::Takes::kValue, "X", "latency of a message (default 20)"}}},
           Run};
 }

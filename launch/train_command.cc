@@ -21,13 +21,20 @@ absl::StatusOr<ResolvedConfig> LoadEverywhere(Communicator world, const Argument
   return config;
 }
 
+// The other ranks may be inside a collective that will never complete: the job ends here and now.
+[[noreturn]] void EndJob(int rank, const absl::Status& status) {
+  std::fprintf(stderr, "error: rank %d: %s\n", rank, std::string(status.message()).c_str());
+  MpiSession::Abort(1);
+}
+
 absl::Status Train(Communicator world, const Arguments& arguments, const std::string& command_line) {
   ANNULUS_ASSIGN_OR_RETURN(ResolvedConfig config, LoadEverywhere(world, arguments));
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(ResolveDevice(&config.spec)));
   return TrainRun(world, config,
                   {.run_dir = arguments.Last("--run_dir", ""),
                    .start = arguments.Has("--resume") ? StartFrom::kLatestCheckpoint : StartFrom::kScratch,
-                   .command = command_line});
+                   .command = command_line,
+                   .fail_alone = [&](const absl::Status& status) { EndJob(world.rank(), status); }});
 }
 
 absl::Status Run(const Arguments& arguments, const std::string& command_line) {
@@ -36,11 +43,7 @@ absl::Status Run(const Arguments& arguments, const std::string& command_line) {
   InstallStopSignals(rank);
   const absl::Status status = Train(session.world(), arguments, command_line);
   if (status.ok()) return status;
-  if (!IsAgreed(status)) {
-    // The other ranks may be inside a collective that will never complete: the job ends here and now.
-    std::fprintf(stderr, "error: rank %d: %s\n", rank, std::string(status.message()).c_str());
-    MpiSession::Abort(1);
-  }
+  if (!IsAgreed(status)) EndJob(rank, status);
   if (rank == 0) return status;
   return absl::CancelledError();  // rank 0 reports it
 }

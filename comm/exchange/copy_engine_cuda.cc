@@ -2,10 +2,10 @@
 //
 // Every rank has one piece of memory that all ranks map (peer_memory.h):
 //
-//     [ ready flags | arrived flags | slots that receive ]
+//     [ arrived flags | ready flags of each receiver | slots that receive ]
 //
 // The slots of a plan lie at places that every rank can work out for every other (StreamPlan). Flags are
-// numbers, one of each kind for a message:
+// numbers, `arrived` one for a message, `ready` one for a message and receiver:
 //
 //     receiver   [after ...]--write ready at the sender
 //     sender     [after ...][wait for ready][copy rows][write arrived at the receiver]
@@ -13,9 +13,11 @@
 //
 // All of it is enqueued: the device writes a flag of the peer's memory and waits for one of its own. A flag
 // is set when it holds at least the number of the execution, which is the same on all ranks and grows by one,
-// so flags are never cleared. A flag cannot be ahead: a receiver begins its next execution when it has all
-// messages of this one. So a slot is written by the sender only after its last reader of the execution
-// before, too.
+// so flags are never cleared. No flag is ahead of who waits for it. The receiver that writes `ready` begins
+// its next execution only with all messages of this one, the waiting sender's among them; another receiver of
+// the same number in the next plan may be there already, hence a flag for each. `arrived` of the next
+// execution follows a `ready` that the waiting receiver itself has yet to write. So a slot is written by the
+// sender only after its last reader of the execution before, too.
 //
 // The waits have no limit of their own; Abort() ends them by setting this rank's flags to the last number.
 
@@ -114,7 +116,7 @@ class CopyEngineTransport : public StreamTransport {
     memory_.Abandon();
     uint32_t* const flags = own_flags_;
     if (flags == nullptr || !UseGpu(device_.index).ok()) return;
-    for (int64_t i = 0; i < 2 * messages_; ++i) {
+    for (int64_t i = 0; i < FlagCount(); ++i) {
       if (!flags_.Write(abort_stream_.handle(), flags + i, kLastCount).ok()) return;
     }
   }
@@ -144,11 +146,15 @@ class CopyEngineTransport : public StreamTransport {
     return absl::StrCat("exchange ", payload, " to rank ", owner - 1);
   }
 
-  int64_t FlagBytes() const { return Aligned(2 * messages_ * static_cast<int64_t>(sizeof(uint32_t))); }
-  uint32_t* Ready(int cp_rank, int message) const {
-    return reinterpret_cast<uint32_t*>(memory_.at(cp_rank)) + message;
+  // `arrived` of every message, and `ready` of every message and receiver.
+  int64_t FlagCount() const { return (1 + cp_.size()) * messages_; }
+  int64_t FlagBytes() const { return Aligned(FlagCount() * static_cast<int64_t>(sizeof(uint32_t))); }
+  uint32_t* Arrived(int at, int message) const {
+    return reinterpret_cast<uint32_t*>(memory_.at(at)) + message;
   }
-  uint32_t* Arrived(int cp_rank, int message) const { return Ready(cp_rank, message) + messages_; }
+  uint32_t* Ready(int at, int receiver, int message) const {
+    return Arrived(at, message) + (1 + receiver) * messages_;
+  }
   char* SlotAt(int cp_rank, const PoolPlace& place) const {
     return memory_.at(cp_rank) + FlagBytes() + OffsetOf(place, slot_bytes_);
   }
@@ -161,7 +167,7 @@ class CopyEngineTransport : public StreamTransport {
     messages_ = std::max<int64_t>(messages_, plan.messages);
     own_flags_ = nullptr;
     ANNULUS_RETURN_IF_ERROR(memory_.Resize(std::max(FlagBytes() + pool, memory_.bytes())));
-    own_flags_ = Ready(cp_.rank(), 0);
+    own_flags_ = Arrived(cp_.rank(), 0);
     count_ = 0;
     return absl::OkStatus();
   }
@@ -189,7 +195,7 @@ class CopyEngineTransport : public StreamTransport {
     const Step& step = run.step(s);
     const StreamHandle ready = StreamOf(ReadyLane(payload)), arrivals = StreamOf(payload);
     Await(run, s, ready);
-    ANNULUS_RETURN_IF_ERROR(flags_.Write(ready, Ready(step.peer, step.message), count_));
+    ANNULUS_RETURN_IF_ERROR(flags_.Write(ready, Ready(step.peer, cp_.rank(), step.message), count_));
     ANNULUS_RETURN_IF_ERROR(flags_.Wait(arrivals, Arrived(cp_.rank(), step.message), count_));
     Complete(run, s, payload);
     return absl::OkStatus();
@@ -200,7 +206,7 @@ class CopyEngineTransport : public StreamTransport {
     const size_t lane = CopyLane(step, payload);
     const StreamHandle stream = StreamOf(lane);
     Await(run, s, stream);
-    ANNULUS_RETURN_IF_ERROR(flags_.Wait(stream, Ready(cp_.rank(), step.message), count_));
+    ANNULUS_RETURN_IF_ERROR(flags_.Wait(stream, Ready(cp_.rank(), step.peer, step.message), count_));
     const TensorRef rows = run.RowsOf(s);
     const int64_t row_bytes = rows.bytes() / step.rows.size();
     char* const to =

@@ -60,6 +60,13 @@ void CheckDevice(const RunSpec& spec, std::vector<std::string>* findings) {
   if (spec.compute == ComputeType::kF64 && spec.device == DeviceChoice::kCuda) {
     findings->push_back("compute=F64: expected F32 or BF16 with device=CUDA (nearest valid value F32)");
   }
+  const TransportChoice transport = spec.parallel.transport;
+  const bool needs_gpu = transport == TransportChoice::kNccl || transport == TransportChoice::kCopyEngine;
+  if (needs_gpu && spec.device == DeviceChoice::kCpu) {
+    findings->push_back(absl::StrCat(
+        "parallel.exchange.transport=", transport == TransportChoice::kNccl ? "NCCL" : "COPY_ENGINE",
+        ": expected BEST or HOST with device=CPU (nearest valid value BEST)"));
+  }
   if (spec.compute == ComputeType::kBF16 && spec.device == DeviceChoice::kCpu) {
     findings->push_back("compute=BF16: expected F32 or F64 with device=CPU (nearest valid value F32)");
   }

@@ -18,21 +18,25 @@ absl::Status ResolveDevice(RunSpec* spec) {
     const bool cpu_only = spec->compute == ComputeType::kF64;
     spec->device = GpuCount() > 0 && !cpu_only ? DeviceChoice::kCuda : DeviceChoice::kCpu;
   }
+  if (spec->device == DeviceChoice::kCpu && (spec->parallel.transport == TransportChoice::kNccl ||
+                                             spec->parallel.transport == TransportChoice::kCopyEngine)) {
+    return Invalid("parallel.exchange.transport: expected BEST or HOST on CPUs; no GPU: ", WhyNoGpu());
+  }
+  return ResolveCompute(spec);
+}
+
+absl::Status ResolveCompute(RunSpec* spec) {
   const bool gpu = spec->device == DeviceChoice::kCuda;
   const int64_t dim = spec->model.head_dim;
   const bool bf16_heads = AttentionSupports(DeviceKind::kCuda, DType::kBF16, dim, dim);
   if (spec->compute == ComputeType::kAuto) {
     spec->compute = gpu && bf16_heads ? ComputeType::kBF16 : ComputeType::kF32;
   }
-  if (spec->compute == ComputeType::kBF16 && gpu && !bf16_heads) {
-    return Invalid("model.attention.head_dim=", dim,
-                   ": expected 64 or 128 with compute=BF16 (compute: F32 takes ", "any up to 256)");
-  }
-  if (spec->compute == ComputeType::kBF16 && !gpu) {
-    return Invalid("compute=BF16: expected F32 or F64 on CPUs", GpuCount() == 0 ? "; no GPU: " : "",
-                   WhyNoGpu());
-  }
-  return absl::OkStatus();
+  if (spec->compute != ComputeType::kBF16) return absl::OkStatus();
+  if (!gpu) return Invalid("compute=BF16: expected F32 or F64 on CPUs; no GPU: ", WhyNoGpu());
+  if (bf16_heads) return absl::OkStatus();
+  return Invalid("model.attention.head_dim=", dim,
+                 ": expected 64 or 128 with compute=BF16 (compute: F32 takes any up to 256)");
 }
 
 DType DTypeOf(ComputeType compute) {
@@ -56,9 +60,6 @@ namespace {
 absl::StatusOr<TransportKind> TransportFor(Communicator cp, const Context& ctx, TransportChoice choice) {
   if (choice == TransportChoice::kBest) return ChooseTransport(cp, ctx);
   if (choice == TransportChoice::kHost) return TransportKind::kHost;
-  if (ctx.device.kind == DeviceKind::kCpu) {
-    return Invalid("parallel.exchange.transport: expected BEST or HOST on CPUs");
-  }
   return choice == TransportChoice::kNccl ? TransportKind::kNccl : TransportKind::kCopyEngine;
 }
 

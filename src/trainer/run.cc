@@ -32,12 +32,17 @@ std::string DeviceText(const Context& ctx) {
 // The watchdog of a run, where its configuration wants one.
 class Heart {
  public:
-  Heart(const RunSpec& spec, const ProcessMesh& mesh, const Context& ctx) {
-    if (spec.step_deadline_seconds == 0) return;
-    watchdog_.emplace(Watchdog::Options{.deadline_seconds = spec.step_deadline_seconds,
-                                        .world_rank = mesh.world.rank(),
-                                        .watched = {mesh.cp, mesh.dp_cp},
-                                        .recorder = &ctx.recorder});
+  Heart(double deadline_seconds, int world_rank) : deadline_(deadline_seconds), rank_(world_rank) {}
+
+  // Watches these from now on, instead of those before.
+  void Watch(std::vector<Communicator> groups, ExchangeTransport* exchange, const FlightRecorder& recorder) {
+    watchdog_.reset();
+    if (deadline_ == 0) return;
+    watchdog_.emplace(Watchdog::Options{.deadline_seconds = deadline_,
+                                        .world_rank = rank_,
+                                        .watched = std::move(groups),
+                                        .exchange = exchange,
+                                        .recorder = &recorder});
   }
   void Beat() {
     if (watchdog_.has_value()) watchdog_->Beat();
@@ -45,13 +50,15 @@ class Heart {
   void Stop() { watchdog_.reset(); }
 
  private:
+  double deadline_;
+  int rank_;
   std::optional<Watchdog> watchdog_;
 };
 
 class TrainingRun {
  public:
   TrainingRun(const ResolvedConfig& config, Machine machine, RunDirectory directory,
-              std::unique_ptr<DataSet> data, LineFile log)
+              std::unique_ptr<DataSet> data, LineFile log, Heart& heart)
       : config_(config),
         spec_(config.spec),
         ctx_(std::move(machine.ctx)),
@@ -61,7 +68,7 @@ class TrainingRun {
         log_(std::move(log)),
         console_(IsRoot() ? Console::Output::kPrint : Console::Output::kSilent),
         trainer_(spec_, mesh_, *ctx_, machine.transport),
-        heart_(spec_, mesh_, *ctx_) {}
+        heart_(heart) {}
 
   absl::Status Start(const RunOptions& options);
   absl::Status Train();
@@ -92,7 +99,7 @@ class TrainingRun {
   LineFile log_;
   Console console_;
   Trainer trainer_;
-  Heart heart_;
+  Heart& heart_;
   int64_t saved_step_ = -1;
   int64_t first_step_ = 0;
   double first_time_ = 0;
@@ -128,8 +135,11 @@ absl::Status TrainingRun::PrintStart() {
 
 absl::Status TrainingRun::Start(const RunOptions& options) {
   ANNULUS_RETURN_IF_ERROR(PrintStart());
+  ANNULUS_ASSIGN_OR_RETURN(ExchangeTransport * exchange, trainer_.SetUpExchange());
+  heart_.Watch({mesh_.cp, mesh_.dp_cp}, exchange, ctx_->recorder);
   if (options.start == StartFrom::kLatestCheckpoint) ANNULUS_RETURN_IF_ERROR(Resume());
   if (saved_step_ < 0) ANNULUS_RETURN_IF_ERROR(trainer_.Initialize());
+  heart_.Beat();
   return OnRoot([&]() -> absl::Status {
     ANNULUS_RETURN_IF_ERROR(directory_.Describe(config_, options, mesh_.world.size()));
     return directory_.Event("start", trainer_.step(), absl::StrCat(mesh_.world.size(), " ranks"));
@@ -298,10 +308,18 @@ absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const Ru
   absl::StatusOr<LineFile> log =
       LineFile::Append(absl::StrFormat("%s/logs/rank-%05d.log", directory.path, world.rank()));
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(log.status()));
+  FlightRecorder start_up(Device{});
+  start_up.Note("start-up", "communicators and memory", nullptr);
+  Heart heart(config.spec.step_deadline_seconds, world.rank());
+  heart.Watch({}, nullptr, start_up);
   ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, config.spec, device));
-  TrainingRun run(config, std::move(machine), std::move(directory), *std::move(data), *std::move(log));
-  ANNULUS_RETURN_IF_ERROR(run.Start(options));
-  return run.Train();
+  TrainingRun run(config, std::move(machine), std::move(directory), *std::move(data), *std::move(log), heart);
+  absl::Status status = run.Start(options);
+  if (status.ok()) status = run.Train();
+  // Before anything is torn down: that would wait for the other ranks, which know of nothing.
+  if (!status.ok() && !IsAgreed(status) && options.fail_alone) options.fail_alone(status);
+  heart.Stop();
+  return status;
 }
 
 }  // namespace annulus

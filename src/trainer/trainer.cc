@@ -71,6 +71,11 @@ Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, Transport
     peak_tflops_ = gpu->bf16_tflops;
 }
 
+absl::StatusOr<ExchangeTransport*> Trainer::SetUpExchange() {
+  if (mesh_.cp.size() == 1) return static_cast<ExchangeTransport*>(nullptr);
+  return geometry_.Transport(ctx_);
+}
+
 absl::Status Trainer::Initialize() { return optimizer_.Initialize(spec_.seed); }
 
 // Adds to stats_; leaves the gradients' reduction under way.

@@ -29,10 +29,11 @@ void WriteToStderr(const std::string& text) {
 }
 
 // Aborting waits for the device, which may never answer; then its thread is left behind.
-void AbortAll(std::vector<Communicator> communicators) {
+void AbortAll(std::vector<Communicator> communicators, ExchangeTransport* exchange) {
   auto done = std::make_shared<std::promise<void>>();
   std::future<void> aborted = done->get_future();
-  std::thread([communicators = std::move(communicators), done]() mutable {
+  std::thread([communicators = std::move(communicators), exchange, done]() mutable {
+    if (exchange != nullptr) exchange->Abort();
     for (Communicator& communicator : communicators) communicator.Abort();
     done->set_value();
   }).detach();
@@ -70,6 +71,10 @@ std::string Watchdog::Trouble() const {
     const absl::Status health = communicator.Health();
     if (!health.ok()) return health.ToString();
   }
+  if (options_.exchange != nullptr) {
+    const absl::Status health = options_.exchange->Health();
+    if (!health.ok()) return health.ToString();
+  }
   const Clock::duration since = Clock::now().time_since_epoch() - Clock::duration(last_beat_.load());
   const double seconds = std::chrono::duration<double>(since).count();
   if (seconds <= options_.deadline_seconds) return "";
@@ -87,7 +92,7 @@ void Watchdog::EndJob(const std::string& trouble) {
   }
   WriteToStderr(text);
   std::this_thread::sleep_for(kForOthersToReport);
-  AbortAll(options_.watched);
+  AbortAll(options_.watched, options_.exchange);
   // Not exit(): destructors would wait for the device and for other ranks.
   _exit(kWatchdogExitCode);
 }

@@ -30,7 +30,7 @@ data {
   validation { text { path: "v" } }
   seq_len: 33 document_mask: true packing: DOCUMENTS
 }
-parallel { dp: 2 cp: 3 tp: 1 layout: STRIPED exchange { plan: KV_RING transport: NCCL } }
+parallel { dp: 2 cp: 3 tp: 1 layout: STRIPED exchange { plan: KV_RING transport: HOST } }
 optim {
   adamw { lr: 0.1 beta1: 0.8 beta2: 0.7 eps: 1e-9 weight_decay: 0 }
   schedule { warmup_stable_decay { warmup_steps: 3 decay_steps: 4 final_ratio: 0.5 } }
@@ -65,7 +65,7 @@ TEST(Config, EveryFieldReachesTheSpec) {
   want.data.seq_len = 33;
   want.data.document_mask = true;
   want.data.packing = Packing::kDocuments;
-  want.parallel = {2, 3, 1, LayoutKind::kStriped, ExchangeKind::kKvRing, TransportChoice::kNccl};
+  want.parallel = {2, 3, 1, LayoutKind::kStriped, ExchangeKind::kKvRing, TransportChoice::kHost};
   want.optim = {0.1, 0.8, 0.7, 1e-9, 0.0, 0.0, {ScheduleKind::kWarmupStableDecay, 3, 4, 0.5}, 9, 12, 3};
   want.checkpoint = {5, 7};
   want.eval = {2, 6};

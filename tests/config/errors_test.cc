@@ -63,6 +63,10 @@ TEST(ConfigErrors, ComputeTypesThatADeviceLacks) {
             "--set compute=F64: expected F32 or BF16 with device=CUDA (nearest valid value F32)");
   EXPECT_EQ(ErrorsOf(kSampleConfig, {"compute=BF16", "device=CPU"}),
             "--set compute=BF16: expected F32 or F64 with device=CPU (nearest valid value F32)");
+  EXPECT_EQ(
+      ErrorsOf(kSampleConfig, {"parallel.exchange.transport=COPY_ENGINE", "device=CPU"}),
+      "--set parallel.exchange.transport=COPY_ENGINE: expected BEST or HOST with device=CPU (nearest valid "
+      "value BEST)");
 }
 
 TEST(ConfigErrors, MissingValuesAreNamedAtTheirMessage) {

@@ -43,7 +43,6 @@ class AttentionGeometry {
   Communicator& cp() { return cp_; }
   absl::StatusOr<ConstTensorRef> Positions(Context& ctx);      // i64, global, of this rank's rows
   absl::StatusOr<ExchangeTransport*> Transport(Context& ctx);  // made at first use, collectively
-  ExchangeTransport* transport_if_made() const { return transport_.get(); }
 
  private:
   Schedule MakeSchedule(ExchangePlan plan, const BoundsTable& bounds) const;

@@ -15,6 +15,9 @@ namespace annulus {
 // field and reason, where they cannot be had.
 absl::Status ResolveDevice(RunSpec* spec);
 
+// The second half of it, for a device that is definite but need not be here.
+absl::Status ResolveCompute(RunSpec* spec);
+
 DType DTypeOf(ComputeType compute);  // a definite one
 
 // This rank's device, made the thread's: ranks of a host take its GPUs in turn. Collective.

@@ -3,6 +3,7 @@
 // A whole training run: run directory, steps, evaluation, checkpoints, signals, sample. Collective over the
 // world.
 
+#include <functional>
 #include <string>
 
 #include "annulus/comm/communicator.h"
@@ -17,6 +18,8 @@ struct RunOptions {
   std::string run_dir;  // empty: <runs_dir>/<name>-<UTC>-<hash6>
   StartFrom start = StartFrom::kScratch;
   std::string command;  // as typed, for command.txt
+  // Called with an error that this rank alone has, while all is still in place; ends the job.
+  std::function<void(const absl::Status&)> fail_alone;
 };
 
 // Trains config.spec on all ranks of `world`. The spec has been validated for world.size() and is equal on

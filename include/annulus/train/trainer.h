@@ -44,6 +44,9 @@ class Trainer {
   // outlive the trainer.
   Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx,
           TransportKind transport = TransportKind::kHost);
+  // Makes the transport of the exchange, which the first step would make otherwise; null where nothing is
+  // exchanged. Collective.
+  absl::StatusOr<ExchangeTransport*> SetUpExchange();
   // Parameters from spec.seed. Collective; before anything else, unless Restore follows.
   absl::Status Initialize();
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "annulus/comm/communicator.h"
+#include "annulus/comm/exchange_transport.h"
 #include "annulus/device/flight_recorder.h"
 
 namespace annulus {
@@ -30,6 +31,7 @@ class Watchdog {
     double deadline_seconds = 0;  // without a Beat; positive
     int world_rank = 0;
     std::vector<Communicator> watched = {};
+    ExchangeTransport* exchange = nullptr;     // watched too; outlives the watchdog
     const FlightRecorder* recorder = nullptr;  // outlives the watchdog
   };
   explicit Watchdog(Options options);
