@@ -4,15 +4,13 @@
 // hold for the event behind the operation. Messages are collected and enqueued as one NCCL group, since NCCL
 // runs what is not grouped one after the other: two ranks that send first would wait for each other.
 
-#include <nccl.h>
-
 #include <atomic>
 #include <cstdio>
-#include <cstring>
 #include <utility>
 
 #include "annulus/device/gpu.h"
 #include "gpu_backend.h"
+#include "nccl_call.h"
 #include "nccl_comm.h"
 
 namespace annulus {
@@ -21,15 +19,6 @@ namespace {
 // A CTA of NCCL takes a multiprocessor from the computing beside it. Of an H200's 132, 16 leave 88% to it;
 // more would shorten what is not hidden, fewer lengthen it.
 constexpr int kMaxCtas = 16;
-
-absl::Status NcclStatus(ncclResult_t code, const char* call, int line, Device device, ncclComm_t comm) {
-  if (code == ncclSuccess) return absl::OkStatus();
-  return absl::InternalError(absl::StrCat("nccl_comm_cuda.cc:", line, ": ", call, " on ", ToString(device),
-                                          ": ", ncclGetErrorString(code), ": ", ncclGetLastError(comm)));
-}
-
-// Inside NcclComm.
-#define ANNULUS_NCCL(call, comm) NcclStatus((call), #call, __LINE__, ctx_.device, (comm))
 
 ncclDataType_t NcclType(DType dtype) {
   switch (dtype) {
@@ -162,31 +151,15 @@ class NcclComm::BatchRequest : public RequestState {
 };
 
 absl::Status NcclComm::Initialize() {
-  ncclUniqueId id{};
-  absl::Status made;
-  if (rank() == 0) made = ANNULUS_NCCL(ncclGetUniqueId(&id), nullptr);
-  ANNULUS_RETURN_IF_ERROR(host_.AgreeOk(made));
-  ANNULUS_ASSIGN_OR_RETURN(const std::string bytes,
-                           host_.BroadcastString(std::string(id.internal, sizeof(id.internal)), 0));
-  std::memcpy(id.internal, bytes.data(), sizeof(id.internal));
-
-  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-  config.blocking = 1;
-  config.maxCTAs = kMaxCtas;
-  ncclComm_t comm = nullptr;
-  const absl::Status joined =
-      ANNULUS_NCCL(ncclCommInitRankConfig(&comm, size(), id, rank(), &config), nullptr);
-  if (joined.ok()) comm_ = comm;
-  const absl::Status agreed = host_.AgreeOk(joined);
-  if (!agreed.ok()) Abort();  // to destroy it would wait for the ranks that have none
-  return agreed;
+  ANNULUS_ASSIGN_OR_RETURN(comm_, ConnectNccl(host_, ctx_.device, kMaxCtas));
+  return absl::OkStatus();
 }
 
 NcclComm::~NcclComm() {
   if (!Health().ok()) Abort();
   ncclComm_t comm = comm_.exchange(nullptr);
   if (comm == nullptr) return;
-  const absl::Status destroyed = ANNULUS_NCCL(ncclCommDestroy(comm), nullptr);
+  const absl::Status destroyed = ANNULUS_NCCL(ncclCommDestroy(comm), ctx_.device, nullptr);
   if (!destroyed.ok()) std::fprintf(stderr, "annulus: %s\n", destroyed.ToString().c_str());
 }
 
@@ -195,9 +168,10 @@ absl::Status NcclComm::Health() {
   ncclComm_t comm = comm_;
   if (comm == nullptr) return absl::OkStatus();
   ncclResult_t state = ncclSuccess;
-  ANNULUS_RETURN_IF_ERROR(ANNULUS_NCCL(ncclCommGetAsyncError(comm, &state), comm));
+  ANNULUS_RETURN_IF_ERROR(ANNULUS_NCCL(ncclCommGetAsyncError(comm, &state), ctx_.device, comm));
   if (state == ncclInProgress) return absl::OkStatus();
-  return Prefixed(ANNULUS_NCCL(state, comm), absl::StrCat(lane_, ", rank ", rank(), " of ", size(), ": "));
+  return Prefixed(ANNULUS_NCCL(state, ctx_.device, comm),
+                  absl::StrCat(lane_, ", rank ", rank(), " of ", size(), ": "));
 }
 
 void NcclComm::Abort() {
@@ -235,28 +209,30 @@ absl::Status NcclComm::Enqueue(const GpuOperation& o) {
                out_count = static_cast<size_t>(o.out.elements());
   switch (o.call) {
     case GpuCall::kSend:
-      return ANNULUS_NCCL(ncclSend(in, in_count, type, o.peer, comm, stream), comm);
+      return ANNULUS_NCCL(ncclSend(in, in_count, type, o.peer, comm, stream), ctx_.device, comm);
     case GpuCall::kReceive:
-      return ANNULUS_NCCL(ncclRecv(out, out_count, type, o.peer, comm, stream), comm);
+      return ANNULUS_NCCL(ncclRecv(out, out_count, type, o.peer, comm, stream), ctx_.device, comm);
     case GpuCall::kAllReduce:
-      return ANNULUS_NCCL(ncclAllReduce(in, out, in_count, type, NcclOp(o.op), comm, stream), comm);
+      return ANNULUS_NCCL(ncclAllReduce(in, out, in_count, type, NcclOp(o.op), comm, stream), ctx_.device,
+                          comm);
     case GpuCall::kReduceScatter:
-      return ANNULUS_NCCL(ncclReduceScatter(in, out, out_count, type, NcclOp(o.op), comm, stream), comm);
+      return ANNULUS_NCCL(ncclReduceScatter(in, out, out_count, type, NcclOp(o.op), comm, stream),
+                          ctx_.device, comm);
     case GpuCall::kAllGather:
-      return ANNULUS_NCCL(ncclAllGather(in, out, in_count, type, comm, stream), comm);
+      return ANNULUS_NCCL(ncclAllGather(in, out, in_count, type, comm, stream), ctx_.device, comm);
     case GpuCall::kBroadcast:
-      return ANNULUS_NCCL(ncclBroadcast(in, out, in_count, type, o.peer, comm, stream), comm);
+      return ANNULUS_NCCL(ncclBroadcast(in, out, in_count, type, o.peer, comm, stream), ctx_.device, comm);
   }
   return absl::OkStatus();
 }
 
 absl::Status NcclComm::EnqueueGroup(const std::vector<GpuOperation>& messages) {
-  ANNULUS_RETURN_IF_ERROR(ANNULUS_NCCL(ncclGroupStart(), comm_));
+  ANNULUS_RETURN_IF_ERROR(ANNULUS_NCCL(ncclGroupStart(), ctx_.device, comm_));
   absl::Status status;
   for (const GpuOperation& message : messages) {
     if (status.ok()) status = Enqueue(message);
   }
-  const absl::Status ended = ANNULUS_NCCL(ncclGroupEnd(), comm_);
+  const absl::Status ended = ANNULUS_NCCL(ncclGroupEnd(), ctx_.device, comm_);
   return status.ok() ? ended : status;
 }
 

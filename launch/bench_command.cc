@@ -1,11 +1,11 @@
 // `annulus bench`: rates of the parts and of the whole, beside their ceilings.
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 
 #include "annulus/base/file.h"
 #include "annulus/base/random.h"
+#include "annulus/device/stream_timer.h"
 #include "annulus/device/transfer.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/ops/linear.h"
@@ -23,20 +23,16 @@ absl::StatusOr<double> Bench::Seconds(const std::function<absl::Status()>& fn) c
   constexpr int kWarmUps = 2;
   ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, Int("--repeats", 10));
   Communicator world = machine.mesh.world;
-  Event begin(ctx().device, EventTiming::kTimed), end(ctx().device, EventTiming::kTimed);
+  StreamTimer timer(ctx());
   std::vector<double> seconds;
   for (int64_t i = -kWarmUps; i < repeats; ++i) {
     ctx().lane.Synchronize();
     ANNULUS_RETURN_IF_ERROR(world.Barrier());
-    const auto start = std::chrono::steady_clock::now();
-    begin.Record(ctx().stream());
+    timer.Begin();
     const absl::Status status = fn();
-    end.Record(ctx().stream());
+    const double here = timer.Seconds();
     ANNULUS_RETURN_IF_ERROR(world.AgreeOk(status));
-    end.Synchronize();
-    double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    if (ctx().device.kind == DeviceKind::kCuda) took = Event::Seconds(begin, end);
-    ANNULUS_ASSIGN_OR_RETURN(took, world.AllReduceValue(took, ReduceOp::kMax));
+    ANNULUS_ASSIGN_OR_RETURN(const double took, world.AllReduceValue(here, ReduceOp::kMax));
     if (i >= 0) seconds.push_back(took);
   }
   std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());

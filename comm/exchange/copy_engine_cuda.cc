@@ -39,8 +39,12 @@ namespace {
 // see.
 struct StreamFlags {
   absl::Status Load() {
-    ANNULUS_RETURN_IF_ERROR(Find("cuStreamWriteValue32", reinterpret_cast<void**>(&write)));
-    return Find("cuStreamWaitValue32", reinterpret_cast<void**>(&wait));
+    constexpr unsigned kVersion = 12000;  // of CUDA, whose forms of the functions these are
+    ANNULUS_ASSIGN_OR_RETURN(void* const write_entry, DriverFunction("cuStreamWriteValue32", kVersion));
+    ANNULUS_ASSIGN_OR_RETURN(void* const wait_entry, DriverFunction("cuStreamWaitValue32", kVersion));
+    write = reinterpret_cast<PFN_cuStreamWriteValue32_v11070>(write_entry);
+    wait = reinterpret_cast<PFN_cuStreamWaitValue32_v11070>(wait_entry);
+    return absl::OkStatus();
   }
   absl::Status Write(StreamHandle stream, uint32_t* flag, uint32_t value) const {
     return Check("cuStreamWriteValue32",
@@ -53,16 +57,6 @@ struct StreamFlags {
   }
 
  private:
-  static constexpr unsigned kVersion = 12000;  // of CUDA, whose forms of the functions these are
-
-  static absl::Status Find(const char* name, void** function) {
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    ANNULUS_RETURN_IF_ERROR(
-        CudaStatus("cudaGetDriverEntryPointByVersion",
-                   cudaGetDriverEntryPointByVersion(name, function, kVersion, cudaEnableDefault, &found)));
-    if (found == cudaDriverEntryPointSuccess) return absl::OkStatus();
-    return Invalid("the driver has no ", name, " of CUDA ", kVersion / 1000);
-  }
   static absl::Status Check(const char* call, CUresult code) {
     if (code == CUDA_SUCCESS) return absl::OkStatus();
     return absl::InternalError(

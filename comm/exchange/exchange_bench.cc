@@ -1,7 +1,8 @@
 #include "annulus/comm/exchange_bench.h"
 
 #include <algorithm>
-#include <chrono>
+
+#include "annulus/device/stream_timer.h"
 
 namespace annulus {
 namespace {
@@ -69,27 +70,6 @@ ExchangePlan NeighbourPlan(int ranks, Ways ways) {
   return plan;
 }
 
-class Timer {
- public:
-  explicit Timer(Context& ctx)
-      : ctx_(ctx), begin_(ctx.device, EventTiming::kTimed), end_(ctx.device, EventTiming::kTimed) {}
-  void Begin() {
-    host_begin_ = std::chrono::steady_clock::now();
-    begin_.Record(ctx_.stream());
-  }
-  double Seconds() {
-    end_.Record(ctx_.stream());
-    end_.Synchronize();
-    if (ctx_.device.kind == DeviceKind::kCuda) return Event::Seconds(begin_, end_);
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - host_begin_).count();
-  }
-
- private:
-  Context& ctx_;
-  Event begin_, end_;
-  std::chrono::steady_clock::time_point host_begin_;
-};
-
 // The slowest rank's median.
 absl::StatusOr<double> MedianSeconds(Context& ctx, Communicator& cp, ExchangeTransport& transport,
                                      const ExchangePlan& plan, TensorRef block, int repeats) {
@@ -97,7 +77,7 @@ absl::StatusOr<double> MedianSeconds(Context& ctx, Communicator& cp, ExchangeTra
   ExchangeBinding binding;
   ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport.Slots(ctx, plan, block, TensorRef()));
   binding.attend = [](const Step&) { return absl::OkStatus(); };
-  Timer timer(ctx);
+  StreamTimer timer(ctx);
   std::vector<double> seconds;
   for (int i = 0; i < kWarmUps + repeats; ++i) {
     ANNULUS_RETURN_IF_ERROR(cp.Barrier());

@@ -23,6 +23,10 @@ void LogCudaFailure(const char* call, cudaError_t error);
 // A failure as absl::Internal. Failures are forgotten by CUDA, so that later checks do not find them again.
 absl::Status CudaStatus(const char* call, cudaError_t error);
 
+// A driver function in the form that `version` of the driver API gave it. The program does not link the
+// driver, so that it starts on machines without one.
+absl::StatusOr<void*> DriverFunction(const char* name, unsigned version);
+
 // Makes `device` the calling thread's.
 void MakeCurrent(Device device);
 

@@ -26,6 +26,16 @@ absl::Status CudaStatus(const char* call, cudaError_t error) {
   return absl::InternalError(CudaFailure(call, error));
 }
 
+absl::StatusOr<void*> DriverFunction(const char* name, unsigned version) {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  ANNULUS_RETURN_IF_ERROR(
+      CudaStatus("cudaGetDriverEntryPointByVersion",
+                 cudaGetDriverEntryPointByVersion(name, &entry, version, cudaEnableDefault, &found)));
+  if (found == cudaDriverEntryPointSuccess) return entry;
+  return Invalid("the driver has no ", name, " of CUDA ", version / 1000, ".", version % 1000 / 10);
+}
+
 void MakeCurrent(Device device) {
   int index = -1;
   ANNULUS_CUDA_CHECK(cudaGetDevice(&index));

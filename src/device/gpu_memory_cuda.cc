@@ -25,32 +25,28 @@ std::string OutOfMemory(Device device, int64_t bytes) {
                       " of ", memory->total_bytes, " bytes are free");
 }
 
-// A driver function in the form that `version` of the driver API gave it. The program does not link the
-// driver, so that it starts on machines without one.
 template <typename Function>
-Function DriverFunction(const char* name, unsigned version) {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  ANNULUS_CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &entry, version, cudaEnableDefault, &found));
-  ANNULUS_CHECK(found == cudaDriverEntryPointSuccess) << "this driver has no " << name << " of " << version;
-  return reinterpret_cast<Function>(entry);
+Function Required(const char* name, unsigned version) {
+  const absl::StatusOr<void*> entry = DriverFunction(name, version);
+  ANNULUS_CHECK_OK(entry.status());
+  return reinterpret_cast<Function>(*entry);
 }
 
 struct Driver {
-  PFN_cuGetErrorName_v6000 error_name = DriverFunction<PFN_cuGetErrorName_v6000>("cuGetErrorName", 6000);
+  PFN_cuGetErrorName_v6000 error_name = Required<PFN_cuGetErrorName_v6000>("cuGetErrorName", 6000);
   PFN_cuMemGetAllocationGranularity_v10020 granularity =
-      DriverFunction<PFN_cuMemGetAllocationGranularity_v10020>("cuMemGetAllocationGranularity", 10020);
+      Required<PFN_cuMemGetAllocationGranularity_v10020>("cuMemGetAllocationGranularity", 10020);
   PFN_cuMemAddressReserve_v10020 reserve =
-      DriverFunction<PFN_cuMemAddressReserve_v10020>("cuMemAddressReserve", 10020);
+      Required<PFN_cuMemAddressReserve_v10020>("cuMemAddressReserve", 10020);
   PFN_cuMemAddressFree_v10020 free_addresses =
-      DriverFunction<PFN_cuMemAddressFree_v10020>("cuMemAddressFree", 10020);
-  PFN_cuMemCreate_v10020 create = DriverFunction<PFN_cuMemCreate_v10020>("cuMemCreate", 10020);
-  PFN_cuMemRelease_v10020 release = DriverFunction<PFN_cuMemRelease_v10020>("cuMemRelease", 10020);
-  PFN_cuMemMap_v10020 map = DriverFunction<PFN_cuMemMap_v10020>("cuMemMap", 10020);
-  PFN_cuMemUnmap_v10020 unmap = DriverFunction<PFN_cuMemUnmap_v10020>("cuMemUnmap", 10020);
-  PFN_cuMemSetAccess_v10020 set_access = DriverFunction<PFN_cuMemSetAccess_v10020>("cuMemSetAccess", 10020);
+      Required<PFN_cuMemAddressFree_v10020>("cuMemAddressFree", 10020);
+  PFN_cuMemCreate_v10020 create = Required<PFN_cuMemCreate_v10020>("cuMemCreate", 10020);
+  PFN_cuMemRelease_v10020 release = Required<PFN_cuMemRelease_v10020>("cuMemRelease", 10020);
+  PFN_cuMemMap_v10020 map = Required<PFN_cuMemMap_v10020>("cuMemMap", 10020);
+  PFN_cuMemUnmap_v10020 unmap = Required<PFN_cuMemUnmap_v10020>("cuMemUnmap", 10020);
+  PFN_cuMemSetAccess_v10020 set_access = Required<PFN_cuMemSetAccess_v10020>("cuMemSetAccess", 10020);
   PFN_cuStreamWriteValue32_v11070 write_value =
-      DriverFunction<PFN_cuStreamWriteValue32_v11070>("cuStreamWriteValue32", 11070);
+      Required<PFN_cuStreamWriteValue32_v11070>("cuStreamWriteValue32", 11070);
 };
 
 const Driver& TheDriver() {

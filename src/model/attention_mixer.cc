@@ -100,7 +100,7 @@ class AttentionMixer : public SequenceMixer {
   absl::Status ApplyRope(Context& ctx, ModelStep& step, RopeDirection direction, TensorRef q,
                          TensorRef kv) const {
     if (!rope_theta_.has_value()) return absl::OkStatus();
-    ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef positions, step.geometry.Positions(ctx));
+    const ConstTensorRef positions = step.geometry.Positions(ctx);
     ANNULUS_RETURN_IF_ERROR(
         Rope(ctx, positions, *rope_theta_, direction, HeadsOf(q, 0, shape_.heads, shape_.head_dim)));
     return Rope(ctx, positions, *rope_theta_, direction, HeadsOf(kv, 0, shape_.kv_heads, shape_.head_dim));

@@ -104,7 +104,7 @@ absl::StatusOr<const AttentionGeometry::Mask*> AttentionGeometry::MaskFor(Contex
   return &masks_.emplace(window, std::move(mask)).first->second;
 }
 
-absl::StatusOr<ConstTensorRef> AttentionGeometry::Positions(Context& ctx) {
+ConstTensorRef AttentionGeometry::Positions(Context& ctx) {
   if (!positions_.ref().defined()) {
     const std::vector<int64_t> positions = layout_.LocalPositions(cp_.rank());
     positions_ = Tensor(ctx.device, DType::kI64, {static_cast<int64_t>(positions.size())});

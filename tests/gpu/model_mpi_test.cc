@@ -149,19 +149,6 @@ void ExpectStep(const Outcome& got, const References& references, DType dtype) {
   }
 }
 
-// |got - expected| / |expected| in the Euclidean norm over all parameters.
-double GradientError(const Outcome& got, const Outcome& expected) {
-  double difference = 0, norm = 0;
-  for (size_t i = 0; i < expected.gradients.size(); ++i) {
-    for (size_t j = 0; j < expected.gradients[i].size(); ++j) {
-      const double d = got.gradients[i][j] - expected.gradients[i][j];
-      difference += d * d;
-      norm += expected.gradients[i][j] * expected.gradients[i][j];
-    }
-  }
-  return std::sqrt(difference / norm);
-}
-
 void OnMasksAndRanks(Determinism determinism, const std::function<void(const References&, GpuRank&)>& fn) {
   for (const GpuRank::Axis axis : kAxes) {
     GpuRank rank(axis, determinism);

@@ -123,7 +123,7 @@ class RoundedDecoder {
   void Rotate(size_t layer, RopeDirection direction, TensorRef q, TensorRef kv) {
     const std::optional<double> theta = spec_.layers[layer].rope_theta;
     if (!theta.has_value()) return;
-    const ConstTensorRef positions = model_.geometry().Positions(ctx_).value();
+    const ConstTensorRef positions = model_.geometry().Positions(ctx_);
     const auto rotate = [&](TensorRef x, int64_t heads) {
       ANNULUS_CHECK_OK(Rope(ctx_, positions, *theta, direction, HeadsOf(x, 0, heads, spec_.head_dim)));
       Stored(x);

@@ -199,8 +199,8 @@ class RankModel {
     }
     ModelStep step{.geometry = geometry_, .stats = {}};
     ZeroBytes(loss_.ref(), ctx_.stream());
-    ANNULUS_CHECK_OK(decoder_.LossAndGradients(ctx_, step, slice(), 1 / counted_,
-                                               {.needed = {}, .begun = {}, .done = bucket_done}, loss_.ref()));
+    ANNULUS_CHECK_OK(decoder_.LossAndGradients(
+        ctx_, step, slice(), 1 / counted_, {.needed = {}, .begun = {}, .done = bucket_done}, loss_.ref()));
     bytes_sent_ = step.stats.bytes_sent;
     return MeanLoss();
   }
@@ -306,6 +306,19 @@ inline double RelativeDifference(const std::vector<double>& got, const std::vect
     largest = std::max(largest, std::abs(expected[i]));
   }
   return difference == 0 ? 0 : difference / largest;
+}
+
+// |got - expected| / |expected| in the Euclidean norm over all parameters.
+inline double GradientError(const Outcome& got, const Outcome& expected) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < expected.gradients.size(); ++i) {
+    for (size_t j = 0; j < expected.gradients[i].size(); ++j) {
+      const double d = got.gradients[i][j] - expected.gradients[i][j];
+      difference += d * d;
+      norm += expected.gradients[i][j] * expected.gradients[i][j];
+    }
+  }
+  return std::sqrt(difference / norm);
 }
 
 inline void ExpectSame(const Outcome& got, const Outcome& expected, double tolerance) {

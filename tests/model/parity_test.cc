@@ -72,19 +72,6 @@ TEST_P(Parity, RecomputePoliciesAgreeBitForBit) {
   }
 }
 
-// |got - expected| / |expected| in the Euclidean norm over all parameters.
-double GradientError(const Outcome& got, const Outcome& expected) {
-  double difference = 0, norm = 0;
-  for (size_t i = 0; i < expected.gradients.size(); ++i) {
-    for (size_t j = 0; j < expected.gradients[i].size(); ++j) {
-      const double d = got.gradients[i][j] - expected.gradients[i][j];
-      difference += d * d;
-      norm += expected.gradients[i][j] * expected.gradients[i][j];
-    }
-  }
-  return std::sqrt(difference / norm);
-}
-
 // In f32 every split is another order of the same sums, so its error against f64 is another sample of the
 // same rounding noise. The norm over some 10,000 entries averages most of it out: over a dozen seeds ratios
 // lie between 0.75 and 1.22, without a trend, hence 1.5. A carry in a shorter type would multiply the error

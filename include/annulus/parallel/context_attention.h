@@ -41,7 +41,7 @@ class AttentionGeometry {
   const SequenceLayout& layout() const { return layout_; }
   const SequenceBatch& sequences() const { return sequences_; }
   Communicator& cp() { return cp_; }
-  absl::StatusOr<ConstTensorRef> Positions(Context& ctx);      // i64, global, of this rank's rows
+  ConstTensorRef Positions(Context& ctx);      // i64, global, of this rank's rows
   absl::StatusOr<ExchangeTransport*> Transport(Context& ctx);  // made at first use, collectively
 
  private:
