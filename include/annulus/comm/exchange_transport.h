@@ -1,13 +1,46 @@
 #pragma once
 
-// How the messages of an exchange plan move, and where the slots that receive them lie.
+// How the messages of an exchange plan move, where the slots that receive them lie, and running a plan.
 
+#include <functional>
 #include <memory>
 #include <vector>
 
+#include "annulus/comm/communicator.h"
 #include "annulus/comm/exchange_plan.h"
+#include "annulus/device/context.h"
 
 namespace annulus {
+
+// A slot is one or more tensors ("fields": a partial output is the output and its LSE), each with the slot's
+// rows as first dimension.
+struct SlotMemory {
+  std::vector<TensorRef> fields = {};
+};
+struct SlotField {
+  DType dtype = DType::kF32;
+  Shape row;  // of one row
+};
+
+// What the caller knows of slots.
+struct SlotSource {
+  std::function<SlotMemory(Payload)> home;  // the caller's tensors, of home slots
+  // Of any other slot; the same on every rank.
+  std::function<std::vector<SlotField>(const SlotSpec&)> fields;
+};
+
+struct ExchangeBinding {
+  std::vector<SlotMemory> slots = {};  // one per SlotSpec
+  // Computing step of this rank: kAttend, kCopy, kReduce. On CPUs it must call ctx.Poll() at least every few
+  // hundred microseconds; on GPUs it enqueues on ctx.stream(). The step is the one in the plan that Execute
+  // was given, so its place there identifies it.
+  std::function<absl::Status(const Step&)> compute = {};
+};
+
+struct ExchangeStats {
+  double exposed_seconds = 0;  // computing waited for transfers, the tail included; on GPUs in ctx.waits only
+  int64_t bytes_sent = 0;
+};
 
 enum class TransportKind {
   kHost,        // Send and Receive of the communicator, polled by the host
@@ -16,21 +49,29 @@ enum class TransportKind {
 };
 absl::string_view Name(TransportKind kind);  // "host", "nccl", "copy engine"
 
+// An artificial rate, so that slow links can be studied on one host: each message holds its link, from this
+// rank to one peer, for at least bytes / rate. 0: none.
+struct LinkThrottle {
+  double bytes_per_second = 0;
+};
+
 class ExchangeTransport {
  public:
   virtual ~ExchangeTransport() = default;
   virtual TransportKind kind() const = 0;
 
-  // Memory for every slot of this rank's part of the plan: the caller's tensors for home slots, else of the
-  // same dtype and shape as these, in the order of the plan. Uninitialised; valid until the caller's
-  // ArenaScope on ctx.scratch ends or Slots is called again. Slots and Execute are called alike by all ranks
-  // of the group; only for a plan that has no messages between any ranks may some leave them out.
-  virtual absl::StatusOr<std::vector<TensorRef>> Slots(Context& ctx, const ExchangePlan& plan,
-                                                       TensorRef home_kv, TensorRef home_grad) = 0;
+  // Memory for every slot of this rank's part of the plan, in its order: home slots are the caller's, others
+  // uninitialised; valid until the caller's ArenaScope on ctx.scratch ends or Slots is called again. Slots
+  // and Execute are called alike by all ranks of the group; only for a plan that has no messages between any
+  // ranks may some leave them out.
+  virtual absl::StatusOr<std::vector<SlotMemory>> Slots(Context& ctx, const ExchangePlan& plan,
+                                                        const SlotSource& source) = 0;
 
-  // Runs this rank's part of the plan on slots of the last Slots call. On GPUs everything is enqueued and the
-  // results are ordered on ctx.stream(); waiting is counted in ctx.waits, steps are noted in ctx.recorder.
-  // A rank that waits for its peers waits without limit: the deadline of a watchdog ends it.
+  // Runs this rank's part of the plan on slots of the last Slots call. Transfers start before the computing
+  // that hides them. On GPUs everything is enqueued and the results are ordered on ctx.stream(); on CPUs
+  // transfers progress through ctx.progress while computing (the previous one is restored afterwards).
+  // Waiting is counted in ctx.waits, steps are noted in ctx.recorder, `stats` are added to. A rank that waits
+  // for its peers waits without limit: the deadline of a watchdog ends it.
   virtual absl::Status Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
                                ExchangeStats* stats) = 0;
 
@@ -47,6 +88,9 @@ absl::StatusOr<TransportKind> ChooseTransport(Communicator cp, const Context& ct
 // InvalidArgument, naming the reason, if the group cannot use this kind. `cp` is of the context's device
 // (gpu_communicator.h). Collective.
 absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeTransport(TransportKind kind, Communicator cp,
-                                                                 Context& ctx);
+                                                                 Context& ctx, LinkThrottle throttle = {});
+
+// InvalidArgument on every rank unless all ranks of the group hold plans with the same hash.
+absl::Status AgreeOnPlan(const ExchangePlan& plan, Communicator& cp);
 
 }  // namespace annulus

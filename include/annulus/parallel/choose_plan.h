@@ -1,0 +1,63 @@
+#pragma once
+
+// Predicted time of exchange plans for an attention layer, and the choice of the fastest: a plan's steps take
+// what the machine profile says of their kernel calls and messages, and a discrete-event simulation says when
+// they end.
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "annulus/comm/exchange_build.h"
+#include "annulus/comm/exchange_simulate.h"
+#include "annulus/parallel/machine_profile.h"
+#include "annulus/parallel/mask.h"
+#include "annulus/parallel/sequence_layout.h"
+
+namespace annulus {
+
+// One attention layer on one batch.
+struct AttentionCase {
+  SequenceLayout layout;
+  SequenceBatch sequences;
+  int64_t heads = 0, kv_heads = 0, head_dim = 0, v_head_dim = 0;
+  int64_t window = 0;
+  DeviceKind device = DeviceKind::kCpu;
+  DType dtype = DType::kF32;
+  Determinism determinism = Determinism::kOff;
+};
+
+// What may be chosen from.
+struct PlanOptions {
+  std::vector<PlanChoice> plans;          // empty: AllChoices
+  std::vector<TransportKind> transports;  // that the group can use; at least one
+  LinkThrottle throttle;
+  int64_t buffer_bytes = 0;  // slots that are not home may take this much on a rank; 0: no limit
+};
+
+struct PlanCandidate {
+  PlanChoice choice;
+  TransportKind transport = TransportKind::kHost;
+  absl::Status refused;  // why it cannot be, else OK and the rest is set
+  double seconds = 0;    // predicted, of the slowest rank
+  double exposed_seconds = 0;
+  int64_t bytes_sent = 0;    // of the rank that sends most
+  int64_t buffer_bytes = 0;  // of the rank that needs most
+};
+
+// What each payload's slots hold, as the layer binds them (context_attention.h).
+std::vector<SlotField> FieldsOf(const AttentionCase& layer, Pass pass, const HeadGroup& group,
+                                const SlotSpec& slot);
+
+// Cost of a plan built for the layer.
+ExchangeCost CostOf(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine,
+                    TransportKind transport, LinkThrottle throttle);
+
+// Every candidate of one pass: those that can be, fastest first, then the refused.
+std::vector<PlanCandidate> RankPlans(const AttentionCase& layer, Pass pass, const PlanOptions& options,
+                                     const MachineProfile& machine);
+
+// "why": one line that names the winner's and the best other kind's times and what made the difference.
+std::string WhyItWon(const std::vector<PlanCandidate>& ranked);
+
+}  // namespace annulus

@@ -1,0 +1,58 @@
+#pragma once
+
+// What a machine can do, measured by `annulus calibrate` or assumed: all that the cost model knows of it.
+// Stored as text (MachineProfile in src/config/machine.proto; configs/machine/*.textproto).
+
+#include <string>
+#include <vector>
+
+#include "annulus/comm/exchange_transport.h"
+#include "annulus/ops/attention.h"
+
+namespace annulus {
+
+// A rate that grows with size: between points linear in log(size), outside of them that of the nearest.
+struct RatePoint {
+  double size = 0;
+  double per_second = 0;
+  friend bool operator==(const RatePoint&, const RatePoint&) = default;
+};
+double RateAt(const std::vector<RatePoint>& points, double size);  // points ascending in size, not empty
+
+// Of one call of a block kernel. size: unmasked (query, key) pairs times query heads; per_second: those.
+struct AttentionRate {
+  AttentionKernel kernel = AttentionKernel::kCpuTiles;
+  Pass pass = Pass::kForward;
+  MaskShape shape = MaskShape::kFull;
+  int64_t head_dim = 0, v_head_dim = 0;
+  std::vector<RatePoint> pairs;
+  friend bool operator==(const AttentionRate&, const AttentionRate&) = default;
+};
+
+// Of one way of moving messages between two ranks of a host (or, between_hosts, of two hosts).
+struct LinkRate {
+  TransportKind transport = TransportKind::kHost;
+  std::vector<RatePoint>
+      one_way;  // size: bytes of a message; per_second: bytes that a rank sends to one peer
+  std::vector<RatePoint> both_ways;  // bytes that a rank sends to two peers together
+  double message_seconds = 0;        // of an empty message, from send to receive
+  double computing_slowdown = 1;     // of a kernel that runs while messages move: NCCL takes SMs
+  friend bool operator==(const LinkRate&, const LinkRate&) = default;
+};
+
+struct MachineProfile {
+  std::string device;     // "NVIDIA H200"; "CPU, 2 cores"
+  bool measured = false;  // false: assumed
+  int ranks = 0;          // for which the links were measured
+  std::vector<AttentionRate> attention;
+  std::vector<LinkRate> links;
+  std::vector<RatePoint> copy;  // size: bytes read and written by a pass over memory; per_second: those
+  double launch_seconds = 0;    // of a kernel that does nothing, launched behind others
+  friend bool operator==(const MachineProfile&, const MachineProfile&) = default;
+};
+
+// Profiles to go by where nothing was measured.
+MachineProfile AssumedHopper();   // H200 with NVLink: rates of our measurements
+MachineProfile AssumedCpuCore();  // one core a rank, shared memory
+
+}  // namespace annulus
