@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "annulus/base/check.h"
 #include "annulus/comm/exchange_build.h"
 
 namespace annulus {
@@ -47,7 +48,7 @@ struct Scheme {
 };
 
 // `scheme` for a choice; head_split is not looked at. The choice fits the problem's ranks.
-Scheme SchemeFor(const ExchangeProblem& problem, Pass pass, const PlanChoice& choice);
+Scheme SchemeFor(const ExchangeProblem& problem, const PlanChoice& choice);
 
 // One head group with all heads.
 ExchangePlan CompileScheme(const ExchangeProblem& problem, Pass pass, const Scheme& scheme);
