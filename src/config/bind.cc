@@ -4,6 +4,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
+#include "bind_exchange.h"
 #include "section.h"
 #include "suggest.h"
 
@@ -101,14 +102,6 @@ void BindModel(const Section& model, RunSpec* spec) {
   }
 }
 
-void BindPath(const Section& section, const std::string& name, Presence presence, std::string* path) {
-  section.String(name, presence, path);
-  const bool empty = presence == Presence::kOptional && path->empty();  // String refuses a required one
-  if (!empty && !absl::StrContains(*path, absl::string_view("\0", 1))) return;
-  section.provenance()->Refuse(section.PathOf(name), absl::StrCat("\"", Printable(*path), "\""),
-                               "expected a path that is not empty and holds no zero byte");
-}
-
 SourceSpec BindSource(const Section& source) {
   SourceSpec out;
   source.Real("weight", Presence::kOptional, kPositive, &out.weight);
@@ -116,15 +109,15 @@ SourceSpec BindSource(const Section& source) {
   if (kind == "text") {
     out.format = SourceFormat::kText;
     const Section text = source.Child("text");
-    BindPath(text, "path", Presence::kRequired, &out.path);
+    text.Path("path", Presence::kRequired, &out.path);
     text.String("document_separator", Presence::kOptional, &out.document_separator);
   } else if (kind == "megatron") {
     out.format = SourceFormat::kMegatron;
-    BindPath(source.Child("megatron"), "prefix", Presence::kRequired, &out.path);
+    source.Child("megatron").Path("prefix", Presence::kRequired, &out.path);
   } else if (kind == "llmc") {
     out.format = SourceFormat::kLlmC;
     const Section llmc = source.Child("llmc");
-    BindPath(llmc, "path", Presence::kRequired, &out.path);
+    llmc.Path("path", Presence::kRequired, &out.path);
     llmc.Int("document_start_token", Presence::kOptional, {-1, kVocab.high - 1}, &out.document_start_token);
   } else {
     source.provenance()->Missing(source.path(), "one of text { path }, megatron { prefix }, llmc { path }");
@@ -168,15 +161,7 @@ void BindParallel(const Section& parallel, ParallelSpec* out) {
                              {"ZIGZAG", LayoutKind::kZigzag},
                              {"STRIPED", LayoutKind::kStriped}},
                             &out->layout);
-  const Section exchange = parallel.Child("exchange");
-  exchange.Enum<ExchangeKind>("plan", {{"AUTO", ExchangeKind::kAuto}, {"KV_RING", ExchangeKind::kKvRing}},
-                              &out->exchange);
-  exchange.Enum<TransportChoice>("transport",
-                                 {{"BEST", TransportChoice::kBest},
-                                  {"HOST", TransportChoice::kHost},
-                                  {"NCCL", TransportChoice::kNccl},
-                                  {"COPY_ENGINE", TransportChoice::kCopyEngine}},
-                                 &out->transport);
+  BindExchange(parallel.Child("exchange"), &out->exchange);
 }
 
 void BindSchedule(const Section& schedule, ScheduleSpec* out) {
@@ -299,7 +284,7 @@ RunSpec Bind(Run* run, Provenance* provenance) {
   root.Enum<NanPolicy>("nan_policy", {{"STOP", NanPolicy::kStop}, {"SKIP", NanPolicy::kSkip}},
                        &spec.nan_policy);
   BindSections(root, &spec);
-  BindPath(root, "runs_dir", Presence::kOptional, &spec.runs_dir);
+  root.Path("runs_dir", Presence::kOptional, &spec.runs_dir);
   return spec;
 }
 

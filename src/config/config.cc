@@ -66,7 +66,7 @@ absl::StatusOr<ResolvedConfig> LoadConfig(const std::string& name, const std::st
                                           const std::vector<std::string>& overrides,
                                           std::optional<int64_t> world) {
   ANNULUS_RETURN_IF_ERROR(CheckSizes(name, text, overrides));
-  config::Provenance provenance(name);
+  config::Provenance provenance(name, config::Run::descriptor());
   config::Run run;
   if (!Parse(text, &run, &provenance)) return provenance.status();
   for (const std::string& override : overrides) config::ApplyOverride(override, &run, &provenance);

@@ -69,7 +69,8 @@ std::vector<std::string> ValueNames(const google::protobuf::EnumDescriptor& type
 
 std::string NoSuchField(const Descriptor& type, absl::string_view name) {
   std::optional<std::string> meant = Nearest(name, FieldNames(type));
-  if (!meant) meant = FindElsewhere(*Run::descriptor(), name, "");
+  const bool of_a_run = type.file() == Run::descriptor()->file();
+  if (!meant && of_a_run) meant = FindElsewhere(*Run::descriptor(), name, "");
   if (meant) return absl::StrCat("no such field; did you mean `", *meant, "`?");
   return absl::StrCat("no such field; expected one of ", absl::StrJoin(FieldNames(type), ", "));
 }

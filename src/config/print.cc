@@ -51,7 +51,47 @@ void PrintMessage(const pb::Message& message, const std::string& path, const std
   }
 }
 
+bool HasSingleValuesOnly(const pb::Descriptor& type) {
+  for (int i = 0; i < type.field_count(); ++i) {
+    if (type.field(i)->is_repeated() || type.field(i)->message_type() != nullptr) return false;
+  }
+  return true;
+}
+
+void AppendCompact(const pb::Message& message, const std::string& indent, std::string* out) {
+  const pb::Reflection* reflection = message.GetReflection();
+  std::vector<const pb::FieldDescriptor*> fields;
+  reflection->ListFields(message, &fields);
+  for (const pb::FieldDescriptor* field : fields) {
+    const int size = field->is_repeated() ? reflection->FieldSize(message, field) : 1;
+    for (int i = 0; i < size; ++i) {
+      absl::StrAppend(out, indent, field->name());
+      if (field->message_type() == nullptr) {
+        std::string value;
+        pb::TextFormat::PrintFieldValueToString(message, field, field->is_repeated() ? i : -1, &value);
+        absl::StrAppend(out, ": ", value, "\n");
+        continue;
+      }
+      const pb::Message& child = field->is_repeated() ? reflection->GetRepeatedMessage(message, field, i)
+                                                      : reflection->GetMessage(message, field);
+      if (HasSingleValuesOnly(*field->message_type())) {
+        absl::StrAppend(out, " { ", child.ShortDebugString(), " }\n");
+      } else {
+        absl::StrAppend(out, " {\n");
+        AppendCompact(child, indent + "  ", out);
+        absl::StrAppend(out, indent, "}\n");
+      }
+    }
+  }
+}
+
 }  // namespace
+
+std::string PrintCompact(const pb::Message& message) {
+  std::string text;
+  AppendCompact(message, "", &text);
+  return text;
+}
 
 std::string PrintResolved(const Run& run, const Provenance& provenance) {
   std::string text = "# The resolved configuration; it loads as it stands.\n";

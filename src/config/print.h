@@ -1,6 +1,6 @@
 #pragma once
 
-// The resolved configuration as protobuf text, each value with its source as a comment.
+// Messages as protobuf text: the resolved configuration, each value with its source as a comment; and others.
 
 #include <string>
 
@@ -10,5 +10,8 @@
 namespace annulus::config {
 
 std::string PrintResolved(const Run& run, const Provenance& provenance);
+
+// Any message; those inside of it that hold single values only take one line each.
+std::string PrintCompact(const google::protobuf::Message& message);
 
 }  // namespace annulus::config

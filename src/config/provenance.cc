@@ -3,7 +3,6 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
-#include "annulus.pb.h"
 #include "path.h"
 
 namespace annulus::config {
@@ -26,7 +25,8 @@ std::string Printable(absl::string_view text) {
   return absl::StrCat(absl::CEscape(text.substr(0, kLongestText)), "...");
 }
 
-Provenance::Provenance(absl::string_view file) : file_(Printable(file)) {}
+Provenance::Provenance(absl::string_view file, const google::protobuf::Descriptor* type)
+    : file_(Printable(file)), type_(type) {}
 
 void Provenance::MarkOverride(absl::string_view path, absl::string_view as_typed) {
   overrides_[std::string(path)] = absl::StrCat("--set ", Printable(as_typed));
@@ -57,7 +57,7 @@ std::pair<int, int> Provenance::PositionOf(const std::string& path) const {
   std::pair<int, int> position = {1, 1};
   const auto steps = ParsePath(path);
   if (!steps.ok()) return position;
-  const google::protobuf::Descriptor* type = Run::descriptor();
+  const google::protobuf::Descriptor* type = type_;
   const google::protobuf::TextFormat::ParseInfoTree* tree = &tree_;
   for (const PathStep& step : *steps) {
     const auto* field = type == nullptr ? nullptr : type->FindFieldByName(step.name);

@@ -15,8 +15,8 @@ namespace annulus::config {
 
 class Provenance {
  public:
-  // `file` names the text in messages; it is made printable.
-  explicit Provenance(absl::string_view file);
+  // `file` names the text, a message of `type`, in messages; it is made printable.
+  Provenance(absl::string_view file, const google::protobuf::Descriptor* type);
 
   google::protobuf::TextFormat::ParseInfoTree* tree() { return &tree_; }
 
@@ -59,6 +59,7 @@ class Provenance {
   const std::pair<const std::string, std::string>* OverrideOf(std::string path) const;
 
   std::string file_;
+  const google::protobuf::Descriptor* type_;
   google::protobuf::TextFormat::ParseInfoTree tree_;
   std::map<std::string, std::string> overrides_, filled_, unset_;
   std::set<std::string> refused_;  // paths with an error

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_join.h"
 #include "path.h"
 
@@ -161,11 +162,20 @@ void Section::String(const std::string& name, Presence presence, std::string* va
   *value = std::move(given);
 }
 
-std::string Section::EnumName(const std::string& name, const std::string& fallback) const {
+void Section::Path(const std::string& name, Presence presence, std::string* path) const {
+  String(name, presence, path);
+  const bool empty = presence == Presence::kOptional && path->empty();  // String refuses a required one
+  if (!empty && !absl::StrContains(*path, absl::string_view("\0", 1))) return;
+  provenance_->Refuse(PathOf(name), absl::StrCat("\"", Printable(*path), "\""),
+                      "expected a path that is not empty and holds no zero byte");
+}
+
+std::string Section::EnumName(const std::string& name, Presence presence, const std::string& fallback) const {
   const pb::FieldDescriptor* field = Field(name);
   const pb::Reflection* reflection = message_->GetReflection();
-  if (!Given(name, Presence::kOptional, "")) {
-    reflection->SetEnum(message_, field, field->enum_type()->FindValueByName(fallback));
+  if (!Given(name, presence, absl::StrCat("one of ", absl::StrJoin(ValueNames(*field->enum_type()), ", ")))) {
+    const pb::EnumValueDescriptor* value = field->enum_type()->FindValueByName(fallback);
+    if (presence == Presence::kOptional) reflection->SetEnum(message_, field, value);
     return fallback;
   }
   // The parser takes any number for an enum of proto3.

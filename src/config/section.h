@@ -53,14 +53,17 @@ class Section {
   void Real(const std::string& name, Presence presence, const RealRange& range, double* value) const;
   void Bool(const std::string& name, bool* value) const;
   void String(const std::string& name, Presence presence, std::string* value) const;
+  // A text that is not empty and holds no zero byte.
+  void Path(const std::string& name, Presence presence, std::string* path) const;
   // `values` pairs every name of the field's enum with what it means.
   template <typename T>
-  void Enum(const std::string& name, const std::vector<std::pair<std::string, T>>& values, T* value) const {
+  void Enum(const std::string& name, const std::vector<std::pair<std::string, T>>& values, T* value,
+            Presence presence = Presence::kOptional) const {
     std::string fallback;
     for (const auto& [label, meaning] : values) {
       if (meaning == *value) fallback = label;
     }
-    const std::string given = EnumName(name, fallback);
+    const std::string given = EnumName(name, presence, fallback);
     for (const auto& [label, meaning] : values) {
       if (label == given) *value = meaning;
     }
@@ -72,7 +75,7 @@ class Section {
   const google::protobuf::FieldDescriptor* Field(const std::string& name) const;
   // Whether the field is set. If not: an error if it is required, else it is marked as a default.
   bool Given(const std::string& name, Presence presence, const std::string& expected) const;
-  std::string EnumName(const std::string& name, const std::string& fallback) const;
+  std::string EnumName(const std::string& name, Presence presence, const std::string& fallback) const;
 
   google::protobuf::Message* message_;
   std::string path_;

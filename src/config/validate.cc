@@ -6,6 +6,7 @@
 #include "absl/strings/str_split.h"
 #include "annulus/train/config.h"
 #include "suggest.h"
+#include "validate_exchange.h"
 
 namespace annulus::config {
 namespace {
@@ -60,7 +61,7 @@ void CheckDevice(const RunSpec& spec, std::vector<std::string>* findings) {
   if (spec.compute == ComputeType::kF64 && spec.device == DeviceChoice::kCuda) {
     findings->push_back("compute=F64: expected F32 or BF16 with device=CUDA (nearest valid value F32)");
   }
-  const TransportChoice transport = spec.parallel.transport;
+  const TransportChoice transport = spec.parallel.exchange.transport;
   const bool needs_gpu = transport == TransportChoice::kNccl || transport == TransportChoice::kCopyEngine;
   if (needs_gpu && spec.device == DeviceChoice::kCpu) {
     findings->push_back(absl::StrCat(
@@ -115,6 +116,7 @@ std::vector<std::string> CheckRun(const RunSpec& spec, std::optional<int64_t> wo
     findings = absl::StrSplit(model.message(), '\n');
   }
   CheckDevice(spec, &findings);
+  CheckExchange(spec.parallel, &findings);
   CheckData(spec, &findings);
   CheckSchedule(spec.optim, &findings);
   if (spec.sample.tokens > 0 && spec.model.vocab_size > 0 && spec.model.vocab_size < 256) {

@@ -18,8 +18,9 @@ absl::Status ResolveDevice(RunSpec* spec) {
     const bool cpu_only = spec->compute == ComputeType::kF64;
     spec->device = GpuCount() > 0 && !cpu_only ? DeviceChoice::kCuda : DeviceChoice::kCpu;
   }
-  if (spec->device == DeviceChoice::kCpu && (spec->parallel.transport == TransportChoice::kNccl ||
-                                             spec->parallel.transport == TransportChoice::kCopyEngine)) {
+  if (spec->device == DeviceChoice::kCpu &&
+      (spec->parallel.exchange.transport == TransportChoice::kNccl ||
+       spec->parallel.exchange.transport == TransportChoice::kCopyEngine)) {
     return Invalid("parallel.exchange.transport: expected BEST or HOST on CPUs; no GPU: ", WhyNoGpu());
   }
   return ResolveCompute(spec);
@@ -78,7 +79,7 @@ absl::StatusOr<Machine> SetUpMachine(Communicator world, const RunSpec& spec, De
     ANNULUS_RETURN_IF_ERROR(machine.mesh.UseGpu(link, *machine.ctx));
   }
   ANNULUS_ASSIGN_OR_RETURN(machine.transport,
-                           TransportFor(machine.mesh.cp, *machine.ctx, spec.parallel.transport));
+                           TransportFor(machine.mesh.cp, *machine.ctx, spec.parallel.exchange.transport));
   return machine;
 }
 

@@ -30,7 +30,11 @@ data {
   validation { text { path: "v" } }
   seq_len: 33 document_mask: true packing: DOCUMENTS
 }
-parallel { dp: 2 cp: 3 tp: 1 layout: STRIPED exchange { plan: KV_RING transport: HOST } }
+parallel { dp: 2 cp: 3 tp: 1 layout: STRIPED exchange {
+  plan: DOUBLE_RING transport: HOST direction: TOWARD_HIGHER inner: 3 parts: 2 buffers: 3
+  output_width: COMPUTE throttle_gb_per_second: 2.5 buffer_gib: 0.5 profile: "m.textproto"
+  forward { plan: ULYSSES direction: FEWEST_ROWS head_split: 3 inner: 0 }
+} }
 optim {
   adamw { lr: 0.1 beta1: 0.8 beta2: 0.7 eps: 1e-9 weight_decay: 0 }
   schedule { warmup_stable_decay { warmup_steps: 3 decay_steps: 4 final_ratio: 0.5 } }
@@ -65,7 +69,17 @@ TEST(Config, EveryFieldReachesTheSpec) {
   want.data.seq_len = 33;
   want.data.document_mask = true;
   want.data.packing = Packing::kDocuments;
-  want.parallel = {2, 3, 1, LayoutKind::kStriped, ExchangeKind::kKvRing, TransportChoice::kHost};
+  want.parallel = {2, 3, 1, LayoutKind::kStriped, {}};
+  const PassPlanSpec ring{.plan = PlanName::kDoubleRing,
+                          .direction = RingDirection::kTowardHigher,
+                          .inner = 3,
+                          .parts = 2,
+                          .buffers = 3,
+                          .output_width = Width::kCompute};
+  // What forward leaves away is that of both.
+  const PassPlanSpec forward{
+      .plan = PlanName::kUlysses, .head_split = 3, .parts = 2, .buffers = 3, .output_width = Width::kCompute};
+  want.parallel.exchange = {ring, forward, std::nullopt, TransportChoice::kHost, 2.5, 0.5, "m.textproto"};
   want.optim = {0.1, 0.8, 0.7, 1e-9, 0.0, 0.0, {ScheduleKind::kWarmupStableDecay, 3, 4, 0.5}, 9, 12, 3};
   want.checkpoint = {5, 7};
   want.eval = {2, 6};
@@ -142,19 +156,22 @@ TEST(Config, ResolvedTextLoadsAsTheSameSpec) {
 
 TEST(Overrides, SetEveryKindOfField) {
   const RunSpec spec =
-      SpecOf(kSampleConfig, {"name=other", "seed=7", "compute=F64", "optim.adamw.lr=3e-4", "optim.steps= 50 ",
-                             "model.tied_head=false", "data.train[0].text.path=dir/b c.txt",
-                             "parallel.exchange.plan=KV_RING", "data.train[0].text.document_separator=\n\n",
-                             "data.train[1].megatron.prefix=p", "data.train[1].weight=2",
-                             "model.vocab_size=999", "optim.schedule={constant{warmup_steps:5}}",
-                             "optim.tokens_per_step=128", "optim.clip_norm=0.5", "optim.clip_norm=2"});
+      SpecOf(kSampleConfig,
+             {"name=other", "seed=7", "compute=F64", "optim.adamw.lr=3e-4", "optim.steps= 50 ",
+              "model.tied_head=false", "data.train[0].text.path=dir/b c.txt",
+              "parallel.exchange.plan=KV_RING", "parallel.exchange.backward.plan=TOKEN_RING",
+              "data.train[0].text.document_separator=\n\n", "data.train[1].megatron.prefix=p",
+              "data.train[1].weight=2", "model.vocab_size=999", "optim.schedule={constant{warmup_steps:5}}",
+              "optim.tokens_per_step=128", "optim.clip_norm=0.5", "optim.clip_norm=2"});
   EXPECT_EQ(spec.name, "other");
   EXPECT_EQ(spec.seed, 7u);
   EXPECT_EQ(spec.compute, ComputeType::kF64);
   EXPECT_EQ(spec.optim.lr, 3e-4);
   EXPECT_EQ(spec.optim.steps, 50);
   EXPECT_FALSE(spec.model.tied_head);
-  EXPECT_EQ(spec.parallel.exchange, ExchangeKind::kKvRing);
+  EXPECT_EQ(spec.parallel.exchange.both.plan, PlanName::kKvRing);
+  EXPECT_EQ(spec.parallel.exchange.Of(Pass::kForward).plan, PlanName::kKvRing);
+  EXPECT_EQ(spec.parallel.exchange.Of(Pass::kBackward).plan, PlanName::kTokenRing);
   const std::vector<SourceSpec> sources = {{SourceFormat::kText, "dir/b c.txt", 1.0, "\n\n", -1},
                                            {SourceFormat::kMegatron, "p", 2.0, "", -1}};
   EXPECT_EQ(spec.data.train, sources);

@@ -69,6 +69,33 @@ TEST(ConfigErrors, ComputeTypesThatADeviceLacks) {
       "value BEST)");
 }
 
+TEST(ConfigErrors, PlansThatTheRanksCannotHave) {
+  const auto error = [](const std::vector<std::string>& overrides) {
+    return ErrorsOf(Changed("optim {", "parallel { cp: 6 } optim {"), overrides);
+  };
+  EXPECT_EQ(error({"parallel.exchange.head_split=4"}),
+            "--set parallel.exchange.head_split=4: expected 0 or a divisor of parallel.cp=6 (nearest valid "
+            "value 3 or 6)");
+  EXPECT_EQ(error({"parallel.exchange.forward={plan: ULYSSES head_split: 3}"}),
+            "--set parallel.exchange.forward={plan: ULYSSES head_split: 3}: "
+            "parallel.exchange.forward.head_split=3: expected 0 or parallel.cp=6 with plan=ULYSSES (nearest "
+            "valid value 6)");
+  EXPECT_EQ(
+      error({"parallel.exchange.plan=MESH", "parallel.exchange.head_split=2", "parallel.exchange.inner=2"}),
+      "--set parallel.exchange.inner=2: expected 0 or a divisor of parallel.cp=6 / head_split=2 "
+      "(nearest valid value 1 or 3)");
+  EXPECT_EQ(error({"parallel.exchange.plan=KV_RING", "parallel.exchange.inner=2"}),
+            "--set parallel.exchange.inner=2: expected 0 with plan=KV_RING, since only DOUBLE_RING and MESH "
+            "have it (nearest valid value 0)");
+  EXPECT_EQ(error({"parallel.exchange.plan=BALANCED", "parallel.exchange.direction=TOWARD_LOWER"}),
+            "--set parallel.exchange.direction=TOWARD_LOWER: expected FEWEST_ROWS with plan=BALANCED, which "
+            "is no one-way ring");
+  // What both passes replace is not looked at.
+  EXPECT_EQ(error({"parallel.exchange.head_split=4", "parallel.exchange.forward.head_split=2",
+                   "parallel.exchange.backward.head_split=3"}),
+            "ok");
+}
+
 TEST(ConfigErrors, MissingValuesAreNamedAtTheirMessage) {
   EXPECT_EQ(ErrorsOf(Changed("name: \"small\"", "")),
             "c.textproto:1:1: name: missing; expected a text in quotes");
@@ -98,7 +125,8 @@ TEST(ConfigErrors, EveryNumberHasARange) {
   for (const std::string path :
        {"model.attention.window", "optim.schedule.cosine.warmup_steps",
         "optim.schedule.constant.warmup_steps", "optim.schedule.warmup_stable_decay.warmup_steps",
-        "checkpoint.every_steps", "eval.every_steps", "eval.sequences", "sample.tokens"}) {
+        "checkpoint.every_steps", "eval.every_steps", "eval.sequences", "sample.tokens",
+        "parallel.exchange.head_split", "parallel.exchange.inner", "parallel.exchange.forward.parts"}) {
     EXPECT_TRUE(absl::StartsWith(error(path + "=-1"), "--set " + path + "=-1" + integer + "0 to "))
         << error(path + "=-1");
   }
@@ -106,7 +134,7 @@ TEST(ConfigErrors, EveryNumberHasARange) {
        {"model.norm_eps", "model.init_stddev", "model.attention.rope_theta", "data.train[0].weight",
         "data.validation_fraction", "optim.adamw.lr", "optim.adamw.beta1", "optim.adamw.beta2",
         "optim.adamw.eps", "optim.adamw.weight_decay", "optim.clip_norm", "optim.schedule.cosine.final_ratio",
-        "sample.temperature"}) {
+        "sample.temperature", "parallel.exchange.throttle_gb_per_second", "parallel.exchange.buffer_gib"}) {
     for (const std::string value : {"nan", "inf", "-inf", "-1"}) {
       const std::string override = path + "=" + value;
       EXPECT_TRUE(absl::StartsWith(error(override), "--set " + override + ": expected a number in "))

@@ -2,6 +2,7 @@
 // resolved text. Deterministic; meant to run under the address and undefined-behaviour sanitizers too.
 
 #include "annulus/base/random.h"
+#include "annulus/train/profile.h"
 #include "sample_config.h"
 
 namespace annulus {
@@ -12,7 +13,7 @@ std::string SampleWithMore() {
   schedule { warmup_stable_decay { warmup_steps: 3 decay_steps: 4 final_ratio: 0.5 } }
 }
 parallel {
-  dp: 2 cp: 2 layout: ZIGZAG exchange { plan: KV_RING })");
+  dp: 2 cp: 2 layout: ZIGZAG exchange { plan: KV_RING head_split: 2 backward { plan: MESH inner: 1 } })");
   absl::StrReplaceAll({{"seq_len: 64", R"(seq_len: 64 document_mask: true packing: DOCUMENTS
   train { megatron { prefix: "p" } weight: 2 }
   validation { llmc { path: "l" document_start_token: 3 } })"},
@@ -137,7 +138,7 @@ TEST(ConfigFuzz, MutatedTexts) {
   const std::string bases[] = {kSampleConfig, SampleWithMore()};
   for (const std::string& base : bases) ASSERT_EQ(ErrorsOf(base, {}, 4), "ok");
   Counts counts;
-  for (uint64_t seed = 0; seed < 4000; ++seed) {
+  for (uint64_t seed = 0; seed < 6000; ++seed) {
     Dice dice(seed);
     std::string text = bases[seed % 2];
     const uint64_t mutations = 1 + dice.Below(3);
@@ -171,6 +172,31 @@ TEST(ConfigFuzz, MutatedOverrides) {
   }
   EXPECT_GT(counts.accepted, 100);
   EXPECT_GT(counts.refused, 300);
+}
+
+TEST(ProfileFuzz, MutatedTexts) {
+  const std::string base = R"(device: "d" measured: true ranks: 2 launch_seconds: 1e-6
+copy { size: 1 per_second: 2 } copy { size: 3 per_second: 4 }
+link { transport: NCCL one_way { size: 1 per_second: 2 } both_ways { size: 1 per_second: 2 }
+  message_seconds: 1e-5 computing_slowdown: 1.5 }
+attention { kernel: CUDNN pass: BACKWARD shape: FULL head_dim: 64 v_head_dim: 64
+  pairs { size: 1 per_second: 2 } pairs { size: 3 per_second: 4 } })";
+  ASSERT_TRUE(ParseProfile("p", base).ok()) << ParseProfile("p", base).status();
+  Counts counts;
+  for (uint64_t seed = 0; seed < 3000; ++seed) {
+    Dice dice(seed + 200000);
+    const auto profile = ParseProfile("p", MutateOnce(base, &dice));
+    ++(profile.ok() ? counts.accepted : counts.refused);
+    if (!profile.ok()) {
+      EXPECT_FALSE(profile.status().message().empty());
+      continue;
+    }
+    const auto again = ParseProfile("p", ProfileText(*profile));
+    ASSERT_TRUE(again.ok()) << again.status() << "\n" << ProfileText(*profile);
+    EXPECT_TRUE(*again == *profile) << ProfileText(*profile);
+  }
+  EXPECT_GT(counts.accepted, 100);
+  EXPECT_GT(counts.refused, 1000);
 }
 
 }  // namespace

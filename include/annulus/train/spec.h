@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "annulus/comm/exchange_build.h"
 #include "annulus/model/spec.h"
 #include "annulus/parallel/sequence_layout.h"
 
@@ -43,16 +44,58 @@ struct DataSpec {
   friend bool operator==(const DataSpec&, const DataSpec&) = default;
 };
 
-enum class ExchangeKind { kAuto, kKvRing };
+// A plan as the configuration names it: chosen by its predicted time, one of PlanKind, or heads over all
+// ranks.
+enum class PlanName {
+  kAuto,
+  kAllGather,
+  kKvRing,
+  kBidirectionalKvRing,
+  kDirectCast,
+  kTokenRing,
+  kBidirectionalTokenRing,
+  kBalanced,
+  kDoubleRing,
+  kMesh,
+  kUlysses,
+};
+const char* Name(PlanName name);  // "KV_RING"
+
+// The exchange of one pass. What is 0 is left open: 1 for a named plan, but each divisor for `inner`; with
+// kAuto whatever is fastest.
+struct PassPlanSpec {
+  PlanName plan = PlanName::kAuto;
+  RingDirection direction = RingDirection::kFewestRows;
+  int64_t head_split = 0;
+  int64_t inner = 0;
+  int64_t parts = 0;
+  int64_t buffers = 2;
+  Width output_width = Width::kAccumulator;
+  friend bool operator==(const PassPlanSpec&, const PassPlanSpec&) = default;
+};
+
 enum class TransportChoice { kBest, kHost, kNccl, kCopyEngine };
+
+struct ExchangeSpec {
+  PassPlanSpec both;                              // fields of parallel.exchange itself
+  std::optional<PassPlanSpec> forward, backward;  // in their place
+  TransportChoice transport = TransportChoice::kBest;
+  double throttle_gb_per_second = 0;  // 0 = as fast as the links are
+  double buffer_gib = 0;              // that a plan may take on a rank; 0 = no limit
+  std::string profile;                // file of a machine profile; empty = an assumed one
+  const PassPlanSpec& Of(Pass pass) const {
+    const std::optional<PassPlanSpec>& own = pass == Pass::kForward ? forward : backward;
+    return own.has_value() ? *own : both;
+  }
+  friend bool operator==(const ExchangeSpec&, const ExchangeSpec&) = default;
+};
 
 struct ParallelSpec {
   int64_t dp = 1;  // 0, in a configuration loaded without a number of ranks: ranks / (cp * tp)
   int64_t cp = 1;
   int64_t tp = 1;
   LayoutKind layout = LayoutKind::kZigzag;
-  ExchangeKind exchange = ExchangeKind::kAuto;
-  TransportChoice transport = TransportChoice::kBest;
+  ExchangeSpec exchange;
   friend bool operator==(const ParallelSpec&, const ParallelSpec&) = default;
 };
 

@@ -1,0 +1,177 @@
+#include "annulus/train/profile.h"
+
+#include "machine.pb.h"
+#include "parse.h"
+#include "print.h"
+#include "provenance.h"
+#include "section.h"
+
+namespace annulus {
+namespace {
+
+using config::IntRange;
+using config::Presence;
+using config::RealRange;
+using config::Section;
+
+constexpr IntRange kHeadDim{1, 1 << 16};
+constexpr IntRange kRanks{1, 1 << 20};
+constexpr RealRange kSize{0.0, 1e30};
+constexpr RealRange kPerSecond{0.0, 1e30, RealRange::Bound::kOpen};
+constexpr RealRange kSeconds{0.0, 1e6};
+constexpr RealRange kSlowdown{1.0, 1e6};
+constexpr size_t kLongestText = size_t{1} << 24;
+
+template <typename T>
+using Names = std::vector<std::pair<std::string, T>>;
+
+const Names<AttentionKernel>& Kernels() {
+  static const auto& names = *new Names<AttentionKernel>{{"CPU_TILES", AttentionKernel::kCpuTiles},
+                                                         {"CUDA_F32", AttentionKernel::kF32},
+                                                         {"CUDA_MMA", AttentionKernel::kTensorCore},
+                                                         {"CUDNN", AttentionKernel::kCudnn}};
+  return names;
+}
+const Names<Pass>& Passes() {
+  static const auto& names = *new Names<Pass>{{"FORWARD", Pass::kForward}, {"BACKWARD", Pass::kBackward}};
+  return names;
+}
+const Names<MaskShape>& Shapes() {
+  static const auto& names = *new Names<MaskShape>{
+      {"GENERAL", MaskShape::kGeneral}, {"FULL", MaskShape::kFull}, {"CAUSAL", MaskShape::kCausal}};
+  return names;
+}
+const Names<TransportKind>& Transports() {
+  static const auto& names = *new Names<TransportKind>{{"HOST", TransportKind::kHost},
+                                                       {"NCCL", TransportKind::kNccl},
+                                                       {"COPY_ENGINE", TransportKind::kCopyEngine}};
+  return names;
+}
+
+// At least one point, in ascending order of size.
+std::vector<RatePoint> BindPoints(const Section& section, const std::string& name) {
+  std::vector<RatePoint> points;
+  for (const Section& child : section.Children(name)) {
+    RatePoint point;
+    child.Real("size", Presence::kRequired, kSize, &point.size);
+    child.Real("per_second", Presence::kRequired, kPerSecond, &point.per_second);
+    if (!points.empty() && point.size <= points.back().size) {
+      child.provenance()->Refuse(
+          child.PathOf("size"), absl::StrCat(point.size),
+          absl::StrCat("expected more than ", points.back().size, ", the size of the point before"));
+    }
+    points.push_back(point);
+  }
+  if (points.empty()) {
+    section.provenance()->Missing(section.PathOf(name),
+                                  absl::StrCat("at least one ", name, " { size: ... per_second: ... }"));
+  }
+  return points;
+}
+
+AttentionRate BindAttention(const Section& section) {
+  AttentionRate rate;
+  section.Enum("kernel", Kernels(), &rate.kernel, Presence::kRequired);
+  section.Enum("pass", Passes(), &rate.pass, Presence::kRequired);
+  section.Enum("shape", Shapes(), &rate.shape, Presence::kRequired);
+  section.Int("head_dim", Presence::kRequired, kHeadDim, &rate.head_dim);
+  section.Int("v_head_dim", Presence::kRequired, kHeadDim, &rate.v_head_dim);
+  rate.pairs = BindPoints(section, "pairs");
+  return rate;
+}
+
+LinkRate BindLink(const Section& section) {
+  LinkRate rate;
+  section.Enum("transport", Transports(), &rate.transport, Presence::kRequired);
+  rate.one_way = BindPoints(section, "one_way");
+  rate.both_ways = BindPoints(section, "both_ways");
+  section.Real("message_seconds", Presence::kRequired, kSeconds, &rate.message_seconds);
+  section.Real("computing_slowdown", Presence::kOptional, kSlowdown, &rate.computing_slowdown);
+  return rate;
+}
+
+MachineProfile Bind(const Section& root) {
+  MachineProfile profile;
+  int64_t ranks = 0;
+  root.String("device", Presence::kRequired, &profile.device);
+  root.Bool("measured", &profile.measured);
+  root.Int("ranks", Presence::kRequired, kRanks, &ranks);
+  profile.ranks = static_cast<int>(ranks);
+  root.Real("launch_seconds", Presence::kRequired, kSeconds, &profile.launch_seconds);
+  profile.copy = BindPoints(root, "copy");
+  for (const Section& link : root.Children("link")) profile.links.push_back(BindLink(link));
+  for (const Section& rate : root.Children("attention")) profile.attention.push_back(BindAttention(rate));
+  if (profile.attention.empty()) {
+    root.provenance()->Missing("attention", "at least one attention { ... }, or nothing can be predicted");
+  }
+  return profile;
+}
+
+template <typename T>
+int NumberOf(const Names<T>& names, const google::protobuf::EnumDescriptor* type, T value) {
+  for (const auto& [label, meaning] : names) {
+    if (meaning == value) return type->FindValueByName(label)->number();
+  }
+  return 0;
+}
+
+template <typename Points>
+void WritePoints(const std::vector<RatePoint>& points, Points* out) {
+  for (const RatePoint& point : points) {
+    config::RatePoint* to = out->Add();
+    to->set_size(point.size);
+    to->set_per_second(point.per_second);
+  }
+}
+
+void WriteAttention(const AttentionRate& rate, config::AttentionRate* out) {
+  using To = config::AttentionRate;
+  out->set_kernel(static_cast<To::Kernel>(NumberOf(Kernels(), To::Kernel_descriptor(), rate.kernel)));
+  out->set_pass(static_cast<To::Pass>(NumberOf(Passes(), To::Pass_descriptor(), rate.pass)));
+  out->set_shape(static_cast<To::Shape>(NumberOf(Shapes(), To::Shape_descriptor(), rate.shape)));
+  out->set_head_dim(rate.head_dim);
+  out->set_v_head_dim(rate.v_head_dim);
+  WritePoints(rate.pairs, out->mutable_pairs());
+}
+
+void WriteLink(const LinkRate& rate, config::LinkRate* out) {
+  using To = config::LinkRate;
+  out->set_transport(
+      static_cast<To::Transport>(NumberOf(Transports(), To::Transport_descriptor(), rate.transport)));
+  WritePoints(rate.one_way, out->mutable_one_way());
+  WritePoints(rate.both_ways, out->mutable_both_ways());
+  out->set_message_seconds(rate.message_seconds);
+  out->set_computing_slowdown(rate.computing_slowdown);
+}
+
+}  // namespace
+
+absl::StatusOr<MachineProfile> ParseProfile(const std::string& name, const std::string& text) {
+  if (text.size() > kLongestText) {
+    return Invalid(config::Printable(name), ": ", text.size(), " bytes; expected at most ", kLongestText);
+  }
+  config::MachineProfile message;
+  config::Provenance provenance(name, config::MachineProfile::descriptor());
+  for (const config::SyntaxError& error : config::ParseMessage(text, "", &message, provenance.tree())) {
+    provenance.ErrorAt(error.line, error.column, error.message);
+  }
+  ANNULUS_RETURN_IF_ERROR(provenance.status());
+  MachineProfile profile = Bind(Section(&message, "", &provenance));
+  ANNULUS_RETURN_IF_ERROR(provenance.status());
+  return profile;
+}
+
+std::string ProfileText(const MachineProfile& profile) {
+  config::MachineProfile message;
+  message.set_device(profile.device);
+  message.set_measured(profile.measured);
+  message.set_ranks(profile.ranks);
+  message.set_launch_seconds(profile.launch_seconds);
+  WritePoints(profile.copy, message.mutable_copy());
+  for (const LinkRate& link : profile.links) WriteLink(link, message.add_link());
+  for (const AttentionRate& rate : profile.attention) WriteAttention(rate, message.add_attention());
+  return absl::StrCat(profile.measured ? "# Measured by annulus calibrate.\n" : "# Assumed, not measured.\n",
+                      config::PrintCompact(message));
+}
+
+}  // namespace annulus

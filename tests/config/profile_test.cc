@@ -1,0 +1,106 @@
+// Machine profiles as text: every field survives, mistakes are named, and what ships is what is assumed
+// without a profile.
+
+#include "annulus/train/profile.h"
+
+#include <gtest/gtest.h>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_replace.h"
+#include "annulus/base/file.h"
+
+namespace annulus {
+namespace {
+
+MachineProfile Profile() {
+  MachineProfile profile;
+  profile.device = "NVIDIA \"H200\"";
+  profile.measured = true;
+  profile.ranks = 4;
+  profile.launch_seconds = 2.1e-6;
+  profile.copy = {{1024, 3e9}, {1e9, 4.2123456789e12}};
+  profile.links = {{.transport = TransportKind::kNccl,
+                    .one_way = {{0, 1}, {65536, 4e10}},
+                    .both_ways = {{65536, 7e10}},
+                    .message_seconds = 1.0 / 3,
+                    .computing_slowdown = 1.125},
+                   {.transport = TransportKind::kCopyEngine,
+                    .one_way = {{1, 1}},
+                    .both_ways = {{1, 1}},
+                    .message_seconds = 0}};
+  profile.attention = {{.kernel = AttentionKernel::kCudnn,
+                        .pass = Pass::kBackward,
+                        .shape = MaskShape::kCausal,
+                        .head_dim = 192,
+                        .v_head_dim = 128,
+                        .pairs = {{1e6, 1e12}, {1e9, 2e12}}},
+                       {.kernel = AttentionKernel::kTensorCore,
+                        .pass = Pass::kForward,
+                        .shape = MaskShape::kGeneral,
+                        .head_dim = 64,
+                        .v_head_dim = 64,
+                        .pairs = {{1, 1e-300}}}};
+  return profile;
+}
+
+TEST(Profile, EveryFieldSurvivesTheText) {
+  const std::string text = ProfileText(Profile());
+  const auto again = ParseProfile("p.textproto", text);
+  ASSERT_TRUE(again.ok()) << again.status() << "\n" << text;
+  EXPECT_TRUE(*again == Profile()) << text << ProfileText(*again);
+  EXPECT_TRUE(absl::StrContains(text, "\n  pairs { size: 1000000 per_second: 1000000000000 }\n")) << text;
+}
+
+TEST(Profile, SaysWhetherItWasMeasured) {
+  MachineProfile profile = Profile();
+  EXPECT_TRUE(absl::StartsWith(ProfileText(profile), "# Measured by annulus calibrate.\n"));
+  profile.measured = false;
+  EXPECT_TRUE(absl::StartsWith(ProfileText(profile), "# Assumed, not measured.\n"));
+}
+
+// What is said of the profile with `from`, which must be in its text, replaced by `to`.
+std::string ErrorsOf(const std::string& from, const std::string& to) {
+  std::string text = ProfileText(Profile());
+  EXPECT_EQ(absl::StrReplaceAll({{from, to}}, &text), 1) << from << " in\n" << text;
+  const absl::Status status = ParseProfile("p.textproto", text).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << text;
+  return std::string(status.message());
+}
+
+TEST(Profile, MistakesAreNamed) {
+  EXPECT_EQ(ErrorsOf("ranks: 4", "ranks: 0"),
+            "p.textproto:4:1: ranks=0: expected an integer from 1 to 1048576 (nearest valid value 1)");
+  EXPECT_EQ(ErrorsOf("ranks: 4", "rank: 4"), "p.textproto:4:1: rank: no such field; did you mean `ranks`?");
+  EXPECT_EQ(ErrorsOf("CUDA_MMA", "CUDA_MA"),
+            "p.textproto:33:3: attention[1].kernel=CUDA_MA: expected one of CPU_TILES, CUDA_F32, CUDA_MMA, "
+            "CUDNN (did you mean `CUDA_MMA`?)");
+  EXPECT_EQ(ErrorsOf("  shape: CAUSAL\n", ""),
+            "p.textproto:23:1: attention[0].shape: missing; expected one of GENERAL, FULL, CAUSAL");
+  EXPECT_EQ(ErrorsOf("size: 1000000 per_second: 1000000000000", "size: 2000000000 per_second: 1"),
+            "p.textproto:30:11: attention[0].pairs[1].size=1e+09: expected more than 2e+09, the size "
+            "of the point before");
+  EXPECT_EQ(ErrorsOf("computing_slowdown: 1.125", "computing_slowdown: 0.5"),
+            "p.textproto:14:3: link[0].computing_slowdown=0.5: expected a number in [1, 1e+06] (nearest "
+            "valid value 1)");
+  EXPECT_EQ(ErrorsOf("  both_ways { size: 65536 per_second: 70000000000 }\n", ""),
+            "p.textproto:8:1: link[0].both_ways: missing; expected at least one both_ways { size: ... "
+            "per_second: ... }");
+}
+
+// Runs that name no profile go by what is assumed: the files show it.
+TEST(ShippedProfiles, AreWhatIsAssumed) {
+  const std::pair<const char*, MachineProfile> shipped[] = {{"h200_nvlink_assumed", AssumedHopper()},
+                                                            {"cpu_core_assumed", AssumedCpuCore()}};
+  for (const auto& [name, assumed] : shipped) {
+    const std::string path = absl::StrCat(ANNULUS_SOURCE_DIR "/configs/machine/", name, ".textproto");
+    const auto text = ReadFile(path);
+    ASSERT_TRUE(text.ok()) << text.status() << "\nexpected in it:\n" << ProfileText(assumed);
+    const auto profile = ParseProfile(path, *text);
+    ASSERT_TRUE(profile.ok()) << profile.status();
+    EXPECT_TRUE(*profile == assumed) << path << ": expected\n" << ProfileText(assumed);
+    EXPECT_FALSE(profile->measured) << path;
+  }
+}
+
+}  // namespace
+}  // namespace annulus
