@@ -112,9 +112,10 @@ struct SlotSpec {
 };
 
 enum class StepKind {
-  kAttend,   // compute `pairs`
-  kCopy,     // into rows = slot rows, of the heads that both have
-  kReduce,   // into rows += slot rows, of the heads that both have; outputs are merged by their LSE
+  kAttend,  // compute `pairs`
+  // Between slots of one group head by head; else of the model's heads that both have.
+  kCopy,     // into rows = slot rows
+  kReduce,   // into rows += slot rows; outputs are merged by their LSE
   kSend,     // slot rows -> peer
   kReceive,  // peer -> slot rows
 };
