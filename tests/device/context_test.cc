@@ -83,6 +83,25 @@ TEST(StagingMemory, ReusesThePieceThatFitsBest) {
   EXPECT_EQ(pieces[4], pieces[0]);
 }
 
+TEST(SpanClock, CountsSpansAndTheirTime) {
+  SpanClock clock{Device{}};
+  const auto before = std::chrono::steady_clock::now();
+  for (int i = 0; i < 3; ++i) {
+    clock.Begin(nullptr);
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    clock.End(nullptr);
+  }
+  clock.Begin(nullptr);
+  const SpanClock::Spans spans = clock.Take();
+  EXPECT_EQ(spans.count, 3);
+  EXPECT_GE(spans.seconds, 0.015);
+  EXPECT_LE(spans.seconds,
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count());
+  clock.End(nullptr);
+  EXPECT_EQ(clock.Take().count, 1);
+  EXPECT_EQ(clock.Take().count, 0);
+}
+
 TEST(WaitClock, CountsTheHostsWaitsByKind) {
   WaitClock clock{Device{}};
   constexpr std::chrono::milliseconds kWait(20);

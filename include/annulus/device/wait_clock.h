@@ -1,14 +1,10 @@
 #pragma once
 
-// How long the computing of a step was held up, by cause. Where a stream waits, pairs of events around that
-// point are read later, so that measuring never stops the host; where the host waits (CPUs: the stream is
-// null), its clock.
+// How long the computing of a step was held up, by cause.
 
 #include <array>
-#include <chrono>
-#include <vector>
 
-#include "annulus/device/stream.h"
+#include "annulus/device/span_clock.h"
 
 namespace annulus {
 
@@ -17,7 +13,7 @@ inline constexpr size_t kWaitKinds = 3;
 
 class WaitClock {
  public:
-  explicit WaitClock(Device device) : device_(device) {}
+  explicit WaitClock(Device device) : waits_{SpanClock(device), SpanClock(device), SpanClock(device)} {}
   WaitClock(WaitClock&&) = default;
 
   // The waiting of `kind` begins and ends here in the order of `stream`. Begin and End alternate, with one
@@ -27,24 +23,12 @@ class WaitClock {
 
   // Seconds of the waits that ended since the last call. Those that a GPU has not come to the end of yet
   // count in a later call.
-  double TakeSeconds(WaitKind kind);
+  double TakeSeconds(WaitKind kind) { return Of(kind).Take().seconds; }
 
  private:
-  struct Pair {
-    Event begin, end;
-  };
-  struct Waits {
-    bool open = false;  // between Begin and End
-    Pair now;           // stream: the open pair
-    std::vector<Pair> pending;
-    std::chrono::steady_clock::time_point host_begin;
-    double host_seconds = 0;
-  };
-  Waits& Of(WaitKind kind) { return waits_[static_cast<size_t>(kind)]; }
+  SpanClock& Of(WaitKind kind) { return waits_[static_cast<size_t>(kind)]; }
 
-  Device device_;
-  std::array<Waits, kWaitKinds> waits_;
-  std::vector<Pair> free_;
+  std::array<SpanClock, kWaitKinds> waits_;
 };
 
 }  // namespace annulus
