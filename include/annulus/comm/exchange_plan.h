@@ -47,7 +47,7 @@ struct ExchangeProblem {
   int ranks = 1;
   int64_t block_rows = 0;           // rows of every block
   int64_t heads = 1, kv_heads = 1;  // query head h reads KV head h / (heads / kv_heads)
-  std::vector<Chunk> chunks;        // in order of (owner, rows.begin), covering each block
+  std::vector<Chunk> chunks = {};   // in order of (owner, rows.begin), covering each block
   // [chunks * chunks], index i * chunks + j. Rows of chunk j's owner; empty where all is masked.
   std::vector<RowRange> keys;
   std::vector<int64_t> pairs;  // unmasked (query, key) pairs of one head, for the cost
