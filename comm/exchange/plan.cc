@@ -1,68 +1,126 @@
+#include <algorithm>
+#include <tuple>
+
+#include "annulus/base/check.h"
 #include "annulus/base/hash.h"
 #include "annulus/comm/exchange_plan.h"
+#include "row_set.h"
 
 namespace annulus {
 namespace {
 
-void HashProblem(const ExchangeProblem& problem, Hasher* hasher) {
-  hasher->UpdateValue(problem.ranks);
-  hasher->UpdateValue(problem.block_rows);
-  hasher->UpdateValue(problem.chunks.size());
-  for (const Chunk& chunk : problem.chunks) {
-    hasher->UpdateValue(chunk.owner);
-    hasher->UpdateValue(chunk.rows);
+// Feeds a hasher with everything that two ranks could disagree on. Lists come with their lengths, so that no
+// two plans feed it the same.
+class PlanHasher {
+ public:
+  uint64_t Hash(const ExchangePlan& plan) {
+    const auto& [name, pass, problem, groups, super_rows, super_size, ranks] = plan;
+    AddAll(name, pass, problem, groups, super_rows, super_size, ranks);
+    return hasher_.Digest();
   }
-  for (const RowRange& rows : problem.keys) hasher->UpdateValue(rows);
-  for (const int64_t pairs : problem.pairs) hasher->UpdateValue(pairs);
-}
 
-void HashStep(const Step& step, Hasher* hasher) {
-  for (const int value : {static_cast<int>(step.kind), step.slot, step.grad_slot,
-                          static_cast<int>(step.grad_write), step.block, step.peer, step.message}) {
-    hasher->UpdateValue(value);
+ private:
+  template <typename T>
+  void Add(const T& value)
+    requires(std::is_integral_v<T> || std::is_enum_v<T>)
+  {
+    hasher_.UpdateValue(static_cast<int64_t>(value));
   }
-  hasher->UpdateValue(step.rows);
-  hasher->UpdateValue(step.pairs.size());
-  for (const BlockPair& pair : step.pairs) {
-    hasher->UpdateValue(pair.q_chunk);
-    hasher->UpdateValue(pair.kv_chunk);
-    hasher->UpdateValue(pair.keys);
-    hasher->UpdateValue(pair.pairs);
+  template <typename T>
+  void Add(const std::vector<T>& values) {
+    Add(values.size());
+    for (const T& value : values) Add(value);
   }
-  hasher->UpdateValue(step.after.size());
-  for (const int dependency : step.after) hasher->UpdateValue(dependency);
-}
+  template <typename... Values>
+  void AddAll(const Values&... values) {
+    (Add(values), ...);
+  }
+  void Add(const std::string& text) {
+    Add(text.size());
+    hasher_.Update(text.data(), text.size());
+  }
+  // Structured bindings: a field more would not compile.
+  void Add(const RowRange& rows) {
+    const auto& [begin, end] = rows;
+    AddAll(begin, end);
+  }
+  void Add(const BlockRows& block_rows) {
+    const auto& [block, rows] = block_rows;
+    AddAll(block, rows);
+  }
+  void Add(const Chunk& chunk) {
+    const auto& [owner, rows, position, part] = chunk;
+    AddAll(owner, rows, position, part);
+  }
+  void Add(const ExchangeProblem& problem) {
+    const auto& [ranks, block_rows, heads, kv_heads, chunks, keys, pairs] = problem;
+    AddAll(ranks, block_rows, heads, kv_heads, chunks, keys, pairs);
+  }
+  void Add(const HeadGroup& group) {
+    const auto& [q_begin, q_end, kv_heads] = group;
+    AddAll(q_begin, q_end, kv_heads);
+  }
+  void Add(const SlotSpec& slot) {
+    const auto& [payload, home, group, span, width] = slot;
+    AddAll(payload, home, group, span, width);
+  }
+  void Add(const BlockPair& pair) {
+    const auto& [q_chunk, kv_chunk, keys, pairs] = pair;
+    AddAll(q_chunk, kv_chunk, keys, pairs);
+  }
+  void Add(const Attend& attend) {
+    const auto& [q_slot, kv_slot, q_result, kv_result, q_write, kv_write, q_rows, kv_rows, pairs] = attend;
+    AddAll(q_slot, kv_slot, q_result, kv_result, q_write, kv_write, q_rows, kv_rows, pairs);
+  }
+  void Add(const Step& step) {
+    const auto& [kind, attend, slot, into, rows, peer, message, after] = step;
+    AddAll(kind, attend, slot, into, rows, peer, message, after);
+  }
+  void Add(const RankPlan& rank) {
+    const auto& [slots, steps] = rank;
+    AddAll(slots, steps);
+  }
+
+  Hasher hasher_;
+};
 
 }  // namespace
 
-uint64_t HashOf(const ExchangePlan& plan) {
-  Hasher hasher;
-  hasher.UpdateValue(plan.name.size());
-  hasher.Update(plan.name.data(), plan.name.size());
-  hasher.UpdateValue(static_cast<int>(plan.pass));
-  HashProblem(plan.problem, &hasher);
-  hasher.UpdateValue(plan.ranks.size());
-  for (const RankPlan& rank : plan.ranks) {
-    hasher.UpdateValue(rank.slots.size());
-    for (const SlotSpec& slot : rank.slots) {
-      hasher.UpdateValue(static_cast<int>(slot.payload));
-      hasher.UpdateValue(static_cast<int>(slot.home));
-    }
-    hasher.UpdateValue(rank.steps.size());
-    for (const Step& step : rank.steps) HashStep(step, &hasher);
-  }
-  return hasher.Digest();
+int64_t SlotRows(const ExchangePlan& plan, const SlotSpec& slot) {
+  return slot.span == Span::kBlock ? plan.problem.block_rows : plan.super_size;
 }
 
-int64_t BytesSent(const ExchangePlan& plan, int cp_rank, int64_t kv_row_bytes, int64_t grad_row_bytes) {
+int64_t RowInSlot(const ExchangePlan& plan, const SlotSpec& slot, const BlockRows& rows) {
+  if (slot.span == Span::kBlock) return rows.rows.begin;
+  const int chunk = ChunkOf(plan.problem, rows);
+  ANNULUS_CHECK(chunk >= 0) << plan.name << ": rows [" << rows.rows.begin << ", " << rows.rows.end
+                            << ") of block " << rows.block << " lie in no single chunk";
+  const size_t c = static_cast<size_t>(chunk);
+  return plan.super_rows[c] + rows.rows.begin - plan.problem.chunks[c].rows.begin;
+}
+
+int ChunkOf(const ExchangeProblem& problem, const BlockRows& rows) {
+  // The last that begins there or before: of chunks that begin at the same row only the last has rows.
+  const auto after = std::upper_bound(
+      problem.chunks.begin(), problem.chunks.end(), rows, [](const BlockRows& wanted, const Chunk& chunk) {
+        return std::tie(wanted.block, wanted.rows.begin) < std::tie(chunk.owner, chunk.rows.begin);
+      });
+  if (after == problem.chunks.begin()) return -1;
+  const auto chunk = after - 1;
+  if (chunk->owner != rows.block || !Contains(chunk->rows, rows.rows)) return -1;
+  return static_cast<int>(chunk - problem.chunks.begin());
+}
+
+uint64_t HashOf(const ExchangePlan& plan) { return PlanHasher().Hash(plan); }
+
+std::vector<int64_t> RowsSent(const ExchangePlan& plan, int cp_rank) {
   const RankPlan& rank = plan.ranks[static_cast<size_t>(cp_rank)];
-  int64_t bytes = 0;
+  std::vector<int64_t> rows(kPayloads);
   for (const Step& step : rank.steps) {
     if (step.kind != StepKind::kSend) continue;
-    const bool is_kv = rank.slots[static_cast<size_t>(step.slot)].payload == Payload::kKv;
-    bytes += step.rows.size() * (is_kv ? kv_row_bytes : grad_row_bytes);
+    rows[static_cast<size_t>(rank.slots[static_cast<size_t>(step.slot)].payload)] += step.rows.rows.size();
   }
-  return bytes;
+  return rows;
 }
 
 }  // namespace annulus
