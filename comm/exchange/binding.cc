@@ -1,5 +1,7 @@
 #include "binding.h"
 
+#include <algorithm>
+
 namespace annulus {
 
 void CheckBinding(const ExchangePlan& plan, int cp_rank, int ranks, const ExchangeBinding& binding) {
@@ -9,19 +11,47 @@ void CheckBinding(const ExchangePlan& plan, int cp_rank, int ranks, const Exchan
   ANNULUS_CHECK(binding.slots.size() == rank.slots.size())
       << plan.name << " has " << rank.slots.size() << " slots, " << binding.slots.size() << " are bound";
   for (size_t i = 0; i < rank.slots.size(); ++i) {
-    const TensorRef& slot = binding.slots[i];
-    ANNULUS_CHECK(slot.rank() >= 1 && slot.dim(0) == plan.problem.block_rows)
-        << plan.name << ": slot " << i << " is " << ToString(slot.shape()) << ", a block has "
-        << plan.problem.block_rows << " rows";
+    const int64_t rows = SlotRows(plan, rank.slots[i]);
+    ANNULUS_CHECK(!binding.slots[i].fields.empty()) << plan.name << ": slot " << i << " has no fields";
+    for (const TensorRef& field : binding.slots[i].fields) {
+      ANNULUS_CHECK(field.rank() >= 1 && field.dim(0) == rows)
+          << plan.name << ": a field of slot " << i << " is " << ToString(field.shape()) << ", the slot has "
+          << rows << " rows";
+    }
   }
+  ANNULUS_CHECK(binding.compute || std::none_of(rank.steps.begin(), rank.steps.end(),
+                                                [](const Step& step) { return IsCompute(step.kind); }))
+      << plan.name << ": no `compute` is bound";
 }
 
-std::vector<TensorRef> ScratchSlots(Context& ctx, const RankPlan& rank, TensorRef home_kv,
-                                    TensorRef home_grad) {
-  std::vector<TensorRef> slots;
-  for (const SlotSpec& slot : rank.slots) {
-    const TensorRef& like = slot.payload == Payload::kKv ? home_kv : home_grad;
-    slots.push_back(slot.home ? like : ctx.scratch.Allocate(like.dtype(), like.shape()));
+RowRange RowsInSlot(const ExchangePlan& plan, int cp_rank, const Step& step) {
+  const SlotSpec& slot = plan.ranks[static_cast<size_t>(cp_rank)].slots[static_cast<size_t>(step.slot)];
+  const int64_t begin = RowInSlot(plan, slot, step.rows);
+  return {begin, begin + step.rows.rows.size()};
+}
+
+int64_t RowBytes(const SlotField& field) { return field.row.elements() * SizeOf(field.dtype); }
+
+Shape FieldShape(const SlotField& field, int64_t rows) {
+  std::vector<int64_t> dims = {rows};
+  dims.insert(dims.end(), field.row.dims().begin(), field.row.dims().end());
+  return Shape(absl::MakeConstSpan(dims));
+}
+
+SlotMemory ScratchSlot(Context& ctx, const std::vector<SlotField>& fields, int64_t rows) {
+  SlotMemory slot;
+  for (const SlotField& field : fields) {
+    slot.fields.push_back(ctx.scratch.Allocate(field.dtype, FieldShape(field, rows)));
+  }
+  return slot;
+}
+
+std::vector<SlotMemory> ScratchSlots(Context& ctx, const ExchangePlan& plan, int cp_rank,
+                                     const SlotSource& source) {
+  std::vector<SlotMemory> slots;
+  for (const SlotSpec& slot : plan.ranks[static_cast<size_t>(cp_rank)].slots) {
+    slots.push_back(slot.home ? source.home(slot.payload)
+                              : ScratchSlot(ctx, source.fields(slot), SlotRows(plan, slot)));
   }
   return slots;
 }

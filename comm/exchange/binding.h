@@ -4,20 +4,24 @@
 
 #include <vector>
 
-#include "annulus/comm/exchange_plan.h"
+#include "annulus/comm/exchange_transport.h"
 
 namespace annulus {
 
-// The caller broke an invariant unless one tensor of the block's rows is bound to each slot.
+// The caller broke an invariant unless each slot has fields with the slot's rows, and a `compute` is bound
+// where there are computing steps.
 void CheckBinding(const ExchangePlan& plan, int cp_rank, int ranks, const ExchangeBinding& binding);
 
-// The rows of a transfer or of one side of a kReduce.
-inline TensorRef RowsOf(const ExchangeBinding& binding, int slot, const RowRange& rows) {
-  return binding.slots[static_cast<size_t>(slot)].Rows(rows.begin, rows.end);
-}
+// Which rows of its slot a transfer of this rank moves, in every field.
+RowRange RowsInSlot(const ExchangePlan& plan, int cp_rank, const Step& step);
 
-// Home slots are the caller's tensors, all others come from ctx.scratch.
-std::vector<TensorRef> ScratchSlots(Context& ctx, const RankPlan& rank, TensorRef home_kv,
-                                    TensorRef home_grad);
+int64_t RowBytes(const SlotField& field);
+// Of one field of a slot with so many rows.
+Shape FieldShape(const SlotField& field, int64_t rows);
+
+// Of `cp_rank`, in its order: home slots are the caller's tensors, all others come from ctx.scratch.
+std::vector<SlotMemory> ScratchSlots(Context& ctx, const ExchangePlan& plan, int cp_rank,
+                                     const SlotSource& source);
+SlotMemory ScratchSlot(Context& ctx, const std::vector<SlotField>& fields, int64_t rows);
 
 }  // namespace annulus

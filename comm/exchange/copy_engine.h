@@ -7,6 +7,7 @@
 namespace annulus {
 
 // TransportKind::kCopyEngine. Collective.
-absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeCopyEngineTransport(Communicator cp, Context& ctx);
+absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeCopyEngineTransport(Communicator cp, Context& ctx,
+                                                                           LinkThrottle throttle);
 
 }  // namespace annulus

@@ -8,7 +8,7 @@
 // numbers, `arrived` one for a message, `ready` one for a message and receiver:
 //
 //     receiver   [after ...]--write ready at the sender
-//     sender     [after ...][wait for ready][copy rows][write arrived at the receiver]
+//     sender     [after ...][wait for ready][copy rows of each field][write arrived at the receiver]
 //     receiver                                          [wait for arrived]--whoever needs the rows
 //
 // All of it is enqueued: the device writes a flag of the peer's memory and waits for one of its own. A flag
@@ -20,15 +20,20 @@
 // sender only after its last reader of the execution before, too.
 //
 // The waits have no limit of their own; Abort() ends them by setting this rank's flags to the last number.
+//
+// A throttled link (link_hold.h) is taken before the copy, and `arrived` is written when it is free again.
 
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "../../src/device/cuda_call.h"
 #include "annulus/device/gpu.h"
+#include "binding.h"
 #include "copy_engine.h"
+#include "link_hold.h"
 #include "peer_memory.h"
 #include "stream_transport.h"
 
@@ -67,16 +72,23 @@ struct StreamFlags {
   PFN_cuStreamWaitValue32_v11070 wait = nullptr;
 };
 
-// Lanes of StreamTransport: arrivals of KV and of gradients, then copies of both to each rank. Their numbers
-// continue with those on which `ready` is written.
-constexpr size_t kPayloads = 2;  // ExchangeLane::kKv, kKvGrad
+// Lanes of StreamTransport: one for each lane of rounds.h and each of these roles. Messages to a rank take
+// its two lanes in turn: the flags, events and notes of one are written while the other copies.
+constexpr size_t kCopyLanes = 2;
+constexpr size_t kArrivals = 0, kReady = 1, kCopies = 2;  // kCopies + kCopyLanes * r, ...: to rank r
+
+size_t LaneFor(size_t role, ExchangeLane lane) { return role * kTransferLanes + static_cast<size_t>(lane); }
 
 class CopyEngineTransport : public StreamTransport {
  public:
-  CopyEngineTransport(Communicator cp, Device device)
+  CopyEngineTransport(Communicator cp, Device device, LinkThrottle throttle)
       : StreamTransport(cp, device),
         memory_(std::move(cp), device),
-        abort_stream_(device, StreamPriority::kHigh) {}
+        sends_(kTransferLanes * static_cast<size_t>(cp_.size())),
+        abort_stream_(device, StreamPriority::kHigh) {
+    const size_t roles = kCopies + kCopyLanes * static_cast<size_t>(cp_.size());
+    if (throttle.bytes_per_second > 0) hold_.emplace(device, throttle, cp_.size(), roles * kTransferLanes);
+  }
 
   ~CopyEngineTransport() override {
     if (!aborted_) Synchronize();
@@ -85,22 +97,25 @@ class CopyEngineTransport : public StreamTransport {
   absl::Status Load() { return flags_.Load(); }
   TransportKind kind() const override { return TransportKind::kCopyEngine; }
 
-  absl::StatusOr<std::vector<TensorRef>> Slots(Context& ctx, const ExchangePlan& plan, TensorRef home_kv,
-                                               TensorRef home_grad) override {
+  absl::StatusOr<std::vector<SlotMemory>> Slots(Context& ctx, const ExchangePlan& plan,
+                                                const SlotSource& source) override {
     const StreamPlan& mine = PlanOf(plan);
-    slot_bytes_ = {.kv = Aligned(home_kv.bytes()), .grad = Aligned(home_grad.bytes())};
+    layout_ = PoolLayout(mine, source);
     ANNULUS_RETURN_IF_ERROR(Reserve(mine));
-    std::vector<TensorRef> slots;
-    for (size_t i = 0; i < mine.rank.slots.size(); ++i) {
-      const SlotSpec& slot = mine.rank.slots[i];
-      const TensorRef& like = slot.payload == Payload::kKv ? home_kv : home_grad;
-      if (slot.home) {
-        slots.push_back(like);
-      } else if (mine.pool[i].has_value()) {
-        slots.emplace_back(SlotAt(cp_.rank(), *mine.pool[i]), like.dtype(), like.device(), like.shape());
-      } else {
-        slots.push_back(ctx.scratch.Allocate(like.dtype(), like.shape()));
+    const std::vector<StreamPlan::PoolSlot>& pool = mine.pools[static_cast<size_t>(cp_.rank())];
+    std::vector<SlotMemory> slots(mine.rank.slots.size());
+    for (size_t place = 0; place < pool.size(); ++place) {
+      SlotMemory& slot = slots[static_cast<size_t>(pool[place].slot)];
+      const std::vector<SlotField>& fields = layout_.FieldsOf(pool[place].kind);
+      for (size_t f = 0; f < fields.size(); ++f) {
+        slot.fields.emplace_back(FieldAt(cp_.rank(), place, f), fields[f].dtype, device_,
+                                 FieldShape(fields[f], mine.kind_rows[pool[place].kind]));
       }
+    }
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const SlotSpec& spec = mine.rank.slots[i];
+      if (spec.home) slots[i] = source.home(spec.payload);
+      if (slots[i].fields.empty()) slots[i] = ScratchSlot(ctx, source.fields(spec), SlotRows(plan, spec));
     }
     return slots;
   }
@@ -121,23 +136,21 @@ class CopyEngineTransport : public StreamTransport {
   static int64_t Aligned(int64_t bytes) {
     return (bytes + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
   }
-  size_t ReadyLane(size_t payload) const {
-    return kPayloads * (1 + static_cast<size_t>(cp_.size())) + payload;
-  }
-  // Messages to a peer take two lanes in turn: the flags of one are written while the other copies.
-  size_t CopyLane(const Step& send, size_t payload) const {
-    const size_t second = send.message % 2 == 0 ? 0 : ReadyLane(0) + kPayloads;
-    return second + kPayloads * (1 + static_cast<size_t>(send.peer)) + payload;
+  // Of the next message to that rank.
+  size_t NextCopyLane(int peer, ExchangeLane lane) {
+    const size_t to = static_cast<size_t>(peer);
+    const size_t turn = sends_[LaneFor(to, lane)]++ % kCopyLanes;
+    return LaneFor(kCopies + kCopyLanes * to + turn, lane);
   }
 
   std::string NameOf(size_t lane) const override {
-    const size_t lanes = ReadyLane(0) + kPayloads;
-    if (lane >= lanes) return absl::StrCat(NameOf(lane - lanes), ", second");
-    const char* const payload = lane % kPayloads == 0 ? "kv" : "gradients";
-    const size_t owner = lane / kPayloads;
-    if (owner == 0) return absl::StrCat("exchange ", payload, " in");
-    if (owner > static_cast<size_t>(cp_.size())) return absl::StrCat("exchange ", payload, " ready");
-    return absl::StrCat("exchange ", payload, " to rank ", owner - 1);
+    const size_t role = lane / kTransferLanes;
+    const std::string what =
+        absl::StrCat("exchange ", Name(static_cast<ExchangeLane>(lane % kTransferLanes)));
+    if (role == kArrivals) return what + ", in";
+    if (role == kReady) return what + ", ready";
+    const size_t copies = role - kCopies;
+    return absl::StrCat(what, ", to rank ", copies / kCopyLanes, copies % kCopyLanes == 0 ? "" : ", second");
   }
 
   // `arrived` of every message, and `ready` of every message and receiver.
@@ -149,13 +162,13 @@ class CopyEngineTransport : public StreamTransport {
   uint32_t* Ready(int at, int receiver, int message) const {
     return Arrived(at, message) + (1 + receiver) * messages_;
   }
-  char* SlotAt(int cp_rank, const PoolPlace& place) const {
-    return memory_.at(cp_rank) + FlagBytes() + OffsetOf(place, slot_bytes_);
+  char* FieldAt(int cp_rank, size_t place, size_t field) const {
+    return memory_.at(cp_rank) + FlagBytes() + layout_.OffsetOf(cp_rank, place, field);
   }
 
   // What every rank decides alike, from what is the same on all of them.
   absl::Status Reserve(const StreamPlan& plan) {
-    const int64_t pool = plan.PoolBytes(slot_bytes_);
+    const int64_t pool = layout_.bytes();
     const bool enough = plan.messages <= messages_ && FlagBytes() + pool <= memory_.bytes();
     if (plan.messages == 0 || (enough && count_ + 1 < kLastCount)) return absl::OkStatus();
     messages_ = std::max<int64_t>(messages_, plan.messages);
@@ -168,65 +181,93 @@ class CopyEngineTransport : public StreamTransport {
 
   absl::Status Begin(const Run& run) override {
     if (run.plan.messages > 0) ++count_;  // else ranks may leave the call out
-    for (size_t i = 0; i < run.plan.pool.size(); ++i) {
-      ANNULUS_CHECK(!run.plan.pool[i].has_value() ||
-                    run.binding.slots[i].raw() == SlotAt(cp_.rank(), *run.plan.pool[i]))
-          << run.plan.name << ": slot " << i << " receives, but is not from the last Slots call";
+    const std::vector<StreamPlan::PoolSlot>& pool = run.plan.pools[static_cast<size_t>(cp_.rank())];
+    for (size_t place = 0; place < pool.size(); ++place) {
+      const SlotMemory& slot = run.binding.slots[static_cast<size_t>(pool[place].slot)];
+      ANNULUS_CHECK(slot.fields[0].raw() == FieldAt(cp_.rank(), place, 0))
+          << run.plan.name << ": slot " << pool[place].slot
+          << " receives, but is not from the last Slots call";
     }
     return absl::OkStatus();
   }
 
   absl::Status Transfer(const Run& run, const Launch& round) override {
-    const size_t payload = static_cast<size_t>(round.lane);
+    std::vector<int> receives;
     for (const int s : round.steps) {
-      const bool sends = run.step(s).kind == StepKind::kSend;
-      ANNULUS_RETURN_IF_ERROR(sends ? Send(run, s, payload) : Receive(run, s, payload));
+      if (run.step(s).kind == StepKind::kReceive) {
+        receives.push_back(s);
+      } else {
+        ANNULUS_RETURN_IF_ERROR(Send(run, s, round.lane));
+      }
     }
+    // Arrivals are seen in this order.
+    std::stable_sort(receives.begin(), receives.end(), [&](int a, int b) {
+      return run.plan.needed_by[static_cast<size_t>(a)] < run.plan.needed_by[static_cast<size_t>(b)];
+    });
+    for (const int s : receives) ANNULUS_RETURN_IF_ERROR(Receive(run, s, round.lane));
     return absl::OkStatus();
   }
 
-  absl::Status Receive(const Run& run, int s, size_t payload) {
+  absl::Status Receive(const Run& run, int s, ExchangeLane lane) {
     const Step& step = run.step(s);
-    const StreamHandle ready = StreamOf(ReadyLane(payload)), arrivals = StreamOf(payload);
+    const StreamHandle ready = StreamOf(LaneFor(kReady, lane)), arrivals = StreamOf(LaneFor(kArrivals, lane));
     Await(run, s, ready);
     ANNULUS_RETURN_IF_ERROR(flags_.Write(ready, Ready(step.peer, cp_.rank(), step.message), count_));
     ANNULUS_RETURN_IF_ERROR(flags_.Wait(arrivals, Arrived(cp_.rank(), step.message), count_));
-    Complete(run, s, payload);
+    Complete(run, s, LaneFor(kArrivals, lane));
     return absl::OkStatus();
   }
 
-  absl::Status Send(const Run& run, int s, size_t payload) {
+  absl::Status Send(const Run& run, int s, ExchangeLane round_lane) {
     const Step& step = run.step(s);
-    const size_t lane = CopyLane(step, payload);
+    const size_t lane = NextCopyLane(step.peer, round_lane);
     const StreamHandle stream = StreamOf(lane);
     Await(run, s, stream);
     ANNULUS_RETURN_IF_ERROR(flags_.Wait(stream, Ready(cp_.rank(), step.peer, step.message), count_));
-    const TensorRef rows = run.RowsOf(s);
-    const int64_t row_bytes = rows.bytes() / step.rows.size();
-    char* const to =
-        SlotAt(step.peer, run.plan.peer_place[static_cast<size_t>(s)]) + step.rows.begin * row_bytes;
-    ANNULUS_RETURN_IF_ERROR(
-        CudaStatus("cudaMemcpyAsync", cudaMemcpyAsync(to, rows.raw(), static_cast<size_t>(rows.bytes()),
-                                                      cudaMemcpyDeviceToDevice, stream)));
+    if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Take(stream, lane, step.peer, run.BytesOf(s)));
+    ANNULUS_RETURN_IF_ERROR(CopyRows(run, s, stream));
+    if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Hold(stream, lane));
     ANNULUS_RETURN_IF_ERROR(flags_.Write(stream, Arrived(step.peer, step.message), count_));
     Complete(run, s, lane);
     return absl::OkStatus();
   }
 
+  absl::Status CopyRows(const Run& run, int s, StreamHandle stream) const {
+    const Step& step = run.step(s);
+    const StreamPlan::PeerRows& target = run.plan.peer_rows[static_cast<size_t>(s)];
+    const size_t kind = run.plan.pools[static_cast<size_t>(step.peer)][target.place].kind;
+    const std::vector<SlotField>& fields = layout_.FieldsOf(kind);
+    const SlotMemory& slot = run.SlotOf(s);
+    ANNULUS_CHECK(fields.size() == slot.fields.size()) << run.plan.texts[static_cast<size_t>(s)];
+    for (size_t f = 0; f < fields.size(); ++f) {
+      const TensorRef rows = run.RowsOf(s, slot.fields[f]);
+      ANNULUS_CHECK(rows.bytes() == step.rows.rows.size() * RowBytes(fields[f]))
+          << run.plan.texts[static_cast<size_t>(s)] << ": field " << f << " is " << ToString(rows.shape());
+      char* const to = FieldAt(step.peer, target.place, f) + target.begin * RowBytes(fields[f]);
+      ANNULUS_RETURN_IF_ERROR(
+          CudaStatus("cudaMemcpyAsync", cudaMemcpyAsync(to, rows.raw(), static_cast<size_t>(rows.bytes()),
+                                                        cudaMemcpyDeviceToDevice, stream)));
+    }
+    return absl::OkStatus();
+  }
+
   StreamFlags flags_;
   PeerMemory memory_;
-  int64_t messages_ = 0;  // flags of each kind
-  SlotBytes slot_bytes_;  // of the last Slots call
-  uint32_t count_ = 0;    // executions on this memory
+  int64_t messages_ = 0;       // flags of each kind
+  PoolLayout layout_;          // of the last Slots call
+  uint32_t count_ = 0;         // executions on this memory
+  std::vector<size_t> sends_;  // so far, by peer and lane
+  std::optional<LinkHold> hold_;
   Stream abort_stream_;
   std::atomic<uint32_t*> own_flags_{nullptr};  // both kinds, for Abort
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeCopyEngineTransport(Communicator cp, Context& ctx) {
+absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeCopyEngineTransport(Communicator cp, Context& ctx,
+                                                                           LinkThrottle throttle) {
   ANNULUS_RETURN_IF_ERROR(CheckPeerMemory(cp, ctx.device));
-  auto transport = std::make_unique<CopyEngineTransport>(cp, ctx.device);
+  auto transport = std::make_unique<CopyEngineTransport>(cp, ctx.device, throttle);
   ANNULUS_RETURN_IF_ERROR(cp.AgreeOk(transport->Load()));
   return transport;
 }

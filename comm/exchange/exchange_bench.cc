@@ -24,12 +24,8 @@ void AddMessages(Messages* messages, ExchangePlan* plan) {
       static_cast<int>(plan->ranks[0].steps.size()) / 2 * ranks;  // a send and a receive a message
   for (int r = 0; r < ranks; ++r) {
     const int to = (r + messages->hop + ranks) % ranks;
-    Step send{.kind = StepKind::kSend,
-              .slot = 0,
-              .block = r,
-              .rows = messages->rows,
-              .peer = to,
-              .message = first + r};
+    Step send{
+        .kind = StepKind::kSend, .slot = 0, .rows = {r, messages->rows}, .peer = to, .message = first + r};
     Step receive = send;
     receive.kind = StepKind::kReceive;
     receive.slot = messages->slot;
@@ -48,10 +44,11 @@ enum class Ways { kOne, kBoth };
 ExchangePlan NeighbourPlan(int ranks, Ways ways) {
   ExchangePlan plan{.name = ways == Ways::kOne ? "to the next rank" : "to both neighbours",
                     .pass = Pass::kForward,
-                    .problem = {.ranks = ranks, .block_rows = 2, .chunks = {}, .keys = {}, .pairs = {}}};
+                    .problem = {.ranks = ranks, .block_rows = 2, .chunks = {}, .keys = {}, .pairs = {}},
+                    .groups = {{.q_begin = 0, .q_end = 1, .kv_heads = {0}}}};
   for (int r = 0; r < ranks; ++r) {
-    plan.problem.chunks.push_back({r, {0, 2}});
-    plan.ranks.push_back({.slots = {{Payload::kKv, true}, {Payload::kKv, false}, {Payload::kKv, false}}});
+    plan.problem.chunks.push_back({.owner = r, .rows = {0, 2}, .position = 2 * r});
+    plan.ranks.push_back({.slots = {{.home = true}, {}, {}}});
   }
   plan.problem.keys.resize(plan.problem.chunks.size() * plan.problem.chunks.size());
   plan.problem.pairs.resize(plan.problem.keys.size());
@@ -75,8 +72,11 @@ absl::StatusOr<double> MedianSeconds(Context& ctx, Communicator& cp, ExchangeTra
                                      const ExchangePlan& plan, TensorRef block, int repeats) {
   ArenaScope scope(ctx.scratch);
   ExchangeBinding binding;
-  ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport.Slots(ctx, plan, block, TensorRef()));
-  binding.attend = [](const Step&) { return absl::OkStatus(); };
+  const SlotSource source{.home = [&](Payload) { return SlotMemory{.fields = {block}}; },
+                          .fields = [&](const SlotSpec&) -> std::vector<SlotField> {
+                            return {{.dtype = block.dtype(), .row = {block.dim(1)}}};
+                          }};
+  ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport.Slots(ctx, plan, source));
   StreamTimer timer(ctx);
   std::vector<double> seconds;
   for (int i = 0; i < kWarmUps + repeats; ++i) {

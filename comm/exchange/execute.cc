@@ -1,11 +1,10 @@
+#include "execute.h"
+
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <map>
 
 #include "../backoff.h"
-#include "../reduce.h"
-#include "annulus/base/hash.h"
 #include "binding.h"
 #include "plan_text.h"
 
@@ -44,18 +43,17 @@ class Executor {
     waits_for_.resize(count);
     waiters_.resize(count);
     tags_.resize(count);
-    std::map<std::pair<StepKind, int>, int> messages;  // of each peer and direction
     for (size_t s = 0; s < count; ++s) {
       const Step& step = rank_.steps[s];
-      ANNULUS_CHECK(IsCompute(step.kind) || IsTransfer(step.kind)) << StepText(plan_, cp.rank(), s);
-      // A valid plan lists the messages of a pair of ranks in the same order at both ends.
-      if (IsTransfer(step.kind)) tags_[s] = messages[{step.kind, step.peer}]++;
-      waits_for_[s] = rank_.steps[s].after.size();
-      for (const int dependency : rank_.steps[s].after)
-        waiters_[static_cast<size_t>(dependency)].push_back(s);
-      if (IsCompute(rank_.steps[s].kind)) compute_.push_back(s);
-      if (IsTransfer(rank_.steps[s].kind) && waits_for_[s] == 0) startable_.push_back(s);
+      waits_for_[s] = step.after.size();
+      for (const int dependency : step.after) waiters_[static_cast<size_t>(dependency)].push_back(s);
+      if (IsCompute(step.kind)) {
+        compute_.push_back(s);
+      } else if (waits_for_[s] == 0) {
+        startable_.push_back(s);
+      }
     }
+    NumberMessages();
   }
 
   absl::Status Run(ExchangeStats* stats) {
@@ -73,41 +71,34 @@ class Executor {
  private:
   struct Running {
     size_t step;
-    Request request;
+    std::vector<Request> fields;  // those that are not complete
   };
 
   bool on_gpu() const { return ctx_.device.kind == DeviceKind::kCuda; }
+  const SlotMemory& SlotOf(const Step& step) const { return binding_.slots[static_cast<size_t>(step.slot)]; }
+
+  // A valid plan lists the messages of a pair of ranks in the same order at both ends, and both have the same
+  // fields.
+  void NumberMessages() {
+    std::map<std::pair<StepKind, int>, size_t> fields;  // of each peer and direction
+    for (size_t s = 0; s < tags_.size(); ++s) {
+      const Step& step = rank_.steps[s];
+      if (!IsTransfer(step.kind)) continue;
+      size_t& next = fields[{step.kind, step.peer}];
+      tags_[s] = static_cast<int>(next);
+      next += SlotOf(step).fields.size();
+      ANNULUS_CHECK(next < static_cast<size_t>(Communicator::kMaxTag))
+          << StepText(plan_, cp_.rank(), s) << ": too many messages between two ranks";
+    }
+  }
 
   // After an error the transfers go on, so that no other rank hangs; computing does not.
   void Compute(size_t s) {
     if (!status_.ok()) return;
-    const Step& step = rank_.steps[s];
     const std::string text = StepText(plan_, cp_.rank(), s);
     if (!on_gpu()) ctx_.recorder.Note("compute", text, nullptr);
-    if (step.kind == StepKind::kAttend) {
-      status_ = binding_.attend(step);
-    } else if (binding_.reduce) {
-      status_ = binding_.reduce(RowsOf(binding_, step.slot, step.rows),
-                                RowsOf(binding_, step.grad_slot, step.rows));
-    } else {
-      Reduce(step);
-    }
-    status_ = Prefixed(status_, text + ": ");
+    status_ = Prefixed(binding_.compute(rank_.steps[s]), text + ": ");
     if (on_gpu()) ctx_.recorder.Note("compute", text, ctx_.stream());
-  }
-
-  // In pieces, so that transfers go on meanwhile.
-  void Reduce(const Step& step) {
-    ANNULUS_CHECK(!on_gpu()) << plan_.name << ": no `reduce` is bound";
-    const TensorRef from = RowsOf(binding_, step.slot, step.rows);
-    const TensorRef to = RowsOf(binding_, step.grad_slot, step.rows);
-    constexpr int64_t kPiece = int64_t{1} << 16;
-    for (int64_t begin = 0; begin < from.elements(); begin += kPiece) {
-      const int64_t offset = begin * SizeOf(from.dtype());
-      Accumulate(from.dtype(), ReduceOp::kSum, static_cast<const char*>(from.raw()) + offset,
-                 std::min(kPiece, from.elements() - begin), static_cast<char*>(to.raw()) + offset);
-      ctx_.Poll();
-    }
   }
 
   // On GPUs the clock counts from the end of the computing that is enqueued, which the host is ahead of.
@@ -124,17 +115,17 @@ class Executor {
   // Starts and completes transfers.
   void Advance() {
     StartTransfers();
-    for (size_t i = 0; i < running_.size();) {
-      const size_t s = running_[i].step;
-      const absl::StatusOr<bool> complete = running_[i].request.Test();
-      CheckTransfer(s, complete.status());
-      if (!*complete) {
-        ++i;
-        continue;
-      }
-      running_.erase(running_.begin() + static_cast<std::ptrdiff_t>(i));
-      Complete(s);
+    std::vector<size_t> ended;
+    for (Running& transfer : running_) {
+      std::erase_if(transfer.fields, [&](Request& request) {
+        const absl::StatusOr<bool> complete = request.Test();
+        CheckTransfer(transfer.step, complete.status());
+        return *complete;
+      });
+      if (transfer.fields.empty()) ended.push_back(transfer.step);
     }
+    std::erase_if(running_, [](const Running& transfer) { return transfer.fields.empty(); });
+    for (const size_t s : ended) Complete(s);
     StartTransfers();
   }
 
@@ -142,13 +133,20 @@ class Executor {
     std::sort(startable_.begin(), startable_.end());  // in order of the list
     for (const size_t s : startable_) {
       const Step& step = rank_.steps[s];
-      const TensorRef rows = RowsOf(binding_, step.slot, step.rows);
-      const bool send = step.kind == StepKind::kSend;
-      absl::StatusOr<Request> request =
-          send ? cp_.Send(rows, step.peer, tags_[s]) : cp_.Receive(rows, step.peer, tags_[s]);
-      CheckTransfer(s, request.status());
-      if (send) bytes_sent_ += rows.bytes();
-      running_.push_back({s, *std::move(request)});
+      const RowRange rows = RowsInSlot(plan_, cp_.rank(), step);
+      Running transfer{.step = s, .fields = {}};
+      int tag = tags_[s];
+      for (const TensorRef& field : SlotOf(step).fields) {
+        const TensorRef part = field.Rows(rows.begin, rows.end);
+        const bool sends = step.kind == StepKind::kSend;
+        absl::StatusOr<Request> request =
+            sends ? cp_.Send(part, step.peer, tag) : cp_.Receive(part, step.peer, tag);
+        CheckTransfer(s, request.status());
+        if (sends) bytes_sent_ += part.bytes();
+        transfer.fields.push_back(*std::move(request));
+        ++tag;
+      }
+      running_.push_back(std::move(transfer));
     }
     startable_.clear();
   }
@@ -172,7 +170,7 @@ class Executor {
   const RankPlan& rank_;
   std::vector<size_t> waits_for_;             // by step: how many steps it still waits for
   std::vector<std::vector<size_t>> waiters_;  // by step
-  std::vector<int> tags_;                     // by step, of transfers
+  std::vector<int> tags_;                     // by step, of transfers: of the first field; the others follow
   std::vector<size_t> compute_;               // computing steps in order
   std::vector<size_t> startable_;             // transfers that wait for nothing and have not started
   std::vector<Running> running_;
@@ -183,21 +181,10 @@ class Executor {
 
 }  // namespace
 
-absl::Status Execute(Context& ctx, const ExchangePlan& plan, Communicator& cp, const ExchangeBinding& binding,
-                     ExchangeStats* stats) {
+absl::Status ExecuteByHost(Context& ctx, const ExchangePlan& plan, Communicator& cp,
+                           const ExchangeBinding& binding, ExchangeStats* stats) {
   CheckBinding(plan, cp.rank(), cp.size(), binding);
   return Executor(ctx, plan, cp, binding).Run(stats);
-}
-
-absl::Status AgreeOnPlan(const ExchangePlan& plan, Communicator& cp) {
-  const uint64_t hash = HashOf(plan);
-  // max(h) = ~min(~h): one reduction gives both ends.
-  std::array<int64_t, 2> ends = {static_cast<int64_t>(hash), ~static_cast<int64_t>(hash)};
-  ANNULUS_RETURN_IF_ERROR(
-      cp.AllReduce(TensorRef(ends.data(), DType::kI64, Device{}, Shape{2}), ReduceOp::kMin));
-  if (ends[0] == ~ends[1]) return absl::OkStatus();
-  return Invalid("exchange plan ", plan.name, " hash=", Hex64(hash), " on cp rank ", cp.rank(),
-                 ": expected the same plan on all ranks of the group");
 }
 
 }  // namespace annulus

@@ -1,6 +1,7 @@
 #include "host_transport.h"
 
 #include "binding.h"
+#include "execute.h"
 
 namespace annulus {
 namespace {
@@ -11,14 +12,14 @@ class HostTransport : public ExchangeTransport {
 
   TransportKind kind() const override { return TransportKind::kHost; }
 
-  absl::StatusOr<std::vector<TensorRef>> Slots(Context& ctx, const ExchangePlan& plan, TensorRef home_kv,
-                                               TensorRef home_grad) override {
-    return ScratchSlots(ctx, plan.ranks[static_cast<size_t>(cp_.rank())], home_kv, home_grad);
+  absl::StatusOr<std::vector<SlotMemory>> Slots(Context& ctx, const ExchangePlan& plan,
+                                                const SlotSource& source) override {
+    return ScratchSlots(ctx, plan, cp_.rank(), source);
   }
 
   absl::Status Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
                        ExchangeStats* stats) override {
-    return annulus::Execute(ctx, plan, cp_, binding, stats);
+    return ExecuteByHost(ctx, plan, cp_, binding, stats);
   }
 
   absl::Status Health() override { return cp_.Health(); }

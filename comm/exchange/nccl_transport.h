@@ -7,6 +7,7 @@
 namespace annulus {
 
 // TransportKind::kNccl. Collective.
-absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeNcclTransport(Communicator cp, Context& ctx);
+absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeNcclTransport(Communicator cp, Context& ctx,
+                                                                     LinkThrottle throttle);
 
 }  // namespace annulus

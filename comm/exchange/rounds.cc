@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <map>
 
-#include "plan_text.h"
+#include "annulus/base/check.h"
 
 namespace annulus {
 namespace {
@@ -72,16 +72,12 @@ class Levels {
   std::vector<int> waits_for_, level_;       // by node
 };
 
-ExchangeLane LaneOf(const RankPlan& rank, const Step& step) {
-  if (IsCompute(step.kind)) return ExchangeLane::kCompute;
-  return rank.slots[static_cast<size_t>(step.slot)].payload == Payload::kKv ? ExchangeLane::kKv
-                                                                            : ExchangeLane::kKvGrad;
-}
-
-std::vector<Launch> LaunchesOfRank(const RankPlan& rank, const Levels& levels, size_t cp_rank) {
+std::vector<Launch> LaunchesOfRank(const ExchangePlan& plan, const Levels& levels, size_t cp_rank) {
+  const RankPlan& rank = plan.ranks[cp_rank];
   std::map<std::pair<int, ExchangeLane>, std::vector<int>> found;
   for (size_t s = 0; s < rank.steps.size(); ++s) {
-    found[{levels.Of(cp_rank, s), LaneOf(rank, rank.steps[s])}].push_back(static_cast<int>(s));
+    const ExchangeLane lane = LaneOf(plan, static_cast<int>(cp_rank), rank.steps[s]);
+    found[{levels.Of(cp_rank, s), lane}].push_back(static_cast<int>(s));
   }
   std::vector<Launch> launches;
   for (auto& [key, steps] : found) {
@@ -95,11 +91,37 @@ std::vector<Launch> LaunchesOfRank(const RankPlan& rank, const Levels& levels, s
 
 }  // namespace
 
+const char* Name(ExchangeLane lane) {
+  switch (lane) {
+    case ExchangeLane::kOperandsLower:
+      return "operands toward lower ranks";
+    case ExchangeLane::kOperandsHigher:
+      return "operands toward higher ranks";
+    case ExchangeLane::kResultsLower:
+      return "results toward lower ranks";
+    case ExchangeLane::kResultsHigher:
+      return "results toward higher ranks";
+    case ExchangeLane::kCompute:
+      return "compute";
+  }
+  return "";
+}
+
+ExchangeLane LaneOf(const ExchangePlan& plan, int cp_rank, const Step& step) {
+  if (IsCompute(step.kind)) return ExchangeLane::kCompute;
+  const int ranks = static_cast<int>(plan.ranks.size());
+  const int ahead = step.kind == StepKind::kSend ? step.peer - cp_rank : cp_rank - step.peer;
+  const bool higher = (ahead + ranks) % ranks <= ranks / 2;
+  const SlotSpec& slot = plan.ranks[static_cast<size_t>(cp_rank)].slots[static_cast<size_t>(step.slot)];
+  if (IsResult(slot.payload)) return higher ? ExchangeLane::kResultsHigher : ExchangeLane::kResultsLower;
+  return higher ? ExchangeLane::kOperandsHigher : ExchangeLane::kOperandsLower;
+}
+
 std::vector<std::vector<Launch>> LaunchesOf(const ExchangePlan& plan) {
   const Levels levels(plan);
   std::vector<std::vector<Launch>> launches;
   for (size_t r = 0; r < plan.ranks.size(); ++r) {
-    launches.push_back(LaunchesOfRank(plan.ranks[r], levels, r));
+    launches.push_back(LaunchesOfRank(plan, levels, r));
   }
   return launches;
 }

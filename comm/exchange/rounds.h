@@ -11,10 +11,14 @@
 // l, so by induction on l none waits for ever - not even if lanes block each other in the order in which the
 // host enqueued them, as streams that share a hardware queue do.
 //
-// Levels are as early as possible: a KV block is listed beside the computing that precedes the freeing of its
-// slot, never beside the computing that needs it. Gradients have a lane of their own, because they wait for
-// computing of this and of the peer: on the lane of KV a rank that is late would also hold up the blocks that
-// others need for computing.
+// Levels are as early as possible: a block is listed beside the computing that precedes the freeing of its
+// slot, never beside the computing that needs it. Messages that must not wait for each other have lanes of
+// their own:
+// - Results, because they wait for computing of this and of the peer: on the lane of operands a rank that is
+//   late would also hold up the blocks that others need for computing.
+// - The two ways round the ring, because the halves of a bidirectional plan free their slots one computing
+//   step after the other, so their rounds have different levels, and yet use links that lie beside each
+//   other.
 
 #include <vector>
 
@@ -22,8 +26,12 @@
 
 namespace annulus {
 
-// Of one level in this order.
-enum class ExchangeLane { kKv, kKvGrad, kCompute };
+// Of one level in this order. Lower, higher: the shorter way round the ring from sender to receiver.
+enum class ExchangeLane { kOperandsLower, kOperandsHigher, kResultsLower, kResultsHigher, kCompute };
+inline constexpr size_t kTransferLanes = 4;  // all but kCompute, which is the last
+const char* Name(ExchangeLane lane);         // "operands toward lower ranks"
+
+ExchangeLane LaneOf(const ExchangePlan& plan, int cp_rank, const Step& step);
 
 // What a lane runs at once.
 struct Launch {

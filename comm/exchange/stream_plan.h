@@ -3,55 +3,90 @@
 // What one rank enqueues for a plan, worked out once and kept: on GPUs the host runs ahead of the device and
 // may not spend long on a step.
 
+#include <bitset>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "annulus/comm/exchange_plan.h"
+#include "annulus/comm/exchange_transport.h"
 #include "rounds.h"
 
 namespace annulus {
 
-// Where a slot that receives lies in its rank's pool: behind this many others. Every rank knows the pools of
-// all.
-struct PoolPlace {
-  int kv_slots = 0, grad_slots = 0;
-};
-
-// Of one slot in a pool.
-struct SlotBytes {
-  int64_t kv = 0, grad = 0;
-};
-inline int64_t OffsetOf(const PoolPlace& place, const SlotBytes& bytes) {
-  return place.kv_slots * bytes.kv + place.grad_slots * bytes.grad;
-}
-
 struct StreamPlan {
   StreamPlan(const ExchangePlan& plan, int cp_rank);
 
-  // Whether this is of that plan. A plan is a pure function of its problem, so its name, pass and problem and
-  // this rank's steps tell it from others.
+  // Whether this is of that plan. A plan is a pure function of its problem and of how it was chosen, so its
+  // name, pass and problem, everybody's slots and this rank's steps tell it from others.
   bool IsOf(const ExchangePlan& plan, int cp_rank) const;
-  // Of the pool that suffices on every rank.
-  int64_t PoolBytes(const SlotBytes& bytes) const;
 
   std::string name;
   Pass pass;
   ExchangeProblem problem;
+  std::vector<HeadGroup> groups;
   RankPlan rank;
   std::vector<Launch> launches;
-  std::vector<std::string> texts;  // by step
+  std::bitset<kTransferLanes> lanes;  // those that some rank uses
+  std::vector<std::string> texts;     // by step
+  std::vector<RowRange> rows;         // by step, of transfers: in the slot
   // By step, of computing steps: the transfers to wait for (one that an earlier computing step waits for
   // needs no second wait), and whether a transfer waits for the step.
   std::vector<std::vector<int>> compute_waits;
   std::vector<bool> is_awaited;
+  // By step, of transfers: the first computing step that waits for it; the number of steps if none does.
+  std::vector<size_t> needed_by;
 
-  // Non-home slots that receive: place in the own pool. Slots that no message reaches have none.
-  std::vector<std::optional<PoolPlace>> pool;  // by slot
-  std::vector<PoolPlace> peer_place;           // by step, of kSend: the receiver's slot in its pool
-  std::vector<PoolPlace> pool_ends;            // by rank
-  int messages = 0;                            // all numbers of messages are below it
+  // A slot that receives lies in the pool of its rank, which peers write; others have no place there.
+  struct PoolSlot {
+    int slot = -1;
+    size_t kind = 0;
+  };
+  std::vector<SlotSpec> kinds;               // of slots that receive, each once
+  std::vector<int64_t> kind_rows;            // by kind
+  std::vector<std::vector<PoolSlot>> pools;  // by rank
+  struct PeerRows {
+    size_t place = 0;   // of the receiver's pool
+    int64_t begin = 0;  // in that slot
+  };
+  std::vector<PeerRows> peer_rows;  // by step, of kSend
+  int messages = 0;                 // all numbers of messages are below it
+
+ private:
+  void AddWaits();
+  void AddPools(const ExchangePlan& plan);
+  void AddPeerRows(const ExchangePlan& plan, int cp_rank);
+  size_t KindOf(const ExchangePlan& plan, const SlotSpec& slot);
+
+  std::vector<std::vector<SlotSpec>> slots_;  // by rank
+};
+
+// Where the fields of the slots that receive lie in the pools of all ranks, which is the same on every rank
+// because what slots hold is.
+class PoolLayout {
+ public:
+  PoolLayout() = default;
+  PoolLayout(const StreamPlan& plan, const SlotSource& source);
+
+  const std::vector<SlotField>& FieldsOf(size_t kind) const { return kinds_[kind].fields; }
+  int64_t OffsetOf(int cp_rank, size_t place, size_t field) const {
+    const Place& at = pools_[static_cast<size_t>(cp_rank)][place];
+    return at.offset + kinds_[at.kind].offsets[field];
+  }
+  int64_t bytes() const { return bytes_; }  // of a pool that suffices on every rank
+
+ private:
+  struct Kind {
+    std::vector<SlotField> fields;
+    std::vector<int64_t> offsets;  // by field
+    int64_t bytes = 0;
+  };
+  struct Place {
+    size_t kind = 0;
+    int64_t offset = 0;
+  };
+  std::vector<Kind> kinds_;
+  std::vector<std::vector<Place>> pools_;  // by rank
+  int64_t bytes_ = 0;
 };
 
 // Those used last. A sequence of plans that repeats from step to step is worked out once.

@@ -8,20 +8,21 @@ namespace annulus {
 
 StreamTransport::~StreamTransport() = default;
 
-TensorRef StreamTransport::Run::RowsOf(int s) const {
-  return annulus::RowsOf(binding, step(s).slot, step(s).rows);
+int64_t StreamTransport::Run::BytesOf(int s) const {
+  int64_t bytes = 0;
+  for (const TensorRef& field : SlotOf(s).fields) bytes += RowsOf(s, field).bytes();
+  return bytes;
 }
 
-absl::StatusOr<std::vector<TensorRef>> StreamTransport::Slots(Context& ctx, const ExchangePlan& plan,
-                                                              TensorRef home_kv, TensorRef home_grad) {
-  return ScratchSlots(ctx, plan.ranks[static_cast<size_t>(cp_.rank())], home_kv, home_grad);
+absl::StatusOr<std::vector<SlotMemory>> StreamTransport::Slots(Context& ctx, const ExchangePlan& plan,
+                                                               const SlotSource& source) {
+  return ScratchSlots(ctx, plan, cp_.rank(), source);
 }
 
 absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
                                       ExchangeStats* stats) {
   if (aborted_) return absl::AbortedError("the exchange was aborted");
   CheckBinding(plan, cp_.rank(), cp_.size(), binding);
-  ANNULUS_CHECK(plan.pass == Pass::kForward || binding.reduce) << plan.name << ": no `reduce` is bound";
   const Run run{.ctx = ctx,
                 .plan = PlanOf(plan),
                 .rank = plan.ranks[static_cast<size_t>(cp_.rank())],
@@ -48,18 +49,14 @@ absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, co
   AwaitTransfers(run, LastOfLanes());
   for (size_t s = 0; s < run.plan.rank.steps.size(); ++s) {
     const bool sends = run.plan.rank.steps[s].kind == StepKind::kSend;
-    if (sends) stats->bytes_sent += run.RowsOf(static_cast<int>(s)).bytes();
+    if (sends) stats->bytes_sent += run.BytesOf(static_cast<int>(s));
   }
   return status;
 }
 
 absl::Status StreamTransport::Compute(const Run& run, int s) {
-  const Step& step = run.step(s);
   const std::string& text = run.plan.texts[static_cast<size_t>(s)];
-  const absl::Status status = step.kind == StepKind::kAttend
-                                  ? run.binding.attend(step)
-                                  : run.binding.reduce(RowsOf(run.binding, step.slot, step.rows),
-                                                       RowsOf(run.binding, step.grad_slot, step.rows));
+  const absl::Status status = run.binding.compute(run.step(s));
   run.ctx.recorder.Note("compute", text, run.ctx.stream());
   return Prefixed(status, absl::StrCat(text, ": "));
 }

@@ -4,9 +4,16 @@
 // computing on ctx.stream(), transfers on high-priority streams of the transport, each stream waiting by
 // events for what its steps come after.
 //
-//     ctx.stream():   [attend 0]        [attend 1]  ...  [join]
-//     kv in:             [receive 1] ------^    [receive 2]
-//     kv to rank 3:      [send 0]  [send 1]
+//     ctx.stream():       [attend 0]        [attend 1]  ...  [join]
+//     operands in:           [receive 1] ------^    [receive 2]
+//     operands to rank 3:    [send 0]  [send 1]
+//
+// Computing does not keep transfers out. The host enqueues the transfers of a level ahead of its computing,
+// on streams of the highest priority, so where both may start their kernels (NCCL's; copy engines have none)
+// take multiprocessors first. Kernels of a transfer that becomes ready while computing fills the device take
+// those of the next CTAs that end, before any CTA that has not started. So they are late by one CTA of
+// attention at most, of the many that each multiprocessor runs one after the other in a kernel worth hiding
+// behind; they need no multiprocessors set aside, and computing need not wait until they run.
 //
 // A run begins behind what was enqueued on ctx.stream() before it, and ctx.stream() ends behind all transfers
 // of this rank, so memory of the caller and of arenas follows the usual rule: whoever comes later on
@@ -26,8 +33,8 @@ namespace annulus {
 class StreamTransport : public ExchangeTransport {
  public:
   ~StreamTransport() override;
-  absl::StatusOr<std::vector<TensorRef>> Slots(Context& ctx, const ExchangePlan& plan, TensorRef home_kv,
-                                               TensorRef home_grad) override;
+  absl::StatusOr<std::vector<SlotMemory>> Slots(Context& ctx, const ExchangePlan& plan,
+                                                const SlotSource& source) override;
   absl::Status Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
                        ExchangeStats* stats) final;
 
@@ -41,7 +48,13 @@ class StreamTransport : public ExchangeTransport {
     const RankPlan& rank;  // the caller's own, whose steps the binding knows
     const ExchangeBinding& binding;
     const Step& step(int s) const { return rank.steps[static_cast<size_t>(s)]; }
-    TensorRef RowsOf(int s) const;
+    const SlotMemory& SlotOf(int s) const { return binding.slots[static_cast<size_t>(step(s).slot)]; }
+    // What a transfer moves of one field of its slot.
+    TensorRef RowsOf(int s, const TensorRef& field) const {
+      const RowRange& rows = plan.rows[static_cast<size_t>(s)];
+      return field.Rows(rows.begin, rows.end);
+    }
+    int64_t BytesOf(int s) const;  // of all fields of a transfer
   };
 
   virtual absl::Status Begin(const Run& run) = 0;

@@ -1,14 +1,14 @@
-#include "annulus/comm/exchange_transport.h"
-#include "host_transport.h"
+#include "gpu_transport.h"
 
 namespace annulus {
 
-absl::StatusOr<TransportKind> ChooseTransport(Communicator, const Context&) { return TransportKind::kHost; }
+absl::StatusOr<TransportKind> ChooseGpuTransport(Communicator, const Context& ctx) {
+  return Invalid("exchange on ", ToString(ctx.device), ": this build has no CUDA");
+}
 
-absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeTransport(TransportKind kind, Communicator cp,
-                                                                 Context&) {
-  if (kind != TransportKind::kHost) return Invalid("exchange by ", Name(kind), ": this build has no CUDA");
-  return MakeHostTransport(std::move(cp));
+absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeGpuTransport(TransportKind kind, Communicator,
+                                                                    Context&, LinkThrottle) {
+  return Invalid("exchange by ", Name(kind), ": this build has no CUDA");
 }
 
 }  // namespace annulus
