@@ -358,7 +358,8 @@ absl::Status RankForm::CheckPairs() const {
       return each.block == block && Contains(each.rows, rows);
     });
   };
-  int covered = -1;  // pairs come in order of query chunks: each is looked for once
+  int queries_of = -1;                                    // pairs often share their queries
+  std::vector<RowRange> keys_of(problem_.chunks.size());  // and keys
   for (const BlockPair& pair : attend.pairs) {
     if (!InRange(pair.q_chunk, problem_.chunks.size()) || !InRange(pair.kv_chunk, problem_.chunks.size()))
       return Wrong("there is no chunk ", pair.q_chunk, " or ", pair.kv_chunk);
@@ -369,9 +370,12 @@ absl::Status RankForm::CheckPairs() const {
                    " pairs: the problem has rows ", RowsText(problem_.keys_of(i, j)), ", ",
                    problem_.pairs_of(i, j), " pairs");
     }
-    if (pair.q_chunk != covered && !covers(attend.q_rows, problem_.chunks[i].owner, problem_.chunks[i].rows))
+    if (pair.q_chunk != queries_of &&
+        !covers(attend.q_rows, problem_.chunks[i].owner, problem_.chunks[i].rows))
       return Wrong("queries of chunk ", i, " are not in its rows");
-    covered = pair.q_chunk;
+    queries_of = pair.q_chunk;
+    if (keys_of[j] == pair.keys) continue;
+    keys_of[j] = pair.keys;
     if (!covers(attend.kv_rows, problem_.chunks[j].owner, pair.keys))
       return Wrong("keys ", RowsText(pair.keys), " of chunk ", j, " are not in its rows");
   }

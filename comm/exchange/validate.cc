@@ -173,13 +173,7 @@ class RankOrder {
   void Touch(size_t step, int slot, const BlockRows& rows, bool write) {
     const size_t at = static_cast<size_t>(slot);
     const int64_t begin = RowInSlot(plan_, rank_.slots[at], rows);
-    std::vector<Access>& accesses = of_slot_[at];
-    const Access access{.step = step, .rows = {begin, begin + rows.rows.size()}, .write = write};
-    // Pairs of one Attend often name rows again.
-    for (size_t i = accesses.size(); i-- > 0 && accesses[i].step == step;) {
-      if (accesses[i].write == write && Contains(accesses[i].rows, access.rows)) return;
-    }
-    accesses.push_back(access);
+    of_slot_[at].push_back({.step = step, .rows = {begin, begin + rows.rows.size()}, .write = write});
   }
 
   void AddAccesses(size_t s) {
@@ -190,11 +184,16 @@ class RankOrder {
       return;
     }
     const Attend& attend = step.attend;
+    int queries_of = -1;                                         // pairs often share their queries
+    std::vector<RowRange> keys_of(plan_.problem.chunks.size());  // and keys
     for (const BlockPair& pair : attend.pairs) {
       const Chunk& queries = plan_.problem.chunks[static_cast<size_t>(pair.q_chunk)];
-      Touch(s, attend.q_slot, {queries.owner, queries.rows}, false);
-      const int kv_block = plan_.problem.chunks[static_cast<size_t>(pair.kv_chunk)].owner;
-      Touch(s, attend.kv_slot, {kv_block, pair.keys}, false);
+      if (pair.q_chunk != queries_of) Touch(s, attend.q_slot, {queries.owner, queries.rows}, false);
+      queries_of = pair.q_chunk;
+      const size_t keys = static_cast<size_t>(pair.kv_chunk);
+      if (keys_of[keys] == pair.keys) continue;
+      keys_of[keys] = pair.keys;
+      Touch(s, attend.kv_slot, {plan_.problem.chunks[keys].owner, pair.keys}, false);
     }
     for (const BlockRows& rows : attend.q_rows) Touch(s, attend.q_result, rows, true);
     if (plan_.pass == Pass::kForward) return;

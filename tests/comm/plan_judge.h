@@ -134,11 +134,11 @@ class RaceSearch {
   }
 
  private:
-  using Rows = std::vector<bool>;
+  using Rows = std::vector<uint64_t>;  // a bit each
 
   static bool Meet(const Rows& a, const Rows& b) {
     for (size_t i = 0; i < a.size(); ++i) {
-      if (a[i] && b[i]) return true;
+      if ((a[i] & b[i]) != 0) return true;
     }
     return false;
   }
@@ -159,12 +159,13 @@ class RaceSearch {
             place = plan_.super_rows[c] + i - chunk.rows.begin;
         }
       }
-      (*marks)[first + static_cast<size_t>(place)] = true;
+      const size_t row = first + static_cast<size_t>(place);
+      (*marks)[row / 64] |= uint64_t{1} << (row % 64);
     }
   }
   void Mark(const Step& step) {
-    Rows& reads = reads_.emplace_back(rows_);
-    Rows& writes = writes_.emplace_back(rows_);
+    Rows& reads = reads_.emplace_back((rows_ + 63) / 64);
+    Rows& writes = writes_.emplace_back((rows_ + 63) / 64);
     if (step.kind != StepKind::kAttend) {
       MarkRows(step.slot, step.rows, step.kind == StepKind::kReceive ? &writes : &reads);
       if (step.kind == StepKind::kCopy || step.kind == StepKind::kReduce)
@@ -172,12 +173,14 @@ class RaceSearch {
       return;
     }
     const Attend& attend = step.attend;
-    for (const BlockRows& rows : attend.q_rows) {
-      if (!attend.pairs.empty()) MarkRows(attend.q_slot, rows, &reads);
-      MarkRows(attend.q_result, rows, &writes);
+    for (const BlockPair& pair : attend.pairs) {
+      const Chunk& queries = plan_.problem.chunks[static_cast<size_t>(pair.q_chunk)];
+      MarkRows(attend.q_slot, {queries.owner, queries.rows}, &reads);
+      const int kv_block = plan_.problem.chunks[static_cast<size_t>(pair.kv_chunk)].owner;
+      MarkRows(attend.kv_slot, {kv_block, pair.keys}, &reads);
     }
+    for (const BlockRows& rows : attend.q_rows) MarkRows(attend.q_result, rows, &writes);
     for (const BlockRows& rows : attend.kv_rows) {
-      if (!attend.pairs.empty()) MarkRows(attend.kv_slot, rows, &reads);
       if (plan_.pass == Pass::kBackward) MarkRows(attend.kv_result, rows, &writes);
     }
   }
