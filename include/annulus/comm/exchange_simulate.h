@@ -1,6 +1,20 @@
 #pragma once
 
 // The time of a plan on a machine, by discrete events.
+//
+// Computing. A rank computes one step at a time, in order of the list.
+//
+// Messages. A message is ready when both of its ends are (rendezvous). Operands and results have a lane each
+// from every rank to every other; a lane moves one message at a time, in order of readiness. A message holds
+// its lane for the overhead, then its bytes flow. All flows at once: a link, the egress of a rank and the
+// ingress of a rank each divide their rate evenly among the flows that they serve, and a flow moves at the
+// least of its three shares. What a flow limited elsewhere leaves of its share stays unused, which is exact
+// where all ranks do alike. So traffic to both neighbours of a ring takes as long as to one of them where
+// egress is the bottleneck (a switch), and half as long where the links are.
+//
+// Transports. Host and copy engines order messages only by readiness, though copy engines also hand arrivals
+// on in order (rounds.h): computing needs them in that order anyway. NCCL runs rounds: all transfers of a
+// round start and end together, one round of a lane after the other.
 
 #include <functional>
 #include <string>
@@ -10,22 +24,26 @@
 
 namespace annulus {
 
+enum class MessageOrder { kFree, kRounds };
+
 struct ExchangeCost {
   // Of a computing step, launches included.
-  std::function<double(int cp_rank, size_t step)> compute_seconds;
-  // Of one row of a slot; and whole messages at best rate.
-  std::function<double(const SlotSpec&)> row_bytes;
+  std::function<double(int cp_rank, size_t step)> compute_seconds = {};
+  // Of one row of a slot.
+  std::function<double(const SlotSpec&)> row_bytes = {};
   double egress_bytes_per_second = 0;   // of one rank, to all its peers together; 0: unlimited
   double ingress_bytes_per_second = 0;  // 0: unlimited
   // One link from each rank to each other: rate by (from, to); null or 0: unlimited.
-  std::function<double(int from, int to)> link_bytes_per_second;
+  std::function<double(int from, int to)> link_bytes_per_second = {};
   double message_seconds = 0;  // latency: from the end of a send to the end of its receive
-  // Time that a message takes of its link besides its bytes, which makes small messages slow.
+  // Time that a message takes of its lane before its bytes, which makes small messages slow.
   double message_overhead_seconds = 0;
+  MessageOrder order = MessageOrder::kFree;
+  double computing_slowdown = 1;  // of a rank's computing while it sends or receives
 };
 
 struct StepTiming {
-  double start = 0, end = 0;  // seconds
+  double start = 0, end = 0;  // seconds; of transfers: from taking the lane
 };
 
 struct Simulation {
@@ -36,11 +54,11 @@ struct Simulation {
   std::vector<std::vector<StepTiming>> steps;  // [rank][step]
 };
 
-// Discrete-event run of a valid plan: one compute lane a rank; transfers share links, egress and ingress, and
-// the lanes of rounds.h, in order of start.
+// Of a valid plan. The same inputs give the same bits.
 Simulation Simulate(const ExchangePlan& plan, const ExchangeCost& cost);
 
-// A timeline of `columns` characters for each rank and lane.
+// A timeline of `columns` characters for each rank and lane: computing, by the blocks whose queries or keys
+// it is on, and what arrives.
 std::string Timeline(const ExchangePlan& plan, const Simulation& simulation, int columns = 100);
 
 // The same as a picture: self-contained SVG with a lane for computing, operands and results of each rank,
