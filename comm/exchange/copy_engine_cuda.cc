@@ -96,6 +96,7 @@ class CopyEngineTransport : public StreamTransport {
 
   absl::Status Load() { return flags_.Load(); }
   TransportKind kind() const override { return TransportKind::kCopyEngine; }
+  int64_t device_bytes() const override { return memory_.bytes(); }
 
   absl::StatusOr<std::vector<SlotMemory>> Slots(Context& ctx, const ExchangePlan& plan,
                                                 const SlotSource& source) override {

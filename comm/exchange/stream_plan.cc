@@ -47,9 +47,8 @@ void StreamPlan::AddWaits() {
     for (const int before : step.after) {
       const size_t b = static_cast<size_t>(before);
       const bool computes = IsCompute(rank.steps[b].kind);
-      if (IsTransfer(step.kind)) {
-        is_awaited[b] = is_awaited[b] || computes;
-      } else if (!computes && needed_by[b] == count) {
+      if (IsTransfer(step.kind) || !computes) is_awaited[b] = true;
+      if (IsCompute(step.kind) && !computes && needed_by[b] == count) {
         compute_waits[s].push_back(before);
         needed_by[b] = s;
       }

@@ -30,9 +30,9 @@ struct StreamPlan {
   std::vector<std::string> texts;     // by step
   std::vector<RowRange> rows;         // by step, of transfers: in the slot
   // By step, of computing steps: the transfers to wait for (one that an earlier computing step waits for
-  // needs no second wait), and whether a transfer waits for the step.
+  // needs no second wait).
   std::vector<std::vector<int>> compute_waits;
-  std::vector<bool> is_awaited;
+  std::vector<bool> is_awaited;  // by step: whether a step of another lane waits for it
   // By step, of transfers: the first computing step that waits for it; the number of steps if none does.
   std::vector<size_t> needed_by;
 

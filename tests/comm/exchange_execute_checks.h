@@ -114,10 +114,9 @@ inline void CheckThrottledResults(Communicator comm) {
 inline void CheckMixedFields(Communicator comm) { MixedFields(comm).Run(*HostTransport(comm)); }
 
 // A step that fails on one rank: that rank reports it, all others finish.
-inline void CheckFailingCompute(Communicator comm) {
+inline void CheckFailingStep(Communicator comm, ExchangeTransport& transport) {
   const ExchangeCase made =
       ExchangeCaseMaker(3).Make(comm.size(), 4, 4 * comm.size(), CaseLayout::kContiguous, CaseMask::kFull);
-  const std::unique_ptr<ExchangeTransport> transport = HostTransport(comm);
   for (const PlanKind kind : {PlanKind::kKvRing, PlanKind::kTokenRing}) {
     const ExchangePlan plan = BuildPlan(made.problem, Pass::kBackward, {.kind = kind}).value();
     const std::vector<Step>& steps = plan.ranks[static_cast<size_t>(comm.rank())].steps;
@@ -132,7 +131,7 @@ inline void CheckFailingCompute(Communicator comm) {
                                     return fails ? absl::InternalError("broken kernel") : absl::OkStatus();
                                   }};
     ExchangeStats stats;
-    const absl::Status status = transport->Execute(ctx, plan, binding, &stats);
+    const absl::Status status = transport.Execute(ctx, plan, binding, &stats);
     EXPECT_EQ(status.ok(), !fails);
     EXPECT_EQ(calls, fails ? 1 : std::count_if(steps.begin(), steps.end(), computes));
     if (!fails) continue;
@@ -141,6 +140,8 @@ inline void CheckFailingCompute(Communicator comm) {
     EXPECT_NE(status.message().find(where), absl::string_view::npos) << status;
   }
 }
+
+inline void CheckFailingStepByHost(Communicator comm) { CheckFailingStep(comm, *HostTransport(comm)); }
 
 inline void CheckAgreement(Communicator comm) {
   const ExchangeCase made =

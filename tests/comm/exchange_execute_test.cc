@@ -11,7 +11,7 @@ TEST_P(LoopbackExchange, IsRightOverThrottledLinks) {
   testing::OnLoopback(GetParam(), testing::CheckThrottledResults);
 }
 TEST_P(LoopbackExchange, SurvivesAFailingStep) {
-  testing::OnLoopback(GetParam(), testing::CheckFailingCompute);
+  testing::OnLoopback(GetParam(), testing::CheckFailingStepByHost);
 }
 TEST_P(LoopbackExchange, RefusesDifferentPlans) { testing::OnLoopback(GetParam(), testing::CheckAgreement); }
 

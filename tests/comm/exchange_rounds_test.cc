@@ -6,7 +6,7 @@
 #include <map>
 
 #include "../../comm/exchange/rounds.h"
-#include "comm/exchange_cases.h"
+#include "comm/exchange_execute_checks.h"
 
 namespace annulus {
 namespace {
@@ -16,8 +16,7 @@ using testing::CaseMask;
 using testing::ExchangeCase;
 using testing::ExchangeCaseMaker;
 
-constexpr Pass kPasses[] = {Pass::kForward, Pass::kBackward};
-constexpr RingDirection kDirections[] = {RingDirection::kTowardLower, RingDirection::kTowardHigher};
+using testing::kPasses;
 
 using Launches = std::vector<std::vector<Launch>>;  // [rank]
 
@@ -128,18 +127,16 @@ class InOrderLanes : public ::testing::TestWithParam<int> {};
 
 TEST_P(InOrderLanes, NeverDeadlock) {
   const int ranks = GetParam();
-  for (uint64_t seed = 0; seed < 40; ++seed) {
-    ExchangeCaseMaker maker(seed * 100 + static_cast<uint64_t>(ranks));
-    const ExchangeCase made = maker.MakeRandom(ranks);
-    SCOPED_TRACE(made.name + ", seed " + std::to_string(seed));
+  uint64_t seed = static_cast<uint64_t>(ranks);
+  for (const PlanChoice& choice : testing::ManyChoices(ranks, 4)) {
     for (const Pass pass : kPasses) {
-      for (const RingDirection direction : kDirections) {
-        const ExchangePlan plan = BuildKvRing(made.problem, pass, direction);
-        const Launches launches = LaunchesOf(plan);
-        ASSERT_EQ(CheckForm(plan, launches), "") << ToString(plan);
-        for (const Queues queues : {Queues::kOneALane, Queues::kOneARank}) {
-          ASSERT_EQ(RunInOrder(plan, launches, queues), "") << ToString(plan);
-        }
+      const ExchangeCase made = testing::CaseFor(choice, ranks, seed += 100);
+      SCOPED_TRACE(made.name + ", seed " + std::to_string(seed));
+      const ExchangePlan plan = BuildPlan(made.problem, pass, choice).value();
+      const Launches launches = LaunchesOf(plan);
+      ASSERT_EQ(CheckForm(plan, launches), "") << ToString(plan);
+      for (const Queues queues : {Queues::kOneALane, Queues::kOneARank}) {
+        ASSERT_EQ(RunInOrder(plan, launches, queues), "") << ToString(plan);
       }
     }
   }
@@ -147,8 +144,15 @@ TEST_P(InOrderLanes, NeverDeadlock) {
 
 INSTANTIATE_TEST_SUITE_P(Ranks, InOrderLanes, ::testing::Range(1, 17));
 
-ExchangeCase FullMask(int ranks) {
-  return ExchangeCaseMaker(1).Make(ranks, 4, 4 * ranks, CaseLayout::kContiguous, CaseMask::kFull);
+ExchangePlan FullMask(int ranks, Pass pass, const PlanChoice& choice = {}) {
+  const testing::CaseCut cut{.parts = ChunkParts(choice)};
+  const ExchangeCase made =
+      ExchangeCaseMaker(1).Make(ranks, 4, 4 * ranks, CaseLayout::kContiguous, CaseMask::kFull, cut);
+  return BuildPlan(made.problem, pass, choice).value();
+}
+
+bool MovesOperands(const Launch& launch) {
+  return launch.lane == ExchangeLane::kOperandsLower || launch.lane == ExchangeLane::kOperandsHigher;
 }
 
 // In a full ring every hop hands on what the hop before brought, so two rounds that change places on one rank
@@ -157,12 +161,12 @@ TEST(Rounds, SwappedOnOneRankDeadlock) {
   int swapped = 0;
   for (const int ranks : {3, 4, 7}) {
     for (const Pass pass : kPasses) {
-      const ExchangePlan plan = BuildKvRing(FullMask(ranks).problem, pass);
+      const ExchangePlan plan = FullMask(ranks, pass);
       const Launches right = LaunchesOf(plan);
       for (size_t r = 0; r < right.size(); ++r) {
         std::vector<size_t> kv;  // the launches of the lane
         for (size_t i = 0; i < right[r].size(); ++i) {
-          if (right[r][i].lane == ExchangeLane::kKv) kv.push_back(i);
+          if (MovesOperands(right[r][i])) kv.push_back(i);
         }
         ASSERT_EQ(kv.size(), static_cast<size_t>(ranks - 1));
         for (size_t i = 0; i + 1 < kv.size(); ++i) {
@@ -178,42 +182,73 @@ TEST(Rounds, SwappedOnOneRankDeadlock) {
   EXPECT_EQ(swapped, 2 * (3 * 1 + 4 * 2 + 7 * 5));
 }
 
-// One transfer after the other in the order of the list: each rank would finish its send before it receives.
-TEST(Rounds, SingleTransfersInListOrderDeadlock) {
+// The transfers of a round one after the other: each rank would finish its send before it receives.
+TEST(Rounds, SingleTransfersDeadlock) {
   for (const int ranks : {2, 3, 5}) {
-    const ExchangePlan plan = BuildKvRing(FullMask(ranks).problem, Pass::kForward);
+    const ExchangePlan plan = FullMask(ranks, Pass::kForward);
     Launches single;
-    for (const RankPlan& rank : plan.ranks) {
+    for (const std::vector<Launch>& launches : LaunchesOf(plan)) {
+      const std::vector<Step>& steps = plan.ranks[single.size()].steps;
       single.emplace_back();
-      for (size_t s = 0; s < rank.steps.size(); ++s) {
-        const bool compute = rank.steps[s].kind == StepKind::kAttend;
-        single.back().push_back({.level = static_cast<int>(s),
-                                 .lane = compute ? ExchangeLane::kCompute : ExchangeLane::kKv,
-                                 .steps = {static_cast<int>(s)}});
+      for (Launch launch : launches) {
+        const auto sends = [&](int s) { return steps[static_cast<size_t>(s)].kind == StepKind::kSend; };
+        std::stable_partition(launch.steps.begin(), launch.steps.end(), sends);
+        for (const int s : launch.steps)
+          single.back().push_back({.level = launch.level, .lane = launch.lane, .steps = {s}});
       }
     }
+    EXPECT_EQ(RunInOrder(plan, LaunchesOf(plan), Queues::kOneALane), "") << ranks;
     EXPECT_NE(RunInOrder(plan, single, Queues::kOneALane), "") << ranks;
   }
 }
 
 // The round that brings the block of hop t + 1 is enqueued before the computing on that of hop t, also where
-// gradients travel.
-TEST(Rounds, KvIsEnqueuedAheadOfComputing) {
-  for (const Pass pass : kPasses) {
-    const ExchangePlan plan = BuildKvRing(FullMask(8).problem, pass);
-    const Launches launches = LaunchesOf(plan);
-    for (size_t r = 0; r < launches.size(); ++r) {
-      int received = 0, attended = 0;  // blocks
-      for (const Launch& launch : launches[r]) {
-        const Step& step = plan.ranks[r].steps[static_cast<size_t>(launch.steps[0])];
-        if (launch.lane == ExchangeLane::kKv) ++received;
-        if (step.kind != StepKind::kAttend) continue;
-        EXPECT_EQ(received, std::min(attended + 1, 7)) << "rank " << r << ", attend " << attended;
-        ++attended;
+// results travel.
+TEST(Rounds, OperandsAreEnqueuedAheadOfComputing) {
+  for (const PlanKind kind : {PlanKind::kKvRing, PlanKind::kTokenRing}) {
+    for (const Pass pass : kPasses) {
+      const ExchangePlan plan = FullMask(8, pass, {.kind = kind});
+      const Launches launches = LaunchesOf(plan);
+      for (size_t r = 0; r < launches.size(); ++r) {
+        int received = 0, attended = 0;  // blocks
+        for (const Launch& launch : launches[r]) {
+          const Step& step = plan.ranks[r].steps[static_cast<size_t>(launch.steps[0])];
+          if (MovesOperands(launch)) ++received;
+          if (step.kind != StepKind::kAttend) continue;
+          EXPECT_GE(received, std::min(attended + 1, 7))
+              << plan.name << ", rank " << r << ", attend " << attended;
+          ++attended;
+        }
+        EXPECT_EQ(attended, 8);
+        EXPECT_EQ(received, 7);
       }
-      EXPECT_EQ(attended, 8);
     }
   }
+}
+
+// Each message is on the lane of its payload and of the shorter way round; between opposite ranks both are.
+TEST(Rounds, LanesArePayloadsAndWays) {
+  const ExchangePlan plan = FullMask(8, Pass::kForward, {.kind = PlanKind::kBidirectionalTokenRing});
+  int64_t seen[kTransferLanes] = {};
+  const Launches launches = LaunchesOf(plan);
+  for (size_t r = 0; r < launches.size(); ++r) {
+    for (const Launch& launch : launches[r]) {
+      for (const int s : launch.steps) {
+        const Step& step = plan.ranks[r].steps[static_cast<size_t>(s)];
+        if (step.kind != StepKind::kSend) continue;
+        const int hop = (step.peer - static_cast<int>(r) + 8) % 8;
+        const bool higher =
+            launch.lane == ExchangeLane::kOperandsHigher || launch.lane == ExchangeLane::kResultsHigher;
+        EXPECT_EQ(higher, hop <= 4) << Name(launch.lane) << ", hop " << hop;
+        const Payload payload = plan.ranks[r].slots[static_cast<size_t>(step.slot)].payload;
+        EXPECT_EQ(payload == Payload::kQuery, MovesOperands(launch));
+        ++seen[static_cast<size_t>(launch.lane)];
+      }
+    }
+  }
+  EXPECT_EQ(seen[0], 8 * 7);
+  EXPECT_EQ(seen[1], 8 * 7);
+  EXPECT_EQ(seen[2] + seen[3], 2 * 8 * 7);
 }
 
 }  // namespace

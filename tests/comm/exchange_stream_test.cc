@@ -3,8 +3,7 @@
 // lane.
 
 #include "../../comm/exchange/stream_transport.h"
-#include "comm/communicator_checks.h"
-#include "comm/exchange_cases.h"
+#include "comm/exchange_execute_checks.h"
 
 namespace annulus {
 namespace {
@@ -14,7 +13,7 @@ using testing::CaseMask;
 using testing::ExchangeCase;
 using testing::ExchangeCaseMaker;
 
-constexpr Pass kPasses[] = {Pass::kForward, Pass::kBackward};
+using testing::kPasses;
 
 class BlockingTransport : public StreamTransport {
  public:
@@ -32,9 +31,12 @@ class BlockingTransport : public StreamTransport {
       Await(run, s, StreamOf(lane));
       const Step& step = run.step(s);
       const int tag = static_cast<int>(lane);  // matched by order, as NCCL does
-      const bool sends = step.kind == StepKind::kSend;
-      requests.push_back(sends ? cp_.Send(run.RowsOf(s), step.peer, tag).value()
-                               : cp_.Receive(run.RowsOf(s), step.peer, tag).value());
+      for (const TensorRef& field : run.SlotOf(s).fields) {
+        const TensorRef rows = run.RowsOf(s, field);
+        const bool sends = step.kind == StepKind::kSend;
+        requests.push_back(sends ? cp_.Send(rows, step.peer, tag).value()
+                                 : cp_.Receive(rows, step.peer, tag).value());
+      }
     }
     for (Request& request : requests) ANNULUS_RETURN_IF_ERROR(request.Wait());
     for (const int s : round.steps) Complete(run, s, lane);
@@ -42,149 +44,175 @@ class BlockingTransport : public StreamTransport {
   }
 };
 
-absl::Status AddRows(ConstTensorRef from, TensorRef to) {
-  for (int64_t i = 0; i < to.elements(); ++i) to.data<int64_t>()[i] += from.data<int64_t>()[i];
-  return absl::OkStatus();
-}
-
 class Streams : public ::testing::TestWithParam<int> {};
 
 TEST_P(Streams, RunPlansToTheRightResult) {
   testing::OnLoopback(GetParam(), [](Communicator comm) {
     BlockingTransport transport(comm);
     Context ctx{Device{}};
-    for (uint64_t seed = 0; seed < 20; ++seed) {
-      const ExchangeCase made = ExchangeCaseMaker(seed).MakeRandom(comm.size());
+    uint64_t seed = 17;
+    for (const PlanChoice& choice : testing::ManyChoices(comm.size(), 4)) {
       for (const Pass pass : kPasses) {
-        const ExchangePlan plan = BuildKvRing(made.problem, pass);
+        const ExchangeCase made = testing::CaseFor(choice, comm.size(), ++seed);
+        const ExchangePlan plan = BuildPlan(made.problem, pass, choice).value();
         testing::ToyRank rank(made, plan, comm.rank());
-        const ExchangeBinding binding{.slots = rank.refs(),
-                                      .attend =
-                                          [&](const Step& step) {
-                                            rank.Attend(step);
-                                            return absl::OkStatus();
-                                          },
-                                      .reduce = AddRows};
         ExchangeStats stats;
-        const absl::Status status = transport.Execute(ctx, plan, binding, &stats);
+        const absl::Status status = testing::RunToy(ctx, transport, plan, &rank, &stats);
         ASSERT_TRUE(status.ok()) << status;
         EXPECT_EQ(rank.Compare(), "") << made.name << "\n" << ToString(plan);
-        EXPECT_EQ(stats.bytes_sent, BytesSent(plan, comm.rank(), 16, 16));
+        EXPECT_EQ(stats.bytes_sent, testing::ToyBytesSent(plan, comm.rank()));
       }
     }
   });
 }
 
-TEST_P(Streams, SurviveAFailingAttend) {
+TEST_P(Streams, SurviveAFailingStep) {
   testing::OnLoopback(GetParam(), [](Communicator comm) {
-    const ExchangePlan plan =
-        BuildKvRing(ExchangeCaseMaker(3)
-                        .Make(comm.size(), 4, 4 * comm.size(), CaseLayout::kContiguous, CaseMask::kFull)
-                        .problem,
-                    Pass::kBackward);
-    std::vector<std::vector<int64_t>> memory(plan.ranks[static_cast<size_t>(comm.rank())].slots.size(),
-                                             std::vector<int64_t>(8));
-    ExchangeBinding binding;
-    for (auto& slot : memory) binding.slots.emplace_back(slot.data(), DType::kI64, Device{}, Shape{4, 2});
-    const bool fails = comm.rank() == comm.size() - 1;
-    int calls = 0;
-    binding.attend = [&](const Step&) {
-      ++calls;
-      return fails ? absl::InternalError("broken kernel") : absl::OkStatus();
-    };
-    binding.reduce = AddRows;
-    Context ctx{Device{}};
-    ExchangeStats stats;
-    const absl::Status status = BlockingTransport(comm).Execute(ctx, plan, binding, &stats);
-    EXPECT_EQ(status.ok(), !fails);
-    EXPECT_EQ(calls, fails ? 1 : comm.size());
-    if (!fails) return;
-    EXPECT_NE(status.message().find(absl::StrCat("rank ", comm.rank(), " step 0 (attend")),
-              absl::string_view::npos)
-        << status;
+    BlockingTransport transport(comm);
+    testing::CheckFailingStep(comm, transport);
+  });
+}
+
+TEST(StreamsOfThreeRanks, MoveAllFields) {
+  testing::OnLoopback(3, [](Communicator comm) {
+    BlockingTransport transport(comm);
+    testing::MixedFields(comm).Run(transport);
   });
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, Streams, ::testing::Range(1, 9));
 
-// Whoever sends finds the receiver's slot where the receiver has it, and slots do not overlap.
+// Random plans of up to nine ranks.
+struct Made {
+  ExchangeCase made;
+  ExchangePlan plan;
+};
+std::vector<Made> RandomPlans(uint64_t first_seed) {
+  std::vector<Made> plans;
+  for (int ranks = 1; ranks < 10; ++ranks) {
+    for (const PlanChoice& choice : testing::ManyChoices(ranks, 4)) {
+      for (const Pass pass : kPasses) {
+        ExchangeCase made = testing::CaseFor(choice, ranks, first_seed + plans.size());
+        ExchangePlan plan = BuildPlan(made.problem, pass, choice).value();
+        plans.push_back({std::move(made), std::move(plan)});
+      }
+    }
+  }
+  return plans;
+}
+
+// Fields whose sizes differ by payload, group, width and field.
+SlotSource UnlikeFields(const ExchangePlan& plan) {
+  return {.home = {}, .fields = [&plan](const SlotSpec& spec) -> std::vector<SlotField> {
+            const int64_t heads = static_cast<int64_t>(testing::HeadsOf(plan, spec).size());
+            const int64_t payload = static_cast<int64_t>(spec.payload);
+            std::vector<SlotField> fields = {{.dtype = DType::kF32, .row = {heads, 3 + payload}}};
+            if (IsResult(spec.payload)) fields.push_back({.dtype = DType::kF64, .row = {heads}});
+            if (spec.width == Width::kCompute) fields[0].dtype = DType::kBF16;
+            if (spec.payload == Payload::kKv) fields.push_back({.dtype = DType::kU8, .row = {1}});
+            return fields;
+          }};
+}
+
+// Whoever sends finds each field of the receiver's slot where the receiver has it; fields do not overlap.
 TEST(StreamPlan, PoolsAreTheSameForAll) {
-  constexpr SlotBytes kBytes{.kv = 100, .grad = 1000};
-  for (uint64_t seed = 0; seed < 60; ++seed) {
-    ExchangeCaseMaker maker(seed);
-    const ExchangeCase made = maker.MakeRandom(static_cast<int>(1 + maker.Below(10)));
-    for (const Pass pass : kPasses) {
-      const ExchangePlan plan = BuildKvRing(made.problem, pass);
-      std::vector<StreamPlan> ranks;
-      for (int r = 0; r < made.problem.ranks; ++r) ranks.emplace_back(plan, r);
-      std::map<int, int64_t> offsets;  // by message, at the receiver
-      int64_t largest = 0;
-      for (const StreamPlan& mine : ranks) {
-        std::vector<std::pair<int64_t, int64_t>> taken;
-        for (size_t slot = 0; slot < mine.pool.size(); ++slot) {
-          if (!mine.pool[slot].has_value()) continue;
-          const int64_t begin = OffsetOf(*mine.pool[slot], kBytes);
-          const bool kv = mine.rank.slots[slot].payload == Payload::kKv;
-          taken.emplace_back(begin, begin + (kv ? kBytes.kv : kBytes.grad));
-        }
-        std::sort(taken.begin(), taken.end());
-        int64_t end = 0;
-        for (const auto& [from, to] : taken) {
-          EXPECT_EQ(from, end);  // no gap, no overlap
-          end = to;
-        }
-        largest = std::max(largest, end);
-        for (const Step& step : mine.rank.steps) {
-          if (step.kind != StepKind::kReceive) continue;
-          EXPECT_FALSE(mine.rank.slots[static_cast<size_t>(step.slot)].home);
-          offsets[step.message] = OffsetOf(*mine.pool[static_cast<size_t>(step.slot)], kBytes);
-          EXPECT_LT(step.message, mine.messages);
+  for (const Made& each : RandomPlans(3)) {
+    const ExchangePlan& plan = each.plan;
+    const SlotSource source = UnlikeFields(plan);
+    std::vector<StreamPlan> ranks;
+    for (int r = 0; r < plan.problem.ranks; ++r) ranks.emplace_back(plan, r);
+    std::map<std::pair<int, size_t>, int64_t> arrivals;  // by message and field: where its first byte lies
+    int64_t largest = 0;
+    for (int r = 0; r < plan.problem.ranks; ++r) {
+      const StreamPlan& mine = ranks[static_cast<size_t>(r)];
+      const PoolLayout layout(mine, source);
+      const auto& pool = mine.pools[static_cast<size_t>(r)];
+      int64_t end = 0;
+      for (size_t place = 0; place < pool.size(); ++place) {
+        const SlotSpec& spec = mine.rank.slots[static_cast<size_t>(pool[place].slot)];
+        const std::vector<SlotField> fields = source.fields(spec);
+        ASSERT_EQ(layout.FieldsOf(pool[place].kind).size(), fields.size());
+        for (size_t f = 0; f < fields.size(); ++f) {
+          const int64_t row_bytes = fields[f].row.elements() * SizeOf(fields[f].dtype);
+          const int64_t begin = layout.OffsetOf(r, place, f);
+          EXPECT_EQ(begin, end);
+          EXPECT_EQ(begin % kAlignmentBytes, 0);
+          end = begin + SlotRows(plan, spec) * row_bytes;
+          end += (kAlignmentBytes - end % kAlignmentBytes) % kAlignmentBytes;
+          for (const Step& step : mine.rank.steps) {
+            if (step.kind != StepKind::kReceive || step.slot != pool[place].slot) continue;
+            EXPECT_FALSE(spec.home);
+            EXPECT_LT(step.message, mine.messages);
+            arrivals[{step.message, f}] = begin + RowInSlot(plan, spec, step.rows) * row_bytes;
+          }
         }
       }
-      for (const StreamPlan& mine : ranks) {
-        EXPECT_EQ(mine.PoolBytes(kBytes), largest);
-        for (size_t s = 0; s < mine.rank.steps.size(); ++s) {
-          if (mine.rank.steps[s].kind != StepKind::kSend) continue;
-          EXPECT_EQ(OffsetOf(mine.peer_place[s], kBytes), offsets.at(mine.rank.steps[s].message));
+      largest = std::max(largest, end);
+    }
+    size_t sent = 0;
+    for (const StreamPlan& mine : ranks) {
+      const PoolLayout layout(mine, source);
+      EXPECT_EQ(layout.bytes(), largest);
+      EXPECT_EQ(mine.lanes, ranks[0].lanes);
+      for (size_t s = 0; s < mine.rank.steps.size(); ++s) {
+        const Step& step = mine.rank.steps[s];
+        if (step.kind != StepKind::kSend) continue;
+        const StreamPlan::PeerRows& target = mine.peer_rows[s];
+        const size_t kind = mine.pools[static_cast<size_t>(step.peer)][target.place].kind;
+        const std::vector<SlotField>& fields = layout.FieldsOf(kind);
+        for (size_t f = 0; f < fields.size(); ++f, ++sent) {
+          const int64_t row_bytes = fields[f].row.elements() * SizeOf(fields[f].dtype);
+          EXPECT_EQ(layout.OffsetOf(step.peer, target.place, f) + target.begin * row_bytes,
+                    arrivals.at({step.message, f}));
         }
       }
     }
+    EXPECT_EQ(sent, arrivals.size());
   }
 }
 
 // Computing waits for every transfer that it comes after, once; and what a transfer waits for is marked.
 TEST(StreamPlan, WaitsForAllThatItComesAfter) {
-  for (uint64_t seed = 0; seed < 60; ++seed) {
-    ExchangeCaseMaker maker(seed + 7);
-    const ExchangeCase made = maker.MakeRandom(static_cast<int>(1 + maker.Below(10)));
-    const ExchangePlan plan = BuildKvRing(made.problem, Pass::kBackward);
-    for (int r = 0; r < made.problem.ranks; ++r) {
-      const StreamPlan mine(plan, r);
-      std::vector<int> waited(mine.rank.steps.size());
-      for (size_t s = 0; s < mine.rank.steps.size(); ++s) {
+  for (const Made& each : RandomPlans(7)) {
+    for (int r = 0; r < each.plan.problem.ranks; ++r) {
+      const StreamPlan mine(each.plan, r);
+      const std::vector<Step>& steps = mine.rank.steps;
+      std::vector<size_t> waited(steps.size(), steps.size());  // by transfer: who waits
+      for (size_t s = 0; s < steps.size(); ++s) {
         for (const int transfer : mine.compute_waits[s]) {
-          EXPECT_GE(mine.rank.steps[static_cast<size_t>(transfer)].peer, 0);
-          EXPECT_EQ(++waited[static_cast<size_t>(transfer)], 1);
+          const size_t t = static_cast<size_t>(transfer);
+          EXPECT_TRUE(IsTransfer(steps[t].kind));
+          EXPECT_EQ(waited[t], steps.size());
+          waited[t] = s;
         }
-        for (const int before : mine.rank.steps[s].after) {
+        for (const int before : steps[s].after) {
           const size_t b = static_cast<size_t>(before);
-          const bool computes = mine.rank.steps[s].peer < 0, transfer_before = mine.rank.steps[b].peer >= 0;
-          EXPECT_TRUE(!computes || !transfer_before || waited[b] == 1) << "step " << s;
+          const bool computes = IsCompute(steps[s].kind), transfer_before = IsTransfer(steps[b].kind);
+          EXPECT_TRUE(!computes || !transfer_before || waited[b] <= s) << "step " << s;
           EXPECT_TRUE(computes || transfer_before || mine.is_awaited[b]) << "step " << s;
         }
       }
+      EXPECT_EQ(mine.needed_by, waited);
     }
   }
 }
 
 TEST(StreamPlan, IsKeptAndToldApart) {
-  const ExchangeProblem a =
-      ExchangeCaseMaker(1).Make(3, 4, 12, CaseLayout::kZigzag, CaseMask::kCausal).problem;
-  const ExchangeProblem b = ExchangeCaseMaker(1).Make(3, 4, 12, CaseLayout::kZigzag, CaseMask::kFull).problem;
-  const std::vector<ExchangePlan> plans = {BuildKvRing(a, Pass::kForward), BuildKvRing(a, Pass::kBackward),
-                                           BuildKvRing(b, Pass::kForward),
-                                           BuildKvRing(a, Pass::kForward, RingDirection::kTowardHigher),
-                                           BuildKvRing(b, Pass::kForward, RingDirection::kTowardHigher)};
+  const auto problem = [](CaseMask mask) {
+    return ExchangeCaseMaker(1).Make(3, 4, 12, CaseLayout::kZigzag, mask).problem;
+  };
+  const ExchangeProblem a = problem(CaseMask::kCausal), b = problem(CaseMask::kFull);
+  const PlanChoice ring, higher{.direction = RingDirection::kTowardHigher}, buffers{.buffers = 3},
+      token{.kind = PlanKind::kTokenRing};
+  std::vector<ExchangePlan> plans;
+  for (const PlanChoice& choice : {ring, higher, buffers, token}) {
+    for (const ExchangeProblem& each : {a, b}) {
+      for (const Pass pass : kPasses) plans.push_back(BuildPlan(each, pass, choice).value());
+    }
+  }
+  // What does not show in this rank's steps: how much memory another rank's messages need.
+  plans.push_back(plans[0]);
+  plans.back().ranks[0].slots.back().width = Width::kCompute;
   StreamPlans known;
   std::vector<const StreamPlan*> first;
   for (const ExchangePlan& plan : plans) first.push_back(&known.Of(plan, 1));
@@ -197,7 +225,7 @@ TEST(StreamPlan, IsKeptAndToldApart) {
   for (int ranks = 2; ranks < 100; ++ranks) {
     const ExchangeProblem other =
         ExchangeCaseMaker(1).Make(ranks, 2, 2 * ranks, CaseLayout::kContiguous, CaseMask::kFull).problem;
-    known.Of(BuildKvRing(other, Pass::kForward), 1);
+    known.Of(BuildPlan(other, Pass::kForward, {}).value(), 1);
     EXPECT_EQ(&known.Of(plans[0], 1), first[0]);
   }
 }

@@ -1,6 +1,8 @@
 #pragma once
 
-// How fast a transport moves blocks between neighbours of a ring.
+// How fast a transport moves blocks between neighbours of a ring, and what that does to computing.
+
+#include <functional>
 
 #include "annulus/comm/exchange_transport.h"
 
@@ -12,10 +14,30 @@ struct ExchangeRate {
   double both_ways_gb_per_second = 0;  // half of it to the next rank, half to the one before
 };
 
-// Each rank sends messages of `bytes` one after the other into two buffers of its neighbour in turn. The
-// slowest rank's median of `repeats` executions, on GPUs in device time, the cost of flags and events
-// included. InvalidArgument for less than two ranks. Collective.
+// The rate of a plan with nothing to compute: each rank sends 64 messages of `bytes` one after the other into
+// four buffers of its neighbour in turn. A buffer is handed back as soon as its message has come, so two
+// messages are under way while two buffers are on their way back: as in an exchange that has a buffer for
+// each block in flight, what limits is the wire and the cost of a message, not the round trip of handing
+// back. The slowest rank's median of `repeats` executions, on GPUs in device time, from the first to the last
+// message with flags and events included. InvalidArgument for less than two ranks. Collective.
 absl::StatusOr<ExchangeRate> MeasureExchange(Context& ctx, Communicator cp, ExchangeTransport& transport,
                                              int64_t bytes, int repeats = 15);
+
+// What copy engines could reach, in GB/s one way: the same copies back to back on one stream of each rank,
+// without flags, events or anybody who needs what they bring. InvalidArgument for less than two ranks and
+// where ranks cannot map each other's memory. Collective.
+absl::StatusOr<double> MeasurePlainCopies(Context& ctx, Communicator cp, int64_t bytes, int repeats = 15);
+
+// Seconds from a send to the end of its receive: a message of a few bytes goes round the ring, each rank
+// sending it on once it has come. Errors as above. Collective.
+absl::StatusOr<double> MeasureMessageSeconds(Context& ctx, Communicator cp, ExchangeTransport& transport,
+                                             int repeats = 15);
+
+// How many times as long `compute` takes while messages of `bytes` come from and go to both neighbours all
+// the time; at least 1. `compute` is enqueued on the context's stream, on CPUs calls ctx.Poll(), and takes
+// long enough to be measured. Errors as above, and those of `compute`. Collective.
+absl::StatusOr<double> MeasureSlowdown(Context& ctx, Communicator cp, ExchangeTransport& transport,
+                                       int64_t bytes, const std::function<absl::Status()>& compute,
+                                       int repeats = 5);
 
 }  // namespace annulus
