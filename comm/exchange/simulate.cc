@@ -2,7 +2,6 @@
 // rates marks the rank; once all events of an instant are done, marked ranks divide their rates anew.
 
 #include <algorithm>
-#include <deque>
 #include <limits>
 #include <map>
 #include <queue>
@@ -95,8 +94,12 @@ class Simulator {
     size_t steps_left = 0;
     double last_end = 0;
   };
-  // Messages that wait for the lane; the first has it.
-  using Lane = std::deque<size_t>;
+  // Messages in order of readiness. The first that is not over has the lane.
+  struct Lane {
+    std::vector<size_t> messages = {};
+    size_t over = 0;
+    bool idle() const { return over == messages.size(); }
+  };
 
   enum class Happens { kComputed, kOverheadOver, kSent, kReceived };
   struct Event {
@@ -187,14 +190,19 @@ class Simulator {
   }
 
   void FindMessages() {
-    std::map<int, size_t> known;
+    std::vector<size_t> known;  // by number
     for (size_t r = 0; r < plan_.ranks.size(); ++r) {
       message_of_.emplace_back(plan_.ranks[r].steps.size(), kNone);
       for (size_t s = 0; s < message_of_[r].size(); ++s) {
         const Step& step = plan_.ranks[r].steps[s];
         if (!IsTransfer(step.kind)) continue;
-        const size_t message = known.try_emplace(step.message, messages_.size()).first->second;
-        if (message == messages_.size()) messages_.emplace_back();
+        const auto number = static_cast<size_t>(step.message);
+        if (number >= known.size()) known.resize(number + 1, kNone);
+        if (known[number] == kNone) {
+          known[number] = messages_.size();
+          messages_.emplace_back();
+        }
+        const size_t message = known[number];
         (step.kind == StepKind::kSend ? messages_[message].from : messages_[message].to) = {r, s};
         message_of_[r][s] = message;
       }
@@ -228,8 +236,8 @@ class Simulator {
       const size_t message = message_of_[node.rank][s];
       if (++messages_[message].ends_ready < 2) continue;
       Lane& lane = LaneOf(messages_[message]);
-      lane.push_back(message);
-      if (lane.size() == 1) TakeLane(message, now);
+      if (lane.idle()) TakeLane(message, now);
+      lane.messages.push_back(message);
     }
   }
 
@@ -296,8 +304,8 @@ class Simulator {
       Mark(r);
     }
     Lane& lane = LaneOf(m);
-    lane.pop_front();
-    if (!lane.empty()) TakeLane(lane.front(), now);
+    ++lane.over;
+    if (!lane.idle()) TakeLane(lane.messages[lane.over], now);
     End(m.from, now);
     Push(now + cost_.message_seconds, Happens::kReceived, message);
   }

@@ -37,23 +37,29 @@ struct PlanOptions {
 
 struct PlanCandidate {
   PlanChoice choice;
+  std::string name;  // NameOf(choice)
   TransportKind transport = TransportKind::kHost;
-  absl::Status refused;  // why it cannot be, else OK and the rest is set
-  double seconds = 0;    // predicted, of the slowest rank
-  double exposed_seconds = 0;
-  int64_t bytes_sent = 0;    // of the rank that sends most
-  int64_t buffer_bytes = 0;  // of the rank that needs most
+  absl::Status refused;        // why it cannot be, else OK and the rest is set
+  double seconds = 0;          // predicted, of the slowest rank
+  double exposed_seconds = 0;  // of the same rank
+  int64_t bytes_sent = 0;      // of the rank that sends most
+  int64_t buffer_bytes = 0;    // of the rank that needs most
 };
 
-// What each payload's slots hold, as the layer binds them (context_attention.h).
+// What each payload's slots hold, as the layer binds them (context_attention.h). `group`: the slot's, or all
+// heads where it has those.
 std::vector<SlotField> FieldsOf(const AttentionCase& layer, Pass pass, const HeadGroup& group,
                                 const SlotSpec& slot);
 
-// Cost of a plan built for the layer.
+// The group of all heads.
+HeadGroup AllHeadsOf(const AttentionCase& layer);
+
+// Cost of a plan built for the layer, on a machine that has rates of the transport.
 ExchangeCost CostOf(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine,
                     TransportKind transport, LinkThrottle throttle);
 
-// Every candidate of one pass: those that can be, fastest first, then the refused.
+// Every candidate of one pass: those that can be, fastest first (what is as fast to 1 in 10^4 by memory),
+// then the refused. The same on every rank.
 std::vector<PlanCandidate> RankPlans(const AttentionCase& layer, Pass pass, const PlanOptions& options,
                                      const MachineProfile& machine);
 

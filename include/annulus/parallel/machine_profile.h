@@ -19,7 +19,10 @@ struct RatePoint {
 };
 double RateAt(const std::vector<RatePoint>& points, double size);  // points ascending in size, not empty
 
-// Of one call of a block kernel. size: unmasked (query, key) pairs times query heads; per_second: those.
+// Of one call of a block kernel alone, as AttentionForwardWhole and AttentionBackwardWhole run it: adding to
+// results that are there already is a pass over memory besides. size: unmasked (query, key) pairs times query
+// heads; per_second: those. kTensorCore is asked for full and causal blocks where the order of sums is
+// required: those are rates of its ordered backward.
 struct AttentionRate {
   AttentionKernel kernel = AttentionKernel::kCpuTiles;
   Pass pass = Pass::kForward;
@@ -32,11 +35,11 @@ struct AttentionRate {
 // Of one way of moving messages between two ranks of a host (or, between_hosts, of two hosts).
 struct LinkRate {
   TransportKind transport = TransportKind::kHost;
-  std::vector<RatePoint>
-      one_way;  // size: bytes of a message; per_second: bytes that a rank sends to one peer
-  std::vector<RatePoint> both_ways;  // bytes that a rank sends to two peers together
-  double message_seconds = 0;        // of an empty message, from send to receive
-  double computing_slowdown = 1;     // of a kernel that runs while messages move: NCCL takes SMs
+  // size: bytes of one message; per_second: bytes that a rank sends to one peer, message after message; and
+  // to two peers together, with messages of that size to each.
+  std::vector<RatePoint> one_way, both_ways;
+  double message_seconds = 0;     // of an empty message, from send to receive
+  double computing_slowdown = 1;  // of a kernel that runs while messages move: NCCL takes SMs
   friend bool operator==(const LinkRate&, const LinkRate&) = default;
 };
 

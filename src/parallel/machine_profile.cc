@@ -1,0 +1,131 @@
+#include "annulus/parallel/machine_profile.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "annulus/base/check.h"
+#include "plan_cost.h"
+
+namespace annulus {
+namespace {
+
+constexpr double kKiB = 1024, kMiB = 1024 * kKiB;
+
+double Rounded(double value) {
+  const double unit = std::pow(10.0, std::floor(std::log10(value)) - 2);
+  return std::round(value / unit) * unit;
+}
+
+// The rates of work that takes start + size / per_second, to three digits.
+std::vector<RatePoint> WithStart(double start, double per_second, std::vector<double> sizes) {
+  std::vector<RatePoint> points;
+  for (const double size : sizes) points.push_back({size, Rounded(size / (start + size / per_second))});
+  return points;
+}
+
+// Measured TFLOP/s of long causal blocks, one call.
+struct HopperRate {
+  int64_t head_dim, v_head_dim;
+  double cudnn_forward, cudnn_backward;
+  double own_forward, own_backward, own_ordered_backward;
+};
+constexpr HopperRate kHopper[] = {{64, 64, 474, 412, 342, 241, 200},
+                                  {128, 128, 620, 535, 409, 320, 265},
+                                  {192, 128, 603, 483, 432, 283, 234}};
+// A call takes this long besides its work: filling the device, and the tail where it empties.
+constexpr double kForwardStart = 12e-6, kBackwardStart = 25e-6;
+
+AttentionRate HopperCall(AttentionKernel kernel, Pass pass, MaskShape shape, const HopperRate& dims,
+                         double tflops) {
+  const double start = pass == Pass::kForward ? kForwardStart : kBackwardStart;
+  return {.kernel = kernel,
+          .pass = pass,
+          .shape = shape,
+          .head_dim = dims.head_dim,
+          .v_head_dim = dims.v_head_dim,
+          .pairs = WithStart(start, tflops * 1e12 / FlopsPerPair(pass, dims.head_dim, dims.v_head_dim),
+                             {1e6, 1e7, 3e7, 1e8, 3e8, 1e9, 3e9, 1e10})};
+}
+
+constexpr MaskShape kShapes[] = {MaskShape::kGeneral, MaskShape::kFull, MaskShape::kCausal};
+
+std::vector<AttentionRate> HopperAttention() {
+  std::vector<AttentionRate> rates;
+  for (const HopperRate& dims : kHopper) {
+    for (const MaskShape shape : {MaskShape::kFull, MaskShape::kCausal}) {
+      rates.push_back(HopperCall(AttentionKernel::kCudnn, Pass::kForward, shape, dims, dims.cudnn_forward));
+      rates.push_back(HopperCall(AttentionKernel::kCudnn, Pass::kBackward, shape, dims, dims.cudnn_backward));
+    }
+    for (const MaskShape shape : kShapes) {
+      const bool general = shape == MaskShape::kGeneral;
+      rates.push_back(
+          HopperCall(AttentionKernel::kTensorCore, Pass::kForward, shape, dims, dims.own_forward));
+      rates.push_back(HopperCall(AttentionKernel::kTensorCore, Pass::kBackward, shape, dims,
+                                 general ? dims.own_backward : dims.own_ordered_backward));
+    }
+  }
+  // Not measured: for parity only.
+  constexpr double kF32Tflops = 15;
+  for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+    rates.push_back(HopperCall(AttentionKernel::kF32, pass, MaskShape::kGeneral, kHopper[1], kF32Tflops));
+  }
+  return rates;
+}
+
+}  // namespace
+
+double RateAt(const std::vector<RatePoint>& points, double size) {
+  ANNULUS_CHECK(!points.empty()) << "no rates";
+  if (size <= points.front().size) return points.front().per_second;
+  const auto above =
+      std::find_if(points.begin(), points.end(), [&](const RatePoint& point) { return point.size >= size; });
+  if (above == points.end()) return points.back().per_second;
+  const RatePoint &low = *(above - 1), &high = *above;
+  const double part = std::log(size / low.size) / std::log(high.size / low.size);
+  return low.per_second + part * (high.per_second - low.per_second);
+}
+
+// What was not measured (messages below 1 MiB, passes below 512 MiB, starts of kernels, the host's transport)
+// follows from the time that the smallest measured ones take besides their bytes.
+MachineProfile AssumedHopper() {
+  MachineProfile profile{.device = "NVIDIA H200, NVLink",
+                         .measured = false,
+                         .ranks = 4,
+                         .attention = HopperAttention(),
+                         .links = {},
+                         .copy = WithStart(2e-6, 3.7e12, {kMiB, 4 * kMiB, 16 * kMiB, 64 * kMiB, 512 * kMiB}),
+                         .launch_seconds = 4e-6};
+  const std::vector<RatePoint> copy_engine = {
+      {64 * kKiB, 5.6e9}, {kMiB, 75e9}, {16 * kMiB, 301e9}, {128 * kMiB, 377e9}};
+  const std::vector<RatePoint> nccl = {
+      {64 * kKiB, 3.5e9}, {kMiB, 35e9}, {16 * kMiB, 73e9}, {128 * kMiB, 163e9}};
+  const std::vector<RatePoint> host = {{64 * kKiB, 1.2e9}, {kMiB, 7e9}, {16 * kMiB, 10e9}};
+  // One egress for all peers: two together get what one would.
+  profile.links = {{TransportKind::kCopyEngine, copy_engine, copy_engine, 15e-6, 1.0},
+                   {TransportKind::kNccl, nccl, nccl, 25e-6, 1.06},
+                   {TransportKind::kHost, host, host, 60e-6, 1.0}};
+  return profile;
+}
+
+MachineProfile AssumedCpuCore() {
+  constexpr double kFlops = 20e9, kBytes = 5e9;
+  constexpr int64_t kHeadDim = 64;
+  MachineProfile profile{.device = "CPU, one core a rank",
+                         .measured = false,
+                         .ranks = 2,
+                         .attention = {},
+                         .links = {{TransportKind::kHost, {{kMiB, kBytes}}, {{kMiB, kBytes}}, 20e-6, 1.0}},
+                         .copy = {{kMiB, kBytes}},
+                         .launch_seconds = 0};
+  for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+    profile.attention.push_back({.kernel = AttentionKernel::kCpuTiles,
+                                 .pass = pass,
+                                 .shape = MaskShape::kGeneral,
+                                 .head_dim = kHeadDim,
+                                 .v_head_dim = kHeadDim,
+                                 .pairs = {{1e6, kFlops / FlopsPerPair(pass, kHeadDim, kHeadDim)}}});
+  }
+  return profile;
+}
+
+}  // namespace annulus

@@ -1,0 +1,40 @@
+#pragma once
+
+// Parts of CostOf, for those who price one plan on several transports.
+
+#include <map>
+#include <tuple>
+#include <vector>
+
+#include "annulus/parallel/choose_plan.h"
+
+namespace annulus {
+
+// Of one (query, key) pair of a head: scores and values; backward five products.
+double FlopsPerPair(Pass pass, int64_t head_dim, int64_t v_head_dim);
+
+// Bytes of one row of each of a plan's slots, all fields together.
+class RowBytes {
+ public:
+  RowBytes(const AttentionCase& layer, const ExchangePlan& plan);
+  int64_t Of(const SlotSpec& slot) const;
+
+ private:
+  using Key = std::tuple<Payload, int, Width>;
+  static Key KeyOf(const SlotSpec& slot) { return {slot.payload, slot.group, slot.width}; }
+  std::map<Key, int64_t> bytes_;
+};
+
+// [rank][step], 0 for transfers. What the layer does to its own tensors before and after the exchange is
+// counted with a rank's first and last computing step.
+std::vector<std::vector<double>> ComputeSecondsOf(const AttentionCase& layer, const ExchangePlan& plan,
+                                                  const MachineProfile& machine);
+
+// Null where the machine has no rates of the transport.
+const LinkRate* FindLink(const MachineProfile& machine, TransportKind transport);
+
+// All of the cost but compute_seconds; no rates where `link` is null.
+ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan, const LinkRate* link,
+                           LinkThrottle throttle);
+
+}  // namespace annulus
