@@ -19,17 +19,28 @@ struct Bench {
   GpuInfo gpu;  // nothing on CPUs
 
   Context& ctx() const { return *machine.ctx; }
+  // As the spec asks, or the best there is.
+  TransportKind transport() const {
+    return machine.exchange.transport.value_or(machine.exchange.available.front());
+  }
   DType dtype() const { return DTypeOf(spec.compute); }
   // An option as an integer of at least 1.
   absl::StatusOr<int64_t> Int(absl::string_view option, int64_t fallback) const;
+  // A tensor of normal random values in the compute type; memory of the context's `saved`.
+  absl::StatusOr<TensorRef> Random(const Shape& shape, uint64_t seed) const;
   // Median over repeats of the slowest rank's seconds; after `fn` has run twice. Collective.
   absl::StatusOr<double> Seconds(const std::function<absl::Status()>& fn) const;
   // Prints a result on rank 0, after what all results have in common.
   void Report(const nlohmann::ordered_json& result) const;
 };
 
-// A tensor of normal random values in the compute type; memory of the caller's arena.
-absl::StatusOr<TensorRef> RandomTensor(Bench& bench, const Shape& shape, uint64_t seed);
+// `value`, or an error that all ranks agree on. Collective.
+template <typename T>
+absl::StatusOr<T> Agreed(const Bench& bench, absl::StatusOr<T> value) {
+  Communicator world = bench.machine.mesh.world;
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(value.status()));
+  return value;
+}
 
 // A product large enough to fill the device.
 int64_t CeilingSize(const Bench& bench);
@@ -39,6 +50,7 @@ absl::StatusOr<double> GemmRate(Bench& bench, int64_t m, int64_t n, int64_t k);
 
 absl::Status BenchGemm(Bench& bench);
 absl::Status BenchAttention(Bench& bench);
+absl::Status BenchPlans(Bench& bench);
 absl::Status BenchExchange(Bench& bench);
 absl::Status BenchStep(Bench& bench);
 

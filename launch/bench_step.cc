@@ -38,7 +38,7 @@ absl::Status BenchStep(Bench& bench) {
   if (!bench.arguments.Has("--config")) {
     return bench.machine.mesh.world.AgreeOk(Invalid("annulus bench step: expected --config FILE"));
   }
-  Trainer trainer(bench.spec, bench.machine.mesh, bench.ctx(), bench.machine.transport);
+  Trainer trainer(bench.spec, bench.machine.mesh, bench.ctx(), bench.machine.exchange);
   ANNULUS_RETURN_IF_ERROR(trainer.Initialize());
   const Batch batch = RandomBatch(bench.spec, trainer.layout(), bench.machine.mesh.at);
   StepReport report;
@@ -53,7 +53,7 @@ absl::Status BenchStep(Bench& bench) {
       {{"name", bench.spec.name},
        {"seq_len", bench.spec.data.seq_len},
        {"sequences", bench.spec.optim.sequences_per_step},
-       {"transport", std::string(Name(bench.machine.transport))},
+       {"transport", std::string(Name(bench.transport()))},
        {"step_ms", seconds * 1e3},
        {"tokens_per_second", tokens / seconds},
        {"tflops_causal", flops.causal * per_rank},

@@ -59,5 +59,6 @@ Command PlanCommand();
 Command SampleCommand();
 Command DoctorCommand();
 Command BenchCommand();
+Command CalibrateCommand();
 
 }  // namespace annulus

@@ -11,7 +11,8 @@ namespace annulus {
 namespace {
 
 std::vector<Command> Commands() {
-  return {TrainCommand(), CheckCommand(), PlanCommand(), SampleCommand(), DoctorCommand(), BenchCommand()};
+  return {TrainCommand(),  CheckCommand(), PlanCommand(),     SampleCommand(),
+          DoctorCommand(), BenchCommand(), CalibrateCommand()};
 }
 
 bool IsHelp(const std::string& arg) { return arg == "--help" || arg == "-h"; }
@@ -19,7 +20,7 @@ bool IsHelp(const std::string& arg) { return arg == "--help" || arg == "-h"; }
 int PrintHelp(std::FILE* to, int exit_code) {
   std::fprintf(to, "annulus pretrains language models whose sequences are split over several ranks.\n\n");
   for (const Command& command : Commands()) {
-    std::fprintf(to, "  annulus %-7s %-7s %s\n", command.spec.name, command.spec.operand,
+    std::fprintf(to, "  annulus %-9s %-7s %s\n", command.spec.name, command.spec.operand,
                  command.spec.summary);
   }
   std::fprintf(to,

@@ -16,7 +16,7 @@ using config::Section;
 
 constexpr IntRange kHeadDim{1, 1 << 16};
 constexpr IntRange kRanks{1, 1 << 20};
-constexpr RealRange kSize{0.0, 1e30};
+constexpr RealRange kSize{0.0, 1e30, RealRange::Bound::kOpen};
 constexpr RealRange kPerSecond{0.0, 1e30, RealRange::Bound::kOpen};
 constexpr RealRange kSeconds{0.0, 1e6};
 constexpr RealRange kSlowdown{1.0, 1e6};

@@ -60,7 +60,7 @@ class PassPlanCheck {
 
   void CheckDirection() const {
     if (spec_.direction == RingDirection::kFewestRows) return;
-    if (Is({PlanName::kKvRing, PlanName::kTokenRing, PlanName::kDoubleRing, PlanName::kAuto})) return;
+    if (Is({PlanName::kKvRing, PlanName::kTokenRing, PlanName::kAuto})) return;
     const bool lower = spec_.direction == RingDirection::kTowardLower;
     Add("direction", lower ? "TOWARD_LOWER" : "TOWARD_HIGHER",
         absl::StrCat("FEWEST_ROWS with plan=", Name(spec_.plan), ", which is no one-way ring"));

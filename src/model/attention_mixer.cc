@@ -62,10 +62,12 @@ class AttentionMixer : public SequenceMixer {
 
     const TensorRef dq = ctx.scratch.Allocate(x.dtype(), now.q.shape());
     const TensorRef dkv = ctx.scratch.Allocate(x.dtype(), now.kv.shape());
-    ANNULUS_RETURN_IF_ERROR(ContextAttentionBackward(
-        ctx, step.geometry, shape_,
-        {.q = now.q, .kv = now.kv, .out = now.out, .lse = now.lse, .dout = dout, .dq = dq, .dkv = dkv},
-        &step.stats));
+    ANNULUS_RETURN_IF_ERROR(Timed(ctx, step, Pass::kBackward, [&] {
+      return ContextAttentionBackward(
+          ctx, step.geometry, shape_,
+          {.q = now.q, .kv = now.kv, .out = now.out, .lse = now.lse, .dout = dout, .dq = dq, .dkv = dkv},
+          &step.stats);
+    }));
     ANNULUS_RETURN_IF_ERROR(ApplyRope(ctx, step, RopeDirection::kInverse, dq, dkv));
 
     ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dq, wq_, Write::kOverwrite, dx));
@@ -113,8 +115,20 @@ class AttentionMixer : public SequenceMixer {
   }
 
   absl::Status Attend(Context& ctx, ModelStep& step, const Activations& to) const {
-    return ContextAttentionForward(ctx, step.geometry, shape_,
-                                   {.q = to.q, .kv = to.kv, .out = to.out, .lse = to.lse}, &step.stats);
+    return Timed(ctx, step, Pass::kForward, [&] {
+      return ContextAttentionForward(ctx, step.geometry, shape_,
+                                     {.q = to.q, .kv = to.kv, .out = to.out, .lse = to.lse}, &step.stats);
+    });
+  }
+
+  template <typename Fn>
+  absl::Status Timed(Context& ctx, ModelStep& step, Pass pass, Fn&& attend) const {
+    if (step.clocks == nullptr) return attend();
+    SpanClock& clock = step.clocks->Of(shape_.window, pass);
+    clock.Begin(ctx.stream());
+    const absl::Status status = attend();
+    clock.End(ctx.stream());
+    return status;
   }
 
   Recompute recompute_;

@@ -5,6 +5,7 @@
 #include "annulus/comm/gpu_communicator.h"
 #include "annulus/device/gpu.h"
 #include "annulus/ops/attention.h"
+#include "annulus/train/exchange.h"
 #include "run_directory.h"
 
 namespace annulus {
@@ -40,6 +41,15 @@ absl::Status ResolveCompute(RunSpec* spec) {
                  ": expected 64 or 128 with compute=BF16 (compute: F32 takes any up to 256)");
 }
 
+absl::Status ResolvePlannedDevice(RunSpec* spec) {
+  const TransportChoice transport = spec->parallel.exchange.transport;
+  const bool gpu = spec->device == DeviceChoice::kCuda || spec->compute == ComputeType::kBF16 ||
+                   transport == TransportChoice::kNccl || transport == TransportChoice::kCopyEngine;
+  if (!gpu) return ResolveDevice(spec);
+  spec->device = DeviceChoice::kCuda;
+  return ResolveCompute(spec);
+}
+
 DType DTypeOf(ComputeType compute) {
   ANNULUS_CHECK(compute != ComputeType::kAuto) << "compute type not resolved";
   if (compute == ComputeType::kF64) return DType::kF64;
@@ -58,10 +68,13 @@ absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec) {
 
 namespace {
 
-absl::StatusOr<TransportKind> TransportFor(Communicator cp, const Context& ctx, TransportChoice choice) {
-  if (choice == TransportChoice::kBest) return ChooseTransport(cp, ctx);
-  if (choice == TransportChoice::kHost) return TransportKind::kHost;
-  return choice == TransportChoice::kNccl ? TransportKind::kNccl : TransportKind::kCopyEngine;
+// What the group can use, best first. On GPUs the host's way is for those that have no other.
+absl::StatusOr<std::vector<TransportKind>> AvailableTransports(Communicator cp, const Context& ctx,
+                                                               GpuLink link) {
+  ANNULUS_ASSIGN_OR_RETURN(const TransportKind best, ChooseTransport(std::move(cp), ctx));
+  std::vector<TransportKind> available = {best};
+  if (best == TransportKind::kCopyEngine && link == GpuLink::kNccl) available.push_back(TransportKind::kNccl);
+  return available;
 }
 
 }  // namespace
@@ -74,12 +87,17 @@ absl::StatusOr<Machine> SetUpMachine(Communicator world, const RunSpec& spec, De
                         .cp = static_cast<int>(spec.parallel.cp),
                         .tp = static_cast<int>(spec.parallel.tp)};
   ANNULUS_ASSIGN_OR_RETURN(machine.mesh, ProcessMesh::Create(shape, world));
+  GpuLink link = GpuLink::kHost;
   if (device.kind == DeviceKind::kCuda) {
-    ANNULUS_ASSIGN_OR_RETURN(const GpuLink link, ChooseGpuLink(world, *machine.ctx));
+    ANNULUS_ASSIGN_OR_RETURN(link, ChooseGpuLink(world, *machine.ctx));
     ANNULUS_RETURN_IF_ERROR(machine.mesh.UseGpu(link, *machine.ctx));
   }
-  ANNULUS_ASSIGN_OR_RETURN(machine.transport,
-                           TransportFor(machine.mesh.cp, *machine.ctx, spec.parallel.exchange.transport));
+  std::vector<TransportKind> available = {TransportKind::kHost};
+  if (spec.parallel.exchange.transport == TransportChoice::kBest) {
+    ANNULUS_ASSIGN_OR_RETURN(available, AvailableTransports(machine.mesh.cp, *machine.ctx, link));
+  }
+  ANNULUS_ASSIGN_OR_RETURN(MachineProfile profile, ProfileOf(world, spec));
+  machine.exchange = ExchangeOptionsOf(spec, std::move(available), std::move(profile));
   return machine;
 }
 

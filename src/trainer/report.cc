@@ -3,12 +3,15 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "absl/strings/str_format.h"
+#include "annulus/train/exchange.h"
 
 namespace annulus {
 namespace {
@@ -87,20 +90,82 @@ std::string RateText(const StepReport& report) {
                          100 * report.tflops_full / report.peak_tflops);
 }
 
+std::string ThrottleText(const StepReport& report) {
+  if (report.throttle_gb_per_second == 0) return "";
+  return absl::StrFormat(" | links throttled to %g GB/s", report.throttle_gb_per_second);
+}
+
 }  // namespace
 
 std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, double eta_seconds) {
   const double ms = std::max(report.step_ms, 1e-9);
   return absl::StrFormat(
       "step %d/%d %d%% | loss %.3f | gnorm %.2f | %s ms | %s tok/s (%s/rank) | %s | "
-      "wait: data %.1f%% exchange %.1f%% gradients %.1f%% | %s | ETA %s%s",
+      "wait: data %.1f%% exchange %.1f%% gradients %.1f%% | %s | ETA %s%s%s",
       report.step, total_steps, 100 * report.step / total_steps, report.loss, report.grad_norm,
       WithThousands(std::llround(ms)), FormatCount(report.tokens_per_second),
       FormatCount(report.tokens_per_second / ranks), RateText(report), 100 * report.data_ms / ms,
       100 * report.exposed_exchange_ms / ms, 100 * report.exposed_reduce_ms / ms,
       FormatBytes(static_cast<double>(report.memory_peak_bytes)), FormatDuration(eta_seconds),
-      report.skipped ? " | SKIPPED: not finite" : "");
+      ThrottleText(report), report.skipped ? " | SKIPPED: not finite" : "");
 }
+
+namespace {
+
+std::string AttentionText(const AttentionReport& attention) {
+  return absl::StrCat("attention (", WindowText(attention.window), ") ", Name(attention.pass), ": ");
+}
+
+}  // namespace
+
+std::vector<std::string> PlanLines(const StepReport& report) {
+  std::vector<std::string> lines;
+  for (const AttentionReport& attention : report.attention) {
+    const std::string plan = absl::StrCat(attention.plan, " by ", Name(attention.transport));
+    lines.push_back(absl::StrCat(AttentionText(attention), attention.why.empty() ? plan : attention.why));
+  }
+  return lines;
+}
+
+void AttentionSummary::Add(const StepReport& report) {
+  if (std::exchange(first_, false)) return;
+  last_ = report.attention;
+  measured_ms_.resize(last_.size());
+  for (size_t i = 0; i < last_.size(); ++i) measured_ms_[i].push_back(last_[i].measured_ms);
+}
+
+std::vector<std::string> AttentionSummary::Lines() const {
+  std::vector<std::string> lines;
+  for (size_t i = 0; i < last_.size(); ++i) {
+    std::vector<double> times = measured_ms_[i];
+    const auto median = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
+    std::nth_element(times.begin(), median, times.end());
+    const double predicted = last_[i].predicted_ms;
+    lines.push_back(absl::StrFormat("%s%s by %s, %smeasured %.3g ms a layer (median of %d steps)",
+                                    AttentionText(last_[i]), last_[i].plan, Name(last_[i].transport),
+                                    predicted > 0 ? absl::StrFormat("predicted %.3g ms, ", predicted) : "",
+                                    *median, times.size()));
+  }
+  return lines;
+}
+
+namespace {
+
+nlohmann::ordered_json AttentionJson(const std::vector<AttentionReport>& reports) {
+  auto json = nlohmann::ordered_json::array();
+  for (const AttentionReport& attention : reports) {
+    nlohmann::ordered_json entry = {{"window", attention.window},
+                                    {"pass", Name(attention.pass)},
+                                    {"plan", attention.plan},
+                                    {"transport", std::string(Name(attention.transport))},
+                                    {"measured_ms", attention.measured_ms}};
+    if (attention.predicted_ms > 0) entry["predicted_ms"] = attention.predicted_ms;
+    json.push_back(std::move(entry));
+  }
+  return json;
+}
+
+}  // namespace
 
 std::string MetricsJson(const StepReport& report, std::optional<double> val_loss) {
   nlohmann::ordered_json json;
@@ -121,6 +186,8 @@ std::string MetricsJson(const StepReport& report, std::optional<double> val_loss
   json["exposed_reduce_ms"] = report.exposed_reduce_ms;
   json["data_ms"] = report.data_ms;
   json["memory_peak_bytes"] = report.memory_peak_bytes;
+  if (!report.attention.empty()) json["attention"] = AttentionJson(report.attention);
+  if (report.throttle_gb_per_second > 0) json["throttle_gb_per_second"] = report.throttle_gb_per_second;
   if (report.skipped) json["skipped"] = true;
   if (val_loss.has_value()) json["val_loss"] = Number(*val_loss);
   return json.dump() + "\n";

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_format.h"
 #include "annulus/device/gpu.h"
+#include "annulus/train/exchange.h"
 #include "annulus/train/placement.h"
 #include "annulus/train/report.h"
 #include "annulus/train/sample.h"
@@ -35,13 +36,14 @@ class Heart {
   Heart(double deadline_seconds, int world_rank) : deadline_(deadline_seconds), rank_(world_rank) {}
 
   // Watches these from now on, instead of those before.
-  void Watch(std::vector<Communicator> groups, ExchangeTransport* exchange, const FlightRecorder& recorder) {
+  void Watch(std::vector<Communicator> groups, std::vector<ExchangeTransport*> exchanges,
+             const FlightRecorder& recorder) {
     watchdog_.reset();
     if (deadline_ == 0) return;
     watchdog_.emplace(Watchdog::Options{.deadline_seconds = deadline_,
                                         .world_rank = rank_,
                                         .watched = std::move(groups),
-                                        .exchange = exchange,
+                                        .exchanges = std::move(exchanges),
                                         .recorder = &recorder});
   }
   void Beat() {
@@ -67,7 +69,8 @@ class TrainingRun {
         data_(std::move(data)),
         log_(std::move(log)),
         console_(IsRoot() ? Console::Output::kPrint : Console::Output::kSilent),
-        trainer_(spec_, mesh_, *ctx_, machine.transport),
+        trainer_(spec_, mesh_, *ctx_, machine.exchange),
+        profile_(ProfileSource(spec_.parallel.exchange, machine.exchange.machine)),
         heart_(heart) {}
 
   absl::Status Start(const RunOptions& options);
@@ -99,6 +102,8 @@ class TrainingRun {
   LineFile log_;
   Console console_;
   Trainer trainer_;
+  std::string profile_;  // what plans are chosen by, in words
+  AttentionSummary attention_;
   Heart& heart_;
   int64_t saved_step_ = -1;
   int64_t first_step_ = 0;
@@ -129,14 +134,15 @@ absl::Status TrainingRun::PrintStart() {
                                 FormatCount(static_cast<double>(data_->train_tokens())),
                                 FormatCount(static_cast<double>(data_->validation_tokens())),
                                 Hex64(data_->fingerprint())));
+  if (mesh_.cp.size() > 1) console_.Line("machine profile: " + profile_);
   console_.Line("run directory: " + directory_.path);
   return absl::OkStatus();
 }
 
 absl::Status TrainingRun::Start(const RunOptions& options) {
   ANNULUS_RETURN_IF_ERROR(PrintStart());
-  ANNULUS_ASSIGN_OR_RETURN(ExchangeTransport * exchange, trainer_.SetUpExchange());
-  heart_.Watch({mesh_.cp, mesh_.dp_cp}, exchange, ctx_->recorder);
+  ANNULUS_ASSIGN_OR_RETURN(std::vector<ExchangeTransport*> exchanges, trainer_.SetUpExchange());
+  heart_.Watch({mesh_.cp, mesh_.dp_cp}, std::move(exchanges), ctx_->recorder);
   if (options.start == StartFrom::kLatestCheckpoint) ANNULUS_RETURN_IF_ERROR(Resume());
   if (saved_step_ < 0) ANNULUS_RETURN_IF_ERROR(trainer_.Initialize());
   heart_.Beat();
@@ -205,6 +211,10 @@ absl::Status TrainingRun::Finish(const StepReport& report) {
   const double eta = (Now() - first_time_) / done * static_cast<double>(spec_.optim.steps - report.step);
   const std::string line = StepLine(report, spec_.optim.steps, mesh_.world.size(), eta);
   console_.Progress(report, spec_.optim.steps, line);
+  if (report.step == first_step_ + 1 && mesh_.cp.size() > 1) {
+    for (const std::string& plan : PlanLines(report)) console_.Line(plan);
+  }
+  attention_.Add(report);
   std::optional<double> val_loss;
   if (evaluate) {
     ANNULUS_ASSIGN_OR_RETURN(val_loss, trainer_.Evaluate(*data_, [this] { heart_.Beat(); }));
@@ -245,6 +255,7 @@ absl::Status TrainingRun::Train() {
       return OnRoot([&] { return directory_.Event("stopped", trainer_.step(), "signal"); });
     }
   }
+  for (const std::string& text : attention_.Lines()) console_.Line(text);
   ANNULUS_RETURN_IF_ERROR(PrintSample());
   console_.Line("done: " + directory_.path);
   return OnRoot([&] { return directory_.Event("done", trainer_.step(), ""); });
@@ -311,7 +322,7 @@ absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const Ru
   FlightRecorder start_up(Device{});
   start_up.Note("start-up", "communicators and memory", nullptr);
   Heart heart(config.spec.step_deadline_seconds, world.rank());
-  heart.Watch({}, nullptr, start_up);
+  heart.Watch({}, {}, start_up);
   ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, config.spec, device));
   TrainingRun run(config, std::move(machine), std::move(directory), *std::move(data), *std::move(log), heart);
   absl::Status status = run.Start(options);

@@ -8,6 +8,7 @@
 
 #include "annulus/device/gpu.h"
 #include "annulus/ops/elementwise.h"
+#include "annulus/train/exchange.h"
 #include "annulus/train/placement.h"
 
 namespace annulus {
@@ -53,27 +54,29 @@ MemoryPlan PlanMemory(const RunSpec& spec) {
                      .gradients = GradientMemoryOf(spec)});
 }
 
-Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, TransportKind transport)
+Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, ExchangeOptions exchange)
     : spec_(spec),
       mesh_(mesh),
       ctx_(ctx),
       params_(ctx.device, DTypeOf(spec.compute), BuildParamTable(spec.model), mesh.dp_cp.size(),
               GradientMemoryOf(spec)),
-      geometry_(SequenceLayout(spec.parallel.layout, spec.data.seq_len, mesh.shape.cp), mesh.cp, transport),
+      geometry_(SequenceLayout(spec.parallel.layout, spec.data.seq_len, mesh.shape.cp), mesh.cp,
+                std::move(exchange)),
       decoder_(spec.model, spec.recompute, params_),
       optimizer_(ctx, spec.optim, params_, mesh.dp_cp),
       flops_(TrainingFlops(spec.model, spec.data.seq_len)),
       stats_(ctx.device, DType::kF64, {2}),
       clip_factor_(ctx.device, DType::kF64, {1}),
-      stats_read_(ctx.device, 2) {
+      stats_read_(ctx.device, 2),
+      clocks_(ctx.device) {
   if (ctx.device.kind != DeviceKind::kCuda) return;
   if (const absl::StatusOr<GpuInfo> gpu = DescribeGpu(ctx.device.index); gpu.ok())
     peak_tflops_ = gpu->bf16_tflops;
 }
 
-absl::StatusOr<ExchangeTransport*> Trainer::SetUpExchange() {
-  if (mesh_.cp.size() == 1) return static_cast<ExchangeTransport*>(nullptr);
-  return geometry_.Transport(ctx_);
+absl::StatusOr<std::vector<ExchangeTransport*>> Trainer::SetUpExchange() {
+  if (mesh_.cp.size() == 1) return std::vector<ExchangeTransport*>();
+  return geometry_.Transports(ctx_);
 }
 
 absl::Status Trainer::Initialize() { return optimizer_.Initialize(spec_.seed); }
@@ -85,7 +88,7 @@ absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
   for (size_t i = 0; i < batch.size(); ++i) {
     const MicroBatch& micro = batch[i];
     geometry_.SetBatch(micro.sequences);
-    ModelStep step{.geometry = geometry_, .stats = {}};
+    ModelStep step{.geometry = geometry_, .stats = {}, .clocks = &clocks_};
     BucketHooks hooks;
     hooks.needed = [&](int bucket) { return optimizer_.WaitForParameters(bucket); };
     if (i == 0) hooks.begun = [&](int bucket) { return optimizer_.PrepareGradients(bucket); };
@@ -145,9 +148,15 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   const double reduce =
       ctx_.waits.TakeSeconds(WaitKind::kGradients) + ctx_.waits.TakeSeconds(WaitKind::kParameters);
   ANNULUS_ASSIGN_OR_RETURN(const double memory, MemoryInUse(ctx_.device));
-  double worst[4] = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3, memory};
+  report->attention = AttentionReports();
+  std::vector<double> worst = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3, memory};
+  const size_t times = worst.size();
+  for (const AttentionReport& attention : report->attention) worst.push_back(attention.measured_ms);
+  const Shape all = {static_cast<int64_t>(worst.size())};
   ANNULUS_RETURN_IF_ERROR(
-      mesh_.world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {4}), ReduceOp::kMax));
+      mesh_.world.AllReduce(TensorRef(worst.data(), DType::kF64, Device{}, all), ReduceOp::kMax));
+  for (size_t i = times; i < worst.size(); ++i) report->attention[i - times].measured_ms = worst[i];
+  report->throttle_gb_per_second = spec_.parallel.exchange.throttle_gb_per_second;
   report->exposed_exchange_ms = worst[0];
   report->exposed_reduce_ms = worst[1];
   report->data_ms = worst[2];
@@ -159,6 +168,28 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   report->tflops_full = flops_.full * per_rank;
   report->peak_tflops = peak_tflops_;
   return absl::OkStatus();
+}
+
+// Of this rank. The clocks' last spans are over: the loss came after them.
+std::vector<AttentionReport> Trainer::AttentionReports() {
+  std::vector<AttentionReport> reports;
+  for (const AttentionKind& kind : AttentionKindsOf(spec_.model)) {
+    for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+      AttentionReport report{.window = kind.window, .pass = pass, .plan = {}, .why = {}};
+      for (const auto& [key, schedule] : geometry_.schedules()) {
+        if (schedule.layer.window != kind.window || schedule.plan.pass != pass) continue;
+        report.plan = schedule.plan.name;
+        report.transport = schedule.choice.transport;
+        report.why = schedule.choice.why;
+        if (schedule.choice.predicted.has_value())
+          report.predicted_ms = schedule.choice.predicted->seconds * 1e3;
+      }
+      const SpanClock::Spans spans = clocks_.Of(kind.window, pass).Take();
+      if (spans.count > 0) report.measured_ms = spans.seconds * 1e3 / static_cast<double>(spans.count);
+      reports.push_back(std::move(report));
+    }
+  }
+  return reports;
 }
 
 absl::StatusOr<double> Trainer::Evaluate(const DataSet& data, const std::function<void()>& progress) {

@@ -29,11 +29,11 @@ void WriteToStderr(const std::string& text) {
 }
 
 // Aborting waits for the device, which may never answer; then its thread is left behind.
-void AbortAll(std::vector<Communicator> communicators, ExchangeTransport* exchange) {
+void AbortAll(std::vector<Communicator> communicators, std::vector<ExchangeTransport*> exchanges) {
   auto done = std::make_shared<std::promise<void>>();
   std::future<void> aborted = done->get_future();
-  std::thread([communicators = std::move(communicators), exchange, done]() mutable {
-    if (exchange != nullptr) exchange->Abort();
+  std::thread([communicators = std::move(communicators), exchanges = std::move(exchanges), done]() mutable {
+    for (ExchangeTransport* exchange : exchanges) exchange->Abort();
     for (Communicator& communicator : communicators) communicator.Abort();
     done->set_value();
   }).detach();
@@ -71,8 +71,8 @@ std::string Watchdog::Trouble() const {
     const absl::Status health = communicator.Health();
     if (!health.ok()) return health.ToString();
   }
-  if (options_.exchange != nullptr) {
-    const absl::Status health = options_.exchange->Health();
+  for (ExchangeTransport* exchange : options_.exchanges) {
+    const absl::Status health = exchange->Health();
     if (!health.ok()) return health.ToString();
   }
   const Clock::duration since = Clock::now().time_since_epoch() - Clock::duration(last_beat_.load());
@@ -92,7 +92,7 @@ void Watchdog::EndJob(const std::string& trouble) {
   }
   WriteToStderr(text);
   std::this_thread::sleep_for(kForOthersToReport);
-  AbortAll(options_.watched, options_.exchange);
+  AbortAll(options_.watched, options_.exchanges);
   // Not exit(): destructors would wait for the device and for other ranks.
   _exit(kWatchdogExitCode);
 }

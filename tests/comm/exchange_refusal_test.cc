@@ -71,9 +71,9 @@ TEST(Refused, Problems) {
        {"chunks do not cover the block of rank 1", [](Plan& p) { p.problem.chunks[1].rows.begin = 1; }},
        {"1 chunks, 4 key ranges, 4 costs", [](Plan& p) { p.problem.chunks.pop_back(); }},
        {"sees rows [0, 9) of chunk 1, which has rows [0, 4)", [](Plan& p) { p.problem.keys[1].end = 9; }},
-       {"chunk 0 against rows [0, 0) of chunk 1 has 16 pairs: expected 0 to 0",
+       {"chunk 0 against rows [0, 0) of chunk 1 has 16 pairs: expected none",
         [](Plan& p) { p.problem.keys[1] = {}; }},
-       {"chunk 0 against rows [0, 4) of chunk 1 has 0 pairs: expected 1 to 16",
+       {"chunk 0 against rows [0, 4) of chunk 1 has 0 pairs: expected at least 1",
         [](Plan& p) { p.problem.pairs[1] = 0; }},
        {"2 chunks, 4 key ranges, 3 costs", [](Plan& p) { p.problem.pairs.pop_back(); }},
        {"3 query heads over 2 kv heads: expected a multiple",
@@ -128,6 +128,8 @@ TEST(Refused, Attends) {
        {"rows [0, 5): expected some inside [0, 4)", [&](Plan& p) { attend(p).q_rows[0].rows.end = 5; }},
        {"queries of chunk 0 are not in its rows", [&](Plan& p) { attend(p).q_rows[0].rows.end = 3; }},
        {"keys [0, 4) of chunk 0 are not in its rows", [&](Plan& p) { attend(p).kv_rows.clear(); }},
+       {"slot 3 has rows of one block: expected none of block 0 beside block 1",
+        [](Plan& p) { p.ranks[0].steps[3].attend.kv_rows.push_back({0, {0, 4}}); }},
        {"there is no chunk 0 or 2", [&](Plan& p) { attend(p).pairs[0].kv_chunk = 2; }},
        {"15 pairs: the problem has rows [0, 4), 16 pairs", [&](Plan& p) { attend(p).pairs[0].pairs = 15; }},
        {"chunk 0 against chunk 0 has been computed before",
@@ -145,6 +147,14 @@ TEST(Refused, Attends) {
        {"waits for step 0: expected an earlier step", [](Plan& p) { p.ranks[0].steps[0].after = {0}; }}});
 }
 
+TEST(Refused, AttendsOfSeveralHeadGroups) {
+  ExpectRefused(Ulysses(Pass::kForward),
+                {{"slots 6 and 5 are of different head groups",
+                  [](ExchangePlan& p) { Find(p, StepKind::kAttend).attend.q_slot = 6; }},
+                 {"slot 1 holds all heads: expected one head group",
+                  [](ExchangePlan& p) { Find(p, StepKind::kAttend).attend.kv_slot = 1; }}});
+}
+
 TEST(Refused, CopiesAndSums) {
   using Plan = ExchangePlan;
   const auto reduce = [](Plan& p) -> Step& { return Find(p, StepKind::kReduce); };
@@ -160,6 +170,11 @@ TEST(Refused, CopiesAndSums) {
        {"there is no slot -1", [&](Plan& p) { reduce(p).into = -1; }},
        {"which is rounded",
         [&](Plan& p) { p.ranks[0].slots[static_cast<size_t>(reduce(p).into)].width = Width::kCompute; }},
+       {"expected block 0 rows [0, 4) in slot 7: there is nothing",
+        [&](Plan& p) {
+          p.ranks[0].slots.push_back({.payload = Payload::kKvGrad});
+          reduce(p).into = 7;
+        }},
        {"what they have already",
         [&](Plan& p) {
           const size_t at = static_cast<size_t>(&reduce(p) - p.ranks[0].steps.data());
@@ -210,9 +225,48 @@ TEST(Refused, Messages) {
         [](Plan& p) { Find(p, StepKind::kReceive).slot = 1, Find(p, StepKind::kReceive).rows.block = 0; }}});
 }
 
+TEST(Refused, EndsOfDifferentWidth) {
+  const ExchangePlan plan =
+      BuildPlan(TwoRanks().problem, Pass::kForward, {.kind = PlanKind::kTokenRing}).value();
+  ExpectRefused(plan,
+                {{"the slots' payload, head group or width differ", [](ExchangePlan& p) {
+                    for (Step& step : p.ranks[0].steps) {
+                      if (step.kind == StepKind::kAttend && step.attend.q_write == ResultWrite::kOverwrite)
+                        p.ranks[0].slots[static_cast<size_t>(step.attend.q_result)].width = Width::kCompute;
+                    }
+                  }}});
+}
+
 TEST(Refused, Races) {
   ExpectRefused(Ring(Pass::kForward), {{"may run together with rank 0 step 2 (receive kv of block 1",
                                         [](ExchangePlan& p) { p.ranks[0].steps[3].after.clear(); }}});
+}
+
+// Slot 3 of rank 0 is sent; its front half is written anew only then, its back half at once.
+TEST(Refused, RacesWithPartOfAStep) {
+  ExchangePlan plan = Ring(Pass::kForward);
+  const auto add = [&](size_t from, RowRange rows, std::vector<int> send_after,
+                       std::vector<int> receive_after) {
+    Step step{.kind = StepKind::kSend,
+              .slot = from == 0 ? 3 : 1,
+              .rows = {1, rows},
+              .peer = 1 - static_cast<int>(from),
+              .message = 10 + static_cast<int>(plan.ranks[0].steps.size()),
+              .after = std::move(send_after)};
+    plan.ranks[from].steps.push_back(step);
+    step.kind = StepKind::kReceive;
+    step.slot = 3;
+    step.peer = static_cast<int>(from);
+    step.after = std::move(receive_after);
+    plan.ranks[1 - from].steps.push_back(step);
+  };
+  add(0, {0, 4}, {2}, {3});
+  add(1, {0, 2}, {}, {3, 4});
+  add(1, {2, 4}, {}, {3, 4});
+  ExpectRefused(plan,
+                {{"rank 0 step 6 (receive kv of block 1 rows [2, 4) into slot 3 from rank 1, message 16): "
+                  "may run together with rank 0 step 4 (send kv of block 1 rows [0, 4)",
+                  [](ExchangePlan& p) { p.ranks[0].steps[6].after = {3}; }}});
 }
 
 // Each rank sends only after it has computed on what the other sends.

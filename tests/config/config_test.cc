@@ -31,9 +31,10 @@ data {
   seq_len: 33 document_mask: true packing: DOCUMENTS
 }
 parallel { dp: 2 cp: 3 tp: 1 layout: STRIPED exchange {
-  plan: DOUBLE_RING transport: HOST direction: TOWARD_HIGHER inner: 3 parts: 2 buffers: 3
+  plan: KV_RING transport: HOST direction: TOWARD_HIGHER parts: 2 buffers: 3
   output_width: COMPUTE throttle_gb_per_second: 2.5 buffer_gib: 0.5 profile: "m.textproto"
-  forward { plan: ULYSSES direction: FEWEST_ROWS head_split: 3 inner: 0 }
+  forward { plan: ULYSSES direction: FEWEST_ROWS head_split: 3 }
+  backward { plan: DOUBLE_RING direction: FEWEST_ROWS inner: 3 buffers: 2 }
 } }
 optim {
   adamw { lr: 0.1 beta1: 0.8 beta2: 0.7 eps: 1e-9 weight_decay: 0 }
@@ -70,16 +71,17 @@ TEST(Config, EveryFieldReachesTheSpec) {
   want.data.document_mask = true;
   want.data.packing = Packing::kDocuments;
   want.parallel = {2, 3, 1, LayoutKind::kStriped, {}};
-  const PassPlanSpec ring{.plan = PlanName::kDoubleRing,
+  const PassPlanSpec ring{.plan = PlanName::kKvRing,
                           .direction = RingDirection::kTowardHigher,
-                          .inner = 3,
                           .parts = 2,
                           .buffers = 3,
                           .output_width = Width::kCompute};
-  // What forward leaves away is that of both.
+  // What a pass leaves away is that of both.
   const PassPlanSpec forward{
       .plan = PlanName::kUlysses, .head_split = 3, .parts = 2, .buffers = 3, .output_width = Width::kCompute};
-  want.parallel.exchange = {ring, forward, std::nullopt, TransportChoice::kHost, 2.5, 0.5, "m.textproto"};
+  const PassPlanSpec backward{
+      .plan = PlanName::kDoubleRing, .inner = 3, .parts = 2, .buffers = 2, .output_width = Width::kCompute};
+  want.parallel.exchange = {ring, forward, backward, TransportChoice::kHost, 2.5, 0.5, "m.textproto"};
   want.optim = {0.1, 0.8, 0.7, 1e-9, 0.0, 0.0, {ScheduleKind::kWarmupStableDecay, 3, 4, 0.5}, 9, 12, 3};
   want.checkpoint = {5, 7};
   want.eval = {2, 6};

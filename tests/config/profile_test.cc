@@ -20,7 +20,7 @@ MachineProfile Profile() {
   profile.launch_seconds = 2.1e-6;
   profile.copy = {{1024, 3e9}, {1e9, 4.2123456789e12}};
   profile.links = {{.transport = TransportKind::kNccl,
-                    .one_way = {{0, 1}, {65536, 4e10}},
+                    .one_way = {{0.5, 1}, {65536, 4e10}},
                     .both_ways = {{65536, 7e10}},
                     .message_seconds = 1.0 / 3,
                     .computing_slowdown = 1.125},

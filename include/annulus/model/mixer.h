@@ -6,18 +6,34 @@
 //
 // Tokens are ordered (row, batch item): tensors are [rows, batch, columns] with row = this rank's local row.
 
+#include <map>
 #include <memory>
 
+#include "annulus/device/span_clock.h"
 #include "annulus/model/params.h"
 #include "annulus/model/spec.h"
 #include "annulus/parallel/context_attention.h"
 
 namespace annulus {
 
+// How long attention with its exchange took, by what layers have in common: the window; and by pass.
+class AttentionClocks {
+ public:
+  explicit AttentionClocks(Device device) : device_(device) {}
+  SpanClock& Of(int64_t window, Pass pass) {
+    return clocks_.try_emplace({window, pass}, device_).first->second;
+  }
+
+ private:
+  Device device_;
+  std::map<std::pair<int64_t, Pass>, SpanClock> clocks_;
+};
+
 // What all layers of one pass share.
 struct ModelStep {
   AttentionGeometry& geometry;
-  ExchangeStats stats;  // added to
+  ExchangeStats stats;                // added to
+  AttentionClocks* clocks = nullptr;  // null: nothing is timed
 };
 
 // Whether backward follows. Without it nothing is kept.

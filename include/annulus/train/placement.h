@@ -4,8 +4,8 @@
 
 #include <memory>
 
-#include "annulus/comm/exchange_transport.h"
 #include "annulus/comm/process_mesh.h"
+#include "annulus/parallel/attention_geometry.h"
 #include "annulus/train/spec.h"
 
 namespace annulus {
@@ -18,17 +18,21 @@ absl::Status ResolveDevice(RunSpec* spec);
 // The second half of it, for a device that is definite but need not be here.
 absl::Status ResolveCompute(RunSpec* spec);
 
+// The same for what is only planned: a spec that asks for GPUs, or for what only GPUs have, gets them where
+// there are none.
+absl::Status ResolvePlannedDevice(RunSpec* spec);
+
 DType DTypeOf(ComputeType compute);  // a definite one
 
 // This rank's device, made the thread's: ranks of a host take its GPUs in turn. Collective.
 absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec);
 
-// What this rank computes on, its groups, and how exchanges inside a context-parallel group travel: as the
-// spec asks, or the best there is.
+// What this rank computes on, its groups, and what exchanges inside a context-parallel group may be: as the
+// spec asks, with the transports that the group can use.
 struct Machine {
   std::unique_ptr<Context> ctx;
   ProcessMesh mesh;
-  TransportKind transport = TransportKind::kHost;
+  ExchangeOptions exchange;
 };
 // `device` is PlaceRank's. Collective.
 absl::StatusOr<Machine> SetUpMachine(Communicator world, const RunSpec& spec, Device device);

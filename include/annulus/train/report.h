@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "annulus/train/trainer.h"
 
@@ -19,6 +20,22 @@ std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, d
 
 // One line of metrics.jsonl. Numbers that are not finite are written as strings ("nan", "inf").
 std::string MetricsJson(const StepReport& report, std::optional<double> val_loss);
+
+// The plan of each pass of attention, and why: "attention (all keys) forward: ..."
+std::vector<std::string> PlanLines(const StepReport& report);
+
+// Predicted against measured time of attention over a run. The first step, in which plans are made, is left
+// out.
+class AttentionSummary {
+ public:
+  void Add(const StepReport& report);
+  std::vector<std::string> Lines() const;  // one for each window and pass; none without a second step
+
+ private:
+  bool first_ = true;
+  std::vector<AttentionReport> last_;
+  std::vector<std::vector<double>> measured_ms_;  // by entry of last_
+};
 
 // Console of rank 0. On a terminal the newest step line is redrawn in place behind a bar; elsewhere step
 // lines are printed at most every `seconds` seconds, and always the first and the last. Other ranks print

@@ -8,8 +8,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
-#include "annulus/comm/exchange_transport.h"
 #include "annulus/comm/process_mesh.h"
 #include "annulus/device/transfer.h"
 #include "annulus/model/cost.h"
@@ -20,6 +20,17 @@
 #include "annulus/train/spec.h"
 
 namespace annulus {
+
+// Attention with its exchange, of the layers with one window in one pass: predicted against measured.
+struct AttentionReport {
+  int64_t window = 0;  // 0 = all keys
+  Pass pass = Pass::kForward;
+  std::string plan;
+  TransportKind transport = TransportKind::kHost;
+  std::string why;          // the plan was chosen; empty where there was nothing to choose from
+  double predicted_ms = 0;  // of one layer and micro-batch; 0: not predicted
+  double measured_ms = 0;   // the mean of the step, of the slowest rank
+};
 
 struct StepReport {
   int64_t step = 0;      // 1-based: optimizer steps done, this one included
@@ -34,19 +45,20 @@ struct StepReport {
   double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next two
   double exposed_reduce_ms = 0;
   double data_ms = 0;
-  int64_t memory_peak_bytes = 0;  // of the largest rank: resident, or of its GPU
-  bool skipped = false;           // not finite: parameters were left as they were
+  int64_t memory_peak_bytes = 0;      // of the largest rank: resident, or of its GPU
+  bool skipped = false;               // not finite: parameters were left as they were
+  double throttle_gb_per_second = 0;  // artificial rate of links; 0: none
+  std::vector<AttentionReport> attention = {};
 };
 
 class Trainer {
  public:
   // The spec has been validated for mesh.shape, whose communicators are for tensors on ctx.device; both
   // outlive the trainer.
-  Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx,
-          TransportKind transport = TransportKind::kHost);
-  // Makes the transport of the exchange, which the first step would make otherwise; null where nothing is
+  Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, ExchangeOptions exchange = {});
+  // Makes the transports that plans may use, which the first step would make otherwise; none where nothing is
   // exchanged. Collective.
-  absl::StatusOr<ExchangeTransport*> SetUpExchange();
+  absl::StatusOr<std::vector<ExchangeTransport*>> SetUpExchange();
   // Parameters from spec.seed. Collective; before anything else, unless Restore follows.
   absl::Status Initialize();
 
@@ -74,6 +86,7 @@ class Trainer {
   absl::Status ForwardBackward(const Batch& batch, double loss_scale);
   absl::Status CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const;
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
+  std::vector<AttentionReport> AttentionReports();
 
   RunSpec spec_;
   ProcessMesh& mesh_;
@@ -88,6 +101,7 @@ class Trainer {
   Tensor clip_factor_;   // f64 [1]
   Readback stats_read_;  // stats_ on the host
   ExchangeStats exchange_;
+  AttentionClocks clocks_;
   int64_t step_ = 0;
 };
 

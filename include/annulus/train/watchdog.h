@@ -31,8 +31,8 @@ class Watchdog {
     double deadline_seconds = 0;  // without a Beat; positive
     int world_rank = 0;
     std::vector<Communicator> watched = {};
-    ExchangeTransport* exchange = nullptr;     // watched too; outlives the watchdog
-    const FlightRecorder* recorder = nullptr;  // outlives the watchdog
+    std::vector<ExchangeTransport*> exchanges = {};  // watched too; outlive the watchdog
+    const FlightRecorder* recorder = nullptr;        // outlives the watchdog
   };
   explicit Watchdog(Options options);
   Watchdog(const Watchdog&) = delete;

@@ -1,0 +1,32 @@
+#pragma once
+
+// What measurements of parts share: operands, and times that all ranks agree on.
+
+#include <functional>
+
+#include "annulus/comm/communicator.h"
+#include "annulus/device/context.h"
+
+namespace annulus {
+
+// A tensor of normal random values; memory of `arena`.
+absl::StatusOr<TensorRef> RandomTensor(Context& ctx, Arena& arena, DType dtype, const Shape& shape,
+                                       uint64_t seed);
+
+enum class Statistic {
+  kMedian,
+  kLeast,  // what the machine can do: what disturbs only adds
+};
+struct Repeats {
+  int64_t warm_ups = 2;
+  int64_t timed = 10;
+  int64_t calls = 1;  // of each timed repeat, one behind the other
+  Statistic take = Statistic::kMedian;
+};
+
+// Over repeats, the slowest rank's seconds of one call. All ranks begin each repeat together and
+// fail together. Collective.
+absl::StatusOr<double> SecondsOf(Context& ctx, Communicator world, const Repeats& repeats,
+                                 const std::function<absl::Status()>& call);
+
+}  // namespace annulus

@@ -1,0 +1,50 @@
+#pragma once
+
+// One attention layer for benchmarks, without projections: operands that are the same whatever the ranks and
+// the layout, and its passes.
+
+#include "annulus/parallel/context_attention.h"
+#include "bench.h"
+
+namespace annulus {
+
+// From --heads, --kv_heads, --dim, --v_dim and --window.
+absl::StatusOr<ContextAttentionShape> ShapeOf(const Bench& bench);
+
+// One sequence of --length with the mask of --mask: causal, full, or documents of random lengths.
+absl::StatusOr<SequenceBatch> SequencesOf(const Bench& bench);
+
+// Exchange options of the spec for layers of this shape.
+ExchangeOptions ExchangeFor(const Bench& bench, const ContextAttentionShape& shape);
+
+// Of a tensor [positions, ...], the rows that the layout gives to a rank; rows without a position stay as
+// they are.
+void CopyRowsOfRank(Context& ctx, ConstTensorRef whole, const SequenceLayout& layout, int cp_rank,
+                    TensorRef rows);
+
+// The layer on the rows of one rank; memory of the context's `saved`.
+class BenchLayer {
+ public:
+  BenchLayer(Bench& bench, const ContextAttentionShape& shape) : bench_(bench), shape_(shape) {}
+  // `layout` and `cp_rank` say which rows these are.
+  absl::Status Make(const SequenceLayout& layout, int cp_rank);
+
+  absl::Status Forward(AttentionGeometry& geometry, ExchangeStats* stats);
+  absl::Status Backward(AttentionGeometry& geometry, ExchangeStats* stats);
+
+  const ContextAttentionShape& shape() const { return shape_; }
+  // Results: the output; gradients of queries and of keys and values.   [rows, 1, columns]
+  TensorRef out() const { return out_; }
+  TensorRef dq() const { return dq_; }
+  TensorRef dkv() const { return dkv_; }
+
+ private:
+  absl::StatusOr<TensorRef> Operand(const SequenceLayout& layout, int cp_rank, int64_t columns,
+                                    uint64_t seed);
+
+  Bench& bench_;
+  ContextAttentionShape shape_;
+  TensorRef q_, kv_, out_, lse_, dout_, dq_, dkv_;
+};
+
+}  // namespace annulus

@@ -1,0 +1,56 @@
+#pragma once
+
+// Rates of block kernels, as a cost model needs them.
+
+#include "annulus/train/calibrate.h"
+#include "annulus/train/measure.h"
+
+namespace annulus {
+
+// Clock of a calibration that all ranks read alike.
+class CalibrationClock {
+ public:
+  CalibrationClock(Communicator world, double seconds);
+  // Whether the time is over on any rank. Collective.
+  absl::StatusOr<bool> Over();
+
+ private:
+  Communicator world_;
+  double end_;
+};
+
+// A block of as many queries as keys, whose kernels run alone; memory of the context's scratch arena.
+class CalibrationBlock {
+ public:
+  CalibrationBlock(Context& ctx, const CalibrationHeads& heads, int64_t rows);
+  absl::Status Make();            // operands; before all else
+  int64_t Mask(MaskShape shape);  // of the calls that follow; unmasked pairs of one head
+  absl::Status PrepareBackward();
+  absl::Status Run(Pass pass);
+
+ private:
+  HeadsRef Out(const TensorRef& x) const;
+  HeadsRef K(const TensorRef& x) const;
+  HeadsRef V(const TensorRef& x) const;
+  AttentionBlock Operands() const;
+
+  Context& ctx_;
+  CalibrationHeads heads_;
+  int64_t rows_;
+  MaskShape shape_ = MaskShape::kFull;
+  MaskBounds bounds_;
+  TensorRef q_, kv_, out_, dout_, lse_, delta_, dq_, dkv_;
+};
+
+// Every kernel that serves a block of these heads on the context's device, each pass and mask shape.
+absl::StatusOr<std::vector<AttentionRate>> MeasureAttention(Context& ctx, Communicator world,
+                                                            const CalibrationHeads& heads,
+                                                            CalibrationClock& clock);
+
+// Cores are shared with other programs; a GPU that works in short bursts is faster than one that works on.
+Statistic StatisticFor(const Context& ctx);
+
+// To four digits: what is measured is not known better.
+double Rounded(double value);
+
+}  // namespace annulus

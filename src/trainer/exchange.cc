@@ -1,0 +1,161 @@
+#include "annulus/train/exchange.h"
+
+#include <algorithm>
+#include <map>
+
+#include "annulus/base/file.h"
+#include "annulus/train/placement.h"
+#include "annulus/train/profile.h"
+
+namespace annulus {
+namespace {
+
+PlanKind KindOf(PlanName plan) {
+  switch (plan) {
+    case PlanName::kAllGather:
+      return PlanKind::kAllGather;
+    case PlanName::kBidirectionalKvRing:
+      return PlanKind::kBidirectionalKvRing;
+    case PlanName::kDirectCast:
+      return PlanKind::kDirectCast;
+    case PlanName::kTokenRing:
+      return PlanKind::kTokenRing;
+    case PlanName::kBidirectionalTokenRing:
+      return PlanKind::kBidirectionalTokenRing;
+    case PlanName::kBalanced:
+      return PlanKind::kBalanced;
+    case PlanName::kDoubleRing:
+      return PlanKind::kDoubleRing;
+    case PlanName::kMesh:
+      return PlanKind::kMesh;
+    case PlanName::kKvRing:
+    case PlanName::kAuto:
+    case PlanName::kUlysses:  // the ring between one group of all ranks: none
+      return PlanKind::kKvRing;
+  }
+  return PlanKind::kKvRing;
+}
+
+bool ReadsInner(PlanKind kind) { return kind == PlanKind::kDoubleRing || kind == PlanKind::kMesh; }
+
+// Plans of the named kind, or all, before the fields that any plan has.
+std::vector<PlanChoice> BaseChoices(const PassPlanSpec& spec, int ranks, int64_t heads) {
+  if (ranks == 1) return {{}};  // nothing is exchanged
+  std::vector<PlanChoice> all = AllChoices(ranks, heads);
+  const auto inner = static_cast<int>(spec.inner), given_split = static_cast<int>(spec.head_split);
+  if (spec.plan == PlanName::kAuto) {
+    std::erase_if(all, [&](const PlanChoice& choice) {
+      return (given_split > 0 && choice.head_split != given_split) ||
+             (inner > 0 && ReadsInner(choice.kind) && choice.inner != inner);
+    });
+    return all;
+  }
+  const PlanKind kind = KindOf(spec.plan);
+  const int split = spec.plan == PlanName::kUlysses ? ranks : std::max(1, given_split);
+  if (!ReadsInner(kind)) return {{.kind = kind, .head_split = split}};
+  if (inner > 0) return {{.kind = kind, .head_split = split, .inner = inner}};
+  std::erase_if(all,
+                [&](const PlanChoice& choice) { return choice.kind != kind || choice.head_split != split; });
+  // No divisor between: all places share one node, or one tile row.
+  if (all.empty()) all.push_back({.kind = kind, .head_split = split, .inner = ranks / split});
+  return all;
+}
+
+MachineProfile AssumedProfile(DeviceKind device) {
+  return device == DeviceKind::kCuda ? AssumedHopper() : AssumedCpuCore();
+}
+
+DeviceKind DeviceKindOf(const RunSpec& spec) {
+  ANNULUS_CHECK(spec.device != DeviceChoice::kAuto) << "device not resolved";
+  return spec.device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu;
+}
+
+}  // namespace
+
+std::vector<PlanChoice> ChoicesOf(const PassPlanSpec& spec, int ranks, int64_t heads) {
+  std::vector<PlanChoice> choices = BaseChoices(spec, ranks, heads);
+  for (PlanChoice& choice : choices) {
+    choice.direction = spec.direction;
+    if (spec.parts > 0) choice.parts = static_cast<int>(spec.parts);
+    choice.buffers = static_cast<int>(spec.buffers);
+    choice.output_width = spec.output_width;
+  }
+  return choices;
+}
+
+absl::StatusOr<MachineProfile> ProfileOf(const RunSpec& spec) {
+  const std::string& path = spec.parallel.exchange.profile;
+  if (path.empty()) return AssumedProfile(DeviceKindOf(spec));
+  ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  return ParseProfile(path, text);
+}
+
+absl::StatusOr<MachineProfile> ProfileOf(Communicator world, const RunSpec& spec) {
+  const std::string& path = spec.parallel.exchange.profile;
+  if (path.empty()) return AssumedProfile(DeviceKindOf(spec));
+  const absl::StatusOr<std::string> text = world.rank() == 0 ? ReadFile(path) : std::string();
+  ANNULUS_RETURN_IF_ERROR(
+      world.AgreeOk(Prefixed(text.status(), absl::StrCat("parallel.exchange.profile=", path, ": "))));
+  ANNULUS_ASSIGN_OR_RETURN(const std::string agreed, world.BroadcastString(*text, 0));
+  absl::StatusOr<MachineProfile> profile = ParseProfile(path, agreed);
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(profile.status()));
+  return profile;
+}
+
+std::string ProfileSource(const ExchangeSpec& exchange, const MachineProfile& machine) {
+  std::string text = absl::StrCat("assumed: ", machine.device, " (annulus calibrate measures one)");
+  if (!exchange.profile.empty()) {
+    text = absl::StrCat(exchange.profile, ": ", machine.device, ", ",
+                        machine.measured ? "measured" : "assumed", " with ", machine.ranks, " ranks");
+  }
+  const double rate = exchange.throttle_gb_per_second;
+  if (rate > 0) absl::StrAppend(&text, "; LINKS THROTTLED to ", rate, " GB/s");
+  return text;
+}
+
+ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind> available,
+                                  MachineProfile machine) {
+  const ExchangeSpec& exchange = spec.parallel.exchange;
+  const auto ranks = static_cast<int>(spec.parallel.cp);
+  ExchangeOptions options;
+  options.forward = ChoicesOf(exchange.Of(Pass::kForward), ranks, spec.model.heads);
+  options.backward = ChoicesOf(exchange.Of(Pass::kBackward), ranks, spec.model.heads);
+  options.available = std::move(available);
+  if (exchange.transport == TransportChoice::kHost) options.transport = TransportKind::kHost;
+  if (exchange.transport == TransportChoice::kNccl) options.transport = TransportKind::kNccl;
+  if (exchange.transport == TransportChoice::kCopyEngine) options.transport = TransportKind::kCopyEngine;
+  options.machine = std::move(machine);
+  options.throttle = {.bytes_per_second = exchange.throttle_gb_per_second * 1e9};
+  options.buffer_bytes = static_cast<int64_t>(exchange.buffer_gib * static_cast<double>(int64_t{1} << 30));
+  return options;
+}
+
+AttentionCase AttentionCaseOf(const RunSpec& spec, int64_t window, SequenceBatch sequences) {
+  return {
+      .layout = SequenceLayout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp)),
+      .sequences = std::move(sequences),
+      .heads = spec.model.heads,
+      .kv_heads = spec.model.kv_heads,
+      .head_dim = spec.model.head_dim,
+      .v_head_dim = spec.model.head_dim,
+      .window = window,
+      .device = DeviceKindOf(spec),
+      .dtype = DTypeOf(spec.compute),
+      .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff};
+}
+
+std::vector<AttentionKind> AttentionKindsOf(const ModelSpec& model) {
+  std::map<int64_t, std::vector<size_t>> by_window;
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    if (model.layers[i].kind == LayerKind::kAttention) by_window[model.layers[i].window].push_back(i);
+  }
+  std::vector<AttentionKind> kinds;
+  for (auto& [window, layers] : by_window) kinds.push_back({window, std::move(layers)});
+  return kinds;
+}
+
+std::string WindowText(int64_t window) { return window == 0 ? "all keys" : absl::StrCat("window ", window); }
+
+const char* Name(Pass pass) { return pass == Pass::kForward ? "forward" : "backward"; }
+
+}  // namespace annulus

@@ -1,0 +1,149 @@
+#include "annulus/train/plan_exchange.h"
+
+#include <algorithm>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "annulus/train/data.h"
+#include "annulus/train/report.h"
+
+namespace annulus {
+namespace {
+
+// The candidate that is looked at.
+absl::StatusOr<size_t> IndexOf(const std::vector<PlanCandidate>& candidates, const std::string& shown,
+                               Pass pass) {
+  const auto wanted = std::find_if(candidates.begin(), candidates.end(), [&](const PlanCandidate& each) {
+    return each.refused.ok() && (shown.empty() || each.name == shown);
+  });
+  if (wanted != candidates.end()) return static_cast<size_t>(wanted - candidates.begin());
+  std::vector<std::string> others;
+  for (const PlanCandidate& each : candidates) {
+    const bool known =
+        std::any_of(others.begin(), others.end(), [&](const std::string& line) { return line == each.name; });
+    if (shown.empty()) {
+      others.push_back(absl::StrCat(each.name, ": ", each.refused.message()));
+    } else if (each.refused.ok() && !known) {
+      others.push_back(each.name);
+    }
+  }
+  if (shown.empty()) return Invalid("no ", Name(pass), " plan can be:\n", absl::StrJoin(others, "\n"));
+  return Invalid("\"", shown, "\": expected one of the ", Name(pass), " plans ", absl::StrJoin(others, "; "));
+}
+
+}  // namespace
+
+absl::StatusOr<PlannedPass> PlanPass(const AttentionCase& layer, Pass pass, const ExchangeOptions& options,
+                                     const std::string& shown) {
+  PlannedPass planned{
+      .kind = {}, .pass = pass, .layer = layer, .candidates = {}, .plan = {}, .simulation = {}};
+  std::vector<TransportKind> transports = options.available;
+  if (options.transport.has_value()) transports = {*options.transport};
+  planned.candidates = RankPlans(layer, pass,
+                                 {.plans = pass == Pass::kForward ? options.forward : options.backward,
+                                  .transports = transports,
+                                  .throttle = options.throttle,
+                                  .buffer_bytes = options.buffer_bytes},
+                                 options.machine);
+  ANNULUS_ASSIGN_OR_RETURN(planned.shown, IndexOf(planned.candidates, shown, pass));
+  const PlanCandidate& candidate = planned.candidates[planned.shown];
+  const ExchangeProblem problem = MakeExchangeProblem(
+      layer.layout, layer.sequences, layer.window, layer.heads, layer.kv_heads, ChunkParts(candidate.choice));
+  ANNULUS_ASSIGN_OR_RETURN(planned.plan, BuildPlan(problem, pass, candidate.choice));
+  planned.simulation = Simulate(
+      planned.plan, CostOf(layer, planned.plan, options.machine, candidate.transport, options.throttle));
+  return planned;
+}
+
+absl::StatusOr<std::vector<PlannedPass>> PlanExchange(const RunSpec& spec, const SequenceBatch& sequences,
+                                                      const ExchangeOptions& options,
+                                                      const std::string& shown) {
+  std::vector<PlannedPass> all;
+  for (const AttentionKind& kind : AttentionKindsOf(spec.model)) {
+    for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+      ANNULUS_ASSIGN_OR_RETURN(PlannedPass planned,
+                               PlanPass(AttentionCaseOf(spec, kind.window, sequences), pass, options, shown));
+      planned.kind = kind;
+      all.push_back(std::move(planned));
+    }
+  }
+  return all;
+}
+
+std::vector<TransportKind> TransportsOnOneHost(const RunSpec& spec) {
+  if (spec.device != DeviceChoice::kCuda) return {TransportKind::kHost};
+  return {TransportKind::kCopyEngine, TransportKind::kNccl};
+}
+
+ExampleBatch ExampleBatchOf(const RunSpec& spec) {
+  const auto count = static_cast<size_t>(spec.optim.micro_batch);
+  ExampleBatch whole{.sequences = {.batch = spec.optim.micro_batch,
+                                   .lengths = std::vector<int64_t>(count, spec.data.seq_len),
+                                   .document_starts = {}},
+                     .note = {}};
+  if (!spec.data.document_mask) return whole;
+  ExampleBatch example{.sequences = {.batch = spec.optim.micro_batch, .lengths = {}, .document_starts = {}},
+                       .note = "those of the run's first micro-batch; others have other plans"};
+  const auto read = [&]() -> absl::Status {
+    ANNULUS_ASSIGN_OR_RETURN(const std::unique_ptr<DataSet> data,
+                             DataSet::Open(spec.data, spec.seed, spec.model.vocab_size));
+    for (int64_t i = 0; i < spec.optim.micro_batch; ++i) {
+      ANNULUS_ASSIGN_OR_RETURN(Sequence sequence, data->Train(i));
+      example.sequences.lengths.push_back(sequence.length);
+      example.sequences.document_starts.push_back(std::move(sequence.document_starts));
+    }
+    return absl::OkStatus();
+  };
+  if (const absl::Status status = read(); !status.ok()) {
+    whole.note = absl::StrCat("not planned, they only remove work and bytes: ", status.message());
+    return whole;
+  }
+  return example;
+}
+
+std::string CandidateTable(const PlannedPass& planned) {
+  size_t width = 4;
+  for (const PlanCandidate& each : planned.candidates) width = std::max(width, each.name.size());
+  const auto bytes = [](int64_t value) { return FormatBytes(static_cast<double>(value)); };
+  std::string text = absl::StrFormat("  %-*s  %-11s  %11s  %11s  %10s  %10s\n", static_cast<int>(width),
+                                     "plan", "transport", "predicted", "exposed", "sent", "buffers");
+  for (size_t i = 0; i < planned.candidates.size(); ++i) {
+    const PlanCandidate& each = planned.candidates[i];
+    absl::StrAppendFormat(&text, "%s %-*s  ", i == planned.shown ? "*" : " ", static_cast<int>(width),
+                          each.name);
+    if (each.refused.ok()) {
+      absl::StrAppendFormat(&text, "%-11s  %8.3f ms  %8.3f ms  %10s  %10s\n", Name(each.transport),
+                            each.seconds * 1e3, each.exposed_seconds * 1e3, bytes(each.bytes_sent),
+                            bytes(each.buffer_bytes));
+    } else {
+      absl::StrAppend(&text, "refused: ", each.refused.message(), "\n");
+    }
+  }
+  return absl::StrCat(text, "why: ", WhyItWon(planned.candidates), "\n");
+}
+
+std::string StackSvg(const std::vector<std::string>& pictures) {
+  const std::string open_tag = "<svg ";
+  const auto number = [](const std::string& svg, const std::string& attribute) {
+    const size_t begin = svg.find(attribute) + attribute.size();
+    double value = 0;
+    const bool found = absl::SimpleAtod(svg.substr(begin, svg.find('"', begin) - begin), &value);
+    ANNULUS_CHECK(found) << "a picture without" << attribute;
+    return value;
+  };
+  double height = 0, width = 0;
+  std::string inside;
+  for (const std::string& picture : pictures) {
+    const size_t open = picture.find(open_tag);
+    ANNULUS_CHECK(open != std::string::npos) << "a picture without <svg";
+    absl::StrAppend(&inside, picture.substr(0, open), open_tag, "y=\"", height, "\" ",
+                    picture.substr(open + open_tag.size()));
+    width = std::max(width, number(picture, " width=\""));
+    height += number(picture, " height=\"");
+  }
+  return absl::StrCat("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"", width, "\" height=\"", height,
+                      "\">\n", inside, "</svg>\n");
+}
+
+}  // namespace annulus
