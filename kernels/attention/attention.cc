@@ -76,7 +76,11 @@ absl::Status CheckOutput(const Context& ctx, const AttentionBlock& block, DType 
 absl::Status CheckGradients(const Context& ctx, const AttentionBlock& block, const AttentionGradients& g,
                             DType dtype) {
   const ConstHeadsRef &q = block.q, &k = block.k, &v = block.v;
-  ANNULUS_RETURN_IF_ERROR(CheckOutput(ctx, block, q.dtype, g.out, g.lse));
+  if (g.out.data != nullptr || kernels::KernelFor(ctx, block) == AttentionKernel::kCudnn) {
+    ANNULUS_RETURN_IF_ERROR(
+        CheckHeadsAre("attention.out", g.out, {q.dtype, q.rows, q.batch, q.heads, v.dim}));
+  }
+  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.lse", g.lse, AccumOf(q.dtype), StatShape(q)));
   ANNULUS_RETURN_IF_ERROR(
       CheckHeadsAre("attention.dout", g.dout, {q.dtype, q.rows, q.batch, q.heads, v.dim}));
   ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.delta", g.delta, AccumOf(q.dtype), StatShape(q)));
@@ -94,6 +98,19 @@ absl::Status ResetPartial(Context& ctx, const AttentionPartial& partial) {
       CheckHeadsAre("attention.out", out, {AccumOf(out.dtype), out.rows, out.batch, out.heads, out.dim}));
   ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.lse", partial.lse, out.dtype, StatShape(out)));
   return VisitDevice(ctx, [&](auto device) { return kernels::ResetPartial(device, ctx, partial); });
+}
+
+absl::Status MergePartials(Context& ctx, const PartialMerge& m) {
+  const DType accum = AccumOf(m.out.dtype);
+  ANNULUS_RETURN_IF_ERROR(CheckHeads(ctx, "merge.out", m.out));
+  const auto expected = [&](int64_t dim) {
+    return ExpectedHeads{accum, m.out.rows, m.out.batch, m.out.heads, dim};
+  };
+  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("merge.lse", m.lse, expected(1)));
+  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("merge.into_out", m.into_out, expected(m.out.dim)));
+  ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("merge.into_lse", m.into_lse, expected(1)));
+  return VisitKernel(ctx, m.out.dtype,
+                     [&]<class T>(auto device) { return kernels::MergePartials<T>(device, ctx, m); });
 }
 
 absl::Status AttentionForward(Context& ctx, const AttentionBlock& block, const AttentionPartial& partial) {
@@ -153,6 +170,17 @@ absl::string_view Name(AttentionKernel kernel) {
   }
   return "";
 }
+
+namespace kernels {
+AttentionKernel KernelFor(const Context& ctx, const AttentionBlock& block) {
+  return ChooseAttentionKernel({.device = ctx.device.kind,
+                                .dtype = block.q.dtype,
+                                .dim = block.q.dim,
+                                .v_dim = block.v.dim,
+                                .mask_shape = block.mask_shape,
+                                .determinism = ctx.determinism});
+}
+}  // namespace kernels
 
 AttentionKernel ChooseAttentionKernel(const AttentionKernelCase& c) {
   if (c.device == DeviceKind::kCpu) return AttentionKernel::kCpuTiles;

@@ -125,12 +125,46 @@ class ForwardTiles {
 
 }  // namespace
 
-absl::Status ResetPartial(CpuTag, Context&, const AttentionPartial& partial) {
+absl::Status ResetPartial(CpuTag, Context& ctx, const AttentionPartial& partial) {
   return VisitFloat(partial.out.dtype, [&]<class T>() {
-    ZeroHeads<T>(partial.out);
+    const HeadsRef& out = partial.out;
+    constexpr int64_t kElements = int64_t{1} << 18;  // between polls: tens of microseconds
+    const int64_t rows =
+        std::max<int64_t>(1, kElements / std::max<int64_t>(1, out.batch * out.heads * out.dim));
+    for (int64_t row = 0; row < out.rows; row += rows) {
+      if (row > 0) ctx.Poll();
+      ZeroHeads<T>(out.Rows(row, std::min(row + rows, out.rows)));
+    }
     std::fill_n(partial.lse.data<T>(), partial.lse.elements(), kMinusInfinity<T>);
     return absl::OkStatus();
   });
+}
+
+template <typename T>
+absl::Status MergePartials(CpuTag, Context& ctx, const PartialMerge& m) {
+  for (int64_t row = 0; row < m.out.rows; ++row) {
+    for (int64_t item = 0; item < m.out.batch; ++item) {
+      for (int64_t head = 0; head < m.out.heads; ++head) {
+        const T lse = *(m.lse.At<T>(item, head) + row * m.lse.row_stride);
+        T& into_lse = *(m.into_lse.At<T>(item, head) + row * m.into_lse.row_stride);
+        const T* out = m.out.At<T>(item, head) + row * m.out.row_stride;
+        T* into = m.into_out.At<T>(item, head) + row * m.into_out.row_stride;
+        if (lse == kMinusInfinity<T> || into_lse == kMinusInfinity<T>) {
+          if (into_lse != kMinusInfinity<T>) continue;
+          for (int64_t i = 0; i < m.out.dim; ++i) into[i] = lse == kMinusInfinity<T> ? T{0} : out[i];
+          into_lse = lse;
+          continue;
+        }
+        const T top = std::max(lse, into_lse);
+        const T added = std::exp(lse - top), kept = std::exp(into_lse - top);
+        const T by_added = added / (added + kept), by_kept = kept / (added + kept);
+        for (int64_t i = 0; i < m.out.dim; ++i) into[i] = by_kept * into[i] + by_added * out[i];
+        into_lse = top + std::log(added + kept);
+      }
+    }
+    ctx.Poll();
+  }
+  return absl::OkStatus();
 }
 
 template <typename T>
@@ -152,6 +186,8 @@ absl::Status AttentionForwardWhole(CpuTag device, Context& ctx, const AttentionB
   return AttentionForward<T>(device, ctx, block, partial);
 }
 
+template absl::Status MergePartials<float>(CpuTag, Context&, const PartialMerge&);
+template absl::Status MergePartials<double>(CpuTag, Context&, const PartialMerge&);
 template absl::Status AttentionForward<float>(CpuTag, Context&, const AttentionBlock&,
                                               const AttentionPartial&);
 template absl::Status AttentionForward<double>(CpuTag, Context&, const AttentionBlock&,

@@ -4,6 +4,7 @@
 #include "kernels/attention/attention_f32_cuda.h"
 #include "kernels/attention/attention_heads_cuda.h"
 #include "kernels/attention/attention_kernels.h"
+#include "kernels/attention/attention_merge_cuda.h"
 #include "kernels/attention/attention_mma.h"
 #include "kernels/attention/attention_partial_cuda.h"
 #include "kernels/common/cuda_call.h"
@@ -74,13 +75,7 @@ bool NoPairs(const AttentionBlock& block) {
 
 // cuDNN has no backward for one query row; that row costs the other kernel nothing.
 [[maybe_unused]] bool UseCudnn(const Context& ctx, const AttentionBlock& block) {
-  return block.q.rows > 1 && !NoPairs(block) &&
-         ChooseAttentionKernel({.device = ctx.device.kind,
-                                .dtype = block.q.dtype,
-                                .dim = block.q.dim,
-                                .v_dim = block.v.dim,
-                                .mask_shape = block.mask_shape,
-                                .determinism = ctx.determinism}) == AttentionKernel::kCudnn;
+  return block.q.rows > 1 && !NoPairs(block) && KernelFor(ctx, block) == AttentionKernel::kCudnn;
 }
 
 template <typename T>
@@ -167,6 +162,21 @@ absl::Status ResetPartial(CudaTag, Context& ctx, const AttentionPartial& partial
 }
 
 template <typename T>
+absl::Status MergePartials(CudaTag, Context& ctx, const PartialMerge& m) {
+  // Heads of one element each: their stride is 1.
+  const MergeBlockArgs<CudaType<T>> args{
+      .rows = m.out.rows,
+      .batch = m.out.batch,
+      .heads = m.out.heads,
+      .dim = m.out.dim,
+      .block_out = CudaHeadsOf<T>(m.out),
+      .block_lse = {CudaData<float>(m.lse), m.lse.row_stride, m.lse.batch_stride, 1},
+      .out = CudaHeadsOf<float>(m.into_out),
+      .lse = {CudaData<float>(m.into_lse), m.into_lse.row_stride, m.into_lse.batch_stride, 1}};
+  return CudaStatus(CudaMergeBlock(args, ctx.stream()), "attention: merge of partial results");
+}
+
+template <typename T>
 absl::Status AttentionForward(CudaTag, Context& ctx, const AttentionBlock& block,
                               const AttentionPartial& partial) {
   ANNULUS_RETURN_IF_ERROR(CheckSupported<T>(block, {{"attention.out", partial.out}}));
@@ -245,6 +255,7 @@ absl::Status AttentionBackwardWhole(CudaTag, Context& ctx, const AttentionBlock&
 }
 
 #define ANNULUS_INSTANTIATE(T)                                                                         \
+  template absl::Status MergePartials<T>(CudaTag, Context&, const PartialMerge&);                      \
   template absl::Status AttentionForward<T>(CudaTag, Context&, const AttentionBlock&,                  \
                                             const AttentionPartial&);                                  \
   template absl::Status AttentionForwardWhole<T>(CudaTag, Context&, const AttentionBlock&, HeadsRef,   \

@@ -11,7 +11,11 @@ constexpr bool TensorCoreDims(int64_t dim, int64_t v_dim) {
   return (dim == 64 && v_dim == 64) || ((dim == 128 || dim == 192) && v_dim == 128);
 }
 
+AttentionKernel KernelFor(const Context& ctx, const AttentionBlock& block);
+
 absl::Status ResetPartial(CpuTag, Context& ctx, const AttentionPartial& partial);
+template <typename T>
+absl::Status MergePartials(CpuTag, Context& ctx, const PartialMerge& merge);
 template <typename T>
 absl::Status AttentionForward(CpuTag, Context& ctx, const AttentionBlock& block,
                               const AttentionPartial& partial);
@@ -28,6 +32,8 @@ absl::Status AttentionBackwardWhole(CpuTag, Context& ctx, const AttentionBlock& 
                                     const AttentionGradients& gradients);
 
 absl::Status ResetPartial(CudaTag, Context& ctx, const AttentionPartial& partial);
+template <typename T>  // of merge.out
+absl::Status MergePartials(CudaTag, Context& ctx, const PartialMerge& merge);
 template <typename T>
 absl::Status AttentionForward(CudaTag, Context& ctx, const AttentionBlock& block,
                               const AttentionPartial& partial);

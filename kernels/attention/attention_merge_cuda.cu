@@ -1,4 +1,5 @@
-// Floor of a merge, bytes per element of O: 2 for the block, 8 for the carry; LSE adds 12 per row and head.
+// Floor of a merge, bytes per element of O: 2 or 4 for the block, 8 for the carry; LSE adds 12 per row and
+// head.
 
 #include "kernels/attention/attention_merge_cuda.h"
 #include "kernels/common/vector.cuh"
@@ -8,6 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kN = 4;  // elements a thread: 16 bytes of the carry
+constexpr uint32_t kWarp = 32;
 
 template <typename T>
 __device__ T* At(const CudaLse<T>& lse, int64_t row, int64_t item, int64_t head) {
@@ -25,11 +27,23 @@ __device__ Weights WeightsOf(float block_lse, float carry_lse) {
   return {.lse = top + logf(a + b), .block = b / (a + b), .carry = a / (a + b)};
 }
 
+// Where LSE is -inf the output is defined as 0, whatever the memory holds.
+__device__ float Merged(const Weights& weights, float block_lse, float block, float carry) {
+  const float added = block_lse == -INFINITY ? 0.0f : weights.block * block;
+  return weights.carry == 0.0f ? added : fmaf(weights.carry, carry, added);
+}
+
+// Nothing to add: the carry stays bit-identical.
+__device__ bool Stays(float block_lse, float carry_lse) {
+  return block_lse == -INFINITY && carry_lse != -INFINITY;
+}
+
 // A thread does one vector of kN elements: with few registers each and so all threads that fit on the device,
 // there are enough loads in flight. (Two vectors a thread: 85% of copy speed; four: 73%.) The vectors of a
 // head, a power of two of at most 32, are those of neighbouring threads of one warp.
-__global__ void __launch_bounds__(kThreads)
-    MergeKernel(const __grid_constant__ MergeBlockArgs args, uint32_t vectors, uint32_t vectors_per_row) {
+template <typename Block>
+__global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ MergeBlockArgs<Block> args,
+                                                        uint32_t vectors, uint32_t vectors_per_row) {
   const uint32_t vector = blockIdx.x * kThreads + threadIdx.x;
   const bool inside = vector < vectors;
   const uint32_t token = vector / vectors_per_row, column = vector % vectors_per_row * kN;
@@ -37,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t dim = static_cast<uint32_t>(args.dim), head = column / dim;
   float* const out = args.out.data + row * args.out.row_stride + item * args.out.batch_stride + column;
   float* const lse = At(args.lse, row, item, head);
-  Pack<__nv_bfloat16, kN> block = {};
+  Pack<Block, kN> block = {};
   Pack<float, kN> carry = {};
   float block_lse = -INFINITY, carry_lse = -INFINITY;
   if (inside) {
@@ -48,19 +62,36 @@ __global__ void __launch_bounds__(kThreads)
     carry = LoadPack<kN>(static_cast<const float*>(out));
   }
   __syncwarp();  // all threads of a head have read its LSE before one of them writes it
-  const bool nothing = block_lse == -INFINITY;
-  // Nothing to add: the carry stays bit-identical.
-  if (!inside || (nothing && carry_lse != -INFINITY)) return;
+  if (!inside || Stays(block_lse, carry_lse)) return;
   const Weights weights = WeightsOf(block_lse, carry_lse);
   float value[kN];
 #pragma unroll
-  for (int i = 0; i < kN; ++i) {
-    // Where LSE is -inf the output is defined as 0, whatever the memory holds.
-    const float added = nothing ? 0.0f : weights.block * block[i];
-    value[i] = weights.carry == 0.0f ? added : fmaf(weights.carry, carry[i], added);
-  }
+  for (int i = 0; i < kN; ++i) value[i] = Merged(weights, block_lse, block[i], carry[i]);
   StorePack<kN>(PackOf<float>(value), out);
   if (column % dim == 0) *lse = weights.lse;
+}
+
+// Any dim and alignment: a warp does one head of one row.
+template <typename Block>
+__global__ void __launch_bounds__(kThreads)
+    MergeAnyKernel(const __grid_constant__ MergeBlockArgs<Block> args) {
+  const int64_t stat = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (stat >= args.rows * args.batch * args.heads) return;  // all of a warp
+  const int64_t head = stat % args.heads, token = stat / args.heads;
+  const int64_t row = token / args.batch, item = token % args.batch;
+  const Block* block = args.block_out.data + row * args.block_out.row_stride +
+                       item * args.block_out.batch_stride + head * args.dim;
+  float* const out =
+      args.out.data + row * args.out.row_stride + item * args.out.batch_stride + head * args.dim;
+  float* const lse = At(args.lse, row, item, head);
+  const float block_lse = *At(args.block_lse, row, item, head), carry_lse = *lse;
+  __syncwarp();  // all have read the LSE before it is written
+  if (Stays(block_lse, carry_lse)) return;
+  const Weights weights = WeightsOf(block_lse, carry_lse);
+  for (int64_t i = threadIdx.x % kWarp; i < args.dim; i += kWarp) {
+    out[i] = Merged(weights, block_lse, ToFloat(block[i]), out[i]);
+  }
+  if (threadIdx.x % kWarp == 0) *lse = weights.lse;
 }
 
 // 32 x 32 tiles of (row, head) through shared memory, so that both sides are read and written in runs.
@@ -91,19 +122,25 @@ bool Fits(const CudaHeads<T>& x) {
 
 }  // namespace
 
-cudaError_t CudaMergeBlock(const MergeBlockArgs& args, cudaStream_t stream) {
+template <typename Block>
+cudaError_t CudaMergeBlock(const MergeBlockArgs<Block>& args, cudaStream_t stream) {
+  const int64_t stats = args.rows * args.batch * args.heads, vectors = stats * args.dim / kN;
+  if (stats == 0) return cudaSuccess;
   const bool power_of_two = args.dim > 0 && (args.dim & (args.dim - 1)) == 0;
-  const int64_t vectors = args.rows * args.batch * args.heads * args.dim / kN;
-  if (!power_of_two || args.dim < kN || args.dim > 32 * kN || !Fits(args.block_out) || !Fits(args.out) ||
-      vectors > UINT32_MAX - kThreads) {
-    return cudaErrorInvalidValue;
+  if (power_of_two && args.dim >= kN && args.dim <= int64_t{kWarp} * kN && Fits(args.block_out) &&
+      Fits(args.out) && vectors <= UINT32_MAX - kThreads) {
+    const auto blocks = static_cast<uint32_t>(CeilDiv(vectors, kThreads));
+    MergeKernel<<<blocks, kThreads, 0, stream>>>(args, static_cast<uint32_t>(vectors),
+                                                 static_cast<uint32_t>(args.heads * args.dim / kN));
+    return cudaGetLastError();
   }
-  if (vectors == 0) return cudaSuccess;
-  const auto blocks = static_cast<uint32_t>(CeilDiv(vectors, kThreads));
-  MergeKernel<<<blocks, kThreads, 0, stream>>>(args, static_cast<uint32_t>(vectors),
-                                               static_cast<uint32_t>(args.heads * args.dim / kN));
+  const int64_t blocks = CeilDiv(stats, kThreads / kWarp);
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  MergeAnyKernel<<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
+template cudaError_t CudaMergeBlock(const MergeBlockArgs<float>&, cudaStream_t);
+template cudaError_t CudaMergeBlock(const MergeBlockArgs<__nv_bfloat16>&, cudaStream_t);
 
 cudaError_t CudaCopyLse(const CopyLseArgs& args, cudaStream_t stream) {
   if (args.rows * args.batch * args.heads == 0) return cudaSuccess;

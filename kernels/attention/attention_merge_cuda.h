@@ -1,6 +1,7 @@
 #pragma once
 
-// CUDA kernels around block attention whose results come out in 16 bits: the carry (O, LSE) stays in f32.
+// CUDA kernels around block attention whose results come out on their own, and perhaps in 16 bits: the carry
+// (O, LSE) stays in f32.
 
 #include <cuda_bf16.h>
 
@@ -28,15 +29,18 @@ CudaLse<T> RowsLast(T* data, int64_t rows, int64_t heads) {
 // Folds the partial result of a block over keys not seen before into the carry; exact up to f32 rounding of
 // the weights, in any order. LSE is -inf where no key was allowed: a block without keys leaves the carry's
 // bits, a carry without keys is not used.
+template <typename Block>
 struct MergeBlockArgs {
   int64_t rows = 0, batch = 1, heads = 0, dim = 0;
-  CudaHeads<const __nv_bfloat16> block_out;
+  CudaHeads<const Block> block_out;
   CudaLse<const float> block_lse;
   CudaHeads<float> out;
   CudaLse<float> lse;
 };
-// dim: a power of two from 4 to 128, on rows of 16 bytes.
-cudaError_t CudaMergeBlock(const MergeBlockArgs& args, cudaStream_t stream);
+// Block: float, __nv_bfloat16. At copy speed where dim is a power of two from 4 to 128 and rows are on 16
+// bytes.
+template <typename Block>
+cudaError_t CudaMergeBlock(const MergeBlockArgs<Block>& args, cudaStream_t stream);
 
 // to[row, batch, head] = from[row, batch, head].
 struct CopyLseArgs {

@@ -100,7 +100,7 @@ absl::Status CudnnForward(Context& ctx, const AttentionBlock& block, const Atten
   const HeadsRef out = ScratchLike(ctx, DType::kBF16, partial.out);
   float* lse = LseScratch(ctx, q);
   ANNULUS_RETURN_IF_ERROR(RunForward(ctx, block, out, lse));
-  const MergeBlockArgs args{.rows = q.rows,
+  const MergeBlockArgs<__nv_bfloat16> args{.rows = q.rows,
                             .batch = q.batch,
                             .heads = q.heads,
                             .dim = out.dim,

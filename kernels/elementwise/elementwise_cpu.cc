@@ -33,6 +33,16 @@ To Convert(From x) {
     return ToBFloat16(x);
 }
 
+// Calls fn(begin, count) for pieces of a long array that take tens of microseconds, and polls between them.
+template <typename Fn>
+void ForPieces(Context& ctx, int64_t count, const Fn& fn) {
+  constexpr int64_t kPiece = int64_t{1} << 18;
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    if (begin > 0) ctx.Poll();
+    fn(begin, std::min(kPiece, count - begin));
+  }
+}
+
 // Of every floating dtype that a host stores.
 template <typename Fn>
 void VisitStored(DType dtype, Fn&& fn) {
@@ -42,8 +52,10 @@ void VisitStored(DType dtype, Fn&& fn) {
 
 }  // namespace
 
-absl::Status ZeroBytes(CpuTag, Context&, TensorRef x) {
-  if (x.bytes() > 0) std::memset(x.raw(), 0, static_cast<size_t>(x.bytes()));
+absl::Status ZeroBytes(CpuTag, Context& ctx, TensorRef x) {
+  ForPieces(ctx, x.bytes(), [&](int64_t begin, int64_t bytes) {
+    std::memset(static_cast<char*>(x.raw()) + begin, 0, static_cast<size_t>(bytes));
+  });
   return absl::OkStatus();
 }
 
@@ -52,11 +64,13 @@ absl::Status CopyBytes(CpuTag, Context&, ConstTensorRef x, TensorRef y) {
   return absl::OkStatus();
 }
 
-absl::Status Cast(CpuTag, Context&, ConstTensorRef x, TensorRef y) {
+absl::Status Cast(CpuTag, Context& ctx, ConstTensorRef x, TensorRef y) {
   VisitStored(x.dtype(), [&]<class From>() {
     VisitStored(y.dtype(), [&]<class To>() {
-      const From* from = x.data<From>();
-      std::transform(from, from + x.elements(), y.data<To>(), Convert<To, From>);
+      ForPieces(ctx, x.elements(), [&](int64_t begin, int64_t count) {
+        const From* from = x.data<From>() + begin;
+        std::transform(from, from + count, y.data<To>() + begin, Convert<To, From>);
+      });
     });
   });
   return absl::OkStatus();

@@ -1,159 +1,274 @@
 #include "annulus/parallel/attend_calls.h"
 
 #include <algorithm>
-#include <limits>
 #include <optional>
 
-#include "annulus/device/transfer.h"
+#include "annulus/base/check.h"
 
 namespace annulus {
 namespace {
 
-constexpr int64_t kAllKeys =
-    std::numeric_limits<int64_t>::max() / 2;  // above every position, far from overflow
+// Rows of a slot, at positions position, position + stride, ...
+struct Run {
+  RowRange rows;
+  int64_t position = 0;
+};
+using Runs = std::vector<Run>;  // without gaps between their rows
 
-// Rows `keys` of the block of chunk `kv_chunk`'s owner.
+RowRange HullOf(const Runs& runs) { return {runs.front().rows.begin, runs.back().rows.end}; }
+
+// Queries and keys that one call could take: it computes what the mask allows of them, which is `pairs`, all
+// of them pairs of the step.
 struct Rectangle {
-  RowRange q_rows, keys;
+  Runs q, keys;
+  int64_t pairs = 0;
 };
 
-size_t ChunksPerRank(const ExchangeProblem& problem) {
-  return problem.chunks.size() / static_cast<size_t>(problem.ranks);
-}
+class CallMaker {
+ public:
+  CallMaker(const SequenceLayout& layout, const SequenceBatch& sequences, const ExchangePlan& plan,
+            int cp_rank, const Attend& attend)
+      : sequences_(sequences),
+        plan_(plan),
+        attend_(attend),
+        q_slot_(SlotOf(cp_rank, attend.q_slot)),
+        kv_slot_(SlotOf(cp_rank, attend.kv_slot)),
+        stride_(layout.chunks(0).front().stride) {}
 
-// Global positions of the block's rows [keys.begin, keys.end), ascending in every layout.
-std::vector<int64_t> PositionsOf(const SequenceLayout& layout, int owner, const RowRange& keys) {
-  std::vector<int64_t> positions;
-  for (int64_t row = keys.begin; row < keys.end; ++row) positions.push_back(layout.PositionOf(owner, row));
-  return positions;
-}
-
-// Whether positions are offset + stride * j.
-std::optional<KeyPositions> AffineOf(const std::vector<int64_t>& positions) {
-  KeyPositions affine{.offset = positions.front(), .stride = 1};
-  if (positions.size() > 1) affine.stride = positions[1] - positions[0];
-  for (size_t j = 0; j < positions.size(); ++j) {
-    if (positions[j] != affine.offset + affine.stride * static_cast<int64_t>(j)) return std::nullopt;
+  std::vector<AttendCall> Make() const {
+    if (attend_.pairs.empty()) return {};
+    const std::optional<Rectangle> all = UnionOfAll();
+    if (all.has_value() && ShapeOf(*all) != MaskShape::kGeneral) return {CallOf(*all)};
+    std::vector<Rectangle> parts;
+    for (const BlockPair& pair : attend_.pairs) parts.push_back(PartOf(pair));
+    // Where a call with bounds is needed anyway, it may as well take everything: kernels skip what is masked.
+    const bool any_general = std::any_of(parts.begin(), parts.end(), [this](const Rectangle& part) {
+      return ShapeOf(part) == MaskShape::kGeneral;
+    });
+    if (any_general && all.has_value() && Joined(all->keys)) return {CallOf(*all)};
+    Merge(&parts);
+    std::vector<AttendCall> calls;
+    for (const Rectangle& part : parts) calls.push_back(CallOf(part));
+    return calls;
   }
-  return affine;
-}
 
-// What every row of the rectangle sees of its keys, taken as a whole.
-MaskShape ShapeOf(const Rectangle& r, const std::vector<int64_t>& positions, const BoundsTable& bounds,
-                  int64_t batch) {
-  const auto index_of = [&](int64_t position) {
-    return std::lower_bound(positions.begin(), positions.end(), position) - positions.begin();
-  };
-  bool full = true, causal = r.q_rows.size() == r.keys.size();
-  for (int64_t i = 0; i < r.q_rows.size() && (full || causal); ++i) {
-    for (int64_t item = 0; item < batch; ++item) {
-      const size_t token = static_cast<size_t>((r.q_rows.begin + i) * batch + item);
-      const int64_t first = index_of(bounds.lo[token]), end = index_of(bounds.hi[token]);
-      full = full && first == 0 && end == r.keys.size();
-      causal = causal && first == 0 && end == i + 1;
+ private:
+  const SlotSpec& SlotOf(int cp_rank, int slot) const {
+    return plan_.ranks[static_cast<size_t>(cp_rank)].slots[static_cast<size_t>(slot)];
+  }
+  const Chunk& ChunkAt(int chunk) const { return plan_.problem.chunks[static_cast<size_t>(chunk)]; }
+
+  Run RunOf(const SlotSpec& slot, int chunk_index, const RowRange& rows) const {
+    const Chunk& chunk = ChunkAt(chunk_index);
+    const int64_t begin = RowInSlot(plan_, slot, {chunk.owner, rows});
+    return {.rows = {begin, begin + rows.size()},
+            .position = chunk.position + stride_ * (rows.begin - chunk.rows.begin)};
+  }
+  Rectangle PartOf(const BlockPair& pair) const {
+    return {.q = {RunOf(q_slot_, pair.q_chunk, ChunkAt(pair.q_chunk).rows)},
+            .keys = {RunOf(kv_slot_, pair.kv_chunk, pair.keys)},
+            .pairs = pair.pairs};
+  }
+
+  // Whether all positions are in one affine sequence.
+  bool Joined(const Runs& runs) const {
+    for (size_t i = 1; i < runs.size(); ++i) {
+      if (runs[i].position != runs[i - 1].position + stride_ * runs[i - 1].rows.size()) return false;
+    }
+    return true;
+  }
+  bool SamePositions(const Runs& a, const Runs& b) const {
+    int64_t last = -1;
+    for (size_t i = 0; i < a.size(); ++i) {
+      if (b.size() != a.size() || a[i].position != b[i].position || a[i].rows.size() != b[i].rows.size() ||
+          a[i].position <= last) {
+        return false;
+      }
+      last = a[i].position + stride_ * (a[i].rows.size() - 1);
+    }
+    return true;
+  }
+
+  // By counting. Where no query sees a key after itself and query row i comes at or after just the first
+  // i + 1 keys, it cannot see others: as many pairs as a triangle has are that triangle.
+  MaskShape ShapeOf(const Rectangle& r) const {
+    const int64_t queries = HullOf(r.q).size(), keys = HullOf(r.keys).size();
+    if (r.pairs == sequences_.batch * queries * keys) return MaskShape::kFull;
+    if (sequences_.visibility != Visibility::kCausal || queries != keys ||
+        r.pairs != sequences_.batch * (queries * (queries + 1) / 2)) {
+      return MaskShape::kGeneral;
+    }
+    const int64_t ahead = r.q.front().position - r.keys.front().position;
+    const bool next_to = Joined(r.q) && Joined(r.keys) && 0 <= ahead && ahead < stride_;
+    return next_to || SamePositions(r.q, r.keys) ? MaskShape::kCausal : MaskShape::kGeneral;
+  }
+
+  AttendCall CallOf(const Rectangle& r) const {
+    AttendCall call{.queries = SlotBlockOf(plan_, q_slot_.span, ChunkAt(attend_.pairs[0].q_chunk).owner),
+                    .q_rows = HullOf(r.q),
+                    .keys = HullOf(r.keys),
+                    .shape = ShapeOf(r),
+                    .bounds = BoundsSource::kMask,
+                    .key_positions = {}};
+    if (call.shape == MaskShape::kFull) call.bounds = BoundsSource::kEverything;
+    if (call.shape == MaskShape::kCausal) call.bounds = BoundsSource::kIndex;
+    if (call.shape == MaskShape::kGeneral) {
+      ANNULUS_CHECK(Joined(r.keys)) << plan_.name << ": keys at positions that are not affine";
+      call.key_positions = {.offset = r.keys.front().position, .stride = stride_};
+    }
+    return call;
+  }
+
+  // The rectangle around all pairs of the step, if the mask allows no other pair inside of it and every row
+  // of it belongs to a pair: what lies in the slot between them may be anything, even NaN.
+  std::optional<Rectangle> UnionOfAll() const {
+    std::vector<int> q_chunks, kv_chunks;
+    Rectangle all;
+    for (const BlockPair& pair : attend_.pairs) {
+      all.pairs += pair.pairs;
+      q_chunks.push_back(pair.q_chunk);
+      kv_chunks.push_back(pair.kv_chunk);
+    }
+    for (std::vector<int>* chunks : {&q_chunks, &kv_chunks}) {
+      std::sort(chunks->begin(), chunks->end());
+      chunks->erase(std::unique(chunks->begin(), chunks->end()), chunks->end());
+    }
+    for (const int q : q_chunks) {
+      for (const int kv : kv_chunks) {
+        if (!IsWhole(q, kv)) return std::nullopt;
+      }
+      all.q.push_back(RunOf(q_slot_, q, ChunkAt(q).rows));
+    }
+    for (const int kv : kv_chunks) all.keys.push_back(RunOf(kv_slot_, kv, KeysOf(kv)));
+    for (Runs* runs : {&all.q, &all.keys}) {
+      std::sort(runs->begin(), runs->end(),
+                [](const Run& a, const Run& b) { return a.rows.begin < b.rows.begin; });
+      for (size_t i = 1; i < runs->size(); ++i) {
+        if ((*runs)[i].rows.begin != (*runs)[i - 1].rows.end) return std::nullopt;
+      }
+    }
+    return all;
+  }
+
+  // Whether the step has all that the mask allows of this pair of chunks.
+  bool IsWhole(int q, int kv) const {
+    const RowRange& keys = plan_.problem.keys_of(static_cast<size_t>(q), static_cast<size_t>(kv));
+    return keys.empty() ||
+           std::any_of(attend_.pairs.begin(), attend_.pairs.end(), [&](const BlockPair& pair) {
+             return pair.q_chunk == q && pair.kv_chunk == kv && pair.keys == keys;
+           });
+  }
+
+  // Around what the step needs of the chunk.
+  RowRange KeysOf(int kv) const {
+    RowRange hull;
+    for (const BlockPair& pair : attend_.pairs) {
+      if (pair.kv_chunk != kv) continue;
+      hull = hull.empty()
+                 ? pair.keys
+                 : RowRange{std::min(hull.begin, pair.keys.begin), std::max(hull.end, pair.keys.end)};
+    }
+    return hull;
+  }
+
+  // Joins what shares one side and is next to each other on the other, where that makes no faster call
+  // slower.
+  void Merge(std::vector<Rectangle>* parts) const {
+    for (bool merged = true; merged;) {
+      merged = false;
+      for (size_t i = 0; i < parts->size(); ++i) {
+        for (size_t j = 0; j < parts->size(); ++j) {
+          if (i == j || !MergeInto((*parts)[j], &(*parts)[i])) continue;
+          parts->erase(parts->begin() + static_cast<std::ptrdiff_t>(j));
+          merged = true;
+          break;
+        }
+      }
     }
   }
-  // One query and one key is both; full needs less.
-  return full ? MaskShape::kFull : causal ? MaskShape::kCausal : MaskShape::kGeneral;
-}
 
-// The rectangle around all pairs of the step, if the plan has no other pair inside of it.
-std::optional<Rectangle> UnionOf(const ExchangeProblem& problem, const Step& step) {
-  const BlockPair& first = step.pairs.front();
-  Rectangle all{problem.chunks[static_cast<size_t>(first.q_chunk)].rows, first.keys};
-  for (const BlockPair& pair : step.pairs) {
-    const RowRange& rows = problem.chunks[static_cast<size_t>(pair.q_chunk)].rows;
-    all.q_rows = {std::min(all.q_rows.begin, rows.begin), std::max(all.q_rows.end, rows.end)};
-    all.keys = {std::min(all.keys.begin, pair.keys.begin), std::max(all.keys.end, pair.keys.end)};
-  }
-  const size_t per_rank = ChunksPerRank(problem);
-  const size_t q_first = static_cast<size_t>(first.q_chunk) / per_rank * per_rank;
-  const size_t kv_first = static_cast<size_t>(first.kv_chunk) / per_rank * per_rank;
-  for (size_t q = q_first; q < q_first + per_rank; ++q) {
-    const RowRange& rows = problem.chunks[q].rows;
-    if (rows.end <= all.q_rows.begin || rows.begin >= all.q_rows.end) continue;
-    for (size_t kv = kv_first; kv < kv_first + per_rank; ++kv) {
-      const bool here = std::any_of(step.pairs.begin(), step.pairs.end(), [&](const BlockPair& pair) {
-        return pair.q_chunk == static_cast<int>(q) && pair.kv_chunk == static_cast<int>(kv) &&
-               pair.keys == problem.keys_of(q, kv);
-      });
-      const RowRange& keys = problem.keys_of(q, kv);
-      const bool inside = keys.begin < all.keys.end && all.keys.begin < keys.end;
-      if (!keys.empty() && inside && !here) return std::nullopt;
+  // `next` begins where `first` ends.
+  bool MergeInto(const Rectangle& next, Rectangle* first) const {
+    const bool same_q = HullOf(next.q) == HullOf(first->q),
+               same_keys = HullOf(next.keys) == HullOf(first->keys);
+    const bool along_keys = same_q && HullOf(first->keys).end == HullOf(next.keys).begin;
+    const bool along_q = same_keys && HullOf(first->q).end == HullOf(next.q).begin;
+    if (!along_keys && !along_q) return false;
+    Rectangle both = *first;
+    Runs& grown = along_keys ? both.keys : both.q;
+    const Runs& more = along_keys ? next.keys : next.q;
+    grown.insert(grown.end(), more.begin(), more.end());
+    both.pairs += next.pairs;
+    if (ShapeOf(both) == MaskShape::kGeneral) {
+      const bool general = ShapeOf(*first) == MaskShape::kGeneral && ShapeOf(next) == MaskShape::kGeneral;
+      if (!general || !Joined(both.keys)) return false;
     }
+    *first = std::move(both);
+    return true;
   }
-  return all;
-}
 
-// The call of a rectangle; none if its mask is general and its keys' positions are not affine.
-std::optional<AttendCall> CallFor(const SequenceLayout& layout, int owner, const Rectangle& r,
-                                  const BoundsTable& bounds, int64_t batch) {
-  const std::vector<int64_t> positions = PositionsOf(layout, owner, r.keys);
-  AttendCall call;
-  call.q_rows = r.q_rows, call.keys = r.keys;
-  call.shape = ShapeOf(r, positions, bounds, batch);
-  if (call.shape == MaskShape::kFull) call.bounds = BoundsSource::kEverything;
-  if (call.shape == MaskShape::kCausal) call.bounds = BoundsSource::kIndex;
-  if (call.shape == MaskShape::kGeneral) {
-    const std::optional<KeyPositions> affine = AffineOf(positions);
-    if (!affine.has_value()) return std::nullopt;
-    call.key_positions = *affine;
-  }
-  return call;
-}
+  const SequenceBatch& sequences_;
+  const ExchangePlan& plan_;
+  const Attend& attend_;
+  const SlotSpec& q_slot_;
+  const SlotSpec& kv_slot_;
+  const int64_t stride_;
+};
 
 }  // namespace
 
-std::vector<AttendCall> CallsOf(const SequenceLayout& layout, const ExchangeProblem& problem,
-                                const Step& step, const BoundsTable& bounds, int64_t batch) {
-  if (step.pairs.empty()) return {};
-  const int owner = problem.chunks[static_cast<size_t>(step.pairs.front().kv_chunk)].owner;
-  if (const std::optional<Rectangle> all = UnionOf(problem, step); all.has_value()) {
-    const std::optional<AttendCall> call = CallFor(layout, owner, *all, bounds, batch);
-    if (call.has_value()) return {*call};
-  }
-  std::vector<AttendCall> calls;
-  for (const BlockPair& pair : step.pairs) {
-    const RowRange& rows = problem.chunks[static_cast<size_t>(pair.q_chunk)].rows;
-    const std::optional<AttendCall> call = CallFor(layout, owner, {rows, pair.keys}, bounds, batch);
-    ANNULUS_CHECK(call.has_value()) << "keys of one chunk at positions that are not affine";
-    calls.push_back(*call);
-  }
-  return calls;
+SlotBlock SlotBlockOf(const ExchangePlan& plan, Span span, int owner) {
+  if (span == Span::kBlock) return {span, owner};
+  const int64_t blocks = plan.super_size / plan.problem.block_rows;
+  return {span, owner / static_cast<int>(blocks)};
 }
 
-DeviceBounds::DeviceBounds(Device device, int64_t rows, int64_t batch)
-    : rows_(rows), batch_(batch), table_(device, DType::kI64, {5, rows * batch}) {}
-
-void DeviceBounds::Fill(Context& ctx, const BoundsTable& bounds) {
-  const int64_t tokens = rows_ * batch_;
-  std::vector<int64_t> table;
-  table.reserve(static_cast<size_t>(5 * tokens));
-  table.insert(table.end(), bounds.lo.begin(), bounds.lo.end());
-  table.insert(table.end(), bounds.hi.begin(), bounds.hi.end());
-  table.insert(table.end(), static_cast<size_t>(tokens), 0);
-  table.insert(table.end(), static_cast<size_t>(tokens), kAllKeys);
-  for (int64_t row = 0; row < rows_; ++row) table.insert(table.end(), static_cast<size_t>(batch_), row + 1);
-  Upload(ctx, table.data(), table_.ref().bytes(), table_.ref());
+std::vector<AttendCall> CallsOf(const SequenceLayout& layout, const SequenceBatch& sequences,
+                                const ExchangePlan& plan, int cp_rank, const Attend& attend) {
+  return CallMaker(layout, sequences, plan, cp_rank, attend).Make();
 }
 
-MaskBounds DeviceBounds::Of(const AttendCall& call) const {
-  const auto rows_of = [&](int64_t array, const RowRange& rows) {
-    return table_.ref()
-        .Rows(array, array + 1)
-        .Reshaped({rows_ * batch_})
-        .Rows(rows.begin * batch_, rows.end * batch_);
-  };
-  const RowRange from_zero{0, call.q_rows.size()};
-  switch (call.bounds) {
-    case BoundsSource::kMask:
-      return {rows_of(0, call.q_rows), rows_of(1, call.q_rows)};
-    case BoundsSource::kEverything:
-      return {rows_of(2, call.q_rows), rows_of(3, call.q_rows)};
-    case BoundsSource::kIndex:
-      return {rows_of(2, from_zero), rows_of(4, from_zero)};
+std::vector<RowRange> RowsInSlot(const ExchangePlan& plan, const SlotSpec& slot,
+                                 const std::vector<BlockRows>& rows) {
+  std::vector<RowRange> ranges;
+  for (const BlockRows& each : rows) {
+    if (each.rows.empty()) continue;
+    const int64_t begin = RowInSlot(plan, slot, each);
+    ranges.push_back({begin, begin + each.rows.size()});
   }
-  return {};
+  std::sort(ranges.begin(), ranges.end(),
+            [](const RowRange& a, const RowRange& b) { return a.begin < b.begin; });
+  std::vector<RowRange> apart;
+  for (const RowRange& range : ranges) {
+    if (!apart.empty() && range.begin <= apart.back().end) {
+      apart.back().end = std::max(apart.back().end, range.end);
+    } else {
+      apart.push_back(range);
+    }
+  }
+  return apart;
+}
+
+BoundsTable BoundsOf(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window,
+                     const ExchangePlan& plan, const SlotBlock& rows) {
+  if (rows.span == Span::kBlock) return LocalBounds(layout, sequences, window, rows.index);
+  const int64_t batch = sequences.batch;
+  BoundsTable table;
+  table.lo.resize(static_cast<size_t>(plan.super_size * batch));
+  table.hi.resize(table.lo.size());
+  const auto blocks = static_cast<int>(plan.super_size / plan.problem.block_rows);
+  for (int block = rows.index * blocks; block < (rows.index + 1) * blocks; ++block) {
+    const BoundsTable local = LocalBounds(layout, sequences, window, block);
+    for (size_t k = 0; k < plan.problem.chunks.size(); ++k) {
+      const Chunk& chunk = plan.problem.chunks[k];
+      if (chunk.owner != block) continue;
+      const int64_t from = chunk.rows.begin * batch, count = chunk.rows.size() * batch,
+                    to = plan.super_rows[k] * batch;
+      std::copy_n(local.lo.begin() + from, count, table.lo.begin() + to);
+      std::copy_n(local.hi.begin() + from, count, table.hi.begin() + to);
+    }
+  }
+  return table;
 }
 
 }  // namespace annulus

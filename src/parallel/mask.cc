@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "annulus/base/check.h"
+
 namespace annulus {
 namespace {
 
@@ -10,43 +12,73 @@ RowRange RowsIn(const LayoutChunk& chunk, const KeyRange& keys) {
   const auto first_at_or_after = [&](int64_t position) {
     const int64_t distance = position - chunk.position;
     if (distance <= 0) return int64_t{0};
-    return std::min(chunk.rows, (distance + chunk.stride - 1) / chunk.stride);
+    if (distance > (chunk.rows - 1) * chunk.stride) return chunk.rows;  // most chunks: spares a division
+    return (distance + chunk.stride - 1) / chunk.stride;
   };
   return {chunk.row + first_at_or_after(keys.lo), chunk.row + first_at_or_after(keys.hi)};
 }
 
-struct PlacedChunk {
-  int owner;
-  LayoutChunk chunk;
+// What a chunk of queries sees of a chunk of keys.
+struct Seen {
+  RowRange hull;  // of the key rows
+  int64_t pairs = 0;
 };
 
-// Adds what the queries of `q` see of `kv` to the hull and the pair count.
-void AddVisible(const LayoutChunk& q, const LayoutChunk& kv, const SequenceBatch& sequences, int64_t window,
-                RowRange* hull, int64_t* pairs) {
+// Adds what the queries of `q` see, by chunk of keys. Each query's bounds are made once.
+void AddVisible(const LayoutChunk& q, const std::vector<LayoutChunk>& chunks, const SequenceBatch& sequences,
+                int64_t window, std::vector<Seen>* seen) {
   for (int64_t i = 0; i < q.rows; ++i) {
     for (int64_t item = 0; item < sequences.batch; ++item) {
       const KeyRange keys = VisibleKeys(sequences, window, item, q.position + q.stride * i);
       if (keys.lo >= keys.hi) continue;
-      const RowRange rows = RowsIn(kv, keys);
-      if (rows.empty()) continue;
-      *hull =
-          hull->empty() ? rows : RowRange{std::min(hull->begin, rows.begin), std::max(hull->end, rows.end)};
-      *pairs += rows.size();
+      for (size_t j = 0; j < chunks.size(); ++j) {
+        const RowRange rows = RowsIn(chunks[j], keys);
+        if (rows.empty()) continue;
+        RowRange& hull = (*seen)[j].hull;
+        hull = hull.empty() ? rows : RowRange{std::min(hull.begin, rows.begin), std::max(hull.end, rows.end)};
+        (*seen)[j].pairs += rows.size();
+      }
     }
   }
+}
+
+// Piece `part` of `parts` of a chunk.
+LayoutChunk PieceOf(const LayoutChunk& chunk, int part, int parts) {
+  const int64_t begin = chunk.rows * part / parts, end = chunk.rows * (part + 1) / parts;
+  return {chunk.row + begin, end - begin, chunk.position + chunk.stride * begin, chunk.stride};
 }
 
 }  // namespace
 
 KeyRange VisibleKeys(const SequenceBatch& sequences, int64_t window, int64_t item, int64_t position) {
-  if (position >= sequences.lengths[static_cast<size_t>(item)]) return {};
-  KeyRange keys{0, position + 1};
-  if (window > 0) keys.lo = std::max(keys.lo, position - window + 1);
+  const int64_t length = sequences.lengths[static_cast<size_t>(item)];
+  if (position >= length) return {};
+  const bool causal = sequences.visibility == Visibility::kCausal;
+  KeyRange keys{0, causal ? position + 1 : length};
+  if (window > 0) {
+    keys.lo = std::max(keys.lo, position - window + 1);
+    if (keys.hi - position > window) keys.hi = position + window;
+  }
   if (!sequences.document_starts.empty()) {
-    keys.lo = std::max(keys.lo,
-                       sequences.document_starts[static_cast<size_t>(item)][static_cast<size_t>(position)]);
+    const std::vector<int64_t>& starts = sequences.document_starts[static_cast<size_t>(item)];
+    const auto here = starts.begin() + position;
+    keys.lo = std::max(keys.lo, *here);
+    // Starts ascend: the document goes on as long as they do not change.
+    const auto end = causal ? here + 1 : std::upper_bound(here, starts.begin() + keys.hi, *here);
+    keys.hi = end - starts.begin();
   }
   return keys;
+}
+
+int64_t VisiblePairs(const SequenceBatch& sequences, int64_t window) {
+  int64_t pairs = 0;
+  for (int64_t item = 0; item < sequences.batch; ++item) {
+    for (int64_t position = 0; position < sequences.lengths[static_cast<size_t>(item)]; ++position) {
+      const KeyRange keys = VisibleKeys(sequences, window, item, position);
+      pairs += keys.hi - keys.lo;
+    }
+  }
+  return pairs;
 }
 
 BoundsTable LocalBounds(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window,
@@ -65,24 +97,33 @@ BoundsTable LocalBounds(const SequenceLayout& layout, const SequenceBatch& seque
 }
 
 ExchangeProblem MakeExchangeProblem(const SequenceLayout& layout, const SequenceBatch& sequences,
-                                    int64_t window) {
-  ExchangeProblem problem;
-  problem.ranks = layout.ranks();
-  problem.block_rows = layout.local_rows();
-  std::vector<PlacedChunk> placed;
+                                    int64_t window, int64_t heads, int64_t kv_heads, int parts) {
+  ANNULUS_CHECK(parts >= 1) << parts << " parts of a chunk";
+  ExchangeProblem problem{.ranks = layout.ranks(),
+                          .block_rows = layout.local_rows(),
+                          .heads = heads,
+                          .kv_heads = kv_heads,
+                          .chunks = {},
+                          .keys = {},
+                          .pairs = {}};
+  std::vector<LayoutChunk> chunks;
   for (int cp_rank = 0; cp_rank < layout.ranks(); ++cp_rank) {
     for (const LayoutChunk& chunk : layout.chunks(cp_rank)) {
-      placed.push_back({cp_rank, chunk});
-      problem.chunks.push_back({cp_rank, {chunk.row, chunk.row + chunk.rows}});
+      for (int part = 0; part < parts; ++part) {
+        const LayoutChunk& piece = chunks.emplace_back(PieceOf(chunk, part, parts));
+        problem.chunks.push_back({.owner = cp_rank,
+                                  .rows = {piece.row, piece.row + piece.rows},
+                                  .position = piece.position,
+                                  .part = part});
+      }
     }
   }
-  problem.keys.resize(placed.size() * placed.size());
-  problem.pairs.resize(problem.keys.size());
-  for (size_t i = 0; i < placed.size(); ++i) {
-    for (size_t j = 0; j < placed.size(); ++j) {
-      const size_t cell = i * placed.size() + j;
-      AddVisible(placed[i].chunk, placed[j].chunk, sequences, window, &problem.keys[cell],
-                 &problem.pairs[cell]);
+  for (const LayoutChunk& q : chunks) {
+    std::vector<Seen> seen(chunks.size());
+    AddVisible(q, chunks, sequences, window, &seen);
+    for (const Seen& of_chunk : seen) {
+      problem.keys.push_back(of_chunk.hull);
+      problem.pairs.push_back(of_chunk.pairs);
     }
   }
   return problem;

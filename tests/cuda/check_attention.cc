@@ -81,15 +81,16 @@ void CheckMerge() {
                       .to = RowsLast(rows_last.data(), c.rows, c.heads)},
                      g_stream),
          "copy lse");
-    Must(CudaMergeBlock({.rows = c.rows,
-                         .batch = c.batch,
-                         .heads = c.heads,
-                         .dim = c.dim,
-                         .block_out = {block_out.data(), c.batch * c.columns(), c.columns()},
-                         .block_lse = RowsLast<const float>(rows_last.data(), c.rows, c.heads),
-                         .out = {out.data(), c.batch * c.columns(), c.columns()},
-                         .lse = rows_first(lse.data())},
-                        g_stream),
+    Must(CudaMergeBlock(
+             MergeBlockArgs<Bf16>{.rows = c.rows,
+                                  .batch = c.batch,
+                                  .heads = c.heads,
+                                  .dim = c.dim,
+                                  .block_out = {block_out.data(), c.batch * c.columns(), c.columns()},
+                                  .block_lse = RowsLast<const float>(rows_last.data(), c.rows, c.heads),
+                                  .out = {out.data(), c.batch * c.columns(), c.columns()},
+                                  .lse = rows_first(lse.data())},
+             g_stream),
          "merge");
     const std::string detail = std::to_string(c.rows) + " rows of " + std::to_string(c.dim);
     const Doubles got_lse = lse.Get("merged lse");
@@ -254,13 +255,13 @@ void TimeMerge(Context& ctx, int64_t rows, int64_t heads, int64_t dim) {
          "copy");
   });
   const double merged = Milliseconds(9, [&] {
-    Must(CudaMergeBlock({.rows = rows,
-                         .heads = heads,
-                         .dim = dim,
-                         .block_out = {block, heads * dim, 0},
-                         .block_lse = RowsLast<const float>(block_lse, rows, heads),
-                         .out = {out, heads * dim, 0},
-                         .lse = RowsFirst(lse, 1, heads)},
+    Must(CudaMergeBlock(MergeBlockArgs<Bf16>{.rows = rows,
+                                             .heads = heads,
+                                             .dim = dim,
+                                             .block_out = {block, heads * dim, 0},
+                                             .block_lse = RowsLast<const float>(block_lse, rows, heads),
+                                             .out = {out, heads * dim, 0},
+                                             .lse = RowsFirst(lse, 1, heads)},
                         ctx.stream()),
          "merge");
   });

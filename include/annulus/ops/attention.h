@@ -60,12 +60,25 @@ absl::Status ResetPartial(Context& ctx, const AttentionPartial& partial);
 // Folds the block into `partial`. A block whose keys are all masked for a row leaves that row bit-identical.
 absl::Status AttentionForward(Context& ctx, const AttentionBlock& block, const AttentionPartial& partial);
 
+// Folds a partial result over keys that `into` has not seen into it: the carry between blocks that are
+// computed apart. Order-independent up to rounding. Where an LSE is -inf its output is not used, whatever it
+// holds: the other stays as it is, bit by bit; where both are, the output is 0.
+//   out: [rows, batch, heads, v_dim], compute or accumulator dtype   into_out: the same, accumulator dtype
+//   lse, into_lse: [rows, batch, heads, 1], accumulator dtype
+struct PartialMerge {
+  ConstHeadsRef out, lse;
+  HeadsRef into_out, into_lse;
+};
+absl::Status MergePartials(Context& ctx, const PartialMerge& merge);
+
 // delta[q_rows, batch, heads] = sum over dim of dout * out; once per attention, before the blocks' backward.
 //   out, dout: compute dtype   delta: accumulator dtype
 absl::Status AttentionDelta(Context& ctx, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta);
 
 struct AttentionGradients {
-  ConstHeadsRef out;     // [q_rows, batch, heads, v_dim], of all blocks together, compute dtype
+  // [q_rows, batch, heads, v_dim], of all blocks together, compute dtype. May be left out where
+  // ChooseAttentionKernel gives another kernel than kCudnn.
+  ConstHeadsRef out;
   ConstHeadsRef dout;    // [q_rows, batch, heads, v_dim]
   ConstTensorRef lse;    // [q_rows, batch, heads], of all blocks together
   ConstTensorRef delta;  // [q_rows, batch, heads]

@@ -9,6 +9,9 @@
 //     1 \ .              1 x .                     1 . .           \ causal   x full   . masked
 //     6 x \              6 x .                     6 x x
 //     one causal call    one full call             one full call
+//
+// The same with the roles of queries and keys exchanged where queries travel; and for super-blocks, whose
+// rows are in order of position: all of a causal sequence is one causal call.
 
 #include <vector>
 
@@ -18,6 +21,15 @@
 
 namespace annulus {
 
+// Which rows a slot holds: those of a block, or of the super-block of that number.
+struct SlotBlock {
+  Span span = Span::kBlock;
+  int index = 0;
+  friend auto operator<=>(const SlotBlock&, const SlotBlock&) = default;
+};
+// What a slot of the span holds where it holds rows of the block of cp rank `owner`.
+SlotBlock SlotBlockOf(const ExchangePlan& plan, Span span, int owner);
+
 // Bounds that a call's kernel reads.
 enum class BoundsSource {
   kMask,        // the mask's own, with the keys' global positions
@@ -26,31 +38,25 @@ enum class BoundsSource {
 };
 
 struct AttendCall {
-  RowRange q_rows;  // of this rank
-  RowRange keys;    // rows of the block
+  SlotBlock queries;  // of which q_rows are rows
+  RowRange q_rows;    // of the query slot
+  RowRange keys;      // of the KV slot
   MaskShape shape = MaskShape::kGeneral;
   BoundsSource bounds = BoundsSource::kMask;
   KeyPositions key_positions;
 };
 
-// Calls that together compute the step's pairs, each (query, key) pair once.
-std::vector<AttendCall> CallsOf(const SequenceLayout& layout, const ExchangeProblem& problem,
-                                const Step& step, const BoundsTable& bounds, int64_t batch);
+// Calls that together compute the pairs of a step of rank `cp_rank`, each (query, key) pair once. `plan` is
+// one for MakeExchangeProblem(layout, sequences, ...). Costs the same whatever the number of rows.
+std::vector<AttendCall> CallsOf(const SequenceLayout& layout, const SequenceBatch& sequences,
+                                const ExchangePlan& plan, int cp_rank, const Attend& attend);
 
-// The bounds of all sources on a device: i64 [5, rows * batch].
-class DeviceBounds {
- public:
-  DeviceBounds() = default;
-  DeviceBounds(Device device, int64_t rows, int64_t batch);
-  void Fill(Context& ctx, const BoundsTable& bounds);
+// Rows [begin, end) of a slot, ascending and apart, that `rows` name.
+std::vector<RowRange> RowsInSlot(const ExchangePlan& plan, const SlotSpec& slot,
+                                 const std::vector<BlockRows>& rows);
 
-  MaskBounds Of(const AttendCall& call) const;
-  int64_t rows() const { return rows_; }
-  int64_t batch() const { return batch_; }
-
- private:
-  int64_t rows_ = 0, batch_ = 0;
-  Tensor table_;  // lo, hi, nothing, everything, index + 1
-};
+// The bounds of a slot's rows in their order, index row * batch + item.
+BoundsTable BoundsOf(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window,
+                     const ExchangePlan& plan, const SlotBlock& rows);
 
 }  // namespace annulus

@@ -1,0 +1,108 @@
+#pragma once
+
+// Everything about one batch of sequences that attention layers share: layout, masks, and the exchange plans
+// of layers of each shape, chosen, built and agreed on by the group at first use.
+
+#include <array>
+#include <map>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "annulus/comm/communicator.h"
+#include "annulus/comm/exchange_build.h"
+#include "annulus/comm/exchange_transport.h"
+#include "annulus/parallel/attend_calls.h"
+#include "annulus/parallel/choose_plan.h"
+#include "annulus/parallel/device_bounds.h"
+#include "annulus/parallel/machine_profile.h"
+#include "annulus/parallel/mask.h"
+
+namespace annulus {
+
+// How attention layers exchange. The same on every rank of the group.
+struct ExchangeOptions {
+  // Plans to choose from by their predicted time. Empty: all that can be built where the machine is known,
+  // else the KV ring; of several the first where it is not.
+  std::vector<PlanChoice> forward = {}, backward = {};
+  std::optional<TransportKind> transport = {};                    // nothing: chosen from `available`
+  std::vector<TransportKind> available = {TransportKind::kHost};  // that the group can use, best first
+  MachineProfile machine = {};                                    // unknown without rates of attention
+  LinkThrottle throttle = {};
+  int64_t buffer_bytes = 0;  // that chosen plans may take on a rank; 0: no limit
+};
+
+struct ContextAttentionShape {
+  int64_t heads = 0, kv_heads = 0;
+  int64_t head_dim = 0;  // of queries and keys
+  int64_t v_head_dim = 0;
+  int64_t window = 0;  // keys that a query sees; 0: all
+  double scale = 1.0;
+};
+
+class AttentionGeometry {
+ public:
+  AttentionGeometry(SequenceLayout layout, Communicator cp, ExchangeOptions options = {});
+
+  // Starts a new batch. Without documents plans are the same for every batch of the same size, and are kept.
+  // With documents they are built anew, but what was chosen for the first batch stays chosen.
+  void SetBatch(SequenceBatch sequences);
+
+  // A result that the plan finds at home.
+  struct HomeResult {
+    Width width = Width::kAccumulator;
+    bool empty_before = true;  // the plan adds to it, or leaves rows out: they must hold an empty result
+  };
+  struct Choice {
+    PlanChoice plan = {};
+    TransportKind transport = TransportKind::kHost;
+    std::optional<PlanCandidate> predicted = {};  // where it was chosen by its time
+    std::string why = {};                         // in one line; then
+  };
+  // One pass of a layer on this batch, with the kernel calls of its steps.
+  struct Schedule {
+    AttentionCase layer;  // without lengths and documents
+    Choice choice = {};
+    ExchangePlan plan = {};
+    std::vector<std::vector<AttendCall>> calls = {};  // of this rank, by step
+    DeviceBounds bounds = {};                         // of these
+    std::array<HomeResult, kPayloads> results = {};   // by payload
+    bool whole = false;  // one call with all keys that this rank's queries see: nothing is carried or sent
+  };
+  // Built, and agreed on by the group, at first use: collective then.
+  absl::StatusOr<const Schedule*> ScheduleFor(Context& ctx, const ContextAttentionShape& shape, DType dtype,
+                                              Pass pass);
+
+  // Of layers of one shape: window, heads, KV heads, dims of heads and values, dtype; and pass.
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, DType, Pass>;
+  // Those of the batch that have been used.
+  const std::map<Key, Schedule>& schedules() const { return schedules_; }
+
+  const SequenceLayout& layout() const { return layout_; }
+  const SequenceBatch& sequences() const { return sequences_; }
+  const ExchangeOptions& options() const { return options_; }
+  Communicator& cp() { return cp_; }
+  ConstTensorRef Positions(Context& ctx);  // i64, global, of this rank's rows
+  // Made at first use: collective then.
+  absl::StatusOr<ExchangeTransport*> Transport(Context& ctx, TransportKind kind);
+  // All that plans may use. Collective.
+  absl::StatusOr<std::vector<ExchangeTransport*>> Transports(Context& ctx);
+
+ private:
+  absl::StatusOr<Choice> Choose(const AttentionCase& layer, Pass pass);
+  absl::Status Build(Pass pass, Schedule* schedule);
+  void MakeCalls(Context& ctx, Schedule* schedule);
+
+  SequenceLayout layout_;
+  Communicator cp_;
+  ExchangeOptions options_;
+  std::map<TransportKind, std::unique_ptr<ExchangeTransport>> transports_;
+  SequenceBatch sequences_;
+  Tensor positions_;
+  std::map<Key, Choice> choices_;
+  std::map<Key, Schedule> schedules_;
+  std::vector<DeviceBounds> spare_bounds_;  // of batches before: document masks change with every batch
+};
+
+}  // namespace annulus

@@ -1,0 +1,190 @@
+#include "annulus/parallel/attention_geometry.h"
+
+#include <algorithm>
+
+#include "annulus/device/transfer.h"
+
+namespace annulus {
+namespace {
+
+// What the plan finds in a rank's home slot of a result, and needs to find there.
+AttentionGeometry::HomeResult HomeResultOf(const ExchangePlan& plan, const RankPlan& rank, size_t home) {
+  const SlotSpec& spec = rank.slots[home];
+  const auto slot = static_cast<int>(home);
+  AttentionGeometry::HomeResult result{.width = spec.width, .empty_before = true};
+  std::map<int, std::vector<BlockRows>> overwritten;  // by group of the heads
+  for (const Step& step : rank.steps) {
+    const Attend& attend = step.attend;
+    if (step.kind == StepKind::kReduce && step.into == slot) return result;
+    if (step.kind == StepKind::kCopy && step.into == slot) {
+      overwritten[rank.slots[static_cast<size_t>(step.slot)].group].push_back(step.rows);
+    }
+    if (step.kind != StepKind::kAttend || (attend.q_result != slot && attend.kv_result != slot)) continue;
+    const bool q = attend.q_result == slot;
+    if ((q ? attend.q_write : attend.kv_write) == ResultWrite::kAccumulate) return result;
+    const std::vector<BlockRows>& rows = q ? attend.q_rows : attend.kv_rows;
+    std::vector<BlockRows>& all = overwritten[spec.group];
+    all.insert(all.end(), rows.begin(), rows.end());
+  }
+  const auto whole = [&](int group) {
+    return RowsInSlot(plan, spec, overwritten[group]) == std::vector<RowRange>{{0, SlotRows(plan, spec)}};
+  };
+  bool all_groups = spec.group == kAllHeads;
+  for (size_t g = 0; g < plan.groups.size() && all_groups; ++g) {
+    all_groups = plan.groups[g].q_heads() == 0 || whole(static_cast<int>(g));
+  }
+  result.empty_before = !all_groups && !whole(spec.group);
+  return result;
+}
+
+// The fastest. What is given and not chosen is taken even if its time is not known.
+absl::Status ChooseByTime(const AttentionCase& layer, Pass pass, const PlanOptions& options,
+                          const MachineProfile& machine, AttentionGeometry::Choice* choice) {
+  const std::vector<PlanCandidate> ranked = RankPlans(layer, pass, options, machine);
+  const PlanCandidate& first = ranked.front();
+  if (!first.refused.ok()) {
+    return ranked.size() == 1
+               ? absl::OkStatus()
+               : Prefixed(first.refused, absl::StrCat("none of ", ranked.size(), " exchange plans can be: "));
+  }
+  *choice = {.plan = first.choice, .transport = first.transport, .predicted = first, .why = WhyItWon(ranked)};
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+AttentionGeometry::AttentionGeometry(SequenceLayout layout, Communicator cp, ExchangeOptions options)
+    : layout_(layout), cp_(std::move(cp)), options_(std::move(options)) {
+  ANNULUS_CHECK(!options_.available.empty() || options_.transport.has_value()) << "no transport";
+}
+
+void AttentionGeometry::SetBatch(SequenceBatch sequences) {
+  const bool same_size = sequences_.batch == sequences.batch && sequences_.lengths == sequences.lengths &&
+                         sequences_.visibility == sequences.visibility &&
+                         sequences_.document_starts.empty() == sequences.document_starts.empty();
+  if (!same_size) choices_.clear();
+  if (!same_size || !sequences.document_starts.empty()) {
+    for (auto& [key, schedule] : schedules_) spare_bounds_.push_back(std::move(schedule.bounds));
+    schedules_.clear();
+  }
+  sequences_ = std::move(sequences);
+}
+
+absl::StatusOr<AttentionGeometry::Choice> AttentionGeometry::Choose(const AttentionCase& layer, Pass pass) {
+  const PlanOptions options{.plans = pass == Pass::kForward ? options_.forward : options_.backward,
+                            .transports = options_.transport.has_value()
+                                              ? std::vector<TransportKind>{*options_.transport}
+                                              : options_.available,
+                            .throttle = options_.throttle,
+                            .buffer_bytes = options_.buffer_bytes};
+  Choice choice{.transport = options.transports.front()};
+  if (cp_.size() == 1) return choice;
+  if (!options.plans.empty()) choice.plan = options.plans.front();
+  // The group hears of every way to fail, so that no rank waits for another.
+  absl::Status status;
+  if (!options_.machine.attention.empty())
+    status = ChooseByTime(layer, pass, options, options_.machine, &choice);
+  ANNULUS_ASSIGN_OR_RETURN(const double largest,
+                           cp_.AllReduceValue(static_cast<double>(choice.transport), ReduceOp::kMax));
+  if (status.ok() && largest != static_cast<double>(choice.transport)) {
+    status = Invalid("exchange by ", Name(choice.transport), ": expected that of the other ranks");
+  }
+  ANNULUS_RETURN_IF_ERROR(cp_.AgreeOk(status));
+  return choice;
+}
+
+absl::Status AttentionGeometry::Build(Pass pass, Schedule* schedule) {
+  const AttentionCase& layer = schedule->layer;
+  const ExchangeProblem problem = MakeExchangeProblem(layout_, sequences_, layer.window, layer.heads,
+                                                      layer.kv_heads, ChunkParts(schedule->choice.plan));
+  absl::StatusOr<ExchangePlan> plan = BuildPlan(problem, pass, schedule->choice.plan);
+  absl::Status status = plan.status();
+#if ANNULUS_VALIDATE_PLANS
+  if (status.ok()) status = Validate(*plan);
+#endif
+  ANNULUS_RETURN_IF_ERROR(cp_.AgreeOk(status));
+  schedule->plan = *std::move(plan);
+  return AgreeOnPlan(schedule->plan, cp_);
+}
+
+void AttentionGeometry::MakeCalls(Context& ctx, Schedule* schedule) {
+  const ExchangePlan& plan = schedule->plan;
+  const RankPlan& rank = plan.ranks[static_cast<size_t>(cp_.rank())];
+  for (const Step& step : rank.steps) {
+    schedule->calls.push_back(step.kind == StepKind::kAttend
+                                  ? CallsOf(layout_, sequences_, plan, cp_.rank(), step.attend)
+                                  : std::vector<AttendCall>());
+  }
+  if (!spare_bounds_.empty()) {
+    schedule->bounds = std::move(spare_bounds_.back());
+    spare_bounds_.pop_back();
+  }
+  schedule->bounds.Fill(ctx, sequences_.batch, schedule->calls, [&](const SlotBlock& rows) {
+    return BoundsOf(layout_, sequences_, schedule->layer.window, plan, rows);
+  });
+  for (size_t s = 0; s < rank.slots.size(); ++s) {
+    if (!rank.slots[s].home || !IsResult(rank.slots[s].payload)) continue;
+    schedule->results[static_cast<size_t>(rank.slots[s].payload)] = HomeResultOf(plan, rank, s);
+  }
+  // Decided for the group, whose ranks meet in the exchange.
+  const bool alone = std::all_of(plan.ranks.begin(), plan.ranks.end(),
+                                 [](const RankPlan& each) { return each.steps.size() == 1; });
+  schedule->whole = alone && schedule->calls[0].size() == 1 &&
+                    schedule->calls[0][0].q_rows == RowRange{0, layout_.local_rows()};
+}
+
+absl::StatusOr<const AttentionGeometry::Schedule*> AttentionGeometry::ScheduleFor(
+    Context& ctx, const ContextAttentionShape& shape, DType dtype, Pass pass) {
+  const Key key{shape.window, shape.heads, shape.kv_heads, shape.head_dim, shape.v_head_dim, dtype, pass};
+  if (const auto found = schedules_.find(key); found != schedules_.end()) return &found->second;
+  AttentionCase layer{.layout = layout_,
+                      .sequences = sequences_,
+                      .heads = shape.heads,
+                      .kv_heads = shape.kv_heads,
+                      .head_dim = shape.head_dim,
+                      .v_head_dim = shape.v_head_dim,
+                      .window = shape.window,
+                      .device = ctx.device.kind,
+                      .dtype = dtype,
+                      .determinism = ctx.determinism};
+  if (choices_.count(key) == 0) {
+    ANNULUS_ASSIGN_OR_RETURN(Choice choice, Choose(layer, pass));
+    choices_.emplace(key, std::move(choice));
+  }
+  layer.sequences.lengths.clear();
+  layer.sequences.document_starts.clear();
+  Schedule schedule{.layer = std::move(layer), .choice = choices_.at(key)};
+  ANNULUS_RETURN_IF_ERROR(Build(pass, &schedule));
+  MakeCalls(ctx, &schedule);
+  return &schedules_.emplace(key, std::move(schedule)).first->second;
+}
+
+ConstTensorRef AttentionGeometry::Positions(Context& ctx) {
+  if (!positions_.ref().defined()) {
+    const std::vector<int64_t> positions = layout_.LocalPositions(cp_.rank());
+    positions_ = Tensor(ctx.device, DType::kI64, {static_cast<int64_t>(positions.size())});
+    Upload(ctx, positions.data(), positions_.ref().bytes(), positions_.ref());
+  }
+  return positions_.ref();
+}
+
+absl::StatusOr<ExchangeTransport*> AttentionGeometry::Transport(Context& ctx, TransportKind kind) {
+  std::unique_ptr<ExchangeTransport>& transport = transports_[kind];
+  if (transport == nullptr) {
+    ANNULUS_ASSIGN_OR_RETURN(transport, MakeTransport(kind, cp_, ctx, options_.throttle));
+  }
+  return transport.get();
+}
+
+absl::StatusOr<std::vector<ExchangeTransport*>> AttentionGeometry::Transports(Context& ctx) {
+  std::vector<TransportKind> kinds = options_.available;
+  if (options_.transport.has_value()) kinds = {*options_.transport};
+  std::vector<ExchangeTransport*> transports;
+  for (const TransportKind kind : kinds) {
+    ANNULUS_ASSIGN_OR_RETURN(ExchangeTransport * transport, Transport(ctx, kind));
+    transports.push_back(transport);
+  }
+  return transports;
+}
+
+}  // namespace annulus

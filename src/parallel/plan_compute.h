@@ -1,0 +1,75 @@
+#pragma once
+
+// The computing steps of a plan on an attention layer's tensors: kernel calls on slots, and rows of heads
+// moved and added between them.
+
+#include "annulus/comm/exchange_transport.h"
+#include "annulus/ops/attention.h"
+#include "annulus/parallel/attention_geometry.h"
+#include "annulus/parallel/choose_plan.h"
+
+namespace annulus {
+
+// A result for which kernels carry in the accumulator dtype: the rows of the result itself, or of scratch
+// memory in its place, which Finish rounds into it.
+class Accumulator {
+ public:
+  // For rows of `rows`: ascending and apart.
+  Accumulator(Context& ctx, TensorRef result, std::vector<RowRange> rows);
+
+  TensorRef Rows(const RowRange& rows) const;  // a part of one of the ranges
+  absl::Status Zero();
+  absl::Status Finish();
+
+ private:
+  Context& ctx_;
+  TensorRef result_;
+  std::vector<RowRange> rows_;
+  TensorRef memory_;
+  int64_t offset_ = 0;  // row of the result at which memory_ begins
+};
+
+// The call's operands: queries of the one tensor, keys of the other, both with the heads of the group.
+//   q: [rows, batch, heads * head_dim]   kv: [rows, batch, kv_heads * (head_dim + v_head_dim)], keys first
+AttentionBlock BlockOf(const AttendCall& call, const DeviceBounds& bounds, const AttentionCase& layer,
+                       double scale, const HeadGroup& group, TensorRef q, TensorRef kv);
+
+// Keys and values of a KV tensor, or their gradients, in rows `rows`.
+struct KvHeads {
+  HeadsRef k, v;
+};
+KvHeads SplitKv(const AttentionCase& layer, const HeadGroup& group, TensorRef kv, const RowRange& rows);
+
+// One run of one rank's part of a plan.
+class PlanCompute {
+ public:
+  // `schedule` and `slots` outlive it.
+  PlanCompute(Context& ctx, const AttentionGeometry::Schedule& schedule, double scale, int cp_rank,
+              const std::vector<SlotMemory>& slots);
+
+  // A step of schedule.plan.
+  absl::Status Run(const Step& step);
+
+ private:
+  const SlotSpec& SpecOf(int slot) const { return rank_.slots[static_cast<size_t>(slot)]; }
+  TensorRef Field(int slot, int field) const;
+  HeadGroup GroupOf(int slot) const;
+  // The rows of a kCopy or kReduce, in one of its slots.
+  RowRange RowsOf(int slot, const Step& step) const;
+
+  absl::Status Forward(const Attend& attend, const std::vector<AttendCall>& calls);
+  absl::Status Backward(const Attend& attend, const std::vector<AttendCall>& calls);
+  AttentionGradients GradientsOf(const Attend& attend, const AttendCall& call) const;
+  absl::Status Move(const Step& step, Write write);
+  absl::Status Merge(const Step& step);
+
+  Context& ctx_;
+  const AttentionGeometry::Schedule& schedule_;
+  const AttentionCase& layer_;
+  double scale_;
+  const ExchangePlan& plan_;
+  const RankPlan& rank_;
+  const std::vector<SlotMemory>& slots_;
+};
+
+}  // namespace annulus
