@@ -214,7 +214,7 @@ class SplitRank {
     std::vector<Part> parts;
     for (size_t k = 0; k < s_.between.chunk.size(); ++k) {
       const Chunk& joined = s_.between.problem.chunks[k];
-      if (joined.owner != rows.block || !Overlap(joined.rows, rows.rows)) continue;
+      if (joined.owner != rows.block || joined.rows.empty() || !Overlap(joined.rows, rows.rows)) continue;
       const Chunk& chunk = s_.problem.chunks[s_.between.chunk[k]];
       const int64_t shift = chunk.rows.begin - joined.rows.begin;
       parts.push_back({s_.between.chunk[k],
