@@ -58,7 +58,8 @@ AttentionGradients GradientsOf(const AttendCall& call, const ContextAttentionSha
 
 void AttentionGeometry::SetBatch(SequenceBatch sequences) {
   const bool same_masks = sequences_.document_starts.empty() && sequences.document_starts.empty() &&
-                          sequences_.batch == sequences.batch && sequences_.lengths == sequences.lengths;
+                          sequences_.batch == sequences.batch && sequences_.lengths == sequences.lengths &&
+                          sequences_.visibility == sequences.visibility;
   if (!same_masks) {
     for (auto& [window, mask] : masks_) spare_bounds_.push_back(std::move(mask.on_device));
     masks_.clear();

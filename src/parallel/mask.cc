@@ -39,14 +39,34 @@ void AddVisible(const LayoutChunk& q, const LayoutChunk& kv, const SequenceBatch
 }  // namespace
 
 KeyRange VisibleKeys(const SequenceBatch& sequences, int64_t window, int64_t item, int64_t position) {
-  if (position >= sequences.lengths[static_cast<size_t>(item)]) return {};
-  KeyRange keys{0, position + 1};
-  if (window > 0) keys.lo = std::max(keys.lo, position - window + 1);
+  const int64_t length = sequences.lengths[static_cast<size_t>(item)];
+  if (position >= length) return {};
+  const bool causal = sequences.visibility == Visibility::kCausal;
+  KeyRange keys{0, causal ? position + 1 : length};
+  if (window > 0) {
+    keys.lo = std::max(keys.lo, position - window + 1);
+    if (keys.hi - position > window) keys.hi = position + window;
+  }
   if (!sequences.document_starts.empty()) {
-    keys.lo = std::max(keys.lo,
-                       sequences.document_starts[static_cast<size_t>(item)][static_cast<size_t>(position)]);
+    const std::vector<int64_t>& starts = sequences.document_starts[static_cast<size_t>(item)];
+    const auto here = starts.begin() + position;
+    keys.lo = std::max(keys.lo, *here);
+    // Starts ascend: the document goes on as long as they do not change.
+    const auto end = causal ? here + 1 : std::upper_bound(here, starts.begin() + keys.hi, *here);
+    keys.hi = end - starts.begin();
   }
   return keys;
+}
+
+int64_t VisiblePairs(const SequenceBatch& sequences, int64_t window) {
+  int64_t pairs = 0;
+  for (int64_t item = 0; item < sequences.batch; ++item) {
+    for (int64_t position = 0; position < sequences.lengths[static_cast<size_t>(item)]; ++position) {
+      const KeyRange keys = VisibleKeys(sequences, window, item, position);
+      pairs += keys.hi - keys.lo;
+    }
+  }
+  return pairs;
 }
 
 BoundsTable LocalBounds(const SequenceLayout& layout, const SequenceBatch& sequences, int64_t window,

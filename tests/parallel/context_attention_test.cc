@@ -205,12 +205,16 @@ struct MaskKind {
   int64_t window;
   Documents documents;
   Lengths lengths;
+  Visibility visibility = Visibility::kCausal;
 };
-constexpr MaskKind kMasks[] = {{"causal", 0, Documents::kNone, Lengths::kFull},
-                               {"window", 5, Documents::kNone, Lengths::kFull},
-                               {"window_of_one", 1, Documents::kNone, Lengths::kFull},
-                               {"documents", 0, Documents::kRandom, Lengths::kFull},
-                               {"mixed_with_padding", 9, Documents::kRandom, Lengths::kRandom}};
+constexpr MaskKind kMasks[] = {
+    {"causal", 0, Documents::kNone, Lengths::kFull},
+    {"window", 5, Documents::kNone, Lengths::kFull},
+    {"window_of_one", 1, Documents::kNone, Lengths::kFull},
+    {"documents", 0, Documents::kRandom, Lengths::kFull},
+    {"mixed_with_padding", 9, Documents::kRandom, Lengths::kRandom},
+    {"full", 0, Documents::kNone, Lengths::kFull, Visibility::kFull},
+    {"mixed_both_ways", 9, Documents::kRandom, Lengths::kRandom, Visibility::kFull}};
 
 class ContextAttention : public ::testing::TestWithParam<std::tuple<LayoutKind, int>> {};
 
@@ -226,8 +230,9 @@ TEST_P(ContextAttention, EqualsDenseSoftmax) {
     for (const auto& [length, batch] : {std::pair{32, 1}, std::pair{37, 2}, std::pair{11, 3}}) {
       SCOPED_TRACE(::testing::Message() << mask.name << ", length " << length << ", batch " << batch);
       const uint64_t seed = static_cast<uint64_t>(length + batch);
-      const Case c{SequenceLayout(kind, length, ranks),
-                   RandomSequences(seed, length, batch, mask.lengths, mask.documents), mask.window};
+      Case c{SequenceLayout(kind, length, ranks),
+             RandomSequences(seed, length, batch, mask.lengths, mask.documents), mask.window};
+      c.sequences.visibility = mask.visibility;
       Whole in = MakeInputs(c), got = MakeOutputs(c);
       OnLoopback(ranks, [&](Communicator cp) {
         AttentionGeometry geometry(c.layout, cp);
@@ -258,6 +263,8 @@ TEST(Geometry, FollowsTheBatchAndTheWindow) {
   add(2, Lengths::kFull, Documents::kRandom);
   add(2, Lengths::kFull, Documents::kNone);
   add(1, Lengths::kFull, Documents::kNone);
+  add(1, Lengths::kFull, Documents::kNone);
+  cases.back().sequences.visibility = Visibility::kFull;
   std::vector<Whole> in, got;
   for (const Case& c : cases) {
     in.push_back(MakeInputs(c));

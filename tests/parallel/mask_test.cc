@@ -22,8 +22,10 @@ Draw MakeDraw(uint64_t seed) {
   const Lengths lengths = random.Below(3, 2) == 0 ? Lengths::kFull : Lengths::kRandom;
   const Documents documents = random.Below(4, 2) == 0 ? Documents::kNone : Documents::kRandom;
   const int64_t window = random.Below(5, 2) == 0 ? 0 : 1 + static_cast<int64_t>(random.Below(6, 12));
-  return {SequenceLayout(kLayouts[random.Below(7, 3)], length, ranks),
-          RandomSequences(seed, length, batch, lengths, documents), window};
+  Draw draw{SequenceLayout(kLayouts[random.Below(7, 3)], length, ranks),
+            RandomSequences(seed, length, batch, lengths, documents), window};
+  if (random.Below(8, 2) == 0) draw.sequences.visibility = Visibility::kFull;
+  return draw;
 }
 
 constexpr uint64_t kDraws = 300;
@@ -37,6 +39,59 @@ TEST(VisibleKeys, AreThoseOfThePairwiseMask) {
         for (int64_t k = 0; k < draw.layout.padded_length(); ++k) {
           ASSERT_EQ(keys.lo <= k && k < keys.hi, Sees(draw.sequences, draw.window, item, q, k))
               << "draw " << seed << ", item " << item << ", query " << q << ", key " << k;
+        }
+      }
+    }
+  }
+}
+
+TEST(VisiblePairs, AreCountedOneByOne) {
+  for (uint64_t seed = 0; seed < kDraws; ++seed) {
+    const Draw draw = MakeDraw(seed);
+    int64_t pairs = 0;
+    for (int64_t item = 0; item < draw.sequences.batch; ++item) {
+      for (int64_t q = 0; q < draw.layout.length(); ++q) {
+        for (int64_t k = 0; k < draw.layout.length(); ++k)
+          pairs += Sees(draw.sequences, draw.window, item, q, k);
+      }
+    }
+    EXPECT_EQ(VisiblePairs(draw.sequences, draw.window), pairs) << "draw " << seed;
+  }
+}
+
+// By hand: documents of 3, 1 and 2 tokens and 1 of padding.
+TEST(VisibleKeys, OfDocumentsOnBothSides) {
+  SequenceBatch sequences{.batch = 1, .lengths = {6}, .document_starts = {{0, 0, 0, 3, 4, 4, 6}}};
+  const auto ranges = [&](int64_t window) {
+    std::vector<std::pair<int64_t, int64_t>> all;
+    for (int64_t position = 0; position < 7; ++position) {
+      const KeyRange keys = VisibleKeys(sequences, window, 0, position);
+      all.emplace_back(keys.lo, keys.hi);
+    }
+    return all;
+  };
+  using Ranges = std::vector<std::pair<int64_t, int64_t>>;
+  EXPECT_EQ(ranges(0), (Ranges{{0, 1}, {0, 2}, {0, 3}, {3, 4}, {4, 5}, {4, 6}, {0, 0}}));
+  sequences.visibility = Visibility::kFull;
+  EXPECT_EQ(ranges(0), (Ranges{{0, 3}, {0, 3}, {0, 3}, {3, 4}, {4, 6}, {4, 6}, {0, 0}}));
+  EXPECT_EQ(ranges(2), (Ranges{{0, 2}, {0, 3}, {1, 3}, {3, 4}, {4, 6}, {4, 6}, {0, 0}}));
+}
+
+// Plans of masks that look both ways compute each pair once, and move every block everywhere.
+TEST(ExchangeProblem, OfFullMasksHasAPlan) {
+  constexpr int64_t kLength = 120;  // no padding on any number of ranks, zigzag or not
+  for (const LayoutKind kind : kLayouts) {
+    for (int ranks = 1; ranks <= 6; ++ranks) {
+      const SequenceLayout layout(kind, kLength, ranks);
+      SequenceBatch sequences{.batch = 1, .lengths = {kLength}, .document_starts = {}};
+      sequences.visibility = Visibility::kFull;
+      const ExchangeProblem problem = MakeExchangeProblem(layout, sequences, 0);
+      for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+        const ExchangePlan plan = BuildKvRing(problem, pass);
+        EXPECT_TRUE(Validate(plan).ok()) << NameOf(kind) << ", " << ranks << ": " << Validate(plan);
+        if (pass == Pass::kBackward) continue;
+        for (int r = 0; r < ranks; ++r) {
+          EXPECT_EQ(BytesSent(plan, r, 1, 1), (ranks - 1) * problem.block_rows) << NameOf(kind) << " " << r;
         }
       }
     }

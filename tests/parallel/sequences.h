@@ -47,8 +47,9 @@ inline SequenceBatch RandomSequences(uint64_t seed, int64_t length, int64_t batc
 // Whether the query at position q of sequence `item` sees the key at position k.
 inline bool Sees(const SequenceBatch& sequences, int64_t window, int64_t item, int64_t q, int64_t k) {
   const int64_t length = sequences.lengths[static_cast<size_t>(item)];
-  if (q >= length || k >= length || k > q) return false;
-  if (window > 0 && q - k >= window) return false;
+  if (q >= length || k >= length) return false;
+  if (sequences.visibility == Visibility::kCausal && k > q) return false;
+  if (window > 0 && (q - k >= window || k - q >= window)) return false;
   if (sequences.document_starts.empty()) return true;
   const std::vector<int64_t>& starts = sequences.document_starts[static_cast<size_t>(item)];
   return starts[static_cast<size_t>(q)] == starts[static_cast<size_t>(k)];
