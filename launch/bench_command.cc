@@ -4,20 +4,11 @@
 #include <cstdio>
 
 #include "annulus/base/file.h"
-#include "annulus/base/random.h"
 #include "annulus/device/stream_timer.h"
-#include "annulus/device/transfer.h"
-#include "annulus/ops/elementwise.h"
-#include "annulus/ops/linear.h"
 #include "annulus/train/config.h"
 #include "bench.h"
 
 namespace annulus {
-
-absl::StatusOr<int64_t> Bench::Int(absl::string_view option, int64_t fallback) const {
-  ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> value, arguments.PositiveInt(option));
-  return value.value_or(fallback);
-}
 
 absl::StatusOr<double> Bench::Seconds(const std::function<absl::Status()>& fn) const {
   constexpr int kWarmUps = 2;
@@ -63,53 +54,6 @@ void Bench::Report(const nlohmann::ordered_json& result) const {
   std::fflush(stdout);
 }
 
-absl::StatusOr<TensorRef> RandomTensor(Bench& bench, const Shape& shape, uint64_t seed) {
-  // A block of a million values, repeated: drawing billions would take longer than what is measured.
-  constexpr int64_t kBlock = int64_t{1} << 20;
-  Context& ctx = bench.ctx();
-  const TensorRef tensor = ctx.saved.Allocate(bench.dtype(), shape);
-  const DType wide = AccumOf(bench.dtype());
-  const TensorRef flat = tensor.Reshaped({shape.elements()});
-  const Tensor host(Device{}, wide, {std::min(kBlock, shape.elements())});
-  const RandomStream random(seed, "bench");
-  VisitFloat(wide, [&]<class T>() {
-    T* values = host.ref().data<T>();
-    for (int64_t i = 0; i < host.ref().elements(); ++i) {
-      values[i] = static_cast<T>(random.Normal(static_cast<uint64_t>(i)));
-    }
-  });
-  ArenaScope scope(ctx.scratch);
-  const TensorRef block = ctx.scratch.Allocate(wide, host.ref().shape());
-  Upload(ctx, host.ref().raw(), host.ref().bytes(), block);
-  for (int64_t begin = 0; begin < flat.elements(); begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, flat.elements());
-    ANNULUS_RETURN_IF_ERROR(Cast(ctx, block.Rows(0, end - begin), flat.Rows(begin, end)));
-  }
-  return tensor;
-}
-
-int64_t CeilingSize(const Bench& bench) { return bench.ctx().device.kind == DeviceKind::kCuda ? 8192 : 1024; }
-
-absl::StatusOr<double> GemmRate(Bench& bench, int64_t m, int64_t n, int64_t k) {
-  ArenaScope scope(bench.ctx().saved);
-  ANNULUS_ASSIGN_OR_RETURN(const TensorRef a, RandomTensor(bench, {m, k}, 1));
-  ANNULUS_ASSIGN_OR_RETURN(const TensorRef b, RandomTensor(bench, {n, k}, 2));
-  const TensorRef c = bench.ctx().saved.Allocate(bench.dtype(), {m, n});
-  ANNULUS_ASSIGN_OR_RETURN(const double seconds, bench.Seconds([&] {
-    return LinearForward(bench.ctx(), a, b, Write::kOverwrite, c);
-  }));
-  return 2e-12 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) / seconds;
-}
-
-absl::Status BenchGemm(Bench& bench) {
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t m, bench.Int("--m", CeilingSize(bench)));
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t n, bench.Int("--n", m));
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t k, bench.Int("--k", m));
-  ANNULUS_ASSIGN_OR_RETURN(const double rate, GemmRate(bench, m, n, k));
-  bench.Report({{"m", m}, {"n", n}, {"k", k}, {"tflops", rate}, {"datasheet_tflops", bench.gpu.bf16_tflops}});
-  return absl::OkStatus();
-}
-
 namespace {
 
 absl::StatusOr<RunSpec> SpecFor(const Arguments& arguments, int world) {
@@ -131,24 +75,49 @@ absl::StatusOr<RunSpec> SpecFor(const Arguments& arguments, int world) {
   return config.spec;
 }
 
-absl::Status RunOn(Communicator world, const Arguments& arguments) {
-  const std::pair<const char*, absl::Status (*)(Bench&)> kinds[] = {
-      {"gemm", BenchGemm}, {"attention", BenchAttention}, {"exchange", BenchExchange}, {"step", BenchStep}};
-  const auto kind = std::find_if(std::begin(kinds), std::end(kinds),
-                                 [&](const auto& k) { return arguments.operand() == k.first; });
-  if (kind == std::end(kinds)) {
-    return world.AgreeOk(
-        Invalid("annulus bench ", arguments.operand(), ": expected one of gemm, attention, exchange, step"));
+std::vector<BenchKind> Kinds() {
+  const auto plan_exchange = [](const Arguments& arguments, const RunSpec&) -> absl::StatusOr<BenchRun> {
+    ANNULUS_RETURN_IF_ERROR(arguments.PositiveInt("--bytes").status());
+    return BenchRun(BenchExchange);
+  };
+  return {
+      GemmBench(),
+      AttentionBench(),
+      {.name = "exchange", .options = {"--bytes"}, .fields = {"device", "parallel"}, .plan = plan_exchange},
+      StepBench()};
+}
+
+struct PlannedBench {
+  RunSpec spec;
+  BenchRun run;
+};
+
+// All that can be said without a device.
+absl::StatusOr<PlannedBench> PlanBench(const Arguments& arguments, int world) {
+  const std::vector<BenchKind> kinds = Kinds();
+  const auto kind = std::find_if(kinds.begin(), kinds.end(),
+                                 [&](const BenchKind& k) { return arguments.operand() == k.name; });
+  if (kind == kinds.end()) {
+    return Invalid("annulus bench ", arguments.operand(),
+                   ": expected one of gemm, attention, exchange, step");
   }
-  const absl::StatusOr<RunSpec> spec = SpecFor(arguments, world.size());
-  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(spec.status()));
-  ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, *spec));
-  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, *spec, device));
-  Bench bench{arguments, *spec, std::move(machine), {}};
+  ANNULUS_RETURN_IF_ERROR(CheckBenchOptions(*kind, arguments));
+  PlannedBench planned;
+  ANNULUS_ASSIGN_OR_RETURN(planned.spec, SpecFor(arguments, world));
+  ANNULUS_ASSIGN_OR_RETURN(planned.run, kind->plan(arguments, planned.spec));
+  return planned;
+}
+
+absl::Status RunOn(Communicator world, const Arguments& arguments) {
+  const absl::StatusOr<PlannedBench> planned = PlanBench(arguments, world.size());
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(planned.status()));
+  ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, planned->spec));
+  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, planned->spec, device));
+  Bench bench{arguments, planned->spec, std::move(machine), {}};
   if (device.kind == DeviceKind::kCuda) {
     ANNULUS_ASSIGN_OR_RETURN(bench.gpu, DescribeGpu(device.index));
   }
-  return kind->second(bench);
+  return planned->run(bench);
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
@@ -180,11 +149,15 @@ Command BenchCommand() {
         {"--dim", Option::Takes::kValue, "D", "attention: head dim (default 128)"},
         {"--v_dim", Option::Takes::kValue, "D", "attention: head dim of values (default: dim)"},
         {"--length", Option::Takes::kValue, "S", "attention: tokens over all ranks (default 32768)"},
-        {"--window", Option::Takes::kValue, "W", "attention: keys a query sees (default: all before it)"},
-        {"--bytes", Option::Takes::kValue, "B", "exchange: of a message (default: 1, 16 and 128 MiB)"},
+        {"--mask", Option::Takes::kValue, "MASK", "attention: causal (default), full, window or documents"},
+        {"--window", Option::Takes::kValue, "W", "attention: keys that a query sees with --mask window"},
+        {"--document_length", Option::Takes::kValue, "L",
+         "attention: mean length of the packed documents of --mask documents"},
+        {"--bytes", Option::Takes::kValue, "B", "exchange: of a message (default: 1, 4, 16, 64 and 128 MiB)"},
         {"--config", Option::Takes::kValue, "FILE", "step: the configuration; its data is not read"},
         {"--set", Option::Takes::kValue, "PATH=VALUE",
-         "overrides a field: device, compute, parallel.layout, parallel.exchange.transport; repeatable"}}},
+         "overrides a field that means something to WHAT (device, compute, parallel.layout, ...); "
+         "repeatable"}}},
       Run};
 }
 

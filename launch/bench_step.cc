@@ -32,12 +32,7 @@ Batch RandomBatch(const RunSpec& spec, const SequenceLayout& layout, const MeshC
   return batch;
 }
 
-}  // namespace
-
-absl::Status BenchStep(Bench& bench) {
-  if (!bench.arguments.Has("--config")) {
-    return bench.machine.mesh.world.AgreeOk(Invalid("annulus bench step: expected --config FILE"));
-  }
+absl::Status Run(Bench& bench) {
   Trainer trainer(bench.spec, bench.machine.mesh, bench.ctx(), bench.machine.transport);
   ANNULUS_RETURN_IF_ERROR(trainer.Initialize());
   const Batch batch = RandomBatch(bench.spec, trainer.layout(), bench.machine.mesh.at);
@@ -66,5 +61,14 @@ absl::Status BenchStep(Bench& bench) {
        {"loss", report.loss}});
   return absl::OkStatus();
 }
+
+absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec&) {
+  if (!arguments.Has("--config")) return Invalid("annulus bench step: expected --config FILE");
+  return BenchRun(Run);
+}
+
+}  // namespace
+
+BenchKind StepBench() { return {.name = "step", .options = {"--config"}, .fields = {}, .plan = Plan}; }
 
 }  // namespace annulus

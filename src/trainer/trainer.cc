@@ -43,14 +43,13 @@ GradientMemory GradientMemoryOf(const RunSpec& spec) {
 
 MemoryPlan PlanMemory(const RunSpec& spec) {
   const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
-  return PlanMemory(spec.model,
-                    {.device = spec.device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu,
-                     .dtype = DTypeOf(spec.compute),
-                     .local_tokens = layout.local_rows() * spec.optim.micro_batch,
-                     .shards = spec.parallel.dp * spec.parallel.cp,
-                     .cp_exchange = spec.parallel.cp > 1,
-                     .recompute = spec.recompute,
-                     .gradients = GradientMemoryOf(spec)});
+  return PlanMemory(spec.model, {.device = DeviceKindOf(spec.device),
+                                 .dtype = DTypeOf(spec.compute),
+                                 .local_tokens = layout.local_rows() * spec.optim.micro_batch,
+                                 .shards = spec.parallel.dp * spec.parallel.cp,
+                                 .cp_exchange = spec.parallel.cp > 1,
+                                 .recompute = spec.recompute,
+                                 .gradients = GradientMemoryOf(spec)});
 }
 
 Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, TransportKind transport)

@@ -18,7 +18,9 @@ absl::Status ResolveDevice(RunSpec* spec);
 // The second half of it, for a device that is definite but need not be here.
 absl::Status ResolveCompute(RunSpec* spec);
 
-DType DTypeOf(ComputeType compute);  // a definite one
+// Of definite ones.
+DType DTypeOf(ComputeType compute);
+DeviceKind DeviceKindOf(DeviceChoice device);
 
 // This rank's device, made the thread's: ranks of a host take its GPUs in turn. Collective.
 absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec);
