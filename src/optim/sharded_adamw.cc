@@ -22,10 +22,18 @@ absl::Status CopyRounded(Context& ctx, ConstTensorRef from, TensorRef to) {
     Upload(ctx, from.raw(), from.bytes(), to);
     return absl::OkStatus();
   }
+  const int64_t elements = to.elements(), size = SizeOf(from.dtype());
+  const int64_t piece = std::min(elements, kStatePieceBytes / size);
+  const TensorRef flat = to.Reshaped({elements});
   ArenaScope scope(ctx.scratch);
-  const TensorRef wide = ctx.scratch.Allocate(from.dtype(), to.shape());
-  Upload(ctx, from.raw(), from.bytes(), wide);
-  return Cast(ctx, wide, to);
+  const TensorRef wide = ctx.scratch.Allocate(from.dtype(), {piece});
+  for (int64_t begin = 0; begin < elements; begin += piece) {
+    const int64_t end = std::min(begin + piece, elements);
+    const TensorRef values = wide.Rows(0, end - begin);
+    Upload(ctx, static_cast<const char*>(from.raw()) + begin * size, values.bytes(), values);
+    ANNULUS_RETURN_IF_ERROR(Cast(ctx, values, flat.Rows(begin, end)));
+  }
+  return absl::OkStatus();
 }
 
 // InitialValues on every core: drawing billions of numbers takes minutes on one.
@@ -213,24 +221,38 @@ absl::Status ShardedAdamW::WaitForParameters() {
   return status;
 }
 
-absl::StatusOr<GatheredTensors> ShardedAdamW::Gather() {
+// host = the shards of all ranks one behind the other, on ranks where it is defined.
+absl::Status ShardedAdamW::GatherShards(TensorRef shard, int64_t piece_bytes, TensorRef host) {
+  const int64_t ranks = group_.size(), elements = shard.elements();
+  const int64_t most = std::clamp<int64_t>(piece_bytes / (ranks * SizeOf(shard.dtype())), 1, elements);
+  ArenaScope scope(ctx_.scratch);
+  const TensorRef memory = ctx_.scratch.Allocate(shard.dtype(), {ranks * most});
+  for (int64_t begin = 0; begin < elements; begin += most) {
+    const int64_t end = std::min(begin + most, elements), count = end - begin;
+    const TensorRef pieces = memory.Rows(0, ranks * count);
+    ANNULUS_RETURN_IF_ERROR(group_.AllGather(shard.Rows(begin, end), pieces));
+    if (!host.defined()) continue;
+    for (int64_t r = 0; r < ranks; ++r) {
+      const TensorRef to = host.Rows(r * elements + begin, r * elements + end);
+      Download(ctx_, pieces.Rows(r * count, (r + 1) * count), to.raw());
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<GatheredTensors> ShardedAdamW::Gather(int64_t piece_bytes) {
   ANNULUS_RETURN_IF_ERROR(WaitForParameters());
   GatheredTensors result;
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
     const Shard& shard = shards_[static_cast<size_t>(bucket)];
-    const Shape whole = params_.BucketValues(bucket).shape();
     const bool mine = bucket % group_.size() == group_.rank();
     for (const auto& [prefix, part] :
          {std::pair{"", MasterShard(bucket)}, std::pair{"optim.m.", shard.m.ref()},
           std::pair{"optim.v.", shard.v.ref()}}) {
-      const Tensor full(part.device(), part.dtype(), whole);
-      ANNULUS_RETURN_IF_ERROR(group_.AllGather(part, full.ref()));
-      if (!mine) {
-        ctx_.lane.Synchronize();  // `full` goes, and work on it must be over
-        continue;
-      }
-      Tensor host(Device{}, part.dtype(), whole);
-      Download(ctx_, full.ref(), host.ref().raw());
+      Tensor host;
+      if (mine) host = Tensor(Device{}, part.dtype(), params_.BucketValues(bucket).shape());
+      ANNULUS_RETURN_IF_ERROR(GatherShards(part, piece_bytes, host.ref()));
+      if (!mine) continue;
       for (const ParamInfo& info : params_.table().params) {
         if (info.bucket != bucket) continue;
         const TensorRef tensor = host.ref().Rows(info.offset, info.offset + info.shape.elements());

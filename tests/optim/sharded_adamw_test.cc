@@ -316,6 +316,28 @@ void TrainAndSave(int ranks, int64_t steps, Saved* saved) {
   });
 }
 
+// Pieces of one element of every rank, pieces that do not divide the buckets, and all at once: the same bits,
+// through no more memory than was allowed.
+TEST_P(ShardedAdamWTest, GathersInPiecesOfAnySize) {
+  const int ranks = GetParam();
+  Tensors whole;
+  for (const int64_t piece_bytes : {int64_t{1} << 20, int64_t{1}, int64_t{500}, int64_t{1000}}) {
+    SCOPED_TRACE(::testing::Message() << piece_bytes << " bytes");
+    Saved saved;
+    OnGroup(ranks, SmallOptim(0), [&](Rank& rank) {
+      saved.Add(rank.optimizer.Gather(piece_bytes).value());
+      const int64_t rounded = (piece_bytes + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
+      EXPECT_LE(rank.ctx.scratch.high_water_bytes(), rounded);
+      EXPECT_EQ(rank.ctx.scratch.used_bytes(), 0);
+    });
+    if (whole.empty()) whole = saved.tensors();
+    EXPECT_EQ(saved.tensors(), whole);
+  }
+  ParamStore params(Device{}, DType::kF64, BuildParamTable(SmallSpec()), 1);
+  params.Initialize(9);
+  for (const auto& [name, values] : ValuesOf(params)) EXPECT_EQ(values, whole.at(name)) << name;
+}
+
 TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {
   const int from = GetParam();
   Saved saved, straight;

@@ -27,6 +27,10 @@ struct GatheredTensors {
   std::vector<Tensor> memory;
 };
 
+// State moves between host and device in pieces of at most this many bytes: a bucket may be gigabytes, for
+// which a device in training has no room.
+inline constexpr int64_t kStatePieceBytes = int64_t{64} << 20;
+
 using TensorFinder = std::function<absl::StatusOr<ConstTensorRef>(absl::string_view name)>;
 
 // Copies every parameter from the host tensors that `find` gives, which must have the table's shapes and the
@@ -61,8 +65,9 @@ class ShardedAdamW {
   absl::Status WaitForParameters();  // of all buckets
 
   // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint, in
-  // the accumulator dtype; buckets are dealt to the ranks in turn. Collective.
-  absl::StatusOr<GatheredTensors> Gather();
+  // the accumulator dtype; buckets are dealt to the ranks in turn. Goes through `piece_bytes` of ctx.scratch,
+  // or as little as one element of every rank takes. Collective.
+  absl::StatusOr<GatheredTensors> Gather(int64_t piece_bytes = kStatePieceBytes);
   // Reads this rank's part of parameters and state, as RestoreParameters does; PublishParameters must follow.
   absl::Status Restore(const TensorFinder& find);
   // Parameters of all ranks from what each holds of them. Collective.
@@ -89,6 +94,7 @@ class ShardedAdamW {
   TensorRef ValueShard(int bucket) const;   // this rank's part of the bucket's values
   TensorRef MasterShard(int bucket) const;  // the same in the accumulator dtype
   Run RunOf(size_t param) const;            // empty if the shard holds none of the parameter
+  absl::Status GatherShards(TensorRef shard, int64_t piece_bytes, TensorRef host);
   absl::Status WaitForReduce(int bucket);
   absl::Status StartGather(int bucket);
 
