@@ -44,6 +44,9 @@ absl::Status Run(Bench& bench) {
   const FlopsPerToken flops = TrainingFlops(bench.spec.model, bench.spec.data.seq_len);
   const double tokens = static_cast<double>(bench.spec.optim.sequences_per_step * bench.spec.data.seq_len);
   const double per_rank = tokens / seconds / bench.machine.mesh.world.size() * 1e-12;
+  nlohmann::ordered_json memory;
+  for (const MemoryPlan::Part& part : report.memory.parts()) memory[part.name] = part.bytes;
+  memory["other"] = report.other_memory_bytes;
   bench.Report(
       {{"name", bench.spec.name},
        {"seq_len", bench.spec.data.seq_len},
@@ -58,6 +61,7 @@ absl::Status Run(Bench& bench) {
        {"exposed_exchange_ms", report.exposed_exchange_ms},
        {"exposed_reduce_ms", report.exposed_reduce_ms},
        {"memory_gib", static_cast<double>(report.memory_peak_bytes) / (int64_t{1} << 30)},
+       {"memory_bytes", memory},
        {"loss", report.loss}});
   return absl::OkStatus();
 }

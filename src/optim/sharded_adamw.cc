@@ -74,7 +74,7 @@ ShardedAdamW::ShardedAdamW(Context& ctx, const OptimSpec& spec, ParamStore& para
     ANNULUS_CHECK(values.elements() % group_.size() == 0) << "bucket " << bucket;
     const Shape shape{values.elements() / group_.size()};
     Shard shard;
-    shard.grad = Tensor(values.device(), accum, shape);
+    if (!params.SharingGrads(bucket).empty()) shard.grad = Tensor(values.device(), accum, shape);
     shard.m = Tensor(values.device(), accum, shape);
     shard.v = Tensor(values.device(), accum, shape);
     if (has_master()) shard.master = Tensor(values.device(), accum, shape);
@@ -96,7 +96,7 @@ ShardedAdamW::~ShardedAdamW() {
 ShardedAdamW::Run ShardedAdamW::RunOf(size_t param) const {
   const ParamInfo& info = params_.table().params[param];
   const int64_t shard_begin = ShardBegin(info.bucket);
-  const int64_t size = shards_[static_cast<size_t>(info.bucket)].grad.ref().elements();
+  const int64_t size = shards_[static_cast<size_t>(info.bucket)].m.ref().elements();
   return {.param = param,
           .bucket = info.bucket,
           .begin = std::clamp<int64_t>(info.offset - shard_begin, 0, size),
@@ -116,6 +116,14 @@ TensorRef ShardedAdamW::ValueShard(int bucket) const {
 
 TensorRef ShardedAdamW::MasterShard(int bucket) const {
   return has_master() ? shards_[static_cast<size_t>(bucket)].master.ref() : ValueShard(bucket);
+}
+
+TensorRef ShardedAdamW::GradShard(int bucket) const {
+  const TensorRef own = shards_[static_cast<size_t>(bucket)].grad.ref();
+  if (own.defined()) return own;
+  const TensorRef grads = params_.BucketGrads(bucket);
+  const int64_t first = ShardBegin(bucket);
+  return grads.Rows(first, first + grads.elements() / group_.size());
 }
 
 absl::Status ShardedAdamW::Initialize(uint64_t seed) {
@@ -154,7 +162,7 @@ absl::Status ShardedAdamW::WaitForReduce(int bucket) {
 absl::Status ShardedAdamW::StartReduce(int bucket) {
   Shard& shard = shards_[static_cast<size_t>(bucket)];
   ANNULUS_ASSIGN_OR_RETURN(shard.reduce,
-                           group_.IReduceScatter(params_.BucketGrads(bucket), shard.grad.ref()));
+                           group_.IReduceScatter(params_.BucketGrads(bucket), GradShard(bucket)));
   return absl::OkStatus();
 }
 
@@ -172,8 +180,7 @@ void ShardedAdamW::Poll() {
 absl::Status ShardedAdamW::FinishReduce(TensorRef sum_of_squares) {
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
     ANNULUS_RETURN_IF_ERROR(WaitForReduce(bucket));
-    ANNULUS_RETURN_IF_ERROR(
-        AddSumOfSquares(ctx_, shards_[static_cast<size_t>(bucket)].grad.ref(), sum_of_squares));
+    ANNULUS_RETURN_IF_ERROR(AddSumOfSquares(ctx_, GradShard(bucket), sum_of_squares));
   }
   return absl::OkStatus();
 }
@@ -197,7 +204,7 @@ absl::Status ShardedAdamW::Update(int64_t step, double lr, ConstTensorRef gradie
                       {.param = MasterShard(bucket).Rows(run.begin, run.end),
                        .m = shard.m.ref().Rows(run.begin, run.end),
                        .v = shard.v.ref().Rows(run.begin, run.end),
-                       .grad = shard.grad.ref().Rows(run.begin, run.end),
+                       .grad = GradShard(bucket).Rows(run.begin, run.end),
                        .gradient_scale = gradient_scale,
                        .copy = has_master() ? ValueShard(bucket).Rows(run.begin, run.end) : TensorRef()}));
     }
@@ -286,7 +293,11 @@ absl::Status ShardedAdamW::Restore(const TensorFinder& find) {
 
 int64_t ShardedAdamW::state_bytes() const {
   int64_t bytes = 0;
-  for (const Shard& shard : shards_) bytes += (has_master() ? 4 : 3) * shard.grad.ref().bytes();
+  for (const Shard& shard : shards_) {
+    for (const Tensor* part : {&shard.m, &shard.v, &shard.grad, &shard.master}) {
+      if (part->ref().defined()) bytes += part->ref().bytes();
+    }
+  }
   return bytes;
 }
 

@@ -18,14 +18,14 @@ double SecondsSince(std::chrono::steady_clock::time_point start) {
 }
 
 // The high-water mark: of what is resident, or of the GPU, whose memory is taken once and kept.
-absl::StatusOr<double> MemoryInUse(Device device) {
+absl::StatusOr<int64_t> MemoryInUse(Device device) {
   if (device.kind == DeviceKind::kCuda) {
     ANNULUS_ASSIGN_OR_RETURN(const GpuMemory memory, MemoryOfGpu());
-    return static_cast<double>(memory.total_bytes - memory.free_bytes);
+    return memory.total_bytes - memory.free_bytes;
   }
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) * 1024;  // Linux reports KiB
+  return int64_t{usage.ru_maxrss} * 1024;  // Linux reports KiB
 }
 
 TokenSlice UploadTokens(Context& ctx, const MicroBatch& micro) {
@@ -33,10 +33,25 @@ TokenSlice UploadTokens(Context& ctx, const MicroBatch& micro) {
           .targets = Upload<int32_t>(ctx, ctx.scratch, micro.targets)};
 }
 
-// Gradients may be handed on as soon as they are complete if one micro-batch makes them.
+// Gradients may be handed on as soon as they are complete if one micro-batch makes them. Each rank then keeps
+// its share of the sums besides, which may be more than what their turns save.
 GradientMemory GradientMemoryOf(const RunSpec& spec) {
-  const int64_t per_rank = spec.optim.sequences_per_step / std::max<int64_t>(1, spec.parallel.dp);
-  return per_rank <= spec.optim.micro_batch ? GradientMemory::kTurns : GradientMemory::kAll;
+  const int64_t dp = std::max<int64_t>(1, spec.parallel.dp);
+  if (spec.optim.sequences_per_step / dp > spec.optim.micro_batch) return GradientMemory::kAll;
+  const ParamTable table = BuildParamTable(spec.model);
+  const auto held = [&](GradientMemory memory) {
+    return GradientElements(table, memory) + SharedGradientElements(table, memory) / (dp * spec.parallel.cp);
+  };
+  return held(GradientMemory::kTurns) < held(GradientMemory::kAll) ? GradientMemory::kTurns
+                                                                   : GradientMemory::kAll;
+}
+
+// On GPUs the best transport is that of copy engines, as inside a host.
+ExchangeMemory ExchangeMemoryOf(const RunSpec& spec) {
+  if (spec.parallel.cp == 1) return ExchangeMemory::kNone;
+  const TransportChoice choice = spec.parallel.transport;
+  const bool best = choice == TransportChoice::kBest && spec.device == DeviceChoice::kCuda;
+  return best || choice == TransportChoice::kCopyEngine ? ExchangeMemory::kOwn : ExchangeMemory::kWorkspace;
 }
 
 }  // namespace
@@ -47,7 +62,7 @@ MemoryPlan PlanMemory(const RunSpec& spec) {
                                  .dtype = DTypeOf(spec.compute),
                                  .local_tokens = layout.local_rows() * spec.optim.micro_batch,
                                  .shards = spec.parallel.dp * spec.parallel.cp,
-                                 .cp_exchange = spec.parallel.cp > 1,
+                                 .exchange = ExchangeMemoryOf(spec),
                                  .recompute = spec.recompute,
                                  .gradients = GradientMemoryOf(spec)});
 }
@@ -143,20 +158,45 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   const double exchange = exchange_.exposed_seconds + ctx_.waits.TakeSeconds(WaitKind::kExchange);
   const double reduce =
       ctx_.waits.TakeSeconds(WaitKind::kGradients) + ctx_.waits.TakeSeconds(WaitKind::kParameters);
-  ANNULUS_ASSIGN_OR_RETURN(const double memory, MemoryInUse(ctx_.device));
-  double worst[4] = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3, memory};
+  double worst[3] = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3};
   ANNULUS_RETURN_IF_ERROR(
-      mesh_.world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {4}), ReduceOp::kMax));
+      mesh_.world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {3}), ReduceOp::kMax));
   report->exposed_exchange_ms = worst[0];
   report->exposed_reduce_ms = worst[1];
   report->data_ms = worst[2];
-  report->memory_peak_bytes = static_cast<int64_t>(worst[3]);
   report->step_ms = seconds * 1e3;
   report->tokens_per_second = static_cast<double>(report->tokens) / seconds;
   const double per_rank = report->tokens_per_second / mesh_.world.size() / 1e12;
   report->tflops_causal = flops_.causal * per_rank;
   report->tflops_full = flops_.full * per_rank;
   report->peak_tflops = peak_tflops_;
+  return FillMemory(report);
+}
+
+MemoryPlan Trainer::MemoryHeld() const {
+  return {.parameters = params_.bytes(),
+          .gradients = params_.gradient_bytes(),
+          .optimizer = optimizer_.state_bytes(),
+          .activations = ctx_.saved.capacity_bytes(),
+          .workspace = ctx_.scratch.capacity_bytes(),
+          .exchange = geometry_.exchange_bytes()};
+}
+
+absl::Status Trainer::FillMemory(StepReport* report) {
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t in_use, MemoryInUse(ctx_.device));
+  const MemoryPlan held = MemoryHeld();
+  int64_t most[] = {
+      held.parameters, held.gradients, held.optimizer, held.activations,
+      held.workspace,  held.exchange,  in_use,         std::max<int64_t>(0, in_use - held.total())};
+  ANNULUS_RETURN_IF_ERROR(mesh_.world.AllReduce(TensorRef(most, DType::kI64, Device{}, {8}), ReduceOp::kMax));
+  report->memory = {.parameters = most[0],
+                    .gradients = most[1],
+                    .optimizer = most[2],
+                    .activations = most[3],
+                    .workspace = most[4],
+                    .exchange = most[5]};
+  report->memory_peak_bytes = most[6];
+  report->other_memory_bytes = most[7];
   return absl::OkStatus();
 }
 

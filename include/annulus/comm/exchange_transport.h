@@ -34,6 +34,9 @@ class ExchangeTransport {
   virtual absl::Status Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
                                ExchangeStats* stats) = 0;
 
+  // Memory on the device that it keeps for slots and flags, ctx.scratch left out.
+  virtual int64_t device_bytes() const { return 0; }
+
   // For a watchdog, from any thread: an error that showed after the call that caused it; and giving up all
   // that is under way, so that a stuck device lets go. Nothing else may be called afterwards.
   virtual absl::Status Health() { return absl::OkStatus(); }

@@ -41,8 +41,10 @@ class AttentionGeometry {
   const SequenceLayout& layout() const { return layout_; }
   const SequenceBatch& sequences() const { return sequences_; }
   Communicator& cp() { return cp_; }
-  ConstTensorRef Positions(Context& ctx);      // i64, global, of this rank's rows
+  ConstTensorRef Positions(Context& ctx);                      // i64, global, of this rank's rows
   absl::StatusOr<ExchangeTransport*> Transport(Context& ctx);  // made at first use, collectively
+  // Memory that the exchange keeps on the device.
+  int64_t exchange_bytes() const { return transport_ == nullptr ? 0 : transport_->device_bytes(); }
 
  private:
   Schedule MakeSchedule(ExchangePlan plan, const BoundsTable& bounds) const;

@@ -34,8 +34,10 @@ struct StepReport {
   double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next two
   double exposed_reduce_ms = 0;
   double data_ms = 0;
-  int64_t memory_peak_bytes = 0;  // of the largest rank: resident, or of its GPU
-  bool skipped = false;           // not finite: parameters were left as they were
+  int64_t memory_peak_bytes = 0;   // of the largest rank: resident, or of its GPU
+  MemoryPlan memory = {};          // held, of each part on the rank that has most of it
+  int64_t other_memory_bytes = 0;  // in use besides: the program, CUDA, NCCL, libraries, other processes
+  bool skipped = false;            // not finite: parameters were left as they were
 };
 
 class Trainer {
@@ -74,6 +76,8 @@ class Trainer {
   absl::Status ForwardBackward(const Batch& batch, double loss_scale);
   absl::Status CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const;
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
+  absl::Status FillMemory(StepReport* report);
+  MemoryPlan MemoryHeld() const;
 
   RunSpec spec_;
   ProcessMesh& mesh_;
@@ -91,6 +95,7 @@ class Trainer {
   int64_t step_ = 0;
 };
 
-// What a rank of this run holds.
+// What a rank of this run will hold.
 MemoryPlan PlanMemory(const RunSpec& spec);
+
 }  // namespace annulus
