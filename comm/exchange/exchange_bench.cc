@@ -3,15 +3,13 @@
 #include <algorithm>
 
 #include "annulus/device/stream_timer.h"
+#include "exchange_timing.h"
 
 namespace annulus {
 namespace {
 
-constexpr int kWarmUps = 3;    // memory and streams are made
-constexpr int kMessages = 16;  // of an execution, so that its beginning and end weigh little
-
 // Adds a message of `rows` from each rank to the one `hop` further, into slot `slot` of the receiver once the
-// message before it there has come: in a ring, too, two buffers take turns.
+// message before it there has come.
 struct Messages {
   RowRange rows;
   int hop = 1, slot = 1;
@@ -44,19 +42,21 @@ void AddMessages(Messages* messages, ExchangePlan* plan) {
 
 enum class Ways { kOne, kBoth };
 
-// Blocks of two rows that neighbours exchange kMessages times; nothing is computed.
+// Blocks of two rows that neighbours exchange kTimedMessages times; nothing is computed.
 ExchangePlan NeighbourPlan(int ranks, Ways ways) {
   ExchangePlan plan{.name = ways == Ways::kOne ? "to the next rank" : "to both neighbours",
                     .pass = Pass::kForward,
                     .problem = {.ranks = ranks, .block_rows = 2, .chunks = {}, .keys = {}, .pairs = {}}};
   for (int r = 0; r < ranks; ++r) {
     plan.problem.chunks.push_back({r, {0, 2}});
-    plan.ranks.push_back({.slots = {{Payload::kKv, true}, {Payload::kKv, false}, {Payload::kKv, false}}});
+    RankPlan& rank = plan.ranks.emplace_back();
+    rank.slots.assign(1 + kTimedBuffers, {Payload::kKv, false});
+    rank.slots[0].home = true;
   }
   plan.problem.keys.resize(plan.problem.chunks.size() * plan.problem.chunks.size());
   plan.problem.pairs.resize(plan.problem.keys.size());
   std::vector<Messages> lanes;
-  for (const int slot : {1, 2}) {
+  for (int slot = 1; slot <= kTimedBuffers; ++slot) {
     if (ways == Ways::kOne) {
       lanes.push_back({.rows = {0, 2}, .hop = 1, .slot = slot});
     } else {
@@ -64,49 +64,60 @@ ExchangePlan NeighbourPlan(int ranks, Ways ways) {
       lanes.push_back({.rows = {1, 2}, .hop = -1, .slot = slot});
     }
   }
-  for (int i = 0; i < kMessages / 2; ++i) {
+  for (int i = 0; i < kTimedMessages / kTimedBuffers; ++i) {
     for (Messages& lane : lanes) AddMessages(&lane, &plan);
   }
   return plan;
 }
 
-// The slowest rank's median.
-absl::StatusOr<double> MedianSeconds(Context& ctx, Communicator& cp, ExchangeTransport& transport,
-                                     const ExchangePlan& plan, TensorRef block, int repeats) {
+// Of one execution of the plan.
+absl::StatusOr<double> PlanSeconds(Context& ctx, Communicator& cp, ExchangeTransport& transport,
+                                   const ExchangePlan& plan, TensorRef block, int repeats) {
   ArenaScope scope(ctx.scratch);
   ExchangeBinding binding;
   ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport.Slots(ctx, plan, block, TensorRef()));
   binding.attend = [](const Step&) { return absl::OkStatus(); };
+  ExchangeStats stats;
+  return MedianSeconds(ctx, cp, repeats, [&] { return transport.Execute(ctx, plan, binding, &stats); });
+}
+
+}  // namespace
+
+absl::StatusOr<double> MedianSeconds(Context& ctx, Communicator& cp, int repeats,
+                                     const std::function<absl::Status()>& fn) {
+  constexpr int kWarmUps = 3;  // memory and streams are made
   StreamTimer timer(ctx);
   std::vector<double> seconds;
   for (int i = 0; i < kWarmUps + repeats; ++i) {
     ANNULUS_RETURN_IF_ERROR(cp.Barrier());
     timer.Begin();
-    ExchangeStats stats;
-    ANNULUS_RETURN_IF_ERROR(transport.Execute(ctx, plan, binding, &stats));
-    const double took = timer.Seconds() / kMessages;
+    ANNULUS_RETURN_IF_ERROR(fn());
+    const double took = timer.Seconds();
     if (i >= kWarmUps) seconds.push_back(took);
   }
   std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
   return cp.AllReduceValue(seconds[static_cast<size_t>(repeats / 2)], ReduceOp::kMax);
 }
 
-}  // namespace
-
-absl::StatusOr<ExchangeRate> MeasureExchange(Context& ctx, Communicator cp, ExchangeTransport& transport,
-                                             int64_t bytes, int repeats) {
+absl::Status CheckRate(const Communicator& cp, int64_t bytes, int repeats) {
   if (cp.size() < 2) return Invalid("ranks=", cp.size(), ": expected at least 2 to exchange between");
   if (bytes < 2 || repeats < 1) {
     return Invalid("bytes=", bytes, ", repeats=", repeats, ": expected at least 2 bytes and 1 repeat");
   }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ExchangeRate> MeasureExchange(Context& ctx, Communicator cp, ExchangeTransport& transport,
+                                             int64_t bytes, int repeats) {
+  ANNULUS_RETURN_IF_ERROR(CheckRate(cp, bytes, repeats));
   const Tensor block(ctx.device, DType::kU8, {2, bytes / 2});
-  const double sent = static_cast<double>(block.ref().bytes());
+  const double sent = kTimedMessages * static_cast<double>(block.ref().bytes());
   ANNULUS_ASSIGN_OR_RETURN(
       const double one_way,
-      MedianSeconds(ctx, cp, transport, NeighbourPlan(cp.size(), Ways::kOne), block.ref(), repeats));
+      PlanSeconds(ctx, cp, transport, NeighbourPlan(cp.size(), Ways::kOne), block.ref(), repeats));
   ANNULUS_ASSIGN_OR_RETURN(
       const double both_ways,
-      MedianSeconds(ctx, cp, transport, NeighbourPlan(cp.size(), Ways::kBoth), block.ref(), repeats));
+      PlanSeconds(ctx, cp, transport, NeighbourPlan(cp.size(), Ways::kBoth), block.ref(), repeats));
   return ExchangeRate{.one_way_gb_per_second = sent / one_way / 1e9,
                       .both_ways_gb_per_second = sent / both_ways / 1e9};
 }

@@ -47,9 +47,8 @@ StreamPlan::StreamPlan(const ExchangePlan& plan, int cp_rank)
     for (const int before : step.after) {
       const size_t b = static_cast<size_t>(before);
       const bool computes = IsCompute(rank.steps[b].kind);
-      if (IsTransfer(step.kind)) {
-        is_awaited[b] = is_awaited[b] || computes;
-      } else if (!computes && !waited_for[b]) {
+      if (IsTransfer(step.kind) || !computes) is_awaited[b] = true;
+      if (IsCompute(step.kind) && !computes && !waited_for[b]) {
         compute_waits[s].push_back(before);
         waited_for[b] = true;
       }

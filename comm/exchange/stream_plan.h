@@ -43,9 +43,9 @@ struct StreamPlan {
   std::vector<Launch> launches;
   std::vector<std::string> texts;  // by step
   // By step, of computing steps: the transfers to wait for (one that an earlier computing step waits for
-  // needs no second wait), and whether a transfer waits for the step.
+  // needs no second wait).
   std::vector<std::vector<int>> compute_waits;
-  std::vector<bool> is_awaited;
+  std::vector<bool> is_awaited;  // by step: whether a step of another lane waits for it
 
   // Non-home slots that receive: place in the own pool. Slots that no message reaches have none.
   std::vector<std::optional<PoolPlace>> pool;  // by slot

@@ -45,7 +45,7 @@ absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, co
       ANNULUS_CHECK(enqueued.ok()) << run.plan.name << ": " << run.plan.texts[first] << ": " << enqueued;
     }
   }
-  AwaitTransfers(run, LastOfLanes());
+  AwaitLanes(run);
   for (size_t s = 0; s < run.plan.rank.steps.size(); ++s) {
     const bool sends = run.plan.rank.steps[s].kind == StepKind::kSend;
     if (sends) stats->bytes_sent += run.RowsOf(static_cast<int>(s)).bytes();
@@ -67,13 +67,13 @@ absl::Status StreamTransport::Compute(const Run& run, int s) {
 StreamHandle StreamTransport::StreamOf(size_t lane) {
   if (lanes_.size() <= lane) lanes_.resize(lane + 1);
   if (lanes_[lane] == nullptr) {
-    lanes_[lane] = std::make_unique<TransferLane>(
-        TransferLane{.name = NameOf(lane), .stream = Stream(device_, StreamPriority::kHigh)});
+    lanes_[lane] = std::make_unique<TransferLane>(TransferLane{
+        .name = NameOf(lane), .stream = Stream(device_, StreamPriority::kHigh), .end = Event(device_)});
   }
   TransferLane& used = *lanes_[lane];
   if (used.run != run_) {
     used.run = run_;
-    used.last = -1;
+    used.unmarked = -1;
     begin_.Hold(used.stream.handle());
   }
   return used.stream.handle();
@@ -85,9 +85,10 @@ void StreamTransport::Await(const Run& run, int s, StreamHandle stream) {
 
 void StreamTransport::Complete(const Run& run, int s, size_t lane) {
   TransferLane& on = *lanes_[lane];
-  run.ctx.recorder.Note(on.name, run.plan.texts[static_cast<size_t>(s)], on.stream.handle());
+  on.unmarked = run.plan.is_awaited[static_cast<size_t>(s)] ? -1 : s;
+  if (on.unmarked >= 0) return;
   events_[static_cast<size_t>(s)].Record(on.stream.handle());
-  on.last = s;
+  run.ctx.recorder.Note(on.name, run.plan.texts[static_cast<size_t>(s)], on.stream.handle());
 }
 
 void StreamTransport::AwaitTransfers(const Run& run, const std::vector<int>& transfers) {
@@ -98,12 +99,22 @@ void StreamTransport::AwaitTransfers(const Run& run, const std::vector<int>& tra
   ctx.waits.End(WaitKind::kExchange, ctx.stream());
 }
 
-const std::vector<int>& StreamTransport::LastOfLanes() {
-  last_.clear();
+void StreamTransport::AwaitLanes(const Run& run) {
+  Context& ctx = run.ctx;
+  std::vector<TransferLane*> used;
   for (const auto& lane : lanes_) {
-    if (lane != nullptr && lane->run == run_ && lane->last >= 0) last_.push_back(lane->last);
+    if (lane != nullptr && lane->run == run_) used.push_back(lane.get());
   }
-  return last_;
+  if (used.empty()) return;
+  for (TransferLane* lane : used) {
+    lane->end.Record(lane->stream.handle());
+    if (lane->unmarked < 0) continue;
+    const std::string& text = run.plan.texts[static_cast<size_t>(lane->unmarked)];
+    ctx.recorder.Note(lane->name, text, lane->stream.handle());
+  }
+  ctx.waits.Begin(WaitKind::kExchange, ctx.stream());
+  for (const TransferLane* lane : used) lane->end.Hold(ctx.stream());
+  ctx.waits.End(WaitKind::kExchange, ctx.stream());
 }
 
 void StreamTransport::Synchronize() const {

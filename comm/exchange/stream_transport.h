@@ -53,7 +53,9 @@ class StreamTransport : public ExchangeTransport {
   StreamHandle StreamOf(size_t lane);
   // `stream` goes on once all steps that step s comes after are complete.
   void Await(const Run& run, int s, StreamHandle stream);
-  // Step s is complete with what is enqueued on the lane's stream.
+  // Step s is complete with what is enqueued on the lane's stream. An event and a note for the recorder hold
+  // the stream up by about 3 us, so a step that no other waits for has neither, unless it is the last of its
+  // lane: in a report, a lane that is stuck in such steps waits for the last of them.
   void Complete(const Run& run, int s, size_t lane);
 
   const StreamPlan& PlanOf(const ExchangePlan& plan) { return plans_.Of(plan, cp_.rank()); }
@@ -67,19 +69,19 @@ class StreamTransport : public ExchangeTransport {
   struct TransferLane {
     std::string name;
     Stream stream;
-    int64_t run = 0;  // the last that used it
-    int last = -1;    // the last step of that run that is complete with it
+    Event end;          // of the last run that used it
+    int64_t run = 0;    // which that was
+    int unmarked = -1;  // its last step without event and note, if none with them follows
   };
 
   absl::Status Compute(const Run& run, int s);
   // ctx.stream() waits, which is counted.
   void AwaitTransfers(const Run& run, const std::vector<int>& transfers);
-  const std::vector<int>& LastOfLanes();  // of the run under way: with them all of its transfers are complete
+  void AwaitLanes(const Run& run);  // that the run used
 
   StreamPlans plans_;
   std::vector<std::unique_ptr<TransferLane>> lanes_;
   std::vector<Event> events_;  // by step, of whichever plan runs
-  std::vector<int> last_;
   Event begin_;
   int64_t run_ = 0;
 };

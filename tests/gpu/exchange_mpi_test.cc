@@ -1,204 +1,14 @@
 // ranks: 1 2 3 4
-// Plans run by every transport that this machine offers, compared exactly with the direct computation.
-// Computing is done by host functions that the stream calls, so all of it is ordered by the device and may be
-// delayed. Ranks may share a GPU.
-
-#include <cuda_runtime_api.h>
-
-#include <cstring>
-#include <deque>
-#include <thread>
+// Plans run by every transport that this machine offers, compared exactly with the direct computation. Ranks
+// may share a GPU.
 
 #include "annulus/comm/exchange_bench.h"
-#include "annulus/comm/gpu_communicator.h"
-#include "annulus/device/gpu.h"
-#include "annulus/device/transfer.h"
-#include "comm/exchange_cases.h"
-#include "support/mpi_main.h"
+#include "gpu/exchange_run.h"
 
-namespace annulus {
+namespace annulus::testing {
 namespace {
 
-using testing::CaseLayout;
-using testing::CaseMask;
-using testing::ExchangeCase;
-using testing::ExchangeCaseMaker;
-using testing::ToyRank;
-using testing::World;
-
 constexpr Pass kPasses[] = {Pass::kForward, Pass::kBackward};
-constexpr int64_t kRowBytes = 16;  // of a ToyRank's slots
-
-void SleepMicroseconds(int64_t us) { std::this_thread::sleep_for(std::chrono::microseconds(us)); }
-
-// This rank's GPU, and the group on it.
-class GpuRank {
- public:
-  GpuRank() : ctx(MyGpu()) {
-    const GpuLink link = ChooseGpuLink(World(), ctx).value();
-    own_gpus = link == GpuLink::kNccl;
-    cp = WithGpu(World(), GpuLink::kHost, ctx).value();
-  }
-
-  Context ctx;
-  Communicator cp;
-  bool own_gpus = false;
-
- private:
-  static Device MyGpu() {
-    const int gpus = GpuCount();
-    EXPECT_GT(gpus, 0) << WhyNoGpu();
-    const Device device{DeviceKind::kCuda, World().rank() % std::max(gpus, 1)};
-    EXPECT_TRUE(UseGpu(device.index).ok());
-    return device;
-  }
-};
-
-// Calls fn with each transport that the ranks can use on this machine; by the host they always can.
-void OnTransports(const std::function<void(GpuRank&, ExchangeTransport&)>& fn) {
-  GpuRank gpu;
-  std::vector<TransportKind> kinds = {TransportKind::kHost};
-  if (gpu.own_gpus) kinds.push_back(TransportKind::kNccl);
-  if (ChooseTransport(gpu.cp, gpu.ctx).value() == TransportKind::kCopyEngine)
-    kinds.push_back(TransportKind::kCopyEngine);
-  for (const TransportKind kind : kinds) {
-    SCOPED_TRACE(std::string(Name(kind)));
-    const std::unique_ptr<ExchangeTransport> made = MakeTransport(kind, gpu.cp, gpu.ctx).value();
-    EXPECT_EQ(made->kind(), kind);
-    fn(gpu, *made);
-  }
-}
-
-// `fn` is called by the stream when it gets there.
-class HostCalls {
- public:
-  void Enqueue(StreamHandle stream, std::function<void()> fn) {
-    calls_.push_back(std::move(fn));
-    const auto call = [](void* data) { (*static_cast<std::function<void()>*>(data))(); };
-    ASSERT_EQ(cudaLaunchHostFunc(stream, call, &calls_.back()), cudaSuccess);
-  }
-
- private:
-  std::deque<std::function<void()>> calls_;
-};
-
-// One execution of a plan by this rank: toy attention on pinned copies of the slots, all of it enqueued.
-class Execution {
- public:
-  Execution(GpuRank& gpu, const ExchangeCase& made, const ExchangePlan& plan, int64_t number)
-      : gpu_(gpu),
-        plan_(plan),
-        specs_(plan.ranks[static_cast<size_t>(gpu.cp.rank())].slots),
-        toy_(made, plan, gpu.cp.rank(), number),
-        slot_bytes_(plan.problem.block_rows * kRowBytes),
-        pinned_(gpu.ctx.device, std::max<int64_t>(1, slot_bytes_ * static_cast<int64_t>(specs_.size()))),
-        random_(static_cast<uint64_t>(number), absl::StrCat("delays of rank ", gpu.cp.rank())) {
-    for (size_t i = 0; i < specs_.size(); ++i) {
-      mirrors_.emplace_back(static_cast<char*>(pinned_.data()) + slot_bytes_ * static_cast<int64_t>(i),
-                            DType::kI64, Device{}, Shape{plan.problem.block_rows, 2});
-    }
-    toy_.Bind(mirrors_);
-  }
-
-  // Computing takes a random time of up to so long.
-  void set_delay_us(uint64_t delay_us) { delay_us_ = delay_us; }
-
-  absl::Status Run(ExchangeTransport& transport, TensorRef home_kv, TensorRef home_grad,
-                   ExchangeStats* stats) {
-    const ArenaScope scope(gpu_.ctx.scratch);
-    ANNULUS_ASSIGN_OR_RETURN(slots_, transport.Slots(gpu_.ctx, plan_, home_kv, home_grad));
-    // What a slot held before must not matter.
-    for (size_t i = 0; i < slots_.size(); ++i) CopyBytes(mirrors_[i], slots_[i], gpu_.ctx.stream());
-    const ExchangeBinding binding{
-        .slots = slots_,
-        .attend = [this](const Step& step) { return Attend(step); },
-        .reduce = [this](ConstTensorRef from, TensorRef to) { return Reduce(from, to); }};
-    ANNULUS_RETURN_IF_ERROR(transport.Execute(gpu_.ctx, plan_, binding, stats));
-    for (size_t i = 0; i < slots_.size(); ++i) {
-      if (specs_[i].home) ToHost(static_cast<int>(i), {0, plan_.problem.block_rows});
-    }
-    return absl::OkStatus();
-  }
-
-  // After the stream has got through.
-  std::string Compare() const { return toy_.Compare(); }
-
- private:
-  void ToHost(int slot, const RowRange& rows) {
-    const size_t i = static_cast<size_t>(slot);
-    CopyBytes(slots_[i].Rows(rows.begin, rows.end), mirrors_[i].Rows(rows.begin, rows.end),
-              gpu_.ctx.stream());
-  }
-  void ToDevice(int slot, const RowRange& rows) {
-    const size_t i = static_cast<size_t>(slot);
-    CopyBytes(mirrors_[i].Rows(rows.begin, rows.end), slots_[i].Rows(rows.begin, rows.end),
-              gpu_.ctx.stream());
-  }
-  void Call(std::function<void()> fn) {
-    const int64_t delay_us = delay_us_ == 0 ? 0 : static_cast<int64_t>(random_.Below(draw_++, delay_us_));
-    calls_.Enqueue(gpu_.ctx.stream(), [fn = std::move(fn), delay_us] {
-      if (delay_us > 0) SleepMicroseconds(delay_us);
-      fn();
-    });
-  }
-
-  absl::Status Attend(const Step& step) {
-    const bool overwrites = step.grad_write == GradWrite::kOverwrite;
-    for (const BlockPair& pair : step.pairs) {
-      ToHost(step.slot, pair.keys);
-      if (step.grad_slot >= 0 && !overwrites) ToHost(step.grad_slot, pair.keys);
-    }
-    Call([this, step] { toy_.Attend(step); });
-    if (step.grad_slot < 0) return absl::OkStatus();
-    if (overwrites) ToDevice(step.grad_slot, step.rows);
-    for (const BlockPair& pair : step.pairs) {
-      if (!overwrites) ToDevice(step.grad_slot, pair.keys);
-    }
-    return absl::OkStatus();
-  }
-
-  // The slot of a piece of it, and its rows.
-  std::pair<int, RowRange> PlaceOf(const ConstTensorRef& piece) const {
-    const char* const at = static_cast<const char*>(piece.raw());
-    for (size_t i = 0; i < slots_.size(); ++i) {
-      const int64_t begin = at - static_cast<const char*>(slots_[i].raw());
-      if (begin < 0 || begin >= slot_bytes_) continue;
-      return {static_cast<int>(i), {begin / kRowBytes, begin / kRowBytes + piece.dim(0)}};
-    }
-    ADD_FAILURE() << "a piece of no slot";
-    return {0, {0, 0}};
-  }
-
-  absl::Status Reduce(ConstTensorRef from, TensorRef to) {
-    const auto [from_slot, rows] = PlaceOf(from);
-    const auto [to_slot, to_rows] = PlaceOf(to);
-    EXPECT_EQ(rows, to_rows);
-    ToHost(from_slot, rows);
-    ToHost(to_slot, rows);
-    const Step step{.kind = StepKind::kReduce, .slot = from_slot, .grad_slot = to_slot, .rows = rows};
-    Call([this, step] { toy_.Reduce(step); });
-    ToDevice(to_slot, rows);
-    return absl::OkStatus();
-  }
-
-  GpuRank& gpu_;
-  const ExchangePlan& plan_;
-  const std::vector<SlotSpec>& specs_;
-  ToyRank toy_;
-  const int64_t slot_bytes_;
-  PinnedBuffer pinned_;
-  std::vector<TensorRef> mirrors_, slots_;
-  HostCalls calls_;
-  RandomStream random_;
-  uint64_t draw_ = 0, delay_us_ = 0;
-};
-
-// The caller's memory for blocks of `rows`.
-struct Home {
-  Home(GpuRank& gpu, int64_t rows)
-      : kv(gpu.ctx.device, DType::kI64, {rows, 2}), grad(gpu.ctx.device, DType::kI64, {rows, 2}) {}
-  Tensor kv, grad;
-};
 
 // One execution, its result and its bytes.
 void RunAndCompare(GpuRank& gpu, ExchangeTransport& transport, const ExchangeCase& made,
@@ -229,44 +39,111 @@ TEST(GpuExchange, ComputesEveryPairOnce) {
   });
 }
 
-// Executions follow each other without the host waiting, of two plans and with other values each time, while
-// ranks are late at random: no message may be taken for that of another execution.
+struct PlannedCase {
+  const ExchangeCase* made;
+  ExchangePlan plan;
+};
+
+// Executions that follow each other without the host waiting, with other values each time, each compared.
+// Computing steps of execution i are late at random by up to delay_us(i); hosts pause at random.
+void RunInARow(GpuRank& gpu, ExchangeTransport& transport, const std::vector<const PlannedCase*>& sequence,
+               const std::function<uint64_t(size_t)>& delay_us) {
+  const Home home(gpu, sequence[0]->plan.problem.block_rows);
+  std::deque<Execution> executions;
+  for (size_t i = 0; i < sequence.size(); ++i) {
+    executions.emplace_back(gpu, *sequence[i]->made, sequence[i]->plan, static_cast<int64_t>(i));
+    executions.back().set_delay_us(delay_us(i));
+  }
+  const RandomStream random(1, absl::StrCat("pauses of rank ", gpu.cp.rank()));
+  ExchangeStats stats;
+  int64_t bytes = 0;
+  for (size_t i = 0; i < sequence.size(); ++i) {
+    if (random.Below(2 * i, 8) == 0) SleepMicroseconds(static_cast<int64_t>(random.Below(2 * i + 1, 5000)));
+    const absl::Status status = executions[i].Run(transport, home.kv.ref(), home.grad.ref(), &stats);
+    ASSERT_TRUE(status.ok()) << status;
+    bytes += BytesSent(sequence[i]->plan, gpu.cp.rank(), kRowBytes, kRowBytes);
+  }
+  gpu.ctx.lane.Synchronize();
+  for (size_t i = 0; i < sequence.size(); ++i)
+    EXPECT_EQ(executions[i].Compare(), "") << "execution " << i << ": " << sequence[i]->made->name;
+  EXPECT_EQ(stats.bytes_sent, bytes);
+}
+
+void AddBothPasses(const ExchangeCase& made, RingDirection direction, std::vector<PlannedCase>* planned) {
+  for (const Pass pass : kPasses) planned->push_back({&made, BuildKvRing(made.problem, pass, direction)});
+}
+
+// While ranks are late at random, no message may be taken for that of another execution.
 TEST(GpuExchange, KeepsExecutionsApart) {
   OnTransports([](GpuRank& gpu, ExchangeTransport& transport) {
-    const ExchangeCase causal = ExchangeCaseMaker(1).Make(gpu.cp.size(), 8, 8 * gpu.cp.size(),
-                                                          CaseLayout::kZigzag, CaseMask::kCausal);
-    const ExchangeCase sparse = ExchangeCaseMaker(5).Make(gpu.cp.size(), 8, 8 * gpu.cp.size(),
-                                                          CaseLayout::kPieces, CaseMask::kSparse);
-    const std::vector<std::pair<const ExchangeCase*, ExchangePlan>> plans = {
-        {&causal, BuildKvRing(causal.problem, Pass::kForward)},
-        {&causal, BuildKvRing(causal.problem, Pass::kBackward)},
-        {&sparse, BuildKvRing(sparse.problem, Pass::kForward, RingDirection::kTowardHigher)},
-        {&sparse, BuildKvRing(sparse.problem, Pass::kBackward, RingDirection::kTowardHigher)}};
-    const Home home(gpu, 8);
-    constexpr int kExecutions = 100;
-    std::deque<Execution> executions;
-    for (int i = 0; i < kExecutions; ++i) {
-      const auto& [made, plan] = plans[static_cast<size_t>(i) % plans.size()];
-      executions.emplace_back(gpu, *made, plan, i);
-      executions.back().set_delay_us(i % 3 == 0 ? 300 : 0);
+    const int ranks = gpu.cp.size();
+    std::vector<ExchangeCase> cases;
+    const auto add = [&](uint64_t seed, CaseLayout layout, CaseMask mask, int64_t padding) {
+      cases.push_back(ExchangeCaseMaker(seed).Make(ranks, 8, 8 * ranks - padding, layout, mask));
+    };
+    add(1, CaseLayout::kZigzag, CaseMask::kCausal, 0);
+    add(2, CaseLayout::kContiguous, CaseMask::kWindow, 0);
+    add(3, CaseLayout::kZigzag, CaseMask::kWindow, 3);
+    add(4, CaseLayout::kStriped, CaseMask::kWindow, 5);
+    add(5, CaseLayout::kPieces, CaseMask::kSparse, 0);
+    add(6, CaseLayout::kContiguous, CaseMask::kDocuments, 1);
+    std::vector<PlannedCase> planned;
+    for (const ExchangeCase& made : cases) {
+      const bool even = planned.size() % 4 == 0;
+      AddBothPasses(made, even ? RingDirection::kTowardLower : RingDirection::kTowardHigher, &planned);
     }
-    const RandomStream random(1, absl::StrCat("pauses of rank ", gpu.cp.rank()));
-    ExchangeStats stats;
-    int64_t bytes = 0;
-    for (int i = 0; i < kExecutions; ++i) {
-      const uint64_t draw = static_cast<uint64_t>(i);
-      if (random.Below(2 * draw, 8) == 0)
-        SleepMicroseconds(static_cast<int64_t>(random.Below(2 * draw + 1, 5000)));
-      const absl::Status status =
-          executions[static_cast<size_t>(i)].Run(transport, home.kv.ref(), home.grad.ref(), &stats);
-      ASSERT_TRUE(status.ok()) << status;
-      bytes +=
-          BytesSent(plans[static_cast<size_t>(i) % plans.size()].second, gpu.cp.rank(), kRowBytes, kRowBytes);
+    const RandomStream random(1, "the same on all ranks");
+    std::vector<const PlannedCase*> sequence;
+    for (uint64_t i = 0; i < 200; ++i) sequence.push_back(&planned[random.Below(i, planned.size())]);
+    RunInARow(gpu, transport, sequence, [](size_t i) { return i % 3 == 0 ? 300 : 0; });
+  });
+}
+
+// Every rank sees its own block, and one rank that of rank 0, too.
+ExchangeCase OneSeesBlockZero(int ranks, int viewer) {
+  ExchangeCase made =
+      ExchangeCaseMaker(1).Make(ranks, 8, 8 * ranks, CaseLayout::kContiguous, CaseMask::kFull);
+  made.name = absl::StrCat("rank ", viewer, " of ", ranks, " sees block 0");
+  for (int64_t q = 0; q < made.rows(); ++q) {
+    for (int64_t k = 0; k < made.rows(); ++k) {
+      const int64_t q_rank = q / 8, k_rank = k / 8;
+      const bool allowed = q_rank == k_rank || (q_rank == viewer && k_rank == 0);
+      made.allowed[static_cast<size_t>(q * made.rows() + k)] = allowed;
+      const size_t pair = static_cast<size_t>(q_rank * ranks + k_rank);
+      if (!allowed) made.problem.keys[pair] = {0, 0}, made.problem.pairs[pair] = 0;
     }
-    gpu.ctx.lane.Synchronize();
-    for (int i = 0; i < kExecutions; ++i)
-      EXPECT_EQ(executions[static_cast<size_t>(i)].Compare(), "") << "execution " << i;
-    EXPECT_EQ(stats.bytes_sent, bytes);
+  }
+  return made;
+}
+
+// Whether both have a message of one number and sender, to different receivers.
+bool HaveAMessageInCommon(const ExchangePlan& a, const ExchangePlan& b) {
+  for (size_t r = 0; r < a.ranks.size(); ++r) {
+    for (const Step& x : a.ranks[r].steps) {
+      for (const Step& y : b.ranks[r].steps) {
+        const bool both_send = x.kind == StepKind::kSend && y.kind == StepKind::kSend;
+        if (both_send && x.message == y.message && x.peer != y.peer) return true;
+      }
+    }
+  }
+  return false;
+}
+
+// Rank 1 needs nothing of every second execution, so it is ready for the next while the last rank, which is
+// slow, still reads what it got. Rank 0 must not take the one's readiness for the other's.
+TEST(GpuExchange, AFastReceiverDoesNotSpeakForASlowOne) {
+  OnTransports([](GpuRank& gpu, ExchangeTransport& transport) {
+    const int ranks = gpu.cp.size(), last = ranks - 1;
+    const ExchangeCase slow = OneSeesBlockZero(ranks, last),
+                       quick = OneSeesBlockZero(ranks, std::min(1, last));
+    std::vector<PlannedCase> planned;
+    AddBothPasses(slow, RingDirection::kTowardLower, &planned);
+    AddBothPasses(quick, RingDirection::kTowardLower, &planned);
+    EXPECT_EQ(HaveAMessageInCommon(planned[0].plan, planned[2].plan), ranks > 2);
+    std::vector<const PlannedCase*> sequence;
+    for (int i = 0; i < 25; ++i) sequence.insert(sequence.end(), {&planned[0], &planned[2]});
+    for (int i = 0; i < 25; ++i) sequence.insert(sequence.end(), {&planned[1], &planned[3]});
+    RunInARow(gpu, transport, sequence, [&](size_t) { return gpu.cp.rank() == last ? 1000 : 0; });
   });
 }
 
@@ -426,6 +303,12 @@ TEST(GpuExchange, HasARate) {
                   std::string(Name(transport.kind())).c_str(), gpu.cp.size(), rate->one_way_gb_per_second,
                   rate->both_ways_gb_per_second);
     }
+    if (transport.kind() != TransportKind::kCopyEngine) return;
+    const absl::StatusOr<double> plain = MeasurePlainCopies(gpu.ctx, gpu.cp, bytes, 5);
+    ASSERT_TRUE(plain.ok()) << plain.status();
+    EXPECT_GT(*plain, 0.1);
+    EXPECT_LT(*plain, 1e4);
+    if (gpu.cp.rank() == 0) std::printf("plain copies: %.1f GB/s\n", *plain);
   });
 }
 
@@ -442,4 +325,4 @@ TEST(ChooseTransport, TakesTheBest) {
 }
 
 }  // namespace
-}  // namespace annulus
+}  // namespace annulus::testing
