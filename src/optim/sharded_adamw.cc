@@ -2,6 +2,7 @@
 #include <atomic>
 #include <thread>
 
+#include "annulus/device/trace.h"
 #include "annulus/device/transfer.h"
 #include "annulus/ops/adamw.h"
 #include "annulus/ops/elementwise.h"
@@ -178,6 +179,7 @@ void ShardedAdamW::Poll() {
 }
 
 absl::Status ShardedAdamW::FinishReduce(TensorRef sum_of_squares) {
+  const TraceRange range("gradient norm");
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
     ANNULUS_RETURN_IF_ERROR(WaitForReduce(bucket));
     ANNULUS_RETURN_IF_ERROR(AddSumOfSquares(ctx_, GradShard(bucket), sum_of_squares));
@@ -192,6 +194,7 @@ absl::Status ShardedAdamW::StartGather(int bucket) {
 }
 
 absl::Status ShardedAdamW::Update(int64_t step, double lr, ConstTensorRef gradient_scale) {
+  const TraceRange range("AdamW");
   AdamWHyper hyper{.lr = lr, .beta1 = spec_.beta1, .beta2 = spec_.beta2, .eps = spec_.eps, .step = step};
   size_t next = 0;
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
@@ -248,6 +251,7 @@ absl::Status ShardedAdamW::GatherShards(TensorRef shard, int64_t piece_bytes, Te
 }
 
 absl::StatusOr<GatheredTensors> ShardedAdamW::Gather(int64_t piece_bytes) {
+  const TraceRange range("gather of the state");
   ANNULUS_RETURN_IF_ERROR(WaitForParameters());
   GatheredTensors result;
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "annulus/device/gpu.h"
+#include "annulus/device/trace.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/train/placement.h"
 
@@ -120,6 +121,7 @@ absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
 // loss, so the device has work while the host prepares the next step.
 absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds) {
   const auto start = std::chrono::steady_clock::now();
+  const TraceRange range(absl::StrCat("step ", step_ + 1));
   ctx_.recorder.BeginStep(step_ + 1);
   double counted = 0;
   for (const MicroBatch& micro : batch) counted += static_cast<double>(micro.counted_tokens);
@@ -201,6 +203,7 @@ absl::Status Trainer::FillMemory(StepReport* report) {
 }
 
 absl::StatusOr<double> Trainer::Evaluate(const DataSet& data, const std::function<void()>& progress) {
+  const TraceRange range("evaluation");
   int64_t sequences = data.validation_sequences();
   if (spec_.eval.sequences > 0) sequences = std::min(sequences, spec_.eval.sequences);
   double counted = 0;
