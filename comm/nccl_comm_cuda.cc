@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "annulus/device/gpu.h"
+#include "annulus/device/trace.h"
 #include "gpu_backend.h"
 #include "nccl_call.h"
 #include "nccl_comm.h"
@@ -114,9 +115,7 @@ class NcclComm : public GpuBackend, public std::enable_shared_from_this<NcclComm
   absl::Status Enqueue(const GpuOperation& operation);
   absl::Status EnqueueGroup(const std::vector<GpuOperation>& messages);
   absl::Status FlushMessages();
-  void Note(const GpuOperation& operation) {
-    ctx_.recorder.Note(lane_, ToString(operation), stream_.handle());
-  }
+  void Note(std::string what) { ctx_.recorder.Note(lane_, std::move(what), stream_.handle()); }
 
   std::atomic<ncclComm_t> comm_{nullptr};  // null in a group of one, and after Abort
   Stream stream_;
@@ -191,9 +190,11 @@ absl::StatusOr<Request> NcclComm::Start(const GpuOperation& operation) {
     return Request(std::make_unique<BatchRequest>(open_));
   }
   ANNULUS_RETURN_IF_ERROR(FlushMessages());
+  std::string what = ToString(operation);
+  const TraceRange range(absl::StrCat(lane_, ": ", what));
   HoldForContext();
   ANNULUS_RETURN_IF_ERROR(Enqueue(operation));
-  Note(operation);
+  Note(std::move(what));
   auto batch = std::make_shared<Batch>(shared_from_this());
   batch->done.Record(stream_.handle());
   return Request(std::make_unique<BatchRequest>(std::move(batch)));
@@ -240,9 +241,10 @@ absl::Status NcclComm::FlushMessages() {
   if (open_ == nullptr) return absl::OkStatus();
   const std::shared_ptr<Batch> batch = std::exchange(open_, nullptr);
   const std::vector<GpuOperation> messages = std::exchange(messages_, {});
+  const TraceRange range(absl::StrCat(lane_, ": ", messages.size(), " messages"));
   batch->status = EnqueueGroup(messages);
   if (!batch->status.ok()) return batch->status;
-  for (const GpuOperation& message : messages) Note(message);
+  for (const GpuOperation& message : messages) Note(ToString(message));
   batch->done.Record(stream_.handle());
   return absl::OkStatus();
 }

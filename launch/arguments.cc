@@ -40,6 +40,12 @@ absl::StatusOr<Arguments> Arguments::Parse(const CommandSpec& spec, const std::v
   return parsed;
 }
 
+std::vector<std::string> Arguments::names() const {
+  std::vector<std::string> names;
+  for (const auto& [name, value] : options_) names.push_back(name);
+  return names;
+}
+
 bool Arguments::Has(absl::string_view option) const { return !All(option).empty(); }
 
 std::vector<std::string> Arguments::All(absl::string_view option) const {
@@ -62,6 +68,11 @@ absl::StatusOr<std::optional<int64_t>> Arguments::PositiveInt(absl::string_view 
     return Invalid(option, "=", Last(option, ""), ": expected an integer of at least 1");
   }
   return std::optional<int64_t>(value);
+}
+
+absl::StatusOr<int64_t> Arguments::PositiveInt(absl::string_view option, int64_t fallback) const {
+  ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> value, PositiveInt(option));
+  return value.value_or(fallback);
 }
 
 absl::StatusOr<double> Arguments::PositiveNumber(absl::string_view option, double fallback) const {

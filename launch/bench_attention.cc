@@ -1,17 +1,9 @@
-// Attention of one layer over all ranks, without projections: the exchange of KV blocks and the block
-// kernels.
+// Attention of one layer over all ranks, without projections: the exchange of blocks and the block kernels.
 
 #include "bench_layer.h"
 
 namespace annulus {
-
 namespace {
-
-// Of the sequence as a whole.
-MaskShape MaskShapeOf(const ContextAttentionShape& shape, const SequenceBatch& sequences) {
-  if (shape.window > 0 || !sequences.document_starts.empty()) return MaskShape::kGeneral;
-  return sequences.visibility == Visibility::kFull ? MaskShape::kFull : MaskShape::kCausal;
-}
 
 // "kv_ring toward lower ranks by host"
 std::string PlanOf(const AttentionGeometry& geometry, Pass pass) {
@@ -23,59 +15,91 @@ std::string PlanOf(const AttentionGeometry& geometry, Pass pass) {
   return "";
 }
 
-}  // namespace
+// What the blocks on the diagonal of the mask look like.
+MaskShape ShapeOfMask(const LayerOptions& o) {
+  return o.mask == "full" ? MaskShape::kFull : o.mask == "causal" ? MaskShape::kCausal : MaskShape::kGeneral;
+}
 
-absl::Status BenchAttention(Bench& bench) {
-  ANNULUS_ASSIGN_OR_RETURN(const ContextAttentionShape shape, Agreed(bench, ShapeOf(bench)));
-  ANNULUS_ASSIGN_OR_RETURN(const SequenceBatch sequences, Agreed(bench, SequencesOf(bench)));
-  const int64_t length = sequences.lengths[0];
-  const SequenceLayout layout(bench.spec.parallel.layout, length, bench.machine.mesh.shape.cp);
-  AttentionGeometry geometry(layout, bench.machine.mesh.cp, ExchangeFor(bench, shape));
-  geometry.SetBatch(sequences);
-  BenchLayer layer(bench, shape);
-  ANNULUS_RETURN_IF_ERROR(layer.Make(layout, bench.machine.mesh.at.cp));
+// Medians of forward, of backward, and of one after the other.
+struct Times {
+  double forward = 0, backward = 0, both = 0;
+};
 
+absl::StatusOr<Times> Measure(Bench& bench, AttentionGeometry& geometry, BenchLayer& layer) {
+  Times seconds;
   ExchangeStats stats;
-  ANNULUS_ASSIGN_OR_RETURN(const double forward,
-                           bench.Seconds([&] { return layer.Forward(geometry, &stats); }));
-  ANNULUS_ASSIGN_OR_RETURN(const double backward,
-                           bench.Seconds([&] { return layer.Backward(geometry, &stats); }));
-  (void)bench.ctx().waits.TakeSeconds(WaitKind::kExchange);
-  ANNULUS_ASSIGN_OR_RETURN(const double both, bench.Seconds([&]() -> absl::Status {
+  ANNULUS_ASSIGN_OR_RETURN(seconds.forward, bench.Seconds([&] { return layer.Forward(geometry, &stats); }));
+  ANNULUS_ASSIGN_OR_RETURN(seconds.backward, bench.Seconds([&] { return layer.Backward(geometry, &stats); }));
+  ANNULUS_ASSIGN_OR_RETURN(seconds.both, bench.Seconds([&]() -> absl::Status {
     ANNULUS_RETURN_IF_ERROR(layer.Forward(geometry, &stats));
     return layer.Backward(geometry, &stats);
   }));
+  return seconds;
+}
+
+void Report(const Bench& bench, const AttentionGeometry& geometry, const LayerOptions& o,
+            const Times& seconds, double gemm) {
+  const ContextAttentionShape& shape = o.shape;
+  const int64_t pairs = VisiblePairs(o.sequences, shape.window);
   // Four FLOPs a (query, key) pair and head dim forward, for scores and values; backward 2.5 times as many.
-  const double pairs = static_cast<double>(VisiblePairs(sequences, shape.window));
-  const double flops = 2e-12 * pairs *
+  const double flops = 2e-12 * static_cast<double>(pairs) *
                        static_cast<double>(shape.heads * (shape.head_dim + shape.v_head_dim)) /
-                       bench.machine.mesh.world.size();
-  const int64_t size = CeilingSize(bench);
-  ANNULUS_ASSIGN_OR_RETURN(const double gemm, GemmRate(bench, size, size, size));
+                       bench.machine.mesh.shape.cp;
   const AttentionKernel kernel = ChooseAttentionKernel({.device = bench.ctx().device.kind,
                                                         .dtype = bench.dtype(),
                                                         .dim = shape.head_dim,
                                                         .v_dim = shape.v_head_dim,
-                                                        .mask_shape = MaskShapeOf(shape, sequences),
+                                                        .mask_shape = ShapeOfMask(o),
                                                         .determinism = bench.ctx().determinism});
-  bench.Report({{"length", length},
-                {"heads", shape.heads},
-                {"kv_heads", shape.kv_heads},
-                {"dim", shape.head_dim},
-                {"v_dim", shape.v_head_dim},
-                {"window", shape.window},
-                {"kernel", std::string(Name(kernel))},
-                {"mask", bench.arguments.Last("--mask", "causal")},
-                {"forward_plan", PlanOf(geometry, Pass::kForward)},
-                {"backward_plan", PlanOf(geometry, Pass::kBackward)},
-                {"forward_ms", forward * 1e3},
-                {"backward_ms", backward * 1e3},
-                {"both_ms", both * 1e3},
-                {"forward_tflops", flops / forward},
-                {"backward_tflops", 2.5 * flops / backward},
-                {"both_tflops", 3.5 * flops / both},
-                {"gemm_tflops", gemm}});
+  nlohmann::ordered_json result = {{"length", o.length()},       {"heads", shape.heads},
+                                   {"kv_heads", shape.kv_heads}, {"dim", shape.head_dim},
+                                   {"v_dim", shape.v_head_dim},  {"mask", o.mask}};
+  if (shape.window > 0) result["window"] = shape.window;
+  if (o.document_length > 0) {
+    result["document_length"] = o.document_length;
+    result["documents"] = o.documents();
+  }
+  result.update({{"pairs", pairs},
+                 {"kernel", std::string(Name(kernel))},
+                 {"forward_plan", PlanOf(geometry, Pass::kForward)},
+                 {"backward_plan", PlanOf(geometry, Pass::kBackward)},
+                 {"forward_ms", seconds.forward * 1e3},
+                 {"backward_ms", seconds.backward * 1e3},
+                 {"both_ms", seconds.both * 1e3},
+                 {"forward_tflops", flops / seconds.forward},
+                 {"backward_tflops", 2.5 * flops / seconds.backward},
+                 {"both_tflops", 3.5 * flops / seconds.both},
+                 {"gemm_tflops", gemm}});
+  bench.Report(result);
+}
+
+absl::Status Run(Bench& bench, const LayerOptions& o) {
+  const SequenceLayout layout(bench.spec.parallel.layout, o.length(), bench.machine.mesh.shape.cp);
+  AttentionGeometry geometry(layout, bench.machine.mesh.cp, ExchangeFor(bench, o.shape));
+  geometry.SetBatch(o.sequences);
+  BenchLayer layer(bench, o.shape);
+  ANNULUS_RETURN_IF_ERROR(layer.Make(layout, bench.machine.mesh.at.cp));
+  ANNULUS_ASSIGN_OR_RETURN(const Times seconds, Measure(bench, geometry, layer));
+  const int64_t size = CeilingSize(bench.ctx().device.kind);
+  ANNULUS_ASSIGN_OR_RETURN(const double gemm, GemmRate(bench, size, size, size));
+  Report(bench, geometry, o, seconds, gemm);
   return absl::OkStatus();
+}
+
+absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec& spec) {
+  ANNULUS_ASSIGN_OR_RETURN(const LayerOptions o, ReadLayer(arguments, spec));
+  return BenchRun([o](Bench& bench) { return Run(bench, o); });
+}
+
+}  // namespace
+
+BenchKind AttentionBench() {
+  BenchKind kind{.name = "attention",
+                 .options = LayerOptionNames(),
+                 .fields = {"device", "compute", "deterministic", "seed", "parallel"},
+                 .plan = Plan};
+  for (const char* option : {"--profile", "--transport", "--throttle"}) kind.options.emplace_back(option);
+  return kind;
 }
 
 }  // namespace annulus

@@ -11,9 +11,7 @@ namespace {
 // NVLink 4: 18 links of 25 GB/s a direction (NVIDIA H100 and H200 SXM datasheets).
 double LinkCeiling(const GpuInfo& gpu) { return gpu.compute_major == 9 ? 450 : 0; }
 
-}  // namespace
-
-absl::Status BenchExchange(Bench& bench) {
+absl::Status Run(Bench& bench) {
   constexpr int64_t kMiB = int64_t{1} << 20;
   Communicator world = bench.machine.mesh.world;
   if (world.size() < 2) {
@@ -47,6 +45,20 @@ absl::Status BenchExchange(Bench& bench) {
     bench.Report(result);
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec&) {
+  ANNULUS_RETURN_IF_ERROR(arguments.PositiveInt("--bytes").status());
+  return BenchRun(Run);
+}
+
+}  // namespace
+
+BenchKind ExchangeBench() {
+  return {.name = "exchange",
+          .options = {"--bytes", "--transport", "--throttle"},
+          .fields = {"device", "parallel"},
+          .plan = Plan};
 }
 
 }  // namespace annulus

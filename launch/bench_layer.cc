@@ -9,43 +9,92 @@
 
 namespace annulus {
 
-absl::StatusOr<ContextAttentionShape> ShapeOf(const Bench& bench) {
-  ContextAttentionShape shape;
-  ANNULUS_ASSIGN_OR_RETURN(shape.heads, bench.Int("--heads", 16));
-  ANNULUS_ASSIGN_OR_RETURN(shape.kv_heads, bench.Int("--kv_heads", shape.heads));
-  ANNULUS_ASSIGN_OR_RETURN(shape.head_dim, bench.Int("--dim", 128));
-  ANNULUS_ASSIGN_OR_RETURN(shape.v_head_dim, bench.Int("--v_dim", shape.head_dim));
-  if (bench.arguments.Has("--window")) {
-    ANNULUS_ASSIGN_OR_RETURN(shape.window, bench.Int("--window", 1));
+namespace {
+
+// Documents packed one behind the other, of independent lengths of mean `mean`: after each token the document
+// ends with probability 1 / mean, so that most are short and a few are long. The last one is cut.
+std::vector<int64_t> PackedDocuments(uint64_t seed, int64_t length, int64_t mean) {
+  const RandomStream random(seed, "bench documents");
+  const double log_of_going_on = std::log1p(-1 / static_cast<double>(mean));
+  std::vector<int64_t> starts;
+  for (int64_t start = 0; start < length;) {
+    const double drawn = std::log1p(-random.Uniform(static_cast<uint64_t>(start))) / log_of_going_on;
+    const int64_t end = start + 1 + static_cast<int64_t>(std::min(drawn, static_cast<double>(length)));
+    starts.resize(static_cast<size_t>(std::min(end, length)), start);
+    start = end;
   }
+  return starts;
+}
+
+absl::StatusOr<ContextAttentionShape> ShapeOf(const Arguments& arguments, const RunSpec& spec) {
+  ContextAttentionShape shape;
+  ANNULUS_ASSIGN_OR_RETURN(shape.heads, arguments.PositiveInt("--heads", 16));
+  ANNULUS_ASSIGN_OR_RETURN(shape.kv_heads, arguments.PositiveInt("--kv_heads", shape.heads));
+  ANNULUS_ASSIGN_OR_RETURN(shape.head_dim, arguments.PositiveInt("--dim", 128));
+  ANNULUS_ASSIGN_OR_RETURN(shape.v_head_dim, arguments.PositiveInt("--v_dim", shape.head_dim));
+  shape.scale = 1 / std::sqrt(static_cast<double>(shape.head_dim));
   if (shape.heads % shape.kv_heads != 0) {
     return Invalid("--kv_heads=", shape.kv_heads, ": expected a divisor of --heads=", shape.heads);
   }
-  shape.scale = 1 / std::sqrt(static_cast<double>(shape.head_dim));
+  const DeviceKind device = DeviceKindOf(spec.device);
+  if (!AttentionSupports(device, DTypeOf(spec.compute), shape.head_dim, shape.v_head_dim)) {
+    const bool bf16 = spec.compute == ComputeType::kBF16;
+    return Invalid("--dim=", shape.head_dim, " --v_dim=", shape.v_head_dim, ": expected ",
+                   bf16 ? "64/64, 128/128 or 192/128 with compute=BF16 (--set compute=F32 takes more)"
+                        : "at most 256 on GPUs");
+  }
   return shape;
 }
 
-absl::StatusOr<SequenceBatch> SequencesOf(const Bench& bench) {
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t length, bench.Int("--length", 32768));
-  SequenceBatch sequences{.batch = 1, .lengths = {length}, .document_starts = {}};
-  const std::string mask = bench.arguments.Last("--mask", "causal");
-  if (mask == "full") sequences.visibility = Visibility::kFull;
-  if (mask == "documents") {
-    // Lengths between a part of the sequence and a thirtieth of that, evenly on a logarithmic scale.
-    const RandomStream random(1, "bench documents");
-    std::vector<int64_t> starts;
-    for (uint64_t i = 0; static_cast<int64_t>(starts.size()) < length; ++i) {
-      const double size = static_cast<double>(length) / 3 * std::pow(30.0, -random.Uniform(i));
-      const auto start = static_cast<int64_t>(starts.size());
-      starts.resize(static_cast<size_t>(std::min(length, start + std::max<int64_t>(1, std::llround(size)))),
-                    start);
+// --window and --document_length belong to the mask of their name.
+absl::Status ReadMask(const Arguments& arguments, LayerOptions* o) {
+  o->mask = arguments.Last("--mask", "causal");
+  const bool known =
+      o->mask == "causal" || o->mask == "full" || o->mask == "window" || o->mask == "documents";
+  if (!known) return Invalid("--mask=", o->mask, ": expected one of causal, full, window, documents");
+  for (const auto& [option, mask, value] :
+       {std::tuple{"--window", "window", &o->shape.window},
+        std::tuple{"--document_length", "documents", &o->document_length}}) {
+    if (o->mask == mask && !arguments.Has(option))
+      return Invalid("--mask=", mask, ": expected ", option, " N");
+    if (o->mask != mask && arguments.Has(option)) {
+      return Invalid(option, "=", arguments.Last(option, ""), ": means nothing with --mask=", o->mask,
+                     ": expected --mask ", mask);
     }
-    sequences.document_starts = {std::move(starts)};
+    ANNULUS_ASSIGN_OR_RETURN(*value, arguments.PositiveInt(option, 0));
   }
-  if (mask != "causal" && mask != "full" && mask != "documents") {
-    return Invalid("--mask=", mask, ": expected one of causal, full, documents");
+  if (o->mask == "full") o->sequences.visibility = Visibility::kFull;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int64_t LayerOptions::documents() const {
+  if (sequences.document_starts.empty()) return 0;
+  const std::vector<int64_t>& starts = sequences.document_starts[0];
+  int64_t count = 0;
+  for (size_t i = 0; i < starts.size(); ++i) count += starts[i] == static_cast<int64_t>(i);
+  return count;
+}
+
+std::vector<absl::string_view> LayerOptionNames() {
+  return {"--heads", "--kv_heads", "--dim", "--v_dim", "--length", "--mask", "--window", "--document_length"};
+}
+
+absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec) {
+  LayerOptions o;
+  ANNULUS_ASSIGN_OR_RETURN(o.shape, ShapeOf(arguments, spec));
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t length, arguments.PositiveInt("--length", 32768));
+  ANNULUS_RETURN_IF_ERROR(ReadMask(arguments, &o));
+  ANNULUS_RETURN_IF_ERROR(
+      CheckBenchTensor("--length, --heads, --dim", {length, o.shape.heads, o.shape.head_dim}));
+  ANNULUS_RETURN_IF_ERROR(
+      CheckBenchTensor("--length, --heads, --v_dim", {length, o.shape.heads, o.shape.v_head_dim}));
+  o.sequences.lengths = {length};
+  if (o.document_length > 0) {
+    o.sequences.document_starts = {PackedDocuments(spec.seed, length, o.document_length)};
   }
-  return sequences;
+  return o;
 }
 
 ExchangeOptions ExchangeFor(const Bench& bench, const ContextAttentionShape& shape) {

@@ -8,11 +8,20 @@
 
 namespace annulus {
 
-// From --heads, --kv_heads, --dim, --v_dim and --window.
-absl::StatusOr<ContextAttentionShape> ShapeOf(const Bench& bench);
+// What is computed, of one sequence.
+struct LayerOptions {
+  std::string mask;
+  int64_t document_length = 0;  // mean; 0 without documents
+  ContextAttentionShape shape;
+  SequenceBatch sequences;
 
-// One sequence of --length with the mask of --mask: causal, full, or documents of random lengths.
-absl::StatusOr<SequenceBatch> SequencesOf(const Bench& bench);
+  int64_t length() const { return sequences.lengths[0]; }
+  int64_t documents() const;  // 0 without
+};
+
+// From the options of this name.
+std::vector<absl::string_view> LayerOptionNames();
+absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec);
 
 // Exchange options of the spec for layers of this shape.
 ExchangeOptions ExchangeFor(const Bench& bench, const ContextAttentionShape& shape);

@@ -25,9 +25,9 @@ struct PlanResult {
   double difference = 0;      // largest, of the results to those of one rank, relative to the largest value
 };
 
-class PlansBench {
+class PlanRuns {
  public:
-  PlansBench(Bench& bench, const ContextAttentionShape& shape, SequenceBatch sequences)
+  PlanRuns(Bench& bench, const ContextAttentionShape& shape, SequenceBatch sequences)
       : bench_(bench),
         shape_(shape),
         sequences_(std::move(sequences)),
@@ -205,7 +205,7 @@ void SortByTime(std::vector<PlanResult>* results) {
 }
 
 // Of the fastest plan of each pass, as predicted.
-absl::Status Draw(const Bench& bench, const PlansBench& plans, const ExchangeOptions& options,
+absl::Status Draw(const Bench& bench, const PlanRuns& plans, const ExchangeOptions& options,
                   const std::vector<std::pair<Pass, std::string>>& fastest) {
   if (!bench.arguments.Has("--svg")) return absl::OkStatus();
   std::vector<std::string> pictures;
@@ -219,13 +219,9 @@ absl::Status Draw(const Bench& bench, const PlansBench& plans, const ExchangeOpt
                            : absl::OkStatus());
 }
 
-}  // namespace
-
-absl::Status BenchPlans(Bench& bench) {
-  ANNULUS_ASSIGN_OR_RETURN(const ContextAttentionShape shape, Agreed(bench, ShapeOf(bench)));
-  ANNULUS_ASSIGN_OR_RETURN(const SequenceBatch sequences, Agreed(bench, SequencesOf(bench)));
-  const ExchangeOptions options = ExchangeFor(bench, shape);
-  PlansBench plans(bench, shape, sequences);
+absl::Status Run(Bench& bench, const LayerOptions& o) {
+  const ExchangeOptions options = ExchangeFor(bench, o.shape);
+  PlanRuns plans(bench, o.shape, o.sequences);
   std::vector<PlannedPass> passes;
   for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
     ANNULUS_ASSIGN_OR_RETURN(
@@ -260,6 +256,23 @@ absl::Status BenchPlans(Bench& bench) {
     for (const PlanResult& result : results[i]) Report(bench, passes[i], result);
   }
   return Draw(bench, plans, options, fastest);
+}
+
+absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec& spec) {
+  ANNULUS_ASSIGN_OR_RETURN(const LayerOptions o, ReadLayer(arguments, spec));
+  return BenchRun([o](Bench& bench) { return Run(bench, o); });
+}
+
+}  // namespace
+
+BenchKind PlansBench() {
+  BenchKind kind{.name = "plans",
+                 .options = LayerOptionNames(),
+                 .fields = {"device", "compute", "deterministic", "seed", "parallel"},
+                 .plan = Plan};
+  for (const char* option : {"--choice", "--profile", "--transport", "--throttle", "--svg"})
+    kind.options.emplace_back(option);
+  return kind;
 }
 
 }  // namespace annulus

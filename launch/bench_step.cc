@@ -32,12 +32,7 @@ Batch RandomBatch(const RunSpec& spec, const SequenceLayout& layout, const MeshC
   return batch;
 }
 
-}  // namespace
-
-absl::Status BenchStep(Bench& bench) {
-  if (!bench.arguments.Has("--config")) {
-    return bench.machine.mesh.world.AgreeOk(Invalid("annulus bench step: expected --config FILE"));
-  }
+absl::Status Run(Bench& bench) {
   Trainer trainer(bench.spec, bench.machine.mesh, bench.ctx(), bench.machine.exchange);
   ANNULUS_RETURN_IF_ERROR(trainer.Initialize());
   const Batch batch = RandomBatch(bench.spec, trainer.layout(), bench.machine.mesh.at);
@@ -49,6 +44,9 @@ absl::Status BenchStep(Bench& bench) {
   const FlopsPerToken flops = TrainingFlops(bench.spec.model, bench.spec.data.seq_len);
   const double tokens = static_cast<double>(bench.spec.optim.sequences_per_step * bench.spec.data.seq_len);
   const double per_rank = tokens / seconds / bench.machine.mesh.world.size() * 1e-12;
+  nlohmann::ordered_json memory;
+  for (const MemoryPlan::Part& part : report.memory.parts()) memory[part.name] = part.bytes;
+  memory["other"] = report.other_memory_bytes;
   bench.Report(
       {{"name", bench.spec.name},
        {"seq_len", bench.spec.data.seq_len},
@@ -63,8 +61,18 @@ absl::Status BenchStep(Bench& bench) {
        {"exposed_exchange_ms", report.exposed_exchange_ms},
        {"exposed_reduce_ms", report.exposed_reduce_ms},
        {"memory_gib", static_cast<double>(report.memory_peak_bytes) / (int64_t{1} << 30)},
+       {"memory_bytes", memory},
        {"loss", report.loss}});
   return absl::OkStatus();
 }
+
+absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec&) {
+  if (!arguments.Has("--config")) return Invalid("annulus bench step: expected --config FILE");
+  return BenchRun(Run);
+}
+
+}  // namespace
+
+BenchKind StepBench() { return {.name = "step", .options = {"--config"}, .fields = {}, .plan = Plan}; }
 
 }  // namespace annulus

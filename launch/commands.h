@@ -33,11 +33,14 @@ class Arguments {
   static absl::StatusOr<Arguments> Parse(const CommandSpec& spec, const std::vector<std::string>& args);
 
   const std::string& operand() const { return operand_; }
+  std::vector<std::string> names() const;  // of the given options, in order
   bool Has(absl::string_view option) const;
   std::vector<std::string> All(absl::string_view option) const;
   std::string Last(absl::string_view option, absl::string_view fallback) const;
   // The option's value as an integer >= 1.
   absl::StatusOr<std::optional<int64_t>> PositiveInt(absl::string_view option) const;
+  // The same; `fallback` if it is not given.
+  absl::StatusOr<int64_t> PositiveInt(absl::string_view option, int64_t fallback) const;
   // The option's value as a number > 0.
   absl::StatusOr<double> PositiveNumber(absl::string_view option, double fallback) const;
 

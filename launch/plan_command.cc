@@ -106,9 +106,8 @@ std::string Json(const Planned& planned) {
   json["parameters"] = BuildParamTable(spec.model).elements();
   json["flops_per_token"] = {{"causal", flops.causal}, {"full", flops.full}};
   json["mesh"] = {{"dp", spec.parallel.dp}, {"cp", spec.parallel.cp}, {"tp", spec.parallel.tp}};
-  json["memory_bytes_per_rank"] = {{"parameters", memory.parameters}, {"gradients", memory.gradients},
-                                   {"optimizer", memory.optimizer},   {"activations", memory.activations},
-                                   {"workspace", memory.workspace},   {"total", memory.total()}};
+  for (const MemoryPlan::Part& part : memory.parts()) json["memory_bytes_per_rank"][part.name] = part.bytes;
+  json["memory_bytes_per_rank"]["total"] = memory.total();
   json["machine"] = {{"device", planned.machine.device},
                      {"measured", planned.machine.measured},
                      {"ranks", planned.machine.ranks}};
@@ -130,10 +129,13 @@ void PrintCosts(const RunSpec& spec) {
               FormatCount(static_cast<double>(BuildParamTable(spec.model).elements())).c_str());
   std::printf("FLOPs per token   %s causal, %s full (training; recomputation not counted)\n",
               FormatCount(flops.causal).c_str(), FormatCount(flops.full).c_str());
-  std::printf(
-      "memory per rank   parameters %s + gradients %s + optimizer %s + activations %s + workspace %s = %s\n",
-      bytes(memory.parameters).c_str(), bytes(memory.gradients).c_str(), bytes(memory.optimizer).c_str(),
-      bytes(memory.activations).c_str(), bytes(memory.workspace).c_str(), bytes(memory.total()).c_str());
+  std::printf("memory per rank   %s; total %s\n", MemoryText(memory).c_str(), bytes(memory.total()).c_str());
+  if (spec.device == DeviceChoice::kCuda) {
+    std::printf(
+        "                  not planned: CUDA, NCCL's buffers, workspaces of kernels; a run prints what it "
+        "holds "
+        "after its first step\n");
+  }
 }
 
 void Print(const Planned& planned) {

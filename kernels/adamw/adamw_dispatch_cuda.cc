@@ -21,7 +21,7 @@ absl::Status Update(Context& ctx, const AdamWHyper& hyper, const AdamWTensors& t
                                         .v = CudaData<float>(tensors.v),
                                         .grad = CudaData<float>(tensors.grad),
                                         .copy = tensors.copy.defined() ? CudaData<T>(tensors.copy) : nullptr};
-  return CudaStatus(CudaAdamW(args, ctx.stream()), "adamw");
+  return CudaStatus("adamw", CudaAdamW(args, ctx.stream()));
 }
 
 }  // namespace

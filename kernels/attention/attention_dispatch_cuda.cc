@@ -105,9 +105,9 @@ absl::Status LaunchForward(Context& ctx, const AttentionBlock& block, const Atte
       .out = CudaHeadsOf<float>(partial.out), .lse = CudaData<float>(partial.lse), .result = {}};
   if (result.data != nullptr) to.result = CudaHeadsOf<T>(result);
   if constexpr (kBf16<T>) {
-    return CudaStatus(MmaAttentionForward(CudaBlockOf<T>(block), to, ctx.stream()), "attention forward");
+    return CudaStatus("attention forward", MmaAttentionForward(CudaBlockOf<T>(block), to, ctx.stream()));
   } else {
-    return CudaStatus(F32AttentionForward(CudaBlockOf<T>(block), to, ctx.stream()), "attention forward");
+    return CudaStatus("attention forward", F32AttentionForward(CudaBlockOf<T>(block), to, ctx.stream()));
   }
 }
 
@@ -127,10 +127,10 @@ absl::Status LaunchBackward(Context& ctx, const AttentionBlock& block, const Att
         ctx.scratch.Allocate(DType::kU8, {MmaAttentionBackwardWorkspaceBytes(cuda_block)}).raw();
     const MmaQueryGradient order =
         ctx.determinism == Determinism::kRequired ? MmaQueryGradient::kOrdered : MmaQueryGradient::kAtomic;
-    return CudaStatus(MmaAttentionBackward(cuda_block, gradients, order, workspace, ctx.stream()),
-                      "attention backward");
+    return CudaStatus("attention backward",
+                      MmaAttentionBackward(cuda_block, gradients, order, workspace, ctx.stream()));
   } else {
-    return CudaStatus(F32AttentionBackward(cuda_block, gradients, ctx.stream()), "attention backward");
+    return CudaStatus("attention backward", F32AttentionBackward(cuda_block, gradients, ctx.stream()));
   }
 }
 
@@ -142,8 +142,8 @@ absl::Status Zero(Context& ctx, const HeadsRef& x) {
     // The pitch of a single row may be anything; the call wants at least the width.
     const size_t pitch = x.rows > 1 ? static_cast<size_t>(x.row_stride) * size : width;
     ANNULUS_RETURN_IF_ERROR(
-        CudaStatus(cudaMemset2DAsync(rows, pitch, 0, width, static_cast<size_t>(x.rows), ctx.stream()),
-                   "attention: zeros"));
+        CudaStatus("attention: zeros",
+                   cudaMemset2DAsync(rows, pitch, 0, width, static_cast<size_t>(x.rows), ctx.stream())));
   }
   return absl::OkStatus();
 }
@@ -158,7 +158,7 @@ absl::Status ResetPartial(CudaTag, Context& ctx, const AttentionPartial& partial
                                   .v_dim = out.dim,
                                   .out = CudaHeadsOf<float>(out),
                                   .lse = CudaData<float>(partial.lse)};
-  return CudaStatus(CudaResetPartial(args, ctx.stream()), "attention: reset of a partial result");
+  return CudaStatus("attention: reset of a partial result", CudaResetPartial(args, ctx.stream()));
 }
 
 template <typename T>
@@ -209,7 +209,7 @@ absl::Status AttentionDelta(CudaTag, Context& ctx, ConstHeadsRef out, ConstHeads
                                                  .out = CudaHeadsOf<T>(out),
                                                  .dout = CudaHeadsOf<T>(dout),
                                                  .delta = delta.data<float>()};
-  return CudaStatus(CudaAttentionDelta(args, ctx.stream()), "attention delta");
+  return CudaStatus("attention delta", CudaAttentionDelta(args, ctx.stream()));
 }
 
 template <typename T>
@@ -247,8 +247,8 @@ absl::Status AttentionBackwardWhole(CudaTag, Context& ctx, const AttentionBlock&
     for (const auto& [from, to] : rounded) {
       const StridedRows<const float> x = StridedOf<float>(ConstHeadsRef(from));
       ANNULUS_RETURN_IF_ERROR(
-          CudaStatus(CudaCastRows<float, __nv_bfloat16>(RowsOf(from), x, StridedOf<T>(to), ctx.stream()),
-                     "attention: rounding of gradients"));
+          CudaStatus("attention: rounding of gradients",
+                     CudaCastRows<float, __nv_bfloat16>(RowsOf(from), x, StridedOf<T>(to), ctx.stream())));
     }
   }
   return absl::OkStatus();

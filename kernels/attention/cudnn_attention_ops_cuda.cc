@@ -68,7 +68,7 @@ absl::Status RunBackward(Context& ctx, const AttentionBlock& block, const Attent
                                .heads = q.heads,
                                .from = RowsFirst(g.lse.data<float>(), q.batch, q.heads),
                                .to = RowsLast(lse, q.rows, q.heads)};
-  ANNULUS_RETURN_IF_ERROR(CudaStatus(CudaCopyLse(to_library, ctx.stream()), "attention: copy of the LSE"));
+  ANNULUS_RETURN_IF_ERROR(CudaStatus("attention: copy of the LSE", CudaCopyLse(to_library, ctx.stream())));
   return cudnn.Backward(described,
                         {.q = block.q.data,
                          .k = block.k.data,
@@ -86,10 +86,10 @@ absl::Status RunBackward(Context& ctx, const AttentionBlock& block, const Attent
 absl::Status WriteTo(Context& ctx, const ConstHeadsRef& x, Write write, const HeadsRef& y) {
   const auto from = StridedOf<BFloat16>(x);
   const auto to = StridedOf<float>(y);
-  return CudaStatus(write == Write::kOverwrite
+  return CudaStatus("attention: sum of a block's gradients",
+                    write == Write::kOverwrite
                         ? CudaCastRows<__nv_bfloat16, float>(RowsOf(x), from, to, ctx.stream())
-                        : CudaAddRows<__nv_bfloat16, float>(RowsOf(x), from, to, ctx.stream()),
-                    "attention: sum of a block's gradients");
+                        : CudaAddRows<__nv_bfloat16, float>(RowsOf(x), from, to, ctx.stream()));
 }
 
 }  // namespace
@@ -108,7 +108,7 @@ absl::Status CudnnForward(Context& ctx, const AttentionBlock& block, const Atten
                             .block_lse = RowsLast<const float>(lse, q.rows, q.heads),
                             .out = CudaHeadsOf<float>(partial.out),
                             .lse = RowsFirst(partial.lse.data<float>(), q.batch, q.heads)};
-  return CudaStatus(CudaMergeBlock(args, ctx.stream()), "attention: merge of a block");
+  return CudaStatus("attention: merge of a block", CudaMergeBlock(args, ctx.stream()));
 }
 
 absl::Status CudnnForwardWhole(Context& ctx, const AttentionBlock& block, HeadsRef out, TensorRef lse) {
@@ -121,7 +121,7 @@ absl::Status CudnnForwardWhole(Context& ctx, const AttentionBlock& block, HeadsR
                                   .heads = q.heads,
                                   .from = RowsLast<const float>(rows_last, q.rows, q.heads),
                                   .to = RowsFirst(lse.data<float>(), q.batch, q.heads)};
-  return CudaStatus(CudaCopyLse(to_rows_first, ctx.stream()), "attention: copy of the LSE");
+  return CudaStatus("attention: copy of the LSE", CudaCopyLse(to_rows_first, ctx.stream()));
 }
 
 absl::Status CudnnBackward(Context& ctx, const AttentionBlock& block, const AttentionGradients& gradients) {

@@ -1,15 +1,14 @@
 #pragma once
 
-// What the adapters from ops to CUDA launchers share: pointers of tensors as CUDA's types, and launch errors
-// as statuses. Included by *_cuda.cc only.
+// What the adapters from ops to CUDA launchers share: pointers of tensors as CUDA's types, and CudaStatus for
+// errors of launches. Included by *_cuda.cc only.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
-#include "absl/strings/string_view.h"
-#include "annulus/base/status.h"
 #include "annulus/device/context.h"
 #include "annulus/ops/heads.h"
+#include "src/device/cuda_call.h"
 
 namespace annulus::kernels {
 
@@ -44,15 +43,6 @@ const CudaType<T>* CudaData(const ConstHeadsRef& x) {
 template <typename T>
 CudaType<T>* CudaData(const HeadsRef& x) {
   return reinterpret_cast<CudaType<T>*>(x.At<T>(0, 0));
-}
-
-// Internal, "rms_norm forward: cudaErrorInvalidValue (invalid argument)". The runtime forgets the error, so
-// that the next launch is not blamed for it.
-inline absl::Status CudaStatus(cudaError_t error, absl::string_view what) {
-  if (error == cudaSuccess) return absl::OkStatus();
-  cudaGetLastError();
-  return absl::InternalError(
-      absl::StrCat(what, ": ", cudaGetErrorName(error), " (", cudaGetErrorString(error), ")"));
 }
 
 }  // namespace annulus::kernels

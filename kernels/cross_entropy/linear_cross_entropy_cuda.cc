@@ -37,8 +37,8 @@ absl::Status Losses(const CudaLinearCrossEntropyArgs& args, const Chunk& chunk, 
   } else {
     error = CudaCrossEntropy<__nv_bfloat16>(kernel, stream);
   }
-  ANNULUS_RETURN_IF_ERROR(CudaStatus(error, "cross-entropy"));
-  return CudaStatus(CudaAddSum(chunk.losses, chunk.rows, args.loss, stream), "sum of losses");
+  ANNULUS_RETURN_IF_ERROR(CudaStatus("cross-entropy", error));
+  return CudaStatus("sum of losses", CudaAddSum(chunk.losses, chunk.rows, args.loss, stream));
 }
 
 template <typename Byte>

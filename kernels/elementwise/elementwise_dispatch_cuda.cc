@@ -8,7 +8,7 @@ namespace {
 
 template <typename From, typename To>
 absl::Status CastTo(Context& ctx, const ConstTensorRef& x, const TensorRef& y) {
-  return CudaStatus(CudaCast(CudaData<From>(x), x.elements(), CudaData<To>(y), ctx.stream()), "cast");
+  return CudaStatus("cast", CudaCast(CudaData<From>(x), x.elements(), CudaData<To>(y), ctx.stream()));
 }
 
 }  // namespace
@@ -31,27 +31,26 @@ absl::Status Cast(CudaTag, Context& ctx, ConstTensorRef x, TensorRef y) {
 
 template <typename T>
 absl::Status AddInPlace(CudaTag, Context& ctx, ConstTensorRef x, TensorRef y) {
-  return CudaStatus(CudaAdd(CudaData<T>(x), x.elements(), CudaData<T>(y), ctx.stream()), "add");
+  return CudaStatus("add", CudaAdd(CudaData<T>(x), x.elements(), CudaData<T>(y), ctx.stream()));
 }
 
 template <typename T>
 absl::Status Scale(CudaTag, Context& ctx, double factor, TensorRef x) {
-  return CudaStatus(CudaScale(factor, x.elements(), CudaData<T>(x), ctx.stream()), "scale");
+  return CudaStatus("scale", CudaScale(factor, x.elements(), CudaData<T>(x), ctx.stream()));
 }
 
 template <typename T>
 absl::Status AddSumOfSquares(CudaTag, Context& ctx, ConstTensorRef x, TensorRef sum) {
   ArenaScope scope(ctx.scratch);
   const TensorRef partial = ctx.scratch.Allocate(DType::kF64, {kSumOfSquaresScratch});
-  return CudaStatus(CudaSumOfSquares(CudaData<T>(x), x.elements(), CudaData<double>(partial),
-                                     CudaData<double>(sum), ctx.stream()),
-                    "sum of squares");
+  return CudaStatus("sum of squares",
+                    CudaSumOfSquares(CudaData<T>(x), x.elements(), CudaData<double>(partial),
+                                     CudaData<double>(sum), ctx.stream()));
 }
 
 absl::Status ClipFactor(CudaTag, Context& ctx, ConstTensorRef stats, double max_norm, TensorRef factor) {
-  return CudaStatus(CudaClipFactor(CudaData<double>(stats), stats.elements(), max_norm,
-                                   CudaData<double>(factor), ctx.stream()),
-                    "clip factor");
+  return CudaStatus("clip factor", CudaClipFactor(CudaData<double>(stats), stats.elements(), max_norm,
+                                                  CudaData<double>(factor), ctx.stream()));
 }
 
 template absl::Status AddInPlace<float>(CudaTag, Context&, ConstTensorRef, TensorRef);

@@ -7,9 +7,9 @@ namespace annulus::kernels {
 template <typename T>
 absl::Status EmbeddingForward(CudaTag, Context& ctx, ConstTensorRef tokens, ConstTensorRef table,
                               TensorRef y) {
-  return CudaStatus(CudaEmbeddingForward(tokens.dim(0), table.dim(1), CudaData<int32_t>(tokens),
-                                         CudaData<T>(table), CudaData<T>(y), ctx.stream()),
-                    "embedding forward");
+  return CudaStatus("embedding forward",
+                    CudaEmbeddingForward(tokens.dim(0), table.dim(1), CudaData<int32_t>(tokens),
+                                         CudaData<T>(table), CudaData<T>(y), ctx.stream()));
 }
 
 template <typename T>
@@ -26,7 +26,7 @@ absl::Status EmbeddingBackward(CudaTag, Context& ctx, ConstTensorRef tokens, Con
       .dy = CudaData<T>(dy),
       .dtable = CudaData<float>(dtable),
       .scratch = ctx.scratch.Allocate(DType::kU8, {bytes}).raw()};
-  return CudaStatus(CudaEmbeddingBackward(args, ctx.stream()), "embedding backward");
+  return CudaStatus("embedding backward", CudaEmbeddingBackward(args, ctx.stream()));
 }
 
 template absl::Status EmbeddingForward<float>(CudaTag, Context&, ConstTensorRef, ConstTensorRef, TensorRef);

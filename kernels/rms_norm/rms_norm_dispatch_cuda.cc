@@ -7,7 +7,7 @@ namespace {
 
 // The launchers refuse rows that do not fit in the registers of a CTA.
 absl::Status Status(cudaError_t error, absl::string_view what, const ConstTensorRef& x) {
-  if (error != cudaErrorInvalidValue) return CudaStatus(error, what);
+  if (error != cudaErrorInvalidValue) return CudaStatus(what, error);
   return Invalid(
       "rms_norm.x=", Name(x.dtype()), ToString(x.shape()), " on ", ToString(x.device()),
       ": expected d of at most 64 KiB forward and 32 KiB backward, or of 4096 and 2048 elements where "

@@ -20,7 +20,7 @@ absl::Status Rope(CudaTag, Context& ctx, ConstTensorRef positions, double theta,
                                        .positions = CudaData<int64_t>(positions),
                                        .theta = theta,
                                        .inverse = direction == RopeDirection::kInverse};
-  return CudaStatus(CudaRope(args, ctx.stream()), "rope");
+  return CudaStatus("rope", CudaRope(args, ctx.stream()));
 }
 
 template absl::Status Rope<float>(CudaTag, Context&, ConstTensorRef, double, RopeDirection, HeadsRef);

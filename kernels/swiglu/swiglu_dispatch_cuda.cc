@@ -6,16 +6,16 @@ namespace annulus::kernels {
 
 template <typename T>
 absl::Status SwigluForward(CudaTag, Context& ctx, ConstTensorRef gate_up, TensorRef h) {
-  return CudaStatus(CudaSwigluForward(h.dim(0), h.dim(1), CudaData<T>(gate_up), CudaData<T>(h), ctx.stream()),
-                    "swiglu forward");
+  return CudaStatus("swiglu forward", CudaSwigluForward(h.dim(0), h.dim(1), CudaData<T>(gate_up),
+                                                        CudaData<T>(h), ctx.stream()));
 }
 
 template <typename T>
 absl::Status SwigluBackward(CudaTag, Context& ctx, ConstTensorRef gate_up, ConstTensorRef dh,
                             TensorRef dgate_up) {
-  return CudaStatus(CudaSwigluBackward(dh.dim(0), dh.dim(1), CudaData<T>(gate_up), CudaData<T>(dh),
-                                       CudaData<T>(dgate_up), ctx.stream()),
-                    "swiglu backward");
+  return CudaStatus("swiglu backward",
+                    CudaSwigluBackward(dh.dim(0), dh.dim(1), CudaData<T>(gate_up), CudaData<T>(dh),
+                                       CudaData<T>(dgate_up), ctx.stream()));
 }
 
 template absl::Status SwigluForward<float>(CudaTag, Context&, ConstTensorRef, TensorRef);

@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "absl/strings/string_view.h"
 #include "annulus/base/check.h"
 #include "annulus/base/status.h"
 #include "annulus/device/device.h"
@@ -15,13 +16,13 @@ namespace annulus {
 std::string CurrentDevice();  // "cuda:0", the calling thread's
 
 // "cudaMalloc: cudaErrorInvalidValue (invalid argument) on cuda:0"
-std::string CudaFailure(const char* call, cudaError_t error);
+std::string CudaFailure(absl::string_view call, cudaError_t error);
 
 // For destructors: the failure on stderr. Silent while the process ends and CUDA is gone already.
-void LogCudaFailure(const char* call, cudaError_t error);
+void LogCudaFailure(absl::string_view call, cudaError_t error);
 
 // A failure as absl::Internal. Failures are forgotten by CUDA, so that later checks do not find them again.
-absl::Status CudaStatus(const char* call, cudaError_t error);
+absl::Status CudaStatus(absl::string_view call, cudaError_t error);
 
 // A driver function in the form that `version` of the driver API gave it. The program does not link the
 // driver, so that it starts on machines without one.

@@ -10,17 +10,17 @@ std::string CurrentDevice() {
   return ToString(device);
 }
 
-std::string CudaFailure(const char* call, cudaError_t error) {
+std::string CudaFailure(absl::string_view call, cudaError_t error) {
   return absl::StrCat(call, ": ", cudaGetErrorName(error), " (", cudaGetErrorString(error), ") on ",
                       CurrentDevice());
 }
 
-void LogCudaFailure(const char* call, cudaError_t error) {
+void LogCudaFailure(absl::string_view call, cudaError_t error) {
   if (error == cudaSuccess || error == cudaErrorCudartUnloading) return;
   std::fprintf(stderr, "annulus: %s\n", CudaFailure(call, error).c_str());
 }
 
-absl::Status CudaStatus(const char* call, cudaError_t error) {
+absl::Status CudaStatus(absl::string_view call, cudaError_t error) {
   if (error == cudaSuccess) return absl::OkStatus();
   cudaGetLastError();
   return absl::InternalError(CudaFailure(call, error));

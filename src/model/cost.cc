@@ -20,6 +20,11 @@ bool KeepsProducts(Recompute recompute) {
   return recompute == Recompute::kNone || recompute == Recompute::kElementwise;
 }
 
+// Slots of KV and of gradients.
+int64_t SlotBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
+  return 2 * spec.kv_heads * spec.head_dim * (2 * SizeOf(inputs.dtype) + 4 * SizeOf(AccumOf(inputs.dtype)));
+}
+
 LayerBytes MlpBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
   const int64_t d = spec.d_model, element = SizeOf(inputs.dtype);
   const bool norms = KeepsNorms(inputs.recompute), products = KeepsProducts(inputs.recompute);
@@ -40,7 +45,7 @@ LayerBytes AttentionBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
   bytes.workspace = (d + (norms ? 0 : d) + (products ? 0 : q + kv)) * element;
   bytes.workspace += (2 * q + kv) * element + spec.heads * accum;  // dout, dq, dkv, delta
   if (accum != element) bytes.workspace += (q + kv) * accum;       // sums of dq and dkv over blocks
-  if (inputs.cp_exchange) bytes.workspace += kv * (2 * element + 4 * accum);  // slots of KV and of gradients
+  if (inputs.exchange == ExchangeMemory::kWorkspace) bytes.workspace += SlotBytes(spec, inputs);
   if (inputs.recompute == Recompute::kBlock) bytes.workspace += output;
   return bytes;
 }
@@ -76,11 +81,13 @@ MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs) {
   const int64_t element = SizeOf(inputs.dtype), accum = SizeOf(AccumOf(inputs.dtype));
   const int64_t stream = spec.d_model * element;  // of a token in the residual stream
   int64_t kept = stream, workspace = 0;           // the last layer's output
+  bool attends = false;
   for (const LayerSpec& layer : spec.layers) {
     const LayerBytes bytes =
         layer.kind == LayerKind::kMlp ? MlpBytes(spec, inputs) : AttentionBytes(spec, inputs);
     kept += stream + bytes.kept;
     workspace = std::max(workspace, bytes.workspace);
+    attends = attends || layer.kind == LayerKind::kAttention;
   }
   const int64_t loss =
       LinearCrossEntropyScratchBytes(inputs.device, inputs.dtype, inputs.local_tokens, spec.vocab_size) +
@@ -89,10 +96,28 @@ MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs) {
   MemoryPlan plan;
   plan.parameters = parameters * element;
   plan.gradients = GradientElements(table, inputs.gradients) * accum;
-  plan.optimizer = (accum == element ? 3 : 4) * parameters * accum / inputs.shards;
+  const int64_t states = (accum == element ? 2 : 3) * parameters;
+  plan.optimizer = (states + SharedGradientElements(table, inputs.gradients)) * accum / inputs.shards;
   plan.activations = kept * inputs.local_tokens;
   plan.workspace = std::max(workspace * inputs.local_tokens, loss) + stream * inputs.local_tokens;
+  if (inputs.exchange == ExchangeMemory::kOwn && attends)
+    plan.exchange = SlotBytes(spec, inputs) * inputs.local_tokens;
   return plan;
+}
+
+std::array<MemoryPlan::Part, 6> MemoryPlan::parts() const {
+  return {{{"parameters", parameters},
+           {"gradients", gradients},
+           {"optimizer", optimizer},
+           {"activations", activations},
+           {"workspace", workspace},
+           {"exchange", exchange}}};
+}
+
+int64_t MemoryPlan::total() const {
+  int64_t bytes = 0;
+  for (const Part& part : parts()) bytes += part.bytes;
+  return bytes;
 }
 
 }  // namespace annulus

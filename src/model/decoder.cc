@@ -1,6 +1,7 @@
 #include "annulus/model/decoder.h"
 
 #include "absl/strings/str_cat.h"
+#include "annulus/device/trace.h"
 #include "annulus/ops/cross_entropy.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/ops/embedding.h"
@@ -37,15 +38,18 @@ Decoder::Decoder(const ModelSpec& spec, Recompute recompute, const ParamStore& p
   for (size_t i = 0; i < spec.layers.size(); ++i) {
     const int layer_norm = table.IndexOf(absl::StrCat("layers.", i, ".norm.weight"));
     Layer layer;
+    const bool attends = spec.layers[i].kind == LayerKind::kAttention;
+    const std::string name = absl::StrCat("layers.", i, attends ? ".attention" : ".mlp");
+    layer.forward_name = name + " forward", layer.backward_name = name + " backward";
     layer.norm = params.Value(layer_norm), layer.dnorm = params.Grad(layer_norm);
-    layer.mixer = spec.layers[i].kind == LayerKind::kAttention ? MakeAttention(spec, i, recompute, params)
-                                                               : MakeMlp(spec, i, recompute, params);
+    layer.mixer = attends ? MakeAttention(spec, i, recompute, params) : MakeMlp(spec, i, recompute, params);
     layers_.push_back(std::move(layer));
   }
 }
 
 absl::Status Decoder::LayerForward(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef x, Keep keep,
                                    TensorRef y) {
+  const TraceRange range(layer.forward_name);
   const bool keep_norm = keep == Keep::kForBackward && recompute_ == Recompute::kNone;
   if (keep_norm) layer.normed = ctx.saved.Allocate(dtype_, x.shape());
   ArenaScope scope(ctx.scratch);
@@ -57,6 +61,7 @@ absl::Status Decoder::LayerForward(Context& ctx, ModelStep& step, Layer& layer, 
 
 // gradient: of the layer's output in, of its input out.
 absl::Status Decoder::LayerBackward(Context& ctx, ModelStep& step, Layer& layer, TensorRef gradient) {
+  const TraceRange range(layer.backward_name);
   ArenaScope scope(ctx.scratch);
   TensorRef normed = layer.normed;
   if (recompute_ != Recompute::kNone) {
@@ -72,6 +77,7 @@ absl::Status Decoder::LayerBackward(Context& ctx, ModelStep& step, Layer& layer,
 // The residual stream after the last layer; without backward one buffer serves all layers.
 absl::StatusOr<TensorRef> Decoder::Trunk(Context& ctx, ModelStep& step, ConstTensorRef tokens, Keep keep,
                                          const BucketHooks& hooks) {
+  const TraceRange range("forward");
   const int64_t rows = step.geometry.layout().local_rows(), batch = step.geometry.sequences().batch;
   ANNULUS_CHECK(tokens.elements() == rows * batch) << ToString(tokens.shape());
   const Shape shape{rows, batch, d_model_};
@@ -101,6 +107,7 @@ absl::Status Decoder::Loss(Context& ctx, ModelStep& step, const TokenSlice& slic
 // Adds the gradient of the trunk's output x to `gradient`.
 absl::Status Decoder::HeadForwardBackward(Context& ctx, TensorRef x, ConstTensorRef targets,
                                           double loss_scale, TensorRef gradient, TensorRef loss) {
+  const TraceRange range("head and loss");
   ArenaScope scope(ctx.scratch);
   const TensorRef normed = ctx.scratch.Allocate(dtype_, x.shape());
   const TensorRef dnormed = ctx.scratch.Allocate(dtype_, x.shape());
@@ -115,6 +122,7 @@ absl::Status Decoder::LossAndGradients(Context& ctx, ModelStep& step, const Toke
                                        double loss_scale, const BucketHooks& hooks, TensorRef loss) {
   ArenaScope saved(ctx.saved);
   ANNULUS_ASSIGN_OR_RETURN(const TensorRef x, Trunk(ctx, step, slice.tokens, Keep::kForBackward, hooks));
+  const TraceRange range("backward");
   ArenaScope scope(ctx.scratch);
   const TensorRef gradient = ctx.scratch.Allocate(dtype_, x.shape());
   ANNULUS_RETURN_IF_ERROR(Zero(ctx, gradient));

@@ -140,6 +140,16 @@ int64_t GradientElements(const ParamTable& table, GradientMemory memory) {
   return elements;
 }
 
+int64_t SharedGradientElements(const ParamTable& table, GradientMemory memory) {
+  const std::vector<size_t> buffers = GradientBuffers(table, memory);
+  int64_t elements = 0;
+  for (size_t bucket = 0; bucket < buffers.size(); ++bucket) {
+    if (std::count(buffers.begin(), buffers.end(), buffers[bucket]) > 1)
+      elements += table.bucket_elements[bucket];
+  }
+  return elements;
+}
+
 ParamStore::ParamStore(Device device, DType dtype, ParamTable table, int64_t bucket_multiple,
                        GradientMemory memory)
     : table_(std::move(table)), dtype_(dtype), grad_buffers_(GradientBuffers(table_, memory)) {
@@ -177,6 +187,12 @@ std::vector<int> ParamStore::SharingGrads(int bucket) const {
 int64_t ParamStore::bytes() const {
   int64_t bytes = 0;
   for (const Tensor& bucket : values_) bytes += bucket.ref().bytes();
+  return bytes;
+}
+
+int64_t ParamStore::gradient_bytes() const {
+  int64_t bytes = 0;
+  for (const Tensor& buffer : grads_) bytes += buffer.ref().bytes();
   return bytes;
 }
 

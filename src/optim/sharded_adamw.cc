@@ -2,6 +2,7 @@
 #include <atomic>
 #include <thread>
 
+#include "annulus/device/trace.h"
 #include "annulus/device/transfer.h"
 #include "annulus/ops/adamw.h"
 #include "annulus/ops/elementwise.h"
@@ -22,10 +23,18 @@ absl::Status CopyRounded(Context& ctx, ConstTensorRef from, TensorRef to) {
     Upload(ctx, from.raw(), from.bytes(), to);
     return absl::OkStatus();
   }
+  const int64_t elements = to.elements(), size = SizeOf(from.dtype());
+  const int64_t piece = std::min(elements, kStatePieceBytes / size);
+  const TensorRef flat = to.Reshaped({elements});
   ArenaScope scope(ctx.scratch);
-  const TensorRef wide = ctx.scratch.Allocate(from.dtype(), to.shape());
-  Upload(ctx, from.raw(), from.bytes(), wide);
-  return Cast(ctx, wide, to);
+  const TensorRef wide = ctx.scratch.Allocate(from.dtype(), {piece});
+  for (int64_t begin = 0; begin < elements; begin += piece) {
+    const int64_t end = std::min(begin + piece, elements);
+    const TensorRef values = wide.Rows(0, end - begin);
+    Upload(ctx, static_cast<const char*>(from.raw()) + begin * size, values.bytes(), values);
+    ANNULUS_RETURN_IF_ERROR(Cast(ctx, values, flat.Rows(begin, end)));
+  }
+  return absl::OkStatus();
 }
 
 // InitialValues on every core: drawing billions of numbers takes minutes on one.
@@ -66,7 +75,7 @@ ShardedAdamW::ShardedAdamW(Context& ctx, const OptimSpec& spec, ParamStore& para
     ANNULUS_CHECK(values.elements() % group_.size() == 0) << "bucket " << bucket;
     const Shape shape{values.elements() / group_.size()};
     Shard shard;
-    shard.grad = Tensor(values.device(), accum, shape);
+    if (!params.SharingGrads(bucket).empty()) shard.grad = Tensor(values.device(), accum, shape);
     shard.m = Tensor(values.device(), accum, shape);
     shard.v = Tensor(values.device(), accum, shape);
     if (has_master()) shard.master = Tensor(values.device(), accum, shape);
@@ -88,7 +97,7 @@ ShardedAdamW::~ShardedAdamW() {
 ShardedAdamW::Run ShardedAdamW::RunOf(size_t param) const {
   const ParamInfo& info = params_.table().params[param];
   const int64_t shard_begin = ShardBegin(info.bucket);
-  const int64_t size = shards_[static_cast<size_t>(info.bucket)].grad.ref().elements();
+  const int64_t size = shards_[static_cast<size_t>(info.bucket)].m.ref().elements();
   return {.param = param,
           .bucket = info.bucket,
           .begin = std::clamp<int64_t>(info.offset - shard_begin, 0, size),
@@ -108,6 +117,14 @@ TensorRef ShardedAdamW::ValueShard(int bucket) const {
 
 TensorRef ShardedAdamW::MasterShard(int bucket) const {
   return has_master() ? shards_[static_cast<size_t>(bucket)].master.ref() : ValueShard(bucket);
+}
+
+TensorRef ShardedAdamW::GradShard(int bucket) const {
+  const TensorRef own = shards_[static_cast<size_t>(bucket)].grad.ref();
+  if (own.defined()) return own;
+  const TensorRef grads = params_.BucketGrads(bucket);
+  const int64_t first = ShardBegin(bucket);
+  return grads.Rows(first, first + grads.elements() / group_.size());
 }
 
 absl::Status ShardedAdamW::Initialize(uint64_t seed) {
@@ -146,7 +163,7 @@ absl::Status ShardedAdamW::WaitForReduce(int bucket) {
 absl::Status ShardedAdamW::StartReduce(int bucket) {
   Shard& shard = shards_[static_cast<size_t>(bucket)];
   ANNULUS_ASSIGN_OR_RETURN(shard.reduce,
-                           group_.IReduceScatter(params_.BucketGrads(bucket), shard.grad.ref()));
+                           group_.IReduceScatter(params_.BucketGrads(bucket), GradShard(bucket)));
   return absl::OkStatus();
 }
 
@@ -162,10 +179,10 @@ void ShardedAdamW::Poll() {
 }
 
 absl::Status ShardedAdamW::FinishReduce(TensorRef sum_of_squares) {
+  const TraceRange range("gradient norm");
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
     ANNULUS_RETURN_IF_ERROR(WaitForReduce(bucket));
-    ANNULUS_RETURN_IF_ERROR(
-        AddSumOfSquares(ctx_, shards_[static_cast<size_t>(bucket)].grad.ref(), sum_of_squares));
+    ANNULUS_RETURN_IF_ERROR(AddSumOfSquares(ctx_, GradShard(bucket), sum_of_squares));
   }
   return absl::OkStatus();
 }
@@ -177,6 +194,7 @@ absl::Status ShardedAdamW::StartGather(int bucket) {
 }
 
 absl::Status ShardedAdamW::Update(int64_t step, double lr, ConstTensorRef gradient_scale) {
+  const TraceRange range("AdamW");
   AdamWHyper hyper{.lr = lr, .beta1 = spec_.beta1, .beta2 = spec_.beta2, .eps = spec_.eps, .step = step};
   size_t next = 0;
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
@@ -189,7 +207,7 @@ absl::Status ShardedAdamW::Update(int64_t step, double lr, ConstTensorRef gradie
                       {.param = MasterShard(bucket).Rows(run.begin, run.end),
                        .m = shard.m.ref().Rows(run.begin, run.end),
                        .v = shard.v.ref().Rows(run.begin, run.end),
-                       .grad = shard.grad.ref().Rows(run.begin, run.end),
+                       .grad = GradShard(bucket).Rows(run.begin, run.end),
                        .gradient_scale = gradient_scale,
                        .copy = has_master() ? ValueShard(bucket).Rows(run.begin, run.end) : TensorRef()}));
     }
@@ -213,24 +231,39 @@ absl::Status ShardedAdamW::WaitForParameters() {
   return status;
 }
 
-absl::StatusOr<GatheredTensors> ShardedAdamW::Gather() {
+// host = the shards of all ranks one behind the other, on ranks where it is defined.
+absl::Status ShardedAdamW::GatherShards(TensorRef shard, int64_t piece_bytes, TensorRef host) {
+  const int64_t ranks = group_.size(), elements = shard.elements();
+  const int64_t most = std::clamp<int64_t>(piece_bytes / (ranks * SizeOf(shard.dtype())), 1, elements);
+  ArenaScope scope(ctx_.scratch);
+  const TensorRef memory = ctx_.scratch.Allocate(shard.dtype(), {ranks * most});
+  for (int64_t begin = 0; begin < elements; begin += most) {
+    const int64_t end = std::min(begin + most, elements), count = end - begin;
+    const TensorRef pieces = memory.Rows(0, ranks * count);
+    ANNULUS_RETURN_IF_ERROR(group_.AllGather(shard.Rows(begin, end), pieces));
+    if (!host.defined()) continue;
+    for (int64_t r = 0; r < ranks; ++r) {
+      const TensorRef to = host.Rows(r * elements + begin, r * elements + end);
+      Download(ctx_, pieces.Rows(r * count, (r + 1) * count), to.raw());
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<GatheredTensors> ShardedAdamW::Gather(int64_t piece_bytes) {
+  const TraceRange range("gather of the state");
   ANNULUS_RETURN_IF_ERROR(WaitForParameters());
   GatheredTensors result;
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
     const Shard& shard = shards_[static_cast<size_t>(bucket)];
-    const Shape whole = params_.BucketValues(bucket).shape();
     const bool mine = bucket % group_.size() == group_.rank();
     for (const auto& [prefix, part] :
          {std::pair{"", MasterShard(bucket)}, std::pair{"optim.m.", shard.m.ref()},
           std::pair{"optim.v.", shard.v.ref()}}) {
-      const Tensor full(part.device(), part.dtype(), whole);
-      ANNULUS_RETURN_IF_ERROR(group_.AllGather(part, full.ref()));
-      if (!mine) {
-        ctx_.lane.Synchronize();  // `full` goes, and work on it must be over
-        continue;
-      }
-      Tensor host(Device{}, part.dtype(), whole);
-      Download(ctx_, full.ref(), host.ref().raw());
+      Tensor host;
+      if (mine) host = Tensor(Device{}, part.dtype(), params_.BucketValues(bucket).shape());
+      ANNULUS_RETURN_IF_ERROR(GatherShards(part, piece_bytes, host.ref()));
+      if (!mine) continue;
       for (const ParamInfo& info : params_.table().params) {
         if (info.bucket != bucket) continue;
         const TensorRef tensor = host.ref().Rows(info.offset, info.offset + info.shape.elements());
@@ -264,7 +297,11 @@ absl::Status ShardedAdamW::Restore(const TensorFinder& find) {
 
 int64_t ShardedAdamW::state_bytes() const {
   int64_t bytes = 0;
-  for (const Shard& shard : shards_) bytes += (has_master() ? 4 : 3) * shard.grad.ref().bytes();
+  for (const Shard& shard : shards_) {
+    for (const Tensor* part : {&shard.m, &shard.v, &shard.grad, &shard.master}) {
+      if (part->ref().defined()) bytes += part->ref().bytes();
+    }
+  }
   return bytes;
 }
 

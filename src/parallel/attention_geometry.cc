@@ -187,4 +187,10 @@ absl::StatusOr<std::vector<ExchangeTransport*>> AttentionGeometry::Transports(Co
   return transports;
 }
 
+int64_t AttentionGeometry::exchange_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& [kind, transport] : transports_) bytes += transport->device_bytes();
+  return bytes;
+}
+
 }  // namespace annulus

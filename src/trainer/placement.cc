@@ -56,6 +56,11 @@ DType DTypeOf(ComputeType compute) {
   return compute == ComputeType::kBF16 ? DType::kBF16 : DType::kF32;
 }
 
+DeviceKind DeviceKindOf(DeviceChoice device) {
+  ANNULUS_CHECK(device != DeviceChoice::kAuto) << "device not resolved";
+  return device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu;
+}
+
 absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec) {
   if (spec.device != DeviceChoice::kCuda) return Device{};
   const std::string host = HostName();

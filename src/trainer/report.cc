@@ -80,7 +80,24 @@ std::string FormatBytes(double bytes) {
   return absl::StrFormat(unit == 0 ? "%.0f %s" : "%.1f %s", bytes, units[unit]);
 }
 
+std::string MemoryText(const MemoryPlan& memory) {
+  std::string text;
+  for (const MemoryPlan::Part& part : memory.parts()) {
+    if (part.bytes == 0) continue;
+    absl::StrAppend(&text, text.empty() ? "" : ", ", part.name, " ",
+                    FormatBytes(static_cast<double>(part.bytes)));
+  }
+  return text;
+}
+
 namespace {
+
+nlohmann::ordered_json MemoryJson(const StepReport& report) {
+  nlohmann::ordered_json json;
+  for (const MemoryPlan::Part& part : report.memory.parts()) json[part.name] = part.bytes;
+  json["other"] = report.other_memory_bytes;
+  return json;
+}
 
 // FLOP/s of a rank, and how much of the peak that is, in both conventions where the peak is known.
 std::string RateText(const StepReport& report) {
@@ -188,6 +205,7 @@ std::string MetricsJson(const StepReport& report, std::optional<double> val_loss
   json["memory_peak_bytes"] = report.memory_peak_bytes;
   if (!report.attention.empty()) json["attention"] = AttentionJson(report.attention);
   if (report.throttle_gb_per_second > 0) json["throttle_gb_per_second"] = report.throttle_gb_per_second;
+  json["memory_bytes"] = MemoryJson(report);
   if (report.skipped) json["skipped"] = true;
   if (val_loss.has_value()) json["val_loss"] = Number(*val_loss);
   return json.dump() + "\n";

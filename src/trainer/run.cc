@@ -30,6 +30,13 @@ std::string DeviceText(const Context& ctx) {
   return on_gpu ? absl::StrCat(ToString(ctx.device), " ", gpu->name) : ToString(ctx.device);
 }
 
+// 0 on CPUs.
+int64_t GpuBytesInUse(const Context& ctx) {
+  if (ctx.device.kind == DeviceKind::kCpu) return 0;
+  const absl::StatusOr<GpuMemory> memory = MemoryOfGpu();
+  return memory.ok() ? memory->total_bytes - memory->free_bytes : 0;
+}
+
 // The watchdog of a run, where its configuration wants one.
 class Heart {
  public:
@@ -69,6 +76,7 @@ class TrainingRun {
         data_(std::move(data)),
         log_(std::move(log)),
         console_(IsRoot() ? Console::Output::kPrint : Console::Output::kSilent),
+        at_start_bytes_(GpuBytesInUse(*ctx_)),
         trainer_(spec_, mesh_, *ctx_, machine.exchange),
         profile_(ProfileSource(spec_.parallel.exchange, machine.exchange.machine)),
         heart_(heart) {}
@@ -81,6 +89,7 @@ class TrainingRun {
   absl::Status Resume();
   absl::StatusOr<StepReport> OneStep();
   absl::Status Finish(const StepReport& report);
+  std::string HeldText(const StepReport& report) const;
   absl::Status WriteLogs(const StepReport& report, const std::string& line, std::optional<double> val_loss);
   absl::Status Save(int64_t keep);
   absl::Status SaveBefore(const absl::Status& error);
@@ -101,6 +110,7 @@ class TrainingRun {
   std::unique_ptr<DataSet> data_;
   LineFile log_;
   Console console_;
+  const int64_t at_start_bytes_;  // of the GPU, by CUDA and communicators
   Trainer trainer_;
   std::string profile_;  // what plans are chosen by, in words
   AttentionSummary attention_;
@@ -117,19 +127,14 @@ absl::Status TrainingRun::PrintStart() {
                                absl::StrFormat("dp=%d cp=%d tp=%d  %s  %s  pid %d", mesh_.at.dp, mesh_.at.cp,
                                                mesh_.at.tp, HostName(), DeviceText(*ctx_), getpid())));
   const FlopsPerToken flops = TrainingFlops(spec_.model, spec_.data.seq_len);
-  const MemoryPlan memory = PlanMemory(spec_);
   console_.Line("resolved configuration (value, then where it comes from):\n" + config_.text);
   for (size_t i = 0; i < ranks.size(); ++i) console_.Line(absl::StrCat("rank ", i, ": ", ranks[i]));
   console_.Line(absl::StrFormat("model: %s parameters, %s training FLOPs per token causal, %s full",
                                 FormatCount(static_cast<double>(trainer_.params().table().elements())),
                                 FormatCount(flops.causal), FormatCount(flops.full)));
-  console_.Line(absl::StrFormat(
-      "memory per rank, planned: parameters %s, gradients %s, optimizer %s, activations %s, workspace %s, "
-      "total %s",
-      FormatBytes(static_cast<double>(memory.parameters)), FormatBytes(static_cast<double>(memory.gradients)),
-      FormatBytes(static_cast<double>(memory.optimizer)),
-      FormatBytes(static_cast<double>(memory.activations)),
-      FormatBytes(static_cast<double>(memory.workspace)), FormatBytes(static_cast<double>(memory.total()))));
+  const MemoryPlan memory = PlanMemory(spec_);
+  console_.Line(absl::StrCat("memory per rank, planned: ", MemoryText(memory), ", total ",
+                             FormatBytes(static_cast<double>(memory.total()))));
   console_.Line(absl::StrFormat("data: %s training tokens, %s validation tokens, fingerprint %s",
                                 FormatCount(static_cast<double>(data_->train_tokens())),
                                 FormatCount(static_cast<double>(data_->validation_tokens())),
@@ -215,12 +220,24 @@ absl::Status TrainingRun::Finish(const StepReport& report) {
     for (const std::string& plan : PlanLines(report)) console_.Line(plan);
   }
   attention_.Add(report);
+  if (report.step == first_step_ + 1) console_.Line(HeldText(report));
   std::optional<double> val_loss;
   if (evaluate) {
     ANNULUS_ASSIGN_OR_RETURN(val_loss, trainer_.Evaluate(*data_, [this] { heart_.Beat(); }));
     console_.Line(absl::StrFormat("step %d: validation loss %.4f nats per token", report.step, *val_loss));
   }
   return mesh_.world.AgreeOk(WriteLogs(report, line, val_loss));
+}
+
+// With the first step everything has been allocated.
+std::string TrainingRun::HeldText(const StepReport& report) const {
+  std::string text = absl::StrCat("memory per rank, held: ", MemoryText(report.memory), ", other ",
+                                  FormatBytes(static_cast<double>(report.other_memory_bytes)));
+  if (at_start_bytes_ > 0) {
+    absl::StrAppend(&text, ", of which before anything was allocated ",
+                    FormatBytes(static_cast<double>(at_start_bytes_)));
+  }
+  return text;
 }
 
 absl::Status TrainingRun::WriteLogs(const StepReport& report, const std::string& line,

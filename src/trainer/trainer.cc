@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "annulus/device/gpu.h"
+#include "annulus/device/trace.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/train/exchange.h"
 #include "annulus/train/placement.h"
@@ -19,14 +20,14 @@ double SecondsSince(std::chrono::steady_clock::time_point start) {
 }
 
 // The high-water mark: of what is resident, or of the GPU, whose memory is taken once and kept.
-absl::StatusOr<double> MemoryInUse(Device device) {
+absl::StatusOr<int64_t> MemoryInUse(Device device) {
   if (device.kind == DeviceKind::kCuda) {
     ANNULUS_ASSIGN_OR_RETURN(const GpuMemory memory, MemoryOfGpu());
-    return static_cast<double>(memory.total_bytes - memory.free_bytes);
+    return memory.total_bytes - memory.free_bytes;
   }
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) * 1024;  // Linux reports KiB
+  return int64_t{usage.ru_maxrss} * 1024;  // Linux reports KiB
 }
 
 TokenSlice UploadTokens(Context& ctx, const MicroBatch& micro) {
@@ -34,24 +35,38 @@ TokenSlice UploadTokens(Context& ctx, const MicroBatch& micro) {
           .targets = Upload<int32_t>(ctx, ctx.scratch, micro.targets)};
 }
 
-// Gradients may be handed on as soon as they are complete if one micro-batch makes them.
+// Gradients may be handed on as soon as they are complete if one micro-batch makes them. Each rank then keeps
+// its share of the sums besides, which may be more than what their turns save.
 GradientMemory GradientMemoryOf(const RunSpec& spec) {
-  const int64_t per_rank = spec.optim.sequences_per_step / std::max<int64_t>(1, spec.parallel.dp);
-  return per_rank <= spec.optim.micro_batch ? GradientMemory::kTurns : GradientMemory::kAll;
+  const int64_t dp = std::max<int64_t>(1, spec.parallel.dp);
+  if (spec.optim.sequences_per_step / dp > spec.optim.micro_batch) return GradientMemory::kAll;
+  const ParamTable table = BuildParamTable(spec.model);
+  const auto held = [&](GradientMemory memory) {
+    return GradientElements(table, memory) + SharedGradientElements(table, memory) / (dp * spec.parallel.cp);
+  };
+  return held(GradientMemory::kTurns) < held(GradientMemory::kAll) ? GradientMemory::kTurns
+                                                                   : GradientMemory::kAll;
+}
+
+// On GPUs the best transport is that of copy engines, as inside a host.
+ExchangeMemory ExchangeMemoryOf(const RunSpec& spec) {
+  if (spec.parallel.cp == 1) return ExchangeMemory::kNone;
+  const TransportChoice choice = spec.parallel.exchange.transport;
+  const bool best = choice == TransportChoice::kBest && spec.device == DeviceChoice::kCuda;
+  return best || choice == TransportChoice::kCopyEngine ? ExchangeMemory::kOwn : ExchangeMemory::kWorkspace;
 }
 
 }  // namespace
 
 MemoryPlan PlanMemory(const RunSpec& spec) {
   const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
-  return PlanMemory(spec.model,
-                    {.device = spec.device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu,
-                     .dtype = DTypeOf(spec.compute),
-                     .local_tokens = layout.local_rows() * spec.optim.micro_batch,
-                     .shards = spec.parallel.dp * spec.parallel.cp,
-                     .cp_exchange = spec.parallel.cp > 1,
-                     .recompute = spec.recompute,
-                     .gradients = GradientMemoryOf(spec)});
+  return PlanMemory(spec.model, {.device = DeviceKindOf(spec.device),
+                                 .dtype = DTypeOf(spec.compute),
+                                 .local_tokens = layout.local_rows() * spec.optim.micro_batch,
+                                 .shards = spec.parallel.dp * spec.parallel.cp,
+                                 .exchange = ExchangeMemoryOf(spec),
+                                 .recompute = spec.recompute,
+                                 .gradients = GradientMemoryOf(spec)});
 }
 
 Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, ExchangeOptions exchange)
@@ -109,6 +124,7 @@ absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
 // loss, so the device has work while the host prepares the next step.
 absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds) {
   const auto start = std::chrono::steady_clock::now();
+  const TraceRange range(absl::StrCat("step ", step_ + 1));
   ctx_.recorder.BeginStep(step_ + 1);
   double counted = 0;
   for (const MicroBatch& micro : batch) counted += static_cast<double>(micro.counted_tokens);
@@ -147,9 +163,8 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   const double exchange = exchange_.exposed_seconds + ctx_.waits.TakeSeconds(WaitKind::kExchange);
   const double reduce =
       ctx_.waits.TakeSeconds(WaitKind::kGradients) + ctx_.waits.TakeSeconds(WaitKind::kParameters);
-  ANNULUS_ASSIGN_OR_RETURN(const double memory, MemoryInUse(ctx_.device));
   report->attention = AttentionReports();
-  std::vector<double> worst = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3, memory};
+  std::vector<double> worst = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3};
   const size_t times = worst.size();
   for (const AttentionReport& attention : report->attention) worst.push_back(attention.measured_ms);
   const Shape all = {static_cast<int64_t>(worst.size())};
@@ -160,13 +175,39 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   report->exposed_exchange_ms = worst[0];
   report->exposed_reduce_ms = worst[1];
   report->data_ms = worst[2];
-  report->memory_peak_bytes = static_cast<int64_t>(worst[3]);
   report->step_ms = seconds * 1e3;
   report->tokens_per_second = static_cast<double>(report->tokens) / seconds;
   const double per_rank = report->tokens_per_second / mesh_.world.size() / 1e12;
   report->tflops_causal = flops_.causal * per_rank;
   report->tflops_full = flops_.full * per_rank;
   report->peak_tflops = peak_tflops_;
+  return FillMemory(report);
+}
+
+MemoryPlan Trainer::MemoryHeld() const {
+  return {.parameters = params_.bytes(),
+          .gradients = params_.gradient_bytes(),
+          .optimizer = optimizer_.state_bytes(),
+          .activations = ctx_.saved.capacity_bytes(),
+          .workspace = ctx_.scratch.capacity_bytes(),
+          .exchange = geometry_.exchange_bytes()};
+}
+
+absl::Status Trainer::FillMemory(StepReport* report) {
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t in_use, MemoryInUse(ctx_.device));
+  const MemoryPlan held = MemoryHeld();
+  int64_t most[] = {
+      held.parameters, held.gradients, held.optimizer, held.activations,
+      held.workspace,  held.exchange,  in_use,         std::max<int64_t>(0, in_use - held.total())};
+  ANNULUS_RETURN_IF_ERROR(mesh_.world.AllReduce(TensorRef(most, DType::kI64, Device{}, {8}), ReduceOp::kMax));
+  report->memory = {.parameters = most[0],
+                    .gradients = most[1],
+                    .optimizer = most[2],
+                    .activations = most[3],
+                    .workspace = most[4],
+                    .exchange = most[5]};
+  report->memory_peak_bytes = most[6];
+  report->other_memory_bytes = most[7];
   return absl::OkStatus();
 }
 
@@ -193,6 +234,7 @@ std::vector<AttentionReport> Trainer::AttentionReports() {
 }
 
 absl::StatusOr<double> Trainer::Evaluate(const DataSet& data, const std::function<void()>& progress) {
+  const TraceRange range("evaluation");
   int64_t sequences = data.validation_sequences();
   if (spec_.eval.sequences > 0) sequences = std::min(sequences, spec_.eval.sequences);
   double counted = 0;

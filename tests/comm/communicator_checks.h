@@ -81,6 +81,12 @@ void CheckReduceScatter(Communicator comm, int64_t part) {
   std::vector<T> in = Integers<T>(comm.rank(), part * comm.size(), 2), out(static_cast<size_t>(part));
   ASSERT_TRUE(comm.ReduceScatter(RefOf(in), RefOf(out)).ok());
   EXPECT_EQ(out, expected) << part << " elements a rank";
+
+  const int64_t begin = part * comm.rank();
+  ASSERT_TRUE(comm.ReduceScatter(RefOf(in), RefOf(in).Rows(begin, begin + part)).ok());
+  const auto first = in.begin() + static_cast<std::ptrdiff_t>(begin);
+  EXPECT_EQ(std::vector<T>(first, first + static_cast<std::ptrdiff_t>(part)), expected)
+      << part << " elements a rank, in place";
 }
 
 template <typename T>

@@ -92,6 +92,7 @@ class ToyRank {
 
   // What a transport does for a send of `peer` and its receive here.
   void Receive(const Step& receive, const ToyRank& peer, const Step& send) {
+    if (spec(receive.slot).width != peer.spec(send.slot).width) wrong_ = " receives another dtype";
     for (int64_t i = 0; i < receive.rows.rows.size(); ++i) {
       const int64_t from = peer.Place(send.slot, send.rows.block, send.rows.rows.begin + i);
       const int64_t to = Place(receive.slot, receive.rows.block, receive.rows.rows.begin + i);

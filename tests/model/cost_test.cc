@@ -96,11 +96,12 @@ TEST(Memory, PlanIsWhatTrainingHolds) {
     const WholeBatch batch = RandomBatch(spec, {.length = 512, .batch = 2});
     const Held held =
         MeasureTraining(spec, batch, {.dtype = DType::kF32, .cp = c.cp, .recompute = c.recompute});
-    const MemoryPlan plan = PlanMemory(spec, {.dtype = DType::kF32,
-                                              .local_tokens = 512 * 2 / c.cp,
-                                              .shards = c.cp,
-                                              .cp_exchange = c.cp > 1,
-                                              .recompute = c.recompute});
+    const MemoryPlan plan =
+        PlanMemory(spec, {.dtype = DType::kF32,
+                          .local_tokens = 512 * 2 / c.cp,
+                          .shards = c.cp,
+                          .exchange = c.cp > 1 ? ExchangeMemory::kWorkspace : ExchangeMemory::kNone,
+                          .recompute = c.recompute});
     EXPECT_EQ(plan.parameters, held.parameters);
     EXPECT_EQ(plan.gradients, held.parameters);
     EXPECT_EQ(plan.optimizer, held.optimizer);
@@ -110,6 +111,40 @@ TEST(Memory, PlanIsWhatTrainingHolds) {
     const bool attends = c.pattern != absl::string_view("-");
     EXPECT_LE(plan.workspace, held.scratch);
     EXPECT_GE(plan.workspace + (attends ? tiles : 0), held.scratch);
+  }
+}
+
+TEST(Memory, BuffersThatTheExchangeKeepsAreNoTemporaries) {
+  const ModelSpec spec = SmallSpec({Attention(0), Mlp()});
+  const auto plan = [&](ExchangeMemory exchange) {
+    return PlanMemory(spec, {.dtype = DType::kF32, .local_tokens = 512, .shards = 4, .exchange = exchange});
+  };
+  const MemoryPlan none = plan(ExchangeMemory::kNone), own = plan(ExchangeMemory::kOwn),
+                   shared = plan(ExchangeMemory::kWorkspace);
+  EXPECT_EQ(none.exchange, 0);
+  EXPECT_EQ(shared.exchange, 0);
+  EXPECT_EQ(own.workspace, none.workspace);
+  EXPECT_EQ(own.exchange, 512 * 6 * 2 * spec.kv_heads * spec.head_dim * 4);  // two of KV, four of gradients
+  EXPECT_GE(own.total(), shared.total());
+  EXPECT_EQ(own.total(), none.total() + own.exchange);
+  const ModelSpec mlp = SmallSpec({Mlp()});
+  EXPECT_EQ(PlanMemory(mlp, {.local_tokens = 512, .exchange = ExchangeMemory::kOwn}).exchange, 0);
+}
+
+// Gradients in turns and in memory of their own, with the part of the sums that the optimizer then keeps.
+TEST(Memory, PlanIsWhatGradientsAndOptimizerHold) {
+  for (const bool tied : {false, true}) {
+    ModelSpec spec = SmallSpec({Attention(0), Mlp(), Attention(0), Mlp(), Attention(0), Mlp()});
+    spec.tied_head = tied;
+    for (const GradientMemory memory : {GradientMemory::kAll, GradientMemory::kTurns}) {
+      ParamStore params(Device{}, DType::kF32, BuildParamTable(spec), 1, memory);
+      Context ctx{Device{}};
+      const ShardedAdamW optimizer(ctx, {}, params, MakeLoopbackGroup(1)[0]);
+      const MemoryPlan plan = PlanMemory(spec, {.local_tokens = 1, .gradients = memory});
+      EXPECT_EQ(plan.gradients, params.gradient_bytes());
+      EXPECT_EQ(plan.optimizer, optimizer.state_bytes());
+      EXPECT_EQ(plan.optimizer > 2 * params.bytes(), memory == GradientMemory::kTurns);
+    }
   }
 }
 

@@ -131,13 +131,13 @@ TYPED_TEST(CrossEntropyTest, ScratchIsWhatItIsSaidToBe) {
   }
 }
 
-// On GPUs logits are f32 in rows of whole 64 elements, with an f32 loss a token; a chunk has 8192 tokens.
+// On GPUs logits are f32 in rows of whole 64 elements, with an f32 loss a token; a chunk has 4096 tokens.
 TEST(CrossEntropy, ScratchOnGpusIsKnownWithoutOne) {
   const auto bytes = [](int64_t tokens, int64_t vocab) {
     return LinearCrossEntropyScratchBytes(DeviceKind::kCuda, DType::kBF16, tokens, vocab);
   };
   EXPECT_EQ(bytes(100, 50257), 512 + 100 * int64_t{50304} * 4);
-  EXPECT_EQ(bytes(100000, 128256), 8192 * 4 + 8192 * int64_t{128256} * 4);
+  EXPECT_EQ(bytes(100000, 128256), 4096 * 4 + 4096 * int64_t{128256} * 4);
 }
 
 TEST(CrossEntropyGradient, AgreesWithFiniteDifferences) {

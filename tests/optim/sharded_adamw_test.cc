@@ -261,10 +261,21 @@ TEST_P(ShardedAdamWTest, GradientsThatShareMemoryGiveTheSameUpdate) {
   EXPECT_EQ(results[1], results[0]);
 }
 
+// m and v; gradients are reduced in place, but where another bucket's come to lie in the same memory.
 TEST_P(ShardedAdamWTest, HoldsItsShareOfTheState) {
   const int ranks = GetParam();
-  OnGroup(ranks, SmallOptim(1),
-          [&](Rank& rank) { EXPECT_EQ(rank.optimizer.state_bytes() * ranks, 3 * rank.params.bytes()); });
+  OnGroup(ranks, SmallOptim(1), [&](Rank& rank) {
+    EXPECT_EQ(rank.optimizer.state_bytes() * ranks, 2 * rank.params.bytes());
+    Context ctx{Device{}};
+    ParamStore turns(Device{}, DType::kF64, BuildParamTable(SmallSpec()), ranks, GradientMemory::kTurns);
+    int64_t shared = 0;
+    for (int bucket = 0; bucket < turns.buckets(); ++bucket) {
+      if (!turns.SharingGrads(bucket).empty()) shared += turns.BucketValues(bucket).bytes();
+    }
+    EXPECT_GT(shared, 0);
+    const ShardedAdamW optimizer(ctx, SmallOptim(1), turns, rank.group);
+    EXPECT_EQ(optimizer.state_bytes() * ranks, 2 * turns.bytes() + shared);
+  });
 }
 
 // Everything that the ranks of a group would write into a checkpoint.
@@ -314,6 +325,28 @@ void TrainAndSave(int ranks, int64_t steps, Saved* saved) {
     }
     saved->Add(rank.optimizer.Gather().value());
   });
+}
+
+// Pieces of one element of every rank, pieces that do not divide the buckets, and all at once: the same bits,
+// through no more memory than was allowed.
+TEST_P(ShardedAdamWTest, GathersInPiecesOfAnySize) {
+  const int ranks = GetParam();
+  Tensors whole;
+  for (const int64_t piece_bytes : {int64_t{1} << 20, int64_t{1}, int64_t{500}, int64_t{1000}}) {
+    SCOPED_TRACE(::testing::Message() << piece_bytes << " bytes");
+    Saved saved;
+    OnGroup(ranks, SmallOptim(0), [&](Rank& rank) {
+      saved.Add(rank.optimizer.Gather(piece_bytes).value());
+      const int64_t rounded = (piece_bytes + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
+      EXPECT_LE(rank.ctx.scratch.high_water_bytes(), rounded);
+      EXPECT_EQ(rank.ctx.scratch.used_bytes(), 0);
+    });
+    if (whole.empty()) whole = saved.tensors();
+    EXPECT_EQ(saved.tensors(), whole);
+  }
+  ParamStore params(Device{}, DType::kF64, BuildParamTable(SmallSpec()), 1);
+  params.Initialize(9);
+  for (const auto& [name, values] : ValuesOf(params)) EXPECT_EQ(values, whole.at(name)) << name;
 }
 
 TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {

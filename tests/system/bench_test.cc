@@ -15,6 +15,17 @@ class BenchTest : public ::testing::Test {
     arguments.insert(arguments.begin(), "bench");
     return RunJob({.folder = folder_.path(), .ranks = ranks, .arguments = std::move(arguments)});
   }
+  // One rank by itself: mpirun takes seconds to end after an error.
+  JobResult RunAlone(const Strings& arguments) const {
+    std::string command = absl::StrCat("cd '", folder_.path(), "' && '", ThisTree().program, "' bench");
+    for (const std::string& argument : arguments) absl::StrAppend(&command, " '", argument, "'");
+    const int status = std::system(absl::StrCat(command, " >out.txt 2>err.txt").c_str());
+    return {.in_time = true,
+            .exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1,
+            .seconds = 0,
+            .out = Contents(folder_.path() + "/out.txt"),
+            .err = Contents(folder_.path() + "/err.txt")};
+  }
   // The objects of a run that is done, in order.
   std::vector<nlohmann::json> Results(Strings arguments) const {
     arguments.insert(arguments.end(), {"--json", "--repeats", "2", "--set", "device=CPU"});
@@ -40,17 +51,54 @@ TEST_F(BenchTest, GemmGivesTheRateOfItsSize) {
   EXPECT_GT(results[0]["tflops"], 0.0);
 }
 
+// 256 queries and two heads of 16 on two ranks, and what pairs a mask leaves of them, counted here.
+struct MaskCase {
+  Strings options;
+  double pairs;
+};
+
 TEST_F(BenchTest, AttentionCountsTheMask) {
-  const auto results = Results(
-      {"attention", "--length", "256", "--heads", "2", "--kv_heads", "1", "--dim", "16", "--window", "32"});
-  ASSERT_EQ(results.size(), 1u);
-  const nlohmann::json& r = results[0];
-  // 256 queries, of which those after the first 32 see 32 keys, on two ranks; four FLOPs a pair and dim.
-  const double pairs = 32 * 33 / 2.0 + 224 * 32;
-  const double flops = 4 * pairs * 2 * 16 / 2;
-  EXPECT_NEAR(r["forward_tflops"].get<double>() * r["forward_ms"].get<double>() * 1e9, flops, 1e-6 * flops);
-  EXPECT_NEAR(r["both_tflops"].get<double>() * r["both_ms"].get<double>() * 1e9, 3.5 * flops, 1e-6 * flops);
-  EXPECT_EQ(r["kernel"], "cpu tiles");
+  const MaskCase cases[] = {
+      {{}, 256 * 257 / 2.0},
+      {{"--mask", "causal"}, 256 * 257 / 2.0},
+      {{"--mask", "full"}, 256.0 * 256},
+      {{"--mask", "window", "--window", "32"}, 32 * 33 / 2.0 + 224 * 32},
+      {{"--mask", "documents", "--document_length", "1"}, 256},  // every token a document
+  };
+  for (const MaskCase& c : cases) {
+    Strings arguments = {"attention", "--length", "256", "--heads", "2", "--kv_heads", "1", "--dim", "16"};
+    arguments.insert(arguments.end(), c.options.begin(), c.options.end());
+    const auto results = Results(arguments);
+    ASSERT_EQ(results.size(), 1u);
+    const nlohmann::json& r = results[0];
+    SCOPED_TRACE(r.dump());
+    EXPECT_EQ(r["mask"], c.options.empty() ? "causal" : c.options[1]);
+    EXPECT_EQ(r["pairs"], c.pairs);
+    const double flops = 4 * c.pairs * 2 * 16 / 2;  // four a pair and dim, on two ranks
+    EXPECT_NEAR(r["forward_tflops"].get<double>() * r["forward_ms"].get<double>() * 1e9, flops, 1e-6 * flops);
+    EXPECT_NEAR(r["both_tflops"].get<double>() * r["both_ms"].get<double>() * 1e9, 3.5 * flops, 1e-6 * flops);
+    EXPECT_EQ(r["kernel"], "cpu tiles");
+  }
+}
+
+// Drawn from the seed: as many documents as their mean says, up to the spread of the sum of that many
+// geometric lengths (sqrt(4096 / 16) = 16, here six times), and others with another seed.
+TEST_F(BenchTest, AttentionDrawsDocumentsOfAMeanLength) {
+  const auto documents = [&](const char* seed) {
+    const auto results =
+        Results({"attention", "--length", "4096", "--heads", "1", "--dim", "4", "--mask", "documents",
+                 "--document_length", "16", "--set", absl::StrCat("seed=", seed)});
+    EXPECT_EQ(results.size(), 1u);
+    EXPECT_NEAR(results[0]["documents"].get<double>(), 4096 / 16, 96);
+    EXPECT_EQ(results[0]["document_length"], 16);
+    return results[0]["pairs"].get<int64_t>();
+  };
+  const int64_t first = documents("1"), again = documents("1"), other = documents("2");
+  EXPECT_EQ(first, again);
+  EXPECT_NE(first, other);
+  // A document of n tokens has n (n + 1) / 2 pairs; the mean square of geometric lengths of mean 16 is
+  // 2 * 16 * 16 - 16, so a token sees (2 * 16 * 16 - 16 + 16) / 2 / 16 keys.
+  EXPECT_NEAR(static_cast<double>(first) / 4096, 16, 4);
 }
 
 TEST_F(BenchTest, ExchangeMovesEachSizeAskedFor) {
@@ -71,11 +119,52 @@ TEST_F(BenchTest, StepTrainsWithoutTheData) {
 
 TEST_F(BenchTest, ErrorsAreSaidOnce) {
   EXPECT_TRUE(absl::StrContains(Run(2, {"memory"}).err, "expected one of gemm, attention, exchange, step"));
+  EXPECT_EQ(ErrorLines(Run(2, {"gemm", "--m", "0"})),
+            (Strings{"error: --m=0: expected an integer of at least 1"}));
   const JobResult alone = Run(1, {"exchange"});
   EXPECT_NE(alone.exit_code, 0);
   EXPECT_EQ(ErrorLines(alone),
             (Strings{"error: ranks=1: expected at least 2 (launch/mpirun -n 2 annulus bench "
                      "exchange)"}));
+}
+
+// Whatever is wrong with the options is said by name, with what was expected, and nothing is measured.
+TEST_F(BenchTest, RefusesWhatItCannotUse) {
+  const std::pair<Strings, std::string> cases[] = {
+      {{"gemm", "--heads", "3"},
+       "annulus bench gemm: --heads means nothing to it: expected one of --m, --n, --k, --repeats, --json, "
+       "--set"},
+      {{"gemm", "--config", "c.textproto"}, "annulus bench gemm: --config means nothing to it"},
+      {{"exchange", "--length", "8"}, "annulus bench exchange: --length means nothing to it"},
+      {{"step", "--config", "c.textproto", "--m", "8"}, "annulus bench step: --m means nothing to it"},
+      {{"step"}, "annulus bench step: expected --config FILE"},
+      {{"gemm", "--set", "parallel.layout=ZIGZAG"},
+       "--set parallel.layout=ZIGZAG: parallel.layout means nothing to it: expected one of device, compute"},
+      {{"attention", "--set", "optim.steps=3"}, "optim.steps means nothing to it"},
+      {{"attention", "--set", "parallelism=3"}, "parallelism means nothing to it"},
+      {{"gemm", "--repeats", "0"}, "--repeats=0: expected an integer of at least 1"},
+      {{"exchange", "--bytes", "1e6"}, "--bytes=1e6: expected an integer of at least 1"},
+      {{"gemm", "--m", "4294967296", "--n", "4294967296"},
+       "--m, --k: 4294967296 x 4294967296 elements: expected at most 1099511627776"},
+      {{"attention", "--length", "-5"}, "--length=-5: expected an integer of at least 1"},
+      {{"attention", "--length", "9223372036854775807"},
+       "--length, --heads, --dim: 9223372036854775807 x 16 x 128 elements: expected at most 1099511627776"},
+      {{"attention", "--heads", "6", "--kv_heads", "4"}, "--kv_heads=4: expected a divisor of --heads=6"},
+      {{"attention", "--mask", "ring"}, "--mask=ring: expected one of causal, full, window, documents"},
+      {{"attention", "--mask", "window"}, "--mask=window: expected --window N"},
+      {{"attention", "--mask", "window", "--window", "x"}, "--window=x: expected an integer of at least 1"},
+      {{"attention", "--window", "4"},
+       "--window=4: means nothing with --mask=causal: expected --mask window"},
+      {{"attention", "--mask", "full", "--document_length", "4"},
+       "--document_length=4: means nothing with --mask=full: expected --mask documents"},
+  };
+  for (const auto& [arguments, message] : cases) {
+    const JobResult result = RunAlone(arguments);
+    EXPECT_EQ(result.exit_code, 1) << result;
+    EXPECT_EQ(ErrorLines(result).size(), 1u) << result;
+    EXPECT_TRUE(absl::StrContains(result.err, message)) << message << "\n" << result;
+    EXPECT_EQ(result.out, "");
+  }
 }
 
 }  // namespace

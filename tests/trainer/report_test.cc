@@ -27,6 +27,8 @@ StepReport Report() {
           .exposed_reduce_ms = 29.648,
           .data_ms = 148.24,
           .memory_peak_bytes = int64_t{3} << 29,
+          .memory = {.parameters = 1 << 10, .gradients = 2 << 10, .optimizer = 3 << 20, .exchange = 4},
+          .other_memory_bytes = 5,
           .skipped = false};
 }
 
@@ -49,6 +51,12 @@ TEST(Format, CountsAndBytes) {
   EXPECT_EQ(FormatBytes(1024), "1.0 KiB");
   EXPECT_EQ(FormatBytes(71.2 * 1024 * 1024 * 1024), "71.2 GiB");
   EXPECT_EQ(FormatBytes(5e15), "4547.5 TiB");
+}
+
+TEST(Format, MemoryByWhatItIsFor) {
+  EXPECT_EQ(MemoryText(Report().memory),
+            "parameters 1.0 KiB, gradients 2.0 KiB, optimizer 3.0 MiB, exchange 4 B");
+  EXPECT_EQ(MemoryText({}), "");
 }
 
 TEST(StepLine, SaysWhatHappenedAndWhatIsLeft) {
@@ -86,6 +94,9 @@ TEST(Metrics, AreOneObjectOnOneLine) {
   EXPECT_EQ(json["tflops_full"], 0.02);
   EXPECT_EQ(json["exposed_exchange_ms"], 14.824);
   EXPECT_EQ(json["memory_peak_bytes"], int64_t{3} << 29);
+  EXPECT_EQ(json["memory_bytes"].dump(),
+            R"({"activations":0,"exchange":4,"gradients":2048,"optimizer":3145728,"other":5,)"
+            R"("parameters":1024,"workspace":0})");
   EXPECT_EQ(json["val_loss"], 1.25);
   EXPECT_FALSE(json.contains("skipped"));
   EXPECT_FALSE(nlohmann::json::parse(MetricsJson(Report(), std::nullopt)).contains("val_loss"));

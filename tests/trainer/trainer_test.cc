@@ -82,6 +82,29 @@ TEST(Training, MemoryOfGradientsDoesNotShow) {
   for (size_t i = 0; i < one.size(); ++i) EXPECT_NEAR(one[i], two[i], 1e-12 * two[i]);
 }
 
+// What a step reports is what was planned, up to the padding of buckets; and gradients take turns only where
+// that saves more than the share of their sums that each rank then keeps: not on one rank.
+TEST(Training, HoldsWhatWasPlanned) {
+  for (const auto& [dp, cp] : {std::pair(1, 1), {2, 2}}) {
+    RunSpec spec = SmallRun({"optim.micro_batch=12", "model.pattern=(A -)^3"});
+    spec.parallel.dp = dp, spec.parallel.cp = cp;
+    const MemoryPlan plan = PlanMemory(spec);
+    OnMesh(spec, dp, cp, [&, ranks = dp * cp](RankOfRun rank) {
+      const absl::StatusOr<StepReport> report = NextStep(rank, spec);
+      ANNULUS_CHECK(report.ok()) << report.status();
+      const MemoryPlan& held = report->memory;
+      const double padding = 8.0 * (ranks - 1) * rank.trainer.params().buckets();
+      EXPECT_NEAR(static_cast<double>(held.parameters), static_cast<double>(plan.parameters), padding);
+      EXPECT_NEAR(static_cast<double>(held.gradients), static_cast<double>(plan.gradients), padding);
+      EXPECT_NEAR(static_cast<double>(held.optimizer), static_cast<double>(plan.optimizer), padding);
+      EXPECT_GE(held.activations, plan.activations);
+      EXPECT_GE(held.workspace, plan.workspace);
+      EXPECT_GT(report->other_memory_bytes, 0);
+      EXPECT_EQ(held.gradients < held.parameters, ranks > 1);
+    });
+  }
+}
+
 std::vector<double> ValuesOf(Trainer& trainer) {
   ANNULUS_CHECK_OK(trainer.WaitForParameters());
   const ParamStore& params = trainer.params();

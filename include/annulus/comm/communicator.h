@@ -88,7 +88,7 @@ class Communicator {
   // Collectives that run in the background until the Request is complete; `I` as in MPI.
   // On hosts every sum is taken in rank order, so its bits depend on the operands only.
   absl::StatusOr<Request> IAllReduce(TensorRef data, ReduceOp op) { return backend_->AllReduce(data, op); }
-  // in: [size * n] -> out: [n], the sum over ranks of the rank-th part.
+  // in: [size * n] -> out: [n], the sum over ranks of the rank-th part. `out` may be that part of `in`.
   absl::StatusOr<Request> IReduceScatter(ConstTensorRef in, TensorRef out) {
     return backend_->ReduceScatter(in, out);
   }

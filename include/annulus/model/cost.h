@@ -3,6 +3,7 @@
 // What a model costs, from its spec alone: parameters, FLOPs, memory. Used by `annulus plan`, the step report
 // and the scaling studies.
 
+#include <array>
 #include <cstdint>
 
 #include "annulus/base/dtype.h"
@@ -29,12 +30,26 @@ struct MemoryPlan {
   int64_t parameters = 0;
   int64_t gradients = 0;
   int64_t optimizer =
-      0;  // m, v, the reduced gradient and a master copy if there is one, sharded over dp x cp
+      0;  // m, v, a master copy and reduced gradients where there are such; of dp x cp a share
   int64_t activations = 0;  // kept from forward to backward
-  // Temporaries at the peak of backward, with as many exchange buffers as a plan ever has and the loss chunk
-  // of the device. The tiles and workspaces of kernels are left out.
+  // Temporaries at the peak of backward, with the loss chunk of the device. The tiles and workspaces of
+  // kernels are left out.
   int64_t workspace = 0;
-  int64_t total() const { return parameters + gradients + optimizer + activations + workspace; }
+  int64_t exchange = 0;  // buffers that the exchange keeps for itself
+
+  struct Part {
+    const char* name;
+    int64_t bytes;
+  };
+  std::array<Part, 6> parts() const;  // all of the above
+  int64_t total() const;
+};
+
+// Where the buffers of an exchange between cp ranks lie: as many as a plan ever has.
+enum class ExchangeMemory {
+  kNone,       // one cp rank
+  kWorkspace,  // among the temporaries of the layer
+  kOwn,        // memory of their own, which peers write into
 };
 
 struct MemoryInputs {
@@ -42,7 +57,7 @@ struct MemoryInputs {
   DType dtype = DType::kF32;  // compute dtype
   int64_t local_tokens = 0;   // rows * micro-batch
   int64_t shards = 1;         // dp x cp
-  bool cp_exchange = false;   // more than one cp rank
+  ExchangeMemory exchange = ExchangeMemory::kNone;
   Recompute recompute = Recompute::kAttentionOutput;
   GradientMemory gradients = GradientMemory::kAll;
 };

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "annulus/model/mixer.h"
@@ -44,6 +45,7 @@ class Decoder {
 
  private:
   struct Layer {
+    std::string forward_name, backward_name;  // in a profiler's timeline: "layers.3.attention backward"
     TensorRef norm, dnorm;
     std::unique_ptr<SequenceMixer> mixer;
     TensorRef x, normed;  // kept from forward: input, and with Recompute::kNone its norm

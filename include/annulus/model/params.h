@@ -50,6 +50,9 @@ enum class GradientMemory {
 };
 // Elements of all gradients' memory, padding left out.
 int64_t GradientElements(const ParamTable& table, GradientMemory memory);
+// Elements of the buckets whose gradients must be out of the way before the pass is over: another bucket's
+// come to lie in the same memory.
+int64_t SharedGradientElements(const ParamTable& table, GradientMemory memory);
 
 // Parameters in the compute dtype and their gradients in its accumulator dtype.
 class ParamStore {
@@ -73,6 +76,7 @@ class ParamStore {
   std::vector<int> SharingGrads(int bucket) const;
   int buckets() const { return static_cast<int>(values_.size()); }
   int64_t bytes() const;  // of the values
+  int64_t gradient_bytes() const;
 
   // Fills every parameter with its initial values. On CPUs.
   void Initialize(uint64_t seed);

@@ -8,7 +8,9 @@
 
 namespace annulus {
 
-inline constexpr int64_t kLossChunkTokens = 8192;  // logits of one chunk at a 128K vocabulary: 4 GiB in f32
+// Logits of one chunk at a 128K vocabulary: 2 GiB in f32, about what a layer takes. Each chunk reads and writes
+// the gradient of w once, which larger chunks would do less often.
+inline constexpr int64_t kLossChunkTokens = 4096;
 
 // Tokens whose logits exist at once on CPUs, out of a chunk.
 int64_t CpuLossChunkTokens(int64_t chunk_tokens, int64_t vocab);

@@ -88,6 +88,7 @@ class AttentionGeometry {
   absl::StatusOr<ExchangeTransport*> Transport(Context& ctx, TransportKind kind);
   // All that plans may use. Collective.
   absl::StatusOr<std::vector<ExchangeTransport*>> Transports(Context& ctx);
+  int64_t exchange_bytes() const;  // of memory that transports keep on the device
 
  private:
   absl::StatusOr<Choice> Choose(const AttentionCase& layer, Pass pass);

@@ -3,7 +3,8 @@
 // AdamW with its state sharded over the dp x cp group (ZeRO stage 1; Rajbhandari et al., 2020): gradients of
 // a bucket are reduce-scattered as soon as they are complete, each rank updates its 1/N of every bucket, and
 // the new parameters are all-gathered while the next forward begins. The state is in the accumulator dtype;
-// where that is wider than the compute dtype (bf16), it includes the parameters themselves. Also the
+// where that is wider than the compute dtype (bf16), it includes the parameters themselves. A gradient that
+// has memory of its own is reduced in it; others, whose memory the pass needs again, into the state. Also the
 // learning-rate schedules.
 
 #include <functional>
@@ -26,6 +27,10 @@ struct GatheredTensors {
   std::vector<NamedTensor> tensors;
   std::vector<Tensor> memory;
 };
+
+// State moves between host and device in pieces of at most this many bytes: a bucket may be gigabytes, for
+// which a device in training has no room.
+inline constexpr int64_t kStatePieceBytes = int64_t{64} << 20;
 
 using TensorFinder = std::function<absl::StatusOr<ConstTensorRef>(absl::string_view name)>;
 
@@ -61,14 +66,16 @@ class ShardedAdamW {
   absl::Status WaitForParameters();  // of all buckets
 
   // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint, in
-  // the accumulator dtype; buckets are dealt to the ranks in turn. Collective.
-  absl::StatusOr<GatheredTensors> Gather();
+  // the accumulator dtype; buckets are dealt to the ranks in turn. Goes through `piece_bytes` of ctx.scratch,
+  // or as little as one element of every rank takes. Collective.
+  absl::StatusOr<GatheredTensors> Gather(int64_t piece_bytes = kStatePieceBytes);
   // Reads this rank's part of parameters and state, as RestoreParameters does; PublishParameters must follow.
   absl::Status Restore(const TensorFinder& find);
   // Parameters of all ranks from what each holds of them. Collective.
   absl::Status PublishParameters();
 
-  int64_t state_bytes() const;  // of this rank: master parameters, m, v and the reduced gradient
+  // Of this rank: master parameters, m, v, and reduced gradients that are not in place.
+  int64_t state_bytes() const;
 
  private:
   // Elements [begin, end) of this rank's shard of a bucket that belong to one parameter.
@@ -79,7 +86,8 @@ class ShardedAdamW {
     Decay decay = Decay::kNone;
   };
   struct Shard {
-    Tensor grad, m, v;
+    Tensor m, v;
+    Tensor grad;    // only where the bucket's gradients share their memory
     Tensor master;  // only where the accumulator dtype is wider than the compute dtype
     Request reduce, gather;
   };
@@ -88,7 +96,9 @@ class ShardedAdamW {
   int64_t ShardBegin(int bucket) const;     // first element of the bucket in this rank's shard
   TensorRef ValueShard(int bucket) const;   // this rank's part of the bucket's values
   TensorRef MasterShard(int bucket) const;  // the same in the accumulator dtype
+  TensorRef GradShard(int bucket) const;    // the same of the reduced gradient
   Run RunOf(size_t param) const;            // empty if the shard holds none of the parameter
+  absl::Status GatherShards(TensorRef shard, int64_t piece_bytes, TensorRef host);
   absl::Status WaitForReduce(int bucket);
   absl::Status StartGather(int bucket);
 

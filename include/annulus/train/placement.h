@@ -22,7 +22,9 @@ absl::Status ResolveCompute(RunSpec* spec);
 // there are none.
 absl::Status ResolvePlannedDevice(RunSpec* spec);
 
-DType DTypeOf(ComputeType compute);  // a definite one
+// Of definite ones.
+DType DTypeOf(ComputeType compute);
+DeviceKind DeviceKindOf(DeviceChoice device);
 
 // This rank's device, made the thread's: ranks of a host take its GPUs in turn. Collective.
 absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec);

@@ -14,6 +14,8 @@ namespace annulus {
 std::string FormatDuration(double seconds);  // "46m", "2h 5m", "8s"
 std::string FormatCount(double value);       // "88.4k", "1.2M"
 std::string FormatBytes(double bytes);       // "71.2 GiB"
+// "parameters 5.2 GiB, gradients 3.9 GiB, ...", without parts that are empty.
+std::string MemoryText(const MemoryPlan& memory);
 
 // "step 120/2000 6% | loss 2.913 | gnorm 0.71 | 1,482 ms | 88.4k tok/s (11.05k/rank) | ... | ETA 46m"
 std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, double eta_seconds);

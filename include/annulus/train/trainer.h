@@ -46,6 +46,8 @@ struct StepReport {
   double exposed_reduce_ms = 0;
   double data_ms = 0;
   int64_t memory_peak_bytes = 0;      // of the largest rank: resident, or of its GPU
+  MemoryPlan memory = {};             // held, of each part on the rank that has most of it
+  int64_t other_memory_bytes = 0;     // in use besides: the program, CUDA, NCCL, libraries, other processes
   bool skipped = false;               // not finite: parameters were left as they were
   double throttle_gb_per_second = 0;  // artificial rate of links; 0: none
   std::vector<AttentionReport> attention = {};
@@ -87,6 +89,8 @@ class Trainer {
   absl::Status CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const;
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
   std::vector<AttentionReport> AttentionReports();
+  absl::Status FillMemory(StepReport* report);
+  MemoryPlan MemoryHeld() const;
 
   RunSpec spec_;
   ProcessMesh& mesh_;
@@ -105,6 +109,7 @@ class Trainer {
   int64_t step_ = 0;
 };
 
-// What a rank of this run holds.
+// What a rank of this run will hold.
 MemoryPlan PlanMemory(const RunSpec& spec);
+
 }  // namespace annulus

@@ -1,0 +1,55 @@
+// Which options and configuration fields mean something to a bench.
+
+#include <algorithm>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_join.h"
+#include "bench.h"
+
+namespace annulus {
+namespace {
+
+// Far above what fits into any memory, and far from overflow once it is bytes.
+constexpr int64_t kMostElements = int64_t{1} << 40;
+
+bool Contains(const std::vector<absl::string_view>& names, absl::string_view name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+// Whether `path` is one of the fields or lies inside of one: "parallel.cp" of "parallel".
+bool IsIn(const std::vector<absl::string_view>& fields, absl::string_view path) {
+  return std::any_of(fields.begin(), fields.end(), [&](absl::string_view field) {
+    const absl::string_view rest = path.substr(std::min(path.size(), field.size()));
+    return absl::StartsWith(path, field) && (rest.empty() || rest.front() == '.');
+  });
+}
+
+}  // namespace
+
+absl::Status CheckBenchOptions(const BenchKind& kind, const Arguments& arguments) {
+  std::vector<absl::string_view> known = kind.options;
+  for (const char* common : {"--repeats", "--json", "--set"}) known.emplace_back(common);
+  for (const std::string& name : arguments.names()) {
+    if (Contains(known, name)) continue;
+    return Invalid("annulus bench ", kind.name, ": ", name, " means nothing to it: expected one of ",
+                   absl::StrJoin(known, ", "));
+  }
+  for (const std::string& set : arguments.All("--set")) {
+    const std::string path = set.substr(0, set.find('='));
+    if (kind.fields.empty() || IsIn(kind.fields, path)) continue;
+    return Invalid("annulus bench ", kind.name, ": --set ", set, ": ", path,
+                   " means nothing to it: expected one of ", absl::StrJoin(kind.fields, ", "));
+  }
+  return arguments.PositiveInt("--repeats").status();
+}
+
+absl::Status CheckBenchTensor(absl::string_view what, const std::vector<int64_t>& sizes) {
+  int64_t elements = 1;
+  for (const int64_t size : sizes) {
+    if (!__builtin_mul_overflow(elements, size, &elements) && elements <= kMostElements) continue;
+    return Invalid(what, ": ", absl::StrJoin(sizes, " x "), " elements: expected at most ", kMostElements);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace annulus

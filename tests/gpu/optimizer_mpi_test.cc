@@ -1,0 +1,148 @@
+// ranks: 1 2 4
+//
+// The sharded optimizer on GPUs: gradients reduced in place and elsewhere, and its state gathered for a
+// checkpoint. Gradients are small integers, so that their sums are exact in any order.
+
+#include <cmath>
+#include <cstring>
+
+#include "annulus/comm/gpu_communicator.h"
+#include "annulus/device/gpu.h"
+#include "annulus/device/transfer.h"
+#include "annulus/ops/elementwise.h"
+#include "annulus/train/optimizer.h"
+#include "support/mpi_main.h"
+
+namespace annulus::testing {
+namespace {
+
+// Buckets of many sizes: their shards start at no round address.
+ModelSpec SmallSpec() {
+  const LayerSpec attention{LayerKind::kAttention, 0, 100.0}, mlp{LayerKind::kMlp, 0, std::nullopt};
+  return {.d_model = 20,
+          .vocab_size = 51,
+          .heads = 2,
+          .kv_heads = 1,
+          .head_dim = 10,
+          .d_ff = 30,
+          .norm_eps = 1e-5,
+          .init_stddev = 0.02,
+          .tied_head = false,
+          .layers = {attention, mlp, attention, mlp, attention, mlp, attention}};
+}
+
+Device ThisGpu() {
+  ANNULUS_CHECK(GpuCount() > 0) << "this test needs a GPU: " << WhyNoGpu();
+  const Device device{DeviceKind::kCuda, World().rank() % GpuCount()};
+  ANNULUS_CHECK_OK(UseGpu(device.index));
+  return device;
+}
+
+float GradientAt(int bucket, int64_t i, int rank) {
+  return static_cast<float>((3 * i + bucket + rank) % 7 - 3);
+}
+
+float SumAt(int bucket, int64_t i) {
+  float sum = 0;
+  for (int r = 0; r < World().size(); ++r) sum += GradientAt(bucket, i, r);
+  return sum;
+}
+
+struct Case {
+  GpuLink link;
+  DType dtype;
+  GradientMemory memory;
+};
+
+std::vector<Case> Cases() {
+  std::vector<Case> cases;
+  for (const GpuLink link : {GpuLink::kHost, GpuLink::kNccl}) {
+    if (link == GpuLink::kNccl && World().size() > GpuCount()) continue;  // ranks share a GPU
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      for (const GradientMemory memory : {GradientMemory::kAll, GradientMemory::kTurns})
+        cases.push_back({link, dtype, memory});
+    }
+  }
+  return cases;
+}
+
+// Makes every bucket's gradient as a backward pass does, and starts its reduction.
+void Reduce(Context& ctx, ParamStore& params, ShardedAdamW& optimizer) {
+  for (int bucket = params.buckets() - 1; bucket >= 0; --bucket) {
+    ANNULUS_CHECK_OK(optimizer.PrepareGradients(bucket));
+    const int64_t elements = params.table().bucket_elements[static_cast<size_t>(bucket)];
+    std::vector<float> host;
+    for (int64_t i = 0; i < elements; ++i) host.push_back(GradientAt(bucket, i, World().rank()));
+    const TensorRef grads = params.BucketGrads(bucket).Rows(0, elements);
+    Upload(ctx, host.data(), grads.bytes(), grads);
+    ANNULUS_CHECK_OK(optimizer.StartReduce(bucket));
+  }
+}
+
+double Norm(Context& ctx, ShardedAdamW& optimizer, Communicator group) {
+  const Tensor squares(ctx.device, DType::kF64, {1});
+  ANNULUS_CHECK_OK(Zero(ctx, squares.ref()));
+  ANNULUS_CHECK_OK(optimizer.FinishReduce(squares.ref()));
+  ANNULUS_CHECK_OK(group.AllReduce(squares.ref(), ReduceOp::kSum));
+  double sum = 0;
+  Download(ctx, squares.ref(), &sum);
+  return std::sqrt(sum);
+}
+
+// After the first update with beta1 = 0.5 the first moment is half of the gradient, exactly.
+void ExpectMoments(const ParamStore& params, const GatheredTensors& state) {
+  for (const NamedTensor& named : state.tensors) {
+    if (named.name.rfind("optim.m.", 0) != 0) continue;
+    const ParamInfo& info =
+        params.table().params[static_cast<size_t>(params.table().IndexOf(named.name.substr(8)))];
+    const float* m = named.tensor.data<float>();
+    for (int64_t i = 0; i < named.tensor.elements(); ++i)
+      ASSERT_EQ(m[i], 0.5f * SumAt(info.bucket, info.offset + i)) << named.name << " at " << i;
+  }
+}
+
+void ExpectSame(const GatheredTensors& got, const GatheredTensors& want) {
+  ASSERT_EQ(got.tensors.size(), want.tensors.size());
+  for (size_t i = 0; i < want.tensors.size(); ++i) {
+    const ConstTensorRef a = got.tensors[i].tensor, b = want.tensors[i].tensor;
+    EXPECT_EQ(got.tensors[i].name, want.tensors[i].name);
+    ASSERT_EQ(a.bytes(), b.bytes());
+    EXPECT_EQ(std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.bytes())), 0) << got.tensors[i].name;
+  }
+}
+
+TEST(GpuOptimizer, ReducesUpdatesAndIsGathered) {
+  for (const Case& c : Cases()) {
+    SCOPED_TRACE(::testing::Message() << Name(c.link) << ", " << Name(c.dtype) << ", "
+                                      << (c.memory == GradientMemory::kAll ? "all" : "turns"));
+    Context ctx(ThisGpu());
+    Communicator group = WithGpu(World(), c.link, ctx).value();
+    ParamStore params(ctx.device, c.dtype, BuildParamTable(SmallSpec()), group.size(), c.memory);
+    OptimSpec spec;
+    spec.beta1 = 0.5, spec.beta2 = 0.5, spec.eps = 1e-3;
+    ShardedAdamW optimizer(ctx, spec, params, group);
+    ANNULUS_CHECK_OK(optimizer.Initialize(9));
+    Reduce(ctx, params, optimizer);
+    double squares = 0;
+    for (int bucket = 0; bucket < params.buckets(); ++bucket) {
+      for (int64_t i = 0; i < params.table().bucket_elements[static_cast<size_t>(bucket)]; ++i)
+        squares += double{SumAt(bucket, i)} * SumAt(bucket, i);
+    }
+    EXPECT_DOUBLE_EQ(Norm(ctx, optimizer, group), std::sqrt(squares));
+    const double one = 1;
+    const Tensor scale(ctx.device, DType::kF64, {1});
+    Upload(ctx, &one, sizeof(one), scale.ref());
+    ANNULUS_CHECK_OK(optimizer.Update(1, 1e-3, scale.ref()));
+
+    // The least first: what it takes of the scratch memory is all that has been taken of it.
+    constexpr int64_t kPieceBytes = 1000;
+    const int64_t before = ctx.scratch.high_water_bytes();
+    const GatheredTensors in_pieces = optimizer.Gather(kPieceBytes).value();
+    EXPECT_LE(ctx.scratch.high_water_bytes(), std::max<int64_t>(before, 1024));
+    ExpectMoments(params, in_pieces);
+    ExpectSame(optimizer.Gather().value(), in_pieces);
+  }
+}
+
+}  // namespace
+}  // namespace annulus::testing
