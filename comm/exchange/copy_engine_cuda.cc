@@ -115,8 +115,11 @@ class CopyEngineTransport : public StreamTransport {
     }
     for (size_t i = 0; i < slots.size(); ++i) {
       const SlotSpec& spec = mine.rank.slots[i];
-      if (spec.home) slots[i] = source.home(spec.payload);
-      if (slots[i].fields.empty()) slots[i] = ScratchSlot(ctx, source.fields(spec), SlotRows(plan, spec));
+      if (spec.home) {
+        slots[i] = source.home(spec.payload);
+      } else if (slots[i].fields.empty()) {
+        slots[i] = ScratchSlot(ctx, source.fields(spec), SlotRows(plan, spec));
+      }
     }
     return slots;
   }
@@ -192,29 +195,35 @@ class CopyEngineTransport : public StreamTransport {
     return absl::OkStatus();
   }
 
+  // Readiness first: in the order of the host no rank waits for what another writes behind a wait of this
+  // round.
   absl::Status Transfer(const Run& run, const Launch& round) override {
     std::vector<int> receives;
     for (const int s : round.steps) {
-      if (run.step(s).kind == StepKind::kReceive) {
-        receives.push_back(s);
-      } else {
-        ANNULUS_RETURN_IF_ERROR(Send(run, s, round.lane));
-      }
+      if (run.step(s).kind == StepKind::kReceive) receives.push_back(s);
+    }
+    for (const int s : receives) ANNULUS_RETURN_IF_ERROR(WriteReady(run, s, round.lane));
+    for (const int s : round.steps) {
+      if (run.step(s).kind == StepKind::kSend) ANNULUS_RETURN_IF_ERROR(Send(run, s, round.lane));
     }
     // Arrivals are seen in this order.
     std::stable_sort(receives.begin(), receives.end(), [&](int a, int b) {
       return run.plan.needed_by[static_cast<size_t>(a)] < run.plan.needed_by[static_cast<size_t>(b)];
     });
-    for (const int s : receives) ANNULUS_RETURN_IF_ERROR(Receive(run, s, round.lane));
+    for (const int s : receives) ANNULUS_RETURN_IF_ERROR(AwaitArrival(run, s, round.lane));
     return absl::OkStatus();
   }
 
-  absl::Status Receive(const Run& run, int s, ExchangeLane lane) {
+  absl::Status WriteReady(const Run& run, int s, ExchangeLane lane) {
     const Step& step = run.step(s);
-    const StreamHandle ready = StreamOf(LaneFor(kReady, lane)), arrivals = StreamOf(LaneFor(kArrivals, lane));
+    const StreamHandle ready = StreamOf(LaneFor(kReady, lane));
     Await(run, s, ready);
-    ANNULUS_RETURN_IF_ERROR(flags_.Write(ready, Ready(step.peer, cp_.rank(), step.message), count_));
-    ANNULUS_RETURN_IF_ERROR(flags_.Wait(arrivals, Arrived(cp_.rank(), step.message), count_));
+    return flags_.Write(ready, Ready(step.peer, cp_.rank(), step.message), count_);
+  }
+
+  absl::Status AwaitArrival(const Run& run, int s, ExchangeLane lane) {
+    const StreamHandle arrivals = StreamOf(LaneFor(kArrivals, lane));
+    ANNULUS_RETURN_IF_ERROR(flags_.Wait(arrivals, Arrived(cp_.rank(), run.step(s).message), count_));
     Complete(run, s, LaneFor(kArrivals, lane));
     return absl::OkStatus();
   }

@@ -173,7 +173,7 @@ absl::Status MergePartials(CudaTag, Context& ctx, const PartialMerge& m) {
       .block_lse = {CudaData<float>(m.lse), m.lse.row_stride, m.lse.batch_stride, 1},
       .out = CudaHeadsOf<float>(m.into_out),
       .lse = {CudaData<float>(m.into_lse), m.into_lse.row_stride, m.into_lse.batch_stride, 1}};
-  return CudaStatus(CudaMergeBlock(args, ctx.stream()), "attention: merge of partial results");
+  return CudaStatus("attention: merge of partial results", CudaMergeBlock(args, ctx.stream()));
 }
 
 template <typename T>

@@ -49,8 +49,10 @@ struct BackwardTile {
   // about the same time the named barrier is the quickest; with keys of 192 the key warp, whose dQ comes
   // first, is so late that it costs 10%.
   static constexpr bool kValueWarpWaits = kDim <= 128;
-  // Named barriers: one for each half of dQ, one for each pair.
-  static constexpr int kHalfBarrier = 1, kPairBarrier = 3;
+  // Named barriers: one for each half of dQ, one for each pair, and one of all warps for the rounds, which is
+  // not barrier 0, the one of __syncthreads. Value warps and key warps come to the latter two from different
+  // code.
+  static constexpr int kHalfBarrier = 1, kPairBarrier = 3, kRoundBarrier = kPairBarrier + kPairs;
 
   using K = SharedTile<kKeys, kDim>;
   using V = SharedTile<kKeys, kValueDim>;
@@ -131,7 +133,7 @@ class WeightsHandoff {
   // Every lane has stored its P.
   __device__ void Give() const {
     if constexpr (Tile::kValueWarpWaits) {
-      NamedBarrier(Tile::kPairBarrier + pair_, 64);
+      BarrierOfRoles(Tile::kPairBarrier + pair_, 64);
     } else {
       PhaseBarrierArrive(barrier_);
     }
@@ -139,7 +141,7 @@ class WeightsHandoff {
   // P of the query tile is there; `parity` is of the number of tiles before.
   __device__ void Take(uint32_t parity) const {
     if constexpr (Tile::kValueWarpWaits) {
-      NamedBarrier(Tile::kPairBarrier + pair_, 64);
+      BarrierOfRoles(Tile::kPairBarrier + pair_, 64);
     } else {
       PhaseBarrierWait(barrier_, parity);
     }
@@ -496,7 +498,7 @@ __device__ void WalkQueryTiles(const BackwardKeyBlock<Tile>& keys, Warp& warp) {
   for (int round = 0; more; ++round) {
     // This query tile has landed, and every warp is done with the one before but for its dQ.
     CopyAsyncWait<0>();
-    NamedBarrier(0, Tile::kThreads);
+    BarrierOfRoles(Tile::kRoundBarrier, Tile::kThreads);
     const QueryTileAt &at = way[round % QueryTileWalk::kSlots],
                       &next = way[(round + 1) % QueryTileWalk::kSlots];
     const int stage = round % 2;

@@ -17,28 +17,12 @@
 
 #include <cstdint>
 
+#include "kernels/common/async_copy.cuh"
+#include "kernels/common/exp2.cuh"
+
 namespace annulus::kernels {
 
-// exp(x) = 2^(x log2 e)
-inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 inline constexpr float kInfinity = __builtin_huge_valf();
-
-__device__ inline uint32_t SharedAddress(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// 16 bytes from global to shared memory; zeros when `inside` is false (nothing is read then).
-__device__ inline void CopyAsync16(uint32_t shared, const void* global, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(inside ? 16 : 0)
-               : "memory");
-}
-__device__ inline void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but this thread's newest kPending groups have landed.
-template <int kPending>
-__device__ inline void CopyAsyncWait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 __device__ inline void StoreShared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
@@ -70,13 +54,6 @@ __device__ inline void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// 2^x; 0 at -inf.
-__device__ inline float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // Rounds two floats to nearest, `low` in the low half.
@@ -151,6 +128,11 @@ __device__ inline void BulkWait() {}
 // Barrier of `threads` threads of the block, whole warps; ids 0 to 15.
 __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// The same where warps come to it from different code. PTX allows bar.sync there too (its .aligned is about
+// the threads of one warp), but synccheck of compute-sanitizer wants all warps in one place then.
+__device__ inline void BarrierOfRoles(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // A barrier in 8 bytes of shared memory at which some threads arrive without waiting and others wait: a phase

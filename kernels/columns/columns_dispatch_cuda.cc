@@ -26,7 +26,7 @@ absl::Status MoveColumns(CudaTag, Context& ctx, ConstTensorRef x, absl::Span<con
       args.runs.to[i] = run.to;
       args.runs.columns += run.columns;
     }
-    ANNULUS_RETURN_IF_ERROR(CudaStatus(CudaMoveColumns(args, ctx.stream()), "move columns"));
+    ANNULUS_RETURN_IF_ERROR(CudaStatus("move columns", CudaMoveColumns(args, ctx.stream())));
   }
   return absl::OkStatus();
 }

@@ -115,6 +115,12 @@ __device__ T WarpSum(T x) {
   return x;
 }
 
+__device__ inline float WarpMax(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
 // On 16 bytes.
 inline bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 

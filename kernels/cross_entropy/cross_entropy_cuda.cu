@@ -3,12 +3,17 @@
 // would read again: at a vocabulary of 128K the rows in work do not fit in L2.) That is 1/12 of the time of
 // the three products at d = 4096.
 //
-//   load slice, its (max, sum) -> cluster barrier -> (max, sum) of the row -> gradient of the slice
+//   copy of the slice, its (max, sum) by warps -> to every CTA of the row -> cluster barrier
+//   -> (max, sum) of the row -> gradient of the slice
 //
-// After the barrier every logit of the row is on chip, so a narrower gradient may overwrite any of them.
+// After the barrier every logit of the row is on chip, so a narrower gradient may overwrite any of them. What
+// takes time besides memory is what a row waits for: so all copies of a slice are under way at once, sums are
+// sent before the barrier, not fetched behind it, and the row's target is waited for last.
 
 #include <cooperative_groups.h>
 
+#include "kernels/common/async_copy.cuh"
+#include "kernels/common/exp2.cuh"
 #include "kernels/common/vector.cuh"
 #include "kernels/cross_entropy/cross_entropy_cuda.h"
 
@@ -17,16 +22,15 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 512;
-constexpr int kUnroll = 4;      // vectors in flight per thread
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kMaxCluster = 8;  // portable
-// Three CTAs of an SM: one loads while another stores.
-constexpr int64_t kSliceBytes = 72 << 10;
+// Two CTAs of an SM, three where slices are short: some load while another stores. (With shorter slices in
+// larger clusters rows wait for more of their CTAs: 72 KiB is 10% slower at a vocabulary of 50K.)
+constexpr int64_t kSliceBytes = 110 << 10;
 constexpr int N = 4;  // logits of a vector
 constexpr int64_t kVectorBytes = N * sizeof(float);
 static_assert(kCudaCrossEntropyMaxVocab * sizeof(float) <= kMaxCluster * (224 << 10),
               "a CTA can have 227 KiB");
-constexpr float kLog2E = 1.4426950408889634f;
 
 using Logits = Pack<float, N>;
 
@@ -34,14 +38,13 @@ using Logits = Pack<float, N>;
 struct SumExp {
   float maximum = -INFINITY, sum = 0;
 
+  // The sum were the maximum `top`, which is not below it. Both are -inf where nothing was seen, or NaN
+  // alone.
+  __device__ float SumAt(float top) const { return maximum == top ? sum : sum * Exp2(maximum - top); }
+
   __device__ void Merge(const SumExp& other) {
     const float top = fmaxf(maximum, other.maximum);
-    if (top == -INFINITY) {  // nothing seen yet on either side, or NaN alone
-      sum += other.sum;
-      return;
-    }
-    sum = sum * exp2f(maximum - top) + other.sum * exp2f(other.maximum - top);
-    maximum = top;
+    *this = {top, SumAt(top) + other.SumAt(top)};
   }
   __device__ void Add(const Logits& logits) {
     float top = logits[0];
@@ -49,29 +52,18 @@ struct SumExp {
     for (int i = 1; i < N; ++i) top = fmaxf(top, logits[i]);
     top *= kLog2E;
     if (top > maximum) {
-      sum *= exp2f(maximum - top);
+      sum *= Exp2(maximum - top);
       maximum = top;
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) sum += exp2f(fmaf(logits[i], kLog2E, -maximum));
+    for (int i = 0; i < N; ++i) sum += Exp2(fmaf(logits[i], kLog2E, -maximum));
   }
 };
 
-// The total over the CTA, in every thread.
-__device__ SumExp BlockMerge(SumExp x) {
-  __shared__ SumExp warp[kThreads / 32];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    SumExp other;
-    other.maximum = __shfl_xor_sync(0xffffffffu, x.maximum, offset);
-    other.sum = __shfl_xor_sync(0xffffffffu, x.sum, offset);
-    x.Merge(other);
-  }
-  if (threadIdx.x % 32 == 0) warp[threadIdx.x / 32] = x;
-  __syncthreads();
-  SumExp total;
-  for (int w = 0; w < kThreads / 32; ++w) total.Merge(warp[w]);
-  return total;
+// The total over the warp, in every lane.
+__device__ SumExp WarpMerge(const SumExp& x) {
+  const float top = WarpMax(x.maximum);
+  return {top, WarpSum(x.SumAt(top))};
 }
 
 // Vectors [begin, end) of a row belong to this CTA. The last of the row may reach past the vocabulary, where
@@ -86,37 +78,54 @@ __device__ Slice SliceOf(int64_t vocab, int64_t vectors, int rank, int ranks) {
   return {vocab, begin, min(begin + share, vectors)};
 }
 
-// Calls use(vector, logits) for the slice, with kUnroll loads of a thread in flight. Past the vocabulary
-// logits are -infinity.
+// Calls use(vector) for this thread's share.
 template <typename Use>
-__device__ void LoadSlice(const float* row, const Slice& slice, Use&& use) {
-  for (int64_t first = slice.begin + threadIdx.x; first < slice.end; first += kThreads * kUnroll) {
-    Logits pack[kUnroll];
+__device__ void ForEachVector(int64_t begin, int64_t end, Use&& use) {
+#pragma unroll 4
+  for (int64_t vector = begin + threadIdx.x; vector < end; vector += kThreads) use(vector);
+}
+
+// Copies the slice to `kept` and sums it, the first half while the second is under way. A thread reads only
+// what it copied, here and for the gradient.
+__device__ SumExp LoadSlice(const float* row, const Slice& slice, Logits* kept) {
+  const int64_t passes = (slice.end - slice.begin + kThreads - 1) / kThreads;
+  const int64_t middle = min(slice.begin + passes / 2 * kThreads, slice.end);
+  const auto copy = [&](int64_t vector) {
+    CopyAsync16(SharedAddress(kept + (vector - slice.begin)), row + vector * N);
+  };
+  SumExp sum;
+  const auto add = [&](int64_t vector) {
+    Logits logits = kept[vector - slice.begin];
+    const int64_t inside = slice.vocab - vector * N;
+    if (inside < N) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t vector = first + u * kThreads;
-      if (vector < slice.end) pack[u] = LoadPack<N>(row + vector * N);
+      for (int i = 0; i < N; ++i) logits.value[i] = i < inside ? logits.value[i] : -INFINITY;
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t vector = first + u * kThreads;
-      if (vector >= slice.end) continue;
-      const int64_t inside = slice.vocab - vector * N;
-      if (inside < N) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) pack[u].value[i] = i < inside ? pack[u].value[i] : -INFINITY;
-      }
-      use(vector, pack[u]);
-    }
-  }
+    sum.Add(logits);
+  };
+  ForEachVector(slice.begin, middle, copy);
+  CopyAsyncCommit();
+  ForEachVector(middle, slice.end, copy);
+  CopyAsyncCommit();
+  CopyAsyncWait<1>();
+  ForEachVector(slice.begin, middle, add);
+  CopyAsyncWait<0>();
+  ForEachVector(middle, slice.end, add);
+  return sum;
+}
+
+// The total of the row from the sums of its warps, in every thread.
+__device__ SumExp RowTotal(const SumExp (&sums)[kMaxCluster][kWarps], int ranks) {
+  SumExp total;
+  for (int i = threadIdx.x % 32; i < ranks * kWarps; i += 32) total.Merge(sums[i / kWarps][i % kWarps]);
+  return WarpMerge(total);
 }
 
 template <typename Grad>
 __device__ void ZeroSlice(const Slice& slice, Grad* gradient) {
   const float zero[N] = {};
-  for (int64_t vector = slice.begin + threadIdx.x; vector < slice.end; vector += kThreads) {
-    StorePack<N>(PackOf<Grad>(zero), gradient + vector * N);
-  }
+  ForEachVector(slice.begin, slice.end,
+                [&](int64_t vector) { StorePack<N>(PackOf<Grad>(zero), gradient + vector * N); });
 }
 
 // What the gradient of a row is made of.
@@ -129,17 +138,17 @@ struct RowGradient {
 
 template <typename Grad>
 __device__ void WriteSlice(const Logits* logits, const Slice& slice, const RowGradient& row, Grad* gradient) {
-  for (int64_t vector = slice.begin + threadIdx.x; vector < slice.end; vector += kThreads) {
+  ForEachVector(slice.begin, slice.end, [&](int64_t vector) {
     const Logits pack = logits[vector - slice.begin];
     const auto target = static_cast<int32_t>(row.target - vector * N);
     float value[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      value[i] = row.factor * exp2f(fmaf(pack[i], kLog2E, -row.log2_maximum));
+      value[i] = row.factor * Exp2(fmaf(pack[i], kLog2E, -row.log2_maximum));
       if (i == target) value[i] = row.of_target;
     }
     StorePack<N>(PackOf<Grad>(value), gradient + vector * N);
-  }
+  });
 }
 
 enum class Part { kLoss, kLossAndGradient };
@@ -147,32 +156,28 @@ enum class Part { kLoss, kLossAndGradient };
 template <typename Grad, Part kPart>
 __global__ void __launch_bounds__(kThreads, 3) RowKernel(const CudaCrossEntropyArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
-  __shared__ SumExp slice_sum;
+  __shared__ SumExp sums[kMaxCluster][kWarps];  // of the whole row
   auto* kept = reinterpret_cast<Logits*>(memory);
   const cg::cluster_group cluster = cg::this_cluster();
+  cg::cluster_group::arrival_token started = cluster.barrier_arrive();
   const auto rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
   const int64_t t = blockIdx.x / static_cast<uint32_t>(ranks);
   float* row = args.logits + t * args.stride;
   Grad* gradient = reinterpret_cast<Grad*>(row);
   const Slice slice = SliceOf(args.vocab, (args.vocab + N - 1) / N, rank, ranks);
   const int32_t target = args.targets[t];
+  const SumExp sum = WarpMerge(LoadSlice(row, slice, kept));
+  const float target_logit = row[max(target, 0)];  // before the barrier, so before any gradient
+  const int lane = threadIdx.x % 32;
+  cluster.barrier_wait(std::move(started));  // memory of others exists
+  if (lane < ranks) *cluster.map_shared_rank(&sums[rank][threadIdx.x / 32], lane) = sum;
+  cluster.sync();
   if (target < 0) {
     if (kPart == Part::kLossAndGradient) ZeroSlice(slice, gradient);
     if (rank == 0 && threadIdx.x == 0) args.row_loss[t] = 0;
     return;
   }
-  const float target_logit = row[target];  // before the barrier, so before any gradient
-  SumExp sum;
-  LoadSlice(row, slice, [&](int64_t vector, const Logits& logits) {
-    if (kPart == Part::kLossAndGradient) kept[vector - slice.begin] = logits;
-    sum.Add(logits);
-  });
-  sum = BlockMerge(sum);
-  if (threadIdx.x == 0) slice_sum = sum;
-  cluster.sync();
-  SumExp total;
-  for (int r = 0; r < ranks; ++r) total.Merge(*cluster.map_shared_rank(&slice_sum, r));
-  cg::cluster_group::arrival_token read = cluster.barrier_arrive();
+  const SumExp total = RowTotal(sums, ranks);
   const float log2_gap = total.maximum + log2f(total.sum) - target_logit * kLog2E;
   if (rank == 0 && threadIdx.x == 0) args.row_loss[t] = log2_gap / kLog2E;
   if constexpr (kPart == Part::kLossAndGradient) {
@@ -181,10 +186,9 @@ __global__ void __launch_bounds__(kThreads, 3) RowKernel(const CudaCrossEntropyA
                {.log2_maximum = total.maximum,
                 .factor = scale / total.sum,
                 .target = target,
-                .of_target = scale * (exp2f(-log2_gap) - 1.0f)},
+                .of_target = scale * (Exp2(-log2_gap) - 1.0f)},
                gradient);
   }
-  cluster.barrier_wait(std::move(read));  // others may still read slice_sum
 }
 
 __global__ void __launch_bounds__(kThreads) AddSumKernel(const float* x, int64_t count, double* total) {
@@ -211,7 +215,7 @@ template <typename Grad, Part kPart>
 cudaError_t Launch(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
   const int64_t vectors = CeilDiv(args.vocab, N);
   const int ranks = ClusterOf(vectors * kVectorBytes);
-  const int64_t slice_bytes = kPart == Part::kLoss ? 0 : CeilDiv(vectors, ranks) * kVectorBytes;
+  const int64_t slice_bytes = CeilDiv(vectors, ranks) * kVectorBytes;
   if (args.stride % 8 != 0 || !Aligned(args.logits) || args.tokens * ranks > INT32_MAX ||
       args.vocab > kCudaCrossEntropyMaxVocab) {
     return cudaErrorInvalidValue;

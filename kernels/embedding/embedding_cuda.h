@@ -14,8 +14,8 @@ template <typename T>
 cudaError_t CudaEmbeddingForward(int64_t token_count, int64_t d, const int32_t* tokens, const T* table, T* y,
                                  cudaStream_t stream);
 
-// dtable[tokens[t]] += dy[t] in f32, the same bits on every run: occurrences are sorted by token and summed
-// in order of t within fixed runs.
+// dtable[tokens[t]] += dy[t] in f32, the same bits on every run: occurrences of a token are summed in order
+// of t within fixed pieces.
 //   dy: [tokens, d]   dtable: [vocab, d] f32   scratch: on 256 bytes, of the size asked for below
 template <typename T>
 struct CudaEmbeddingBackwardArgs {
@@ -27,6 +27,6 @@ struct CudaEmbeddingBackwardArgs {
 };
 template <typename T>
 cudaError_t CudaEmbeddingBackward(const CudaEmbeddingBackwardArgs<T>& args, cudaStream_t stream);
-int64_t CudaEmbeddingBackwardScratchBytes(int64_t token_count, int64_t d, int64_t vocab);
+int64_t CudaEmbeddingBackwardScratchBytes(int64_t token_count, int64_t d);
 
 }  // namespace annulus::kernels

@@ -17,7 +17,7 @@ absl::Status EmbeddingBackward(CudaTag, Context& ctx, ConstTensorRef tokens, Con
                                TensorRef dtable) {
   const int64_t count = tokens.dim(0), vocab = dtable.dim(0), d = dtable.dim(1);
   ArenaScope scope(ctx.scratch);
-  const int64_t bytes = CudaEmbeddingBackwardScratchBytes(count, d, vocab);
+  const int64_t bytes = CudaEmbeddingBackwardScratchBytes(count, d);
   const CudaEmbeddingBackwardArgs<CudaType<T>> args{
       .token_count = count,
       .d = d,

@@ -26,13 +26,8 @@ inline std::vector<PlanChoice> ManyChoices(int ranks, int64_t heads) {
 
 // A random case cut as the choice wants it.
 inline ExchangeCase CaseFor(const PlanChoice& choice, int ranks, uint64_t seed) {
-  ExchangeCaseMaker maker(seed);
-  const CaseCut cut{.parts = ChunkParts(choice), .heads = 4, .kv_heads = 2};
-  const auto empty = [](const Chunk& chunk) { return chunk.rows.empty(); };
-  ExchangeCase made = maker.MakeRandom(ranks, cut);
-  while (std::any_of(made.problem.chunks.begin(), made.problem.chunks.end(), empty))
-    made = maker.MakeRandom(ranks, cut);
-  return made;
+  return ExchangeCaseMaker(seed).MakeRandom(ranks,
+                                            {.parts = ChunkParts(choice), .heads = 4, .kv_heads = 2});
 }
 
 inline int64_t ToyBytesSent(const ExchangePlan& plan, int cp_rank) {

@@ -255,7 +255,7 @@ TEST(Simulate, BoundsHoldForRandomPlans) {
     ExchangeCaseMaker maker(seed + 900);
     const int ranks = static_cast<int>(1 + maker.Below(8));
     for (const PlanChoice& choice : AllChoices(ranks, 4)) {
-      const auto layout = static_cast<CaseLayout>(maker.Below(3));
+      const auto layout = static_cast<CaseLayout>(maker.Below(4));
       const auto mask = static_cast<CaseMask>(maker.Below(5));
       const testing::ExchangeCase made =
           maker.Make(ranks, 8, 8 * ranks - static_cast<int64_t>(maker.Below(4)), layout, mask,

@@ -178,6 +178,7 @@ TEST(StreamPlan, WaitsForAllThatItComesAfter) {
       const StreamPlan mine(each.plan, r);
       const std::vector<Step>& steps = mine.rank.steps;
       std::vector<size_t> waited(steps.size(), steps.size());  // by transfer: who waits
+      std::vector<bool> across(steps.size());                  // by step: whether another lane waits
       for (size_t s = 0; s < steps.size(); ++s) {
         for (const int transfer : mine.compute_waits[s]) {
           const size_t t = static_cast<size_t>(transfer);
@@ -189,10 +190,12 @@ TEST(StreamPlan, WaitsForAllThatItComesAfter) {
           const size_t b = static_cast<size_t>(before);
           const bool computes = IsCompute(steps[s].kind), transfer_before = IsTransfer(steps[b].kind);
           EXPECT_TRUE(!computes || !transfer_before || waited[b] <= s) << "step " << s;
-          EXPECT_TRUE(computes || transfer_before || mine.is_awaited[b]) << "step " << s;
+          EXPECT_TRUE((computes && !transfer_before) || mine.is_awaited[b]) << "step " << s;
+          across[b] = across[b] || !computes || transfer_before;
         }
       }
       EXPECT_EQ(mine.needed_by, waited);
+      EXPECT_EQ(mine.is_awaited, across);
     }
   }
 }
@@ -210,9 +213,12 @@ TEST(StreamPlan, IsKeptAndToldApart) {
       for (const Pass pass : kPasses) plans.push_back(BuildPlan(each, pass, choice).value());
     }
   }
-  // What does not show in this rank's steps: how much memory another rank's messages need.
+  // What does not show in this rank's steps: how much memory another rank's messages need, and of which
+  // problem all other steps are.
   plans.push_back(plans[0]);
   plans.back().ranks[0].slots.back().width = Width::kCompute;
+  plans.push_back(plans[0]);
+  plans.back().problem.pairs.back() += 1;
   StreamPlans known;
   std::vector<const StreamPlan*> first;
   for (const ExchangePlan& plan : plans) first.push_back(&known.Of(plan, 1));

@@ -239,38 +239,6 @@ void TimeProblem(Context& ctx, CudnnAttention& cudnn, const Problem& p) {
               .carried = [&] { Ok(AttentionBackward(ctx, x.Block(), x.Gradients(x.dqkv_sum))); }});
 }
 
-void TimeMerge(Context& ctx, int64_t rows, int64_t heads, int64_t dim) {
-  ArenaScope scope(ctx.saved);
-  const int64_t n = rows * heads * dim;
-  const auto floats = [&](int64_t count) {
-    float* data = ctx.saved.Allocate(DType::kF32, {count}).data<float>();
-    FillNormal(data, count, 1, 1);
-    return data;
-  };
-  float *out = floats(n), *copy = floats(n), *lse = floats(rows * heads), *block_lse = floats(rows * heads);
-  auto* block = static_cast<Bf16*>(ctx.saved.Allocate(DType::kBF16, {n}).raw());
-  FillNormal(block, n, 1, 2);
-  const double copied = Milliseconds(9, [&] {
-    Must(cudaMemcpyAsync(copy, out, static_cast<size_t>(n) * 4, cudaMemcpyDeviceToDevice, ctx.stream()),
-         "copy");
-  });
-  const double merged = Milliseconds(9, [&] {
-    Must(CudaMergeBlock(MergeBlockArgs<Bf16>{.rows = rows,
-                                             .heads = heads,
-                                             .dim = dim,
-                                             .block_out = {block, heads * dim, 0},
-                                             .block_lse = RowsLast<const float>(block_lse, rows, heads),
-                                             .out = {out, heads * dim, 0},
-                                             .lse = RowsFirst(lse, 1, heads)},
-                        ctx.stream()),
-         "merge");
-  });
-  const double copy_rate = 8 * static_cast<double>(n) / copied,
-               rate = (10 * static_cast<double>(n) + 12 * static_cast<double>(rows * heads)) / merged;
-  std::printf("time  merge %ld x %ld of %ld %8.3f ms %6.0f GB/s, %5.1f%% of copy\n", long(rows), long(heads),
-              long(dim), merged, rate * 1e-6, 100 * rate / copy_rate);
-}
-
 }  // namespace
 
 void CheckAttention() { CheckMerge(); }
@@ -288,8 +256,6 @@ void TimeAttention() {
         Problem{16384, 16, 16, 192, 128, kCausal}, Problem{8192, 16, 16, 192, 128, kFull}}) {
     TimeProblem(ctx, **cudnn, p);
   }
-  TimeMerge(ctx, 16384, 32, 128);
-  TimeMerge(ctx, 16384, 16, 64);
   g_stream = other;
 }
 

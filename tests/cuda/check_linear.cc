@@ -1,5 +1,4 @@
 #include "cuda/harness.h"
-#include "kernels/cross_entropy/cross_entropy_cuda.h"
 #include "kernels/cross_entropy/linear_cross_entropy_cuda.h"
 
 namespace annulus::testing {
@@ -57,28 +56,6 @@ void CheckProducts(const char* name, int sm_count) {
 
 void Report(const char* name, double flops, double ms) {
   std::printf("time  %-46s %8.3f ms %6.0f TFLOP/s\n", name, ms, flops / ms * 1e-9);
-}
-
-// The loss kernel alone. Floor of a logit: read once in f32, its gradient written once in bf16.
-void TimeLosses(char* scratch, const int32_t* targets, int64_t chunk) {
-  float* rows = reinterpret_cast<float*>(scratch);
-  float* logits = rows + chunk;
-  for (const int64_t vocab : {32000, 50304, 128256}) {
-    const auto count = static_cast<double>(chunk * vocab);
-    FillNormal(logits, chunk * vocab, 1, 9);
-    const CudaCrossEntropyArgs args{.tokens = chunk,
-                                    .vocab = vocab,
-                                    .stride = vocab,
-                                    .targets = targets,
-                                    .logits = logits,
-                                    .row_loss = rows};
-    const double loss_ms = Milliseconds(5, [&] { CudaCrossEntropyLoss(args, g_stream); });
-    const double ms = Milliseconds(5, [&] { CudaCrossEntropy<Bf16>(args, g_stream); });
-    std::printf("time  loss kernel, vocabulary %6ld %24.3f ms %6.0f GB/s of 6 B a logit\n", vocab, ms,
-                6 * count / ms * 1e-6);
-    std::printf("time  loss alone, vocabulary %6ld %25.3f ms %6.0f GB/s of 4 B a logit\n", vocab, loss_ms,
-                4 * count / loss_ms * 1e-6);
-  }
 }
 
 }  // namespace
@@ -163,7 +140,6 @@ void TimeLinear() {
   args.scratch = scratch;
   Report("linear + loss, 8192 x 4096 -> 128256", 6.0 * chunk * in * vocab,
          Milliseconds(5, [&] { Ok(CudaLinearCrossEntropy(library.call, args)); }));
-  TimeLosses(scratch, targets, chunk);
   cudaFree(scratch);
   Must(cudaGetLastError(), "timed products");
   for (void* p : {(void*)x, (void*)w, (void*)y, (void*)dw, (void*)targets, (void*)loss}) cudaFree(p);

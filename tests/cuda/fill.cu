@@ -17,7 +17,22 @@ __global__ void FillKernel(T* x, int64_t n, float scale, uint32_t seed) {
   }
 }
 
+__global__ void BusyKernel(uint64_t nanoseconds) {
+  const auto now = [] {
+    uint64_t time;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+    return time;
+  };
+  const uint64_t start = now();
+  while (now() - start < nanoseconds) {
+  }
+}
+
 }  // namespace
+
+void KeepBusy(double microseconds) {
+  BusyKernel<<<1, 1, 0, g_stream>>>(static_cast<uint64_t>(microseconds * 1000));
+}
 
 void FillNormal(Bf16* x, int64_t n, float scale, uint32_t seed) {
   FillKernel<<<1024, 256, 0, g_stream>>>(x, n, scale, seed);

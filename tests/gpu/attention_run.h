@@ -9,31 +9,6 @@
 
 namespace annulus::testing {
 
-// Elements on the device between guards, NaN before their first write.
-template <typename T>
-class ValuesOnGpu {
- public:
-  ValuesOnGpu(Context& ctx, int64_t elements) : memory_(ctx, DTypeOf<T>(), {elements}, 0) {}
-  ValuesOnGpu(Context& ctx, const std::vector<T>& values)
-      : ValuesOnGpu(ctx, static_cast<int64_t>(values.size())) {
-    Write(values);
-  }
-  TensorRef ref(const Shape& shape) const { return memory_.ref().Reshaped(shape); }
-  T* data() const { return memory_.ref().data<T>(); }
-  void Write(const std::vector<T>& values) {
-    ANNULUS_CHECK(static_cast<int64_t>(values.size()) == memory_.ref().elements()) << values.size();
-    memory_.Write(values.data());
-  }
-  std::vector<T> Read() {
-    std::vector<T> values(static_cast<size_t>(memory_.ref().elements()));
-    memory_.Read(values.data());
-    return values;
-  }
-
- private:
-  GuardedTensor memory_;
-};
-
 // [rows, batch, heads, dim] for one or two groups of heads that share their rows, with padding around each.
 template <typename T>
 class HeadsOnGpu {
@@ -43,11 +18,17 @@ class HeadsOnGpu {
   };
 
   HeadsOnGpu(Context& ctx, int64_t rows, int64_t batch, std::vector<Group> groups, BatchOrder order)
-      : rows_(rows), batch_(batch), groups_(std::move(groups)), order_(order), memory_(ctx, Poisoned()) {}
+      : rows_(rows),
+        batch_(batch),
+        groups_(std::move(groups)),
+        order_(order),
+        memory_(ctx, DTypeOf<T>(), {rows * batch * Columns()}, 0) {
+    memory_.Write(Poisoned());
+  }
 
   HeadsRef ref(size_t group = 0) {
     const bool inside = order_ == BatchOrder::kInsideRows;
-    return {memory_.data() + First(group),
+    return {memory_.ref().template data<T>() + First(group),
             DTypeOf<T>(),
             rows_,
             batch_,
@@ -58,12 +39,12 @@ class HeadsOnGpu {
   }
   // Dense [rows, batch, heads, dim].
   void Set(const std::vector<double>& values, size_t group = 0) {
-    std::vector<T> image = memory_.Read();
+    std::vector<T> image = memory_.template Read<T>();
     ForEach(group, [&](size_t at, size_t i) { image[at] = FromDouble<T>(values[i]); });
     memory_.Write(image);
   }
   std::vector<double> values(size_t group = 0) {
-    const std::vector<T> image = memory_.Read();
+    const std::vector<T> image = memory_.template Read<T>();
     size_t overwritten = 0;
     for (size_t i = 0; i < image.size(); ++i) {
       if (Padding(static_cast<int64_t>(i) % Columns()) && !(image[i] == kPadding)) ++overwritten;
@@ -114,7 +95,7 @@ class HeadsOnGpu {
   int64_t rows_, batch_;
   std::vector<Group> groups_;
   BatchOrder order_;
-  ValuesOnGpu<T> memory_;
+  GuardedTensor memory_;
 };
 
 // Queries [q_begin, q_end) on keys [k_begin, k_end).
@@ -145,10 +126,12 @@ class GpuAttention {
         out_sum(QueryHeads<float>(p_.shape.v_dim)),
         dq_sum(QueryHeads<float>(p_.shape.dim)),
         dkv_sum(KeyHeads<float>()),
-        lse(ctx, p_.stats()),
-        delta(ctx, p_.stats()),
-        lo(ctx, p_.lo),
-        hi(ctx, p_.hi) {
+        lse(ctx, DType::kF32, StatsShape(), 0),
+        delta(ctx, DType::kF32, StatsShape(), 0),
+        lo(ctx, DType::kI64, {p_.tokens()}, 0),
+        hi(ctx, DType::kI64, {p_.tokens()}, 0) {
+    lo.Write(p_.lo);
+    hi.Write(p_.hi);
     q.Set(in.q);
     kv.Set(in.k, 0);
     kv.Set(in.v, 1);
@@ -168,23 +151,23 @@ class GpuAttention {
     return pieces;
   }
   AttentionBlock Block(const Piece& piece) {
-    const int64_t batch = p_.shape.batch, tokens = p_.tokens();
+    const int64_t batch = p_.shape.batch;
     return {.q = ConstHeadsRef(q.ref()).Rows(piece.q_begin, piece.q_end),
             .k = ConstHeadsRef(kv.ref(0)).Rows(piece.k_begin, piece.k_end),
             .v = ConstHeadsRef(kv.ref(1)).Rows(piece.k_begin, piece.k_end),
-            .bounds = {lo.ref({tokens}).Rows(piece.q_begin * batch, piece.q_end * batch),
-                       hi.ref({tokens}).Rows(piece.q_begin * batch, piece.q_end * batch)},
+            .bounds = {lo.ref().Rows(piece.q_begin * batch, piece.q_end * batch),
+                       hi.ref().Rows(piece.q_begin * batch, piece.q_end * batch)},
             .mask_shape = piece.mask_shape,
             .key_positions = {p_.positions.offset + p_.positions.stride * piece.k_begin, p_.positions.stride},
             .scale = p_.scale()};
   }
   AttentionPartial Partial(const Piece& piece) {
-    return {out_sum.ref().Rows(piece.q_begin, piece.q_end), Stats(lse).Rows(piece.q_begin, piece.q_end)};
+    return {out_sum.ref().Rows(piece.q_begin, piece.q_end), lse.ref().Rows(piece.q_begin, piece.q_end)};
   }
 
   // With a carry, whose gradients are added to numbers that are taken away again.
   AttentionResults<double> Carried(const std::vector<Piece>& pieces) {
-    ANNULUS_CHECK_OK(ResetPartial(ctx, {out_sum.ref(), Stats(lse)}));
+    ANNULUS_CHECK_OK(ResetPartial(ctx, {out_sum.ref(), lse.ref()}));
     for (const Piece& piece : pieces) ANNULUS_CHECK_OK(AttentionForward(ctx, Block(piece), Partial(piece)));
     out.Set(out_sum.values());
     const auto initial = [](int64_t n) { return Rounded<float>(NormalValues<double>(n, "initial")); };
@@ -193,7 +176,7 @@ class GpuAttention {
     dq_sum.Set(dq_before);
     dkv_sum.Set(dk_before, 0);
     dkv_sum.Set(dv_before, 1);
-    ANNULUS_CHECK_OK(AttentionDelta(ctx, out.ref(), dout.ref(), Stats(delta)));
+    ANNULUS_CHECK_OK(AttentionDelta(ctx, out.ref(), dout.ref(), delta.ref()));
     for (const Piece& piece : pieces) {
       ANNULUS_CHECK_OK(AttentionBackward(ctx, Block(piece), Gradients(dq_sum, dkv_sum, piece)));
     }
@@ -204,8 +187,8 @@ class GpuAttention {
     return results;
   }
   AttentionResults<double> Whole() {
-    ANNULUS_CHECK_OK(AttentionForwardWhole(ctx, Block(All()), out.ref(), Stats(lse)));
-    ANNULUS_CHECK_OK(AttentionDelta(ctx, out.ref(), dout.ref(), Stats(delta)));
+    ANNULUS_CHECK_OK(AttentionForwardWhole(ctx, Block(All()), out.ref(), lse.ref()));
+    ANNULUS_CHECK_OK(AttentionDelta(ctx, out.ref(), dout.ref(), delta.ref()));
     ANNULUS_CHECK_OK(AttentionBackwardWhole(ctx, Block(All()), Gradients(dq, dkv, All())));
     return Results(out, dq, dkv);
   }
@@ -213,15 +196,15 @@ class GpuAttention {
   AttentionGradients Gradients(HeadsOnGpu<G>& to_q, HeadsOnGpu<G>& to_kv, const Piece& piece) {
     return {.out = ConstHeadsRef(out.ref()).Rows(piece.q_begin, piece.q_end),
             .dout = ConstHeadsRef(dout.ref()).Rows(piece.q_begin, piece.q_end),
-            .lse = Stats(lse).Rows(piece.q_begin, piece.q_end),
-            .delta = Stats(delta).Rows(piece.q_begin, piece.q_end),
+            .lse = lse.ref().Rows(piece.q_begin, piece.q_end),
+            .delta = delta.ref().Rows(piece.q_begin, piece.q_end),
             .dq = to_q.ref().Rows(piece.q_begin, piece.q_end),
             .dk = to_kv.ref(0).Rows(piece.k_begin, piece.k_end),
             .dv = to_kv.ref(1).Rows(piece.k_begin, piece.k_end)};
   }
-  TensorRef Stats(ValuesOnGpu<float>& x) { return x.ref({p_.shape.q_rows, p_.shape.batch, p_.shape.heads}); }
 
  private:
+  Shape StatsShape() const { return {p_.shape.q_rows, p_.shape.batch, p_.shape.heads}; }
   template <typename G>
   HeadsOnGpu<G> QueryHeads(int64_t dim) {
     return {ctx, p_.shape.q_rows, p_.shape.batch, {{p_.shape.heads, dim}}, options_.order};
@@ -236,7 +219,7 @@ class GpuAttention {
   }
   template <typename G>
   AttentionResults<double> Results(HeadsOnGpu<G>& o, HeadsOnGpu<G>& to_q, HeadsOnGpu<G>& to_kv) {
-    return {o.values(), Cast<double>(lse.Read()), to_q.values(), to_kv.values(0), to_kv.values(1)};
+    return {o.values(), Cast<double>(lse.Read<float>()), to_q.values(), to_kv.values(0), to_kv.values(1)};
   }
 
   const AttentionProblem p_;
@@ -246,8 +229,7 @@ class GpuAttention {
   Context ctx;
   HeadsOnGpu<T> q, kv, dout, out, dq, dkv;  // dq, dkv: of whole blocks
   HeadsOnGpu<float> out_sum, dq_sum, dkv_sum;
-  ValuesOnGpu<float> lse, delta;
-  ValuesOnGpu<int64_t> lo, hi;
+  GuardedTensor lse, delta, lo, hi;
 };
 
 }  // namespace annulus::testing

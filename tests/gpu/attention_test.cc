@@ -253,7 +253,7 @@ void ExpectMaskedBlockLeavesEveryBit() {
   run.lse.Write(lse);
   ANNULUS_CHECK_OK(AttentionForward(run.ctx, run.Block(run.All()), run.Partial(run.All())));
   EXPECT_TRUE(SameBits(Cast<float>(run.out_sum.values()), out));
-  EXPECT_TRUE(SameBits(run.lse.Read(), lse));
+  EXPECT_TRUE(SameBits(run.lse.template Read<float>(), lse));
 }
 
 TEST_F(AttentionOnGpu, FullyMaskedBlockLeavesEveryBit) {

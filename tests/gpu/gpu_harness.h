@@ -56,23 +56,32 @@ class GuardedTensor {
     Send();
   }
   const TensorRef& ref() const { return ref_; }
-  void Write(const void* values) {
-    std::memcpy(image_.data() + begin_, values, static_cast<size_t>(ref_.bytes()));
+  // T is the tensor's dtype.
+  template <typename T>
+  void Write(const std::vector<T>& values) {
+    Check(DTypeOf<T>());
+    ANNULUS_CHECK(static_cast<int64_t>(values.size()) == ref_.elements()) << ToString(ref_.shape());
+    std::memcpy(image_.data() + begin_, values.data(), static_cast<size_t>(ref_.bytes()));
     Send();
   }
-  void Read(void* values) {
+  template <typename T>
+  std::vector<T> Read() {
+    Check(DTypeOf<T>());
+    std::vector<T> values(static_cast<size_t>(ref_.elements()));
     std::vector<char> now(image_.size());
     Download(ctx_, All(), now.data());
     const auto begin = static_cast<size_t>(begin_), end = begin + static_cast<size_t>(ref_.bytes());
     EXPECT_TRUE(std::equal(now.begin(), now.begin() + begin_, image_.begin())) << "written before the tensor";
     EXPECT_EQ(std::memcmp(now.data() + end, image_.data() + end, now.size() - end), 0)
         << "written past the tensor";
-    std::memcpy(values, now.data() + begin, end - begin);
+    std::memcpy(values.data(), now.data() + begin, end - begin);
+    return values;
   }
 
  private:
   static constexpr int64_t kGuardBytes = 512;
   static constexpr char kPoison = static_cast<char>(0xff);  // NaN in every floating dtype
+  void Check(DType dtype) const { ANNULUS_CHECK(ref_.dtype() == dtype) << Name(ref_.dtype()); }
   TensorRef All() { return {memory_.data(), DType::kU8, ctx_.device, {static_cast<int64_t>(image_.size())}}; }
   void Send() { Upload(ctx_, image_.data(), static_cast<int64_t>(image_.size()), All()); }
 
@@ -102,9 +111,8 @@ class OpRun {
 
   template <typename U>
   TensorRef Of(const Shape& shape, const std::vector<U>& values) {
-    ANNULUS_CHECK(static_cast<int64_t>(values.size()) == shape.elements()) << ToString(shape);
     tensors_.push_back(std::make_unique<GuardedTensor>(ctx, DTypeOf<U>(), shape, shift_));
-    tensors_.back()->Write(values.data());
+    tensors_.back()->Write(values);
     return tensors_.back()->ref();
   }
   TensorRef In(const Shape& shape, const std::vector<double>& values) {
@@ -121,12 +129,8 @@ class OpRun {
 
   template <typename U>
   std::vector<U> Read(const TensorRef& ref) {
-    ANNULUS_CHECK(ref.dtype() == DTypeOf<U>()) << Name(ref.dtype());
-    std::vector<U> values(static_cast<size_t>(ref.elements()));
     for (const auto& tensor : tensors_) {
-      if (tensor->ref().raw() != ref.raw()) continue;
-      tensor->Read(values.data());
-      return values;
+      if (tensor->ref().raw() == ref.raw()) return tensor->template Read<U>();
     }
     ANNULUS_CHECK(false) << "a tensor of another run";
     return {};

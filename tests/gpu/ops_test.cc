@@ -187,8 +187,12 @@ auto EmbeddingOps(const EmbeddingShape& s) {
 
 TYPED_TEST(GpuOps, EmbeddingEdges) {
   for (const EmbeddingShape& s :
-       {EmbeddingShape{0, 8, 3}, EmbeddingShape{1, 8, 3}, EmbeddingShape{5, 0, 3}, EmbeddingShape{63, 12, 50},
-        EmbeddingShape{64, 512, 1}, EmbeddingShape{65, 7, 1}, EmbeddingShape{129, 264, 9}}) {
+       {EmbeddingShape{0, 8, 3}, EmbeddingShape{1, 8, 3}, EmbeddingShape{5, 0, 3}, EmbeddingShape{31, 12, 50},
+        EmbeddingShape{64, 512, 1}, EmbeddingShape{65, 7, 1}, EmbeddingShape{129, 264, 9},
+        // Runs of 128, the longest that is added at once, of 129, and of many pieces.
+        EmbeddingShape{128, 8, 1}, EmbeddingShape{129, 8, 1}, EmbeddingShape{600, 1032, 3},
+        // More tokens than the threads that group them, and numbers past the first of each CTA.
+        EmbeddingShape{1100, 8, 70000}}) {
     SCOPED_TRACE(absl::StrCat(s.tokens, " ", s.d, " ", s.vocab));
     ExpectOnGpu<TypeParam>(EmbeddingOps<TypeParam>(s));
   }

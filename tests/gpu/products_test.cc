@@ -213,7 +213,15 @@ TYPED_TEST(GpuProducts, LossEdges) {
   }
 }
 
-// One, two, four and eight CTAs a row, up to the largest vocabulary.
+// One, two, four and eight CTAs a row.
+TYPED_TEST(GpuProducts, LossOfCtasEdges) {
+  for (const LossShape& s : {LossShape{3, 8, 28160, 8}, LossShape{3, 8, 28161, 8}, LossShape{3, 8, 56325, 8},
+                             LossShape{3, 8, 112643, 8}}) {
+    ExpectLoss<TypeParam>(s);
+  }
+}
+
+// Up to the largest vocabulary.
 TYPED_TEST(GpuProducts, LossAtSize) {
   for (const LossShape& s :
        {LossShape{100, 64, 1000, 32}, LossShape{9, 16, 18435, 8192}, LossShape{6, 8, 32000, 4},

@@ -1,0 +1,30 @@
+#pragma once
+
+// Copies of 16 bytes from global to shared memory that a thread starts and does not wait for; they go past L1
+// and registers. Whoever started a copy sees it after its own wait, others after a barrier behind that.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace annulus::kernels {
+
+__device__ inline uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Zeros when `inside` is false (nothing is read then).
+__device__ inline void CopyAsync16(uint32_t shared, const void* global, bool inside = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(inside ? 16 : 0)
+               : "memory");
+}
+// Copies since the last commit become a group.
+__device__ inline void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but this thread's newest kPending groups have landed.
+template <int kPending>
+__device__ inline void CopyAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace annulus::kernels
