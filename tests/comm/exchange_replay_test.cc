@@ -28,7 +28,13 @@ struct Case {
 // Chunks as in zigzag layouts; random key ranges.
 ExchangeProblem ProblemOf(const Case& c) {
   std::mt19937_64 random(c.seed);
-  ExchangeProblem problem{.ranks = c.ranks, .block_rows = c.rows, .heads = c.heads, .kv_heads = c.kv_heads};
+  ExchangeProblem problem{.ranks = c.ranks,
+                          .block_rows = c.rows,
+                          .heads = c.heads,
+                          .kv_heads = c.kv_heads,
+                          .chunks = {},
+                          .keys = {},
+                          .pairs = {}};
   for (int r = 0; r < c.ranks; ++r) {
     int64_t row = 0;
     for (int k = 0; k < c.chunks * c.parts; ++k) {
