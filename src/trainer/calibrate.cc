@@ -65,7 +65,7 @@ absl::StatusOr<LinkRate> MeasureLink(Context& ctx, Communicator cp, ExchangeTran
   constexpr int kRepeats = 5;
   const bool cpu = ctx.device.kind == DeviceKind::kCpu;
   LinkRate link{.transport = transport.kind(), .one_way = {}, .both_ways = {}};
-  for (int64_t bytes = 4 * kKiB; bytes <= (cpu ? 16 : 256) * kMiB; bytes *= 4) {
+  for (int64_t bytes = 4 * kKiB; bytes <= (cpu ? 4 : 256) * kMiB; bytes *= 4) {
     ANNULUS_ASSIGN_OR_RETURN(const ExchangeRate rate, MeasureExchange(ctx, cp, transport, bytes, kRepeats));
     const double one_way = rate.one_way_gb_per_second * 1e9, both_ways = rate.both_ways_gb_per_second * 1e9;
     link.one_way.push_back({.size = static_cast<double>(bytes), .per_second = Rounded(one_way)});

@@ -65,11 +65,6 @@ MachineProfile AssumedProfile(DeviceKind device) {
   return device == DeviceKind::kCuda ? AssumedHopper() : AssumedCpuCore();
 }
 
-DeviceKind DeviceKindOf(const RunSpec& spec) {
-  ANNULUS_CHECK(spec.device != DeviceChoice::kAuto) << "device not resolved";
-  return spec.device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu;
-}
-
 }  // namespace
 
 std::vector<PlanChoice> ChoicesOf(const PassPlanSpec& spec, int ranks, int64_t heads) {
@@ -85,14 +80,14 @@ std::vector<PlanChoice> ChoicesOf(const PassPlanSpec& spec, int ranks, int64_t h
 
 absl::StatusOr<MachineProfile> ProfileOf(const RunSpec& spec) {
   const std::string& path = spec.parallel.exchange.profile;
-  if (path.empty()) return AssumedProfile(DeviceKindOf(spec));
+  if (path.empty()) return AssumedProfile(DeviceKindOf(spec.device));
   ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   return ParseProfile(path, text);
 }
 
 absl::StatusOr<MachineProfile> ProfileOf(Communicator world, const RunSpec& spec) {
   const std::string& path = spec.parallel.exchange.profile;
-  if (path.empty()) return AssumedProfile(DeviceKindOf(spec));
+  if (path.empty()) return AssumedProfile(DeviceKindOf(spec.device));
   const absl::StatusOr<std::string> text = world.rank() == 0 ? ReadFile(path) : std::string();
   ANNULUS_RETURN_IF_ERROR(
       world.AgreeOk(Prefixed(text.status(), absl::StrCat("parallel.exchange.profile=", path, ": "))));
@@ -139,7 +134,7 @@ AttentionCase AttentionCaseOf(const RunSpec& spec, int64_t window, SequenceBatch
       .head_dim = spec.model.head_dim,
       .v_head_dim = spec.model.head_dim,
       .window = window,
-      .device = DeviceKindOf(spec),
+      .device = DeviceKindOf(spec.device),
       .dtype = DTypeOf(spec.compute),
       .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff};
 }

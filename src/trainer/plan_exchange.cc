@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -10,6 +11,12 @@
 
 namespace annulus {
 namespace {
+
+// Why a candidate cannot be; its name stands beside it.
+std::string ReasonOf(const PlanCandidate& candidate) {
+  const std::string name = candidate.name + ": ", reason(candidate.refused.message());
+  return absl::StartsWith(reason, name) ? reason.substr(name.size()) : reason;
+}
 
 // The candidate that is looked at.
 absl::StatusOr<size_t> IndexOf(const std::vector<PlanCandidate>& candidates, const std::string& shown,
@@ -23,7 +30,7 @@ absl::StatusOr<size_t> IndexOf(const std::vector<PlanCandidate>& candidates, con
     const bool known =
         std::any_of(others.begin(), others.end(), [&](const std::string& line) { return line == each.name; });
     if (shown.empty()) {
-      others.push_back(absl::StrCat(each.name, ": ", each.refused.message()));
+      others.push_back(absl::StrCat(each.name, ": ", ReasonOf(each)));
     } else if (each.refused.ok() && !known) {
       others.push_back(each.name);
     }
@@ -117,7 +124,7 @@ std::string CandidateTable(const PlannedPass& planned) {
                             each.seconds * 1e3, each.exposed_seconds * 1e3, bytes(each.bytes_sent),
                             bytes(each.buffer_bytes));
     } else {
-      absl::StrAppend(&text, "refused: ", each.refused.message(), "\n");
+      absl::StrAppend(&text, "refused: ", ReasonOf(each), "\n");
     }
   }
   return absl::StrCat(text, "why: ", WhyItWon(planned.candidates), "\n");

@@ -102,6 +102,59 @@ TEST(Metrics, AreOneObjectOnOneLine) {
   EXPECT_FALSE(nlohmann::json::parse(MetricsJson(Report(), std::nullopt)).contains("val_loss"));
 }
 
+std::vector<AttentionReport> Attention(double measured_ms) {
+  return {
+      {.window = 0,
+       .pass = Pass::kForward,
+       .plan = "kv_ring",
+       .transport = TransportKind::kHost,
+       .why = "kv_ring by host 2 ms; next mesh",
+       .predicted_ms = 2,
+       .measured_ms = measured_ms},
+      {.window = 128, .pass = Pass::kBackward, .plan = "ulysses", .why = "", .measured_ms = measured_ms + 1}};
+}
+
+TEST(Metrics, HoldPredictedAndMeasuredAttention) {
+  StepReport report = Report();
+  EXPECT_FALSE(nlohmann::json::parse(MetricsJson(report, std::nullopt)).contains("attention"));
+  report.attention = Attention(2.5);
+  report.throttle_gb_per_second = 1.5;
+  const auto json = nlohmann::json::parse(MetricsJson(report, std::nullopt));
+  ASSERT_EQ(json["attention"].size(), 2u);
+  const auto &first = json["attention"][0], &second = json["attention"][1];
+  EXPECT_EQ(first["window"], 0);
+  EXPECT_EQ(first["pass"], "forward");
+  EXPECT_EQ(first["plan"], "kv_ring");
+  EXPECT_EQ(first["transport"], "host");
+  EXPECT_EQ(first["predicted_ms"], 2.0);
+  EXPECT_EQ(first["measured_ms"], 2.5);
+  EXPECT_EQ(second["pass"], "backward");
+  EXPECT_FALSE(second.contains("predicted_ms")) << "not predicted is not 0";
+  EXPECT_EQ(json["throttle_gb_per_second"], 1.5);
+  EXPECT_TRUE(absl::StrContains(StepLine(report, 2000, 8, 0), "links throttled to 1.5 GB/s"));
+}
+
+TEST(AttentionLines, SayThePlanAndWhatBecameOfThePrediction) {
+  StepReport report = Report();
+  report.attention = Attention(1000);  // the first step makes the plans
+  EXPECT_EQ(PlanLines(report),
+            (std::vector<std::string>{"attention (all keys) forward: kv_ring by host 2 ms; next mesh",
+                                      "attention (window 128) backward: ulysses by host"}));
+  AttentionSummary summary;
+  summary.Add(report);
+  EXPECT_TRUE(summary.Lines().empty());
+  for (const double ms : {3.0, 9.0, 4.0}) {
+    report.attention = Attention(ms);
+    summary.Add(report);
+  }
+  EXPECT_EQ(
+      summary.Lines(),
+      (std::vector<std::string>{
+          "attention (all keys) forward: kv_ring by host, predicted 2 ms, measured 4 ms a layer (median "
+          "of 3 steps)",
+          "attention (window 128) backward: ulysses by host, measured 5 ms a layer (median of 3 steps)"}));
+}
+
 TEST(Metrics, StayJsonWhenNumbersAreNotFinite) {
   StepReport report = Report();
   report.loss = std::numeric_limits<double>::quiet_NaN();

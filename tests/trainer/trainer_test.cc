@@ -20,6 +20,55 @@ absl::StatusOr<StepReport> NextStep(const RankOfRun& rank, const RunSpec& spec) 
   return rank.trainer.Step(*batch, 0);
 }
 
+// Losses of some steps, of rank 0.
+std::vector<StepReport> StepsOn(const RunSpec& spec, int dp, int cp, int steps) {
+  std::vector<StepReport> reports;
+  OnMesh(spec, dp, cp, [&](RankOfRun rank) {
+    for (int i = 0; i < steps; ++i) {
+      const absl::StatusOr<StepReport> report = NextStep(rank, spec);
+      ANNULUS_CHECK(report.ok()) << report.status();
+      if (rank.mesh.world.rank() == 0) reports.push_back(*report);
+    }
+  });
+  return reports;
+}
+
+TEST(Exchange, EveryPlanTrainsAlike) {
+  const RunSpec spec = SmallRun({"model.pattern=A - A{w=4}"});
+  const std::vector<StepReport> want = StepsOn(spec, 1, 1, 3);
+  for (const char* plan :
+       {"AUTO", "ALL_GATHER", "KV_RING", "BIDIRECTIONAL_KV_RING", "DIRECT_CAST", "TOKEN_RING",
+        "BIDIRECTIONAL_TOKEN_RING", "BALANCED", "DOUBLE_RING", "MESH", "ULYSSES"}) {
+    RunSpec planned = SmallRun(
+        {"model.pattern=A - A{w=4}", "parallel.cp=4", absl::StrCat("parallel.exchange.plan=", plan)});
+    const std::vector<StepReport> got = StepsOn(planned, 1, 4, 3);
+    for (size_t i = 0; i < want.size(); ++i) {
+      EXPECT_NEAR(got[i].loss, want[i].loss, 1e-12 * want[i].loss) << plan << " step " << i + 1;
+      EXPECT_NEAR(got[i].grad_norm, want[i].grad_norm, 1e-11 * want[i].grad_norm)
+          << plan << " step " << i + 1;
+    }
+  }
+}
+
+TEST(Exchange, StepsReportAttentionPredictedAndMeasured) {
+  const RunSpec spec =
+      SmallRun({"model.pattern=A - A{w=4}", "parallel.cp=2", "parallel.exchange.plan=KV_RING",
+                "parallel.exchange.backward.plan=ULYSSES"});
+  for (const StepReport& report : StepsOn(spec, 1, 2, 2)) {
+    ASSERT_EQ(report.attention.size(), 4u);
+    for (size_t i = 0; i < 4; ++i) {
+      const AttentionReport& attention = report.attention[i];
+      EXPECT_EQ(attention.window, i < 2 ? 0 : 4);
+      EXPECT_EQ(attention.pass, i % 2 == 0 ? Pass::kForward : Pass::kBackward);
+      EXPECT_TRUE(absl::StartsWith(attention.plan, i % 2 == 0 ? "kv_ring" : "ulysses")) << attention.plan;
+      EXPECT_EQ(attention.transport, TransportKind::kHost);
+      EXPECT_GT(attention.predicted_ms, 0);
+      EXPECT_GT(attention.measured_ms, 0);
+      EXPECT_LT(attention.measured_ms, report.step_ms);
+    }
+  }
+}
+
 double EvaluateOn(const RunSpec& spec, int dp, int cp) {
   std::vector<double> losses(static_cast<size_t>(dp * cp));
   OnMesh(spec, dp, cp, [&](RankOfRun rank) {

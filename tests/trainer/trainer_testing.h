@@ -13,6 +13,7 @@
 
 #include "annulus/base/check.h"
 #include "annulus/train/config.h"
+#include "annulus/train/exchange.h"
 #include "annulus/train/trainer.h"
 #include "support/loopback.h"
 
@@ -81,7 +82,7 @@ inline void OnMesh(RunSpec spec, int dp, int cp, const std::function<void(RankOf
     ANNULUS_CHECK(mesh.ok()) << mesh.status();
     const std::unique_ptr<DataSet> data = OpenData(spec);
     Context ctx{Device{}};
-    Trainer trainer(spec, *mesh, ctx);
+    Trainer trainer(spec, *mesh, ctx, ExchangeOptionsOf(spec, {TransportKind::kHost}, AssumedCpuCore()));
     ANNULUS_CHECK_OK(trainer.Initialize());
     fn({*mesh, *data, trainer});
   });

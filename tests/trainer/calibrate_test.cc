@@ -1,0 +1,104 @@
+// A calibration on ranks that are threads: every rate that the cost model asks for, the same on every rank.
+
+#include "annulus/train/calibrate.h"
+
+#include <cmath>
+#include <mutex>
+
+#include "../../src/trainer/calibrate_kernels.h"
+#include "absl/strings/match.h"
+#include "annulus/train/profile.h"
+#include "trainer/trainer_testing.h"
+
+namespace annulus::testing {
+namespace {
+
+// The profile of each rank.
+std::vector<MachineProfile> CalibrateOn(int ranks, const CalibrationOptions& options) {
+  std::vector<MachineProfile> profiles(static_cast<size_t>(ranks));
+  OnLoopback(ranks, [&](Communicator world) {
+    Machine machine;
+    machine.ctx = std::make_unique<Context>(Device{});
+    machine.mesh = ProcessMesh::Create({1, ranks, 1}, world).value();
+    const absl::StatusOr<MachineProfile> profile = Calibrate(machine, options);
+    ANNULUS_CHECK(profile.ok()) << profile.status();
+    profiles[static_cast<size_t>(world.rank())] = *profile;
+  });
+  return profiles;
+}
+
+const CalibrationHeads kHeads{
+    .dtype = DType::kF32, .heads = 2, .kv_heads = 1, .head_dim = 8, .v_head_dim = 4};
+
+TEST(Calibrate, MeasuresWhatTheCostModelAsksFor) {
+  const std::vector<MachineProfile> profiles = CalibrateOn(2, {.heads = {kHeads}, .seconds = 1e-3});
+  EXPECT_TRUE(profiles[0] == profiles[1]) << "ranks that predict differently would choose differently";
+  const MachineProfile& profile = profiles[0];
+  EXPECT_TRUE(profile.measured);
+  EXPECT_EQ(profile.ranks, 2);
+  EXPECT_GT(profile.launch_seconds, 0);
+  ASSERT_EQ(profile.links.size(), 1u);
+  EXPECT_EQ(profile.links[0].transport, TransportKind::kHost);
+  EXPECT_GT(profile.links[0].message_seconds, 0);
+  EXPECT_GE(profile.links[0].computing_slowdown, 1);
+  ASSERT_EQ(profile.attention.size(), 6u) << "two passes of three shapes";
+  for (const AttentionRate& rate : profile.attention) {
+    EXPECT_EQ(rate.kernel, AttentionKernel::kCpuTiles);
+    EXPECT_EQ(rate.head_dim, 8);
+    EXPECT_EQ(rate.v_head_dim, 4);
+    EXPECT_EQ(rate.pairs.size(), 1u) << "time was over after the first size";
+  }
+  // Checks order, ranges and completeness.
+  const auto again = ParseProfile("p", ProfileText(profile));
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_TRUE(*again == profile);
+}
+
+TEST(Calibrate, CountsUnmaskedPairsOfAllHeads) {
+  const MachineProfile profile = CalibrateOn(1, {.heads = {kHeads}, .seconds = 1e-3})[0];
+  for (const AttentionRate& rate : profile.attention) {
+    constexpr double kRows = 256;  // of the first size on CPUs
+    const double pairs = rate.shape == MaskShape::kFull     ? kRows * kRows
+                         : rate.shape == MaskShape::kCausal ? kRows * (kRows + 1) / 2
+                                                            : 64 * 65 / 2 + 192 * 64;  // a window of 64
+    EXPECT_EQ(rate.pairs[0].size, 2 * pairs);
+  }
+}
+
+TEST(Calibrate, APlanIsPredictedByIt) {
+  const MachineProfile profile = CalibrateOn(2, {.heads = {kHeads}, .seconds = 1e-3})[0];
+  const AttentionCase layer{.layout = SequenceLayout(LayoutKind::kZigzag, 100, 2),
+                            .sequences = {.batch = 1, .lengths = {100}, .document_starts = {}},
+                            .heads = 2,
+                            .kv_heads = 1,
+                            .head_dim = 8,
+                            .v_head_dim = 4};
+  for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+    const auto ranked =
+        RankPlans(layer, pass, {.plans = {}, .transports = {TransportKind::kHost}, .throttle = {}}, profile);
+    for (const PlanCandidate& candidate : ranked) {
+      EXPECT_TRUE(candidate.refused.ok()) << candidate.refused;
+      EXPECT_GT(candidate.seconds, 0) << candidate.name;
+    }
+  }
+}
+
+TEST(Calibrate, OneRankHasNoLinks) {
+  const MachineProfile profile = CalibrateOn(1, {.heads = {kHeads}, .seconds = 1e-3})[0];
+  EXPECT_TRUE(profile.links.empty());
+  const std::string table = ProfileTable(profile);
+  for (const char* part : {"measured, 1 ranks", "launch", "copy", "cpu tiles 8/4", "causal backward"}) {
+    EXPECT_TRUE(absl::StrContains(table, part)) << part << " in\n" << table;
+  }
+}
+
+TEST(Rounded, KeepsFourDigits) {
+  EXPECT_EQ(Rounded(0), 0);
+  EXPECT_EQ(Rounded(123456), 123500);
+  EXPECT_EQ(Rounded(1.23456), 1.235);
+  EXPECT_EQ(Rounded(1.23456e-6), 1.235e-6);
+  EXPECT_EQ(Rounded(9.99999e11), 1e12);
+}
+
+}  // namespace
+}  // namespace annulus::testing

@@ -1,0 +1,121 @@
+// The exchange of a run before it runs: candidates, the one shown, examples of documents, tables, pictures.
+
+#include "annulus/train/plan_exchange.h"
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_format.h"
+#include "trainer/trainer_testing.h"
+
+namespace annulus::testing {
+namespace {
+
+RunSpec FourRanks(std::vector<std::string> overrides = {}) {
+  overrides.insert(overrides.begin(), {"parallel.cp=4", "data.seq_len=50", "model.attention.heads=4",
+                                       "model.attention.head_dim=2"});
+  return SmallRun(overrides);
+}
+
+absl::StatusOr<std::vector<PlannedPass>> PlanOf(const RunSpec& spec, const std::string& shown = "") {
+  const ExchangeOptions options = ExchangeOptionsOf(spec, TransportsOnOneHost(spec), AssumedCpuCore());
+  return PlanExchange(spec, ExampleBatchOf(spec).sequences, options, shown);
+}
+
+TEST(PlanExchange, PricesEveryPlanOfEveryKindOfLayerAndPass) {
+  const RunSpec spec = FourRanks({"model.pattern=A - A{w=7}"});
+  const auto passes = PlanOf(spec);
+  ASSERT_TRUE(passes.ok()) << passes.status();
+  ASSERT_EQ(passes->size(), 4u);
+  for (size_t i = 0; i < passes->size(); ++i) {
+    const PlannedPass& pass = (*passes)[i];
+    EXPECT_EQ(pass.kind.window, i < 2 ? 0 : 7);
+    EXPECT_EQ(pass.pass, i % 2 == 0 ? Pass::kForward : Pass::kBackward);
+    EXPECT_EQ(pass.plan.pass, pass.pass);
+    EXPECT_EQ(pass.candidates.size(), AllChoices(4, 4).size());
+    EXPECT_EQ(pass.shown, 0u);
+    EXPECT_TRUE(Validate(pass.plan).ok()) << Validate(pass.plan);
+    // The table's time is that of the plan shown.
+    EXPECT_EQ(pass.simulation.makespan, pass.candidates[0].seconds);
+    for (const PlanCandidate& candidate : pass.candidates) {
+      EXPECT_GE(candidate.seconds, pass.candidates[0].seconds * (1 - 1e-3)) << candidate.name;
+    }
+  }
+}
+
+TEST(PlanExchange, ShowsTheCandidateAskedFor) {
+  const auto passes = PlanOf(FourRanks(), "mesh of 2 x 2");
+  ASSERT_TRUE(passes.ok()) << passes.status();
+  for (const PlannedPass& pass : *passes) {
+    EXPECT_EQ(pass.candidates[pass.shown].name, "mesh of 2 x 2");
+    EXPECT_EQ(pass.simulation.makespan, pass.candidates[pass.shown].seconds);
+    const std::string table = CandidateTable(pass);
+    EXPECT_TRUE(absl::StrContains(table, "\n* mesh of 2 x 2 ")) << table;
+    EXPECT_TRUE(absl::StrContains(table, "\nwhy: ")) << table;
+  }
+  const absl::Status status = PlanOf(FourRanks(), "mess").status();
+  EXPECT_TRUE(absl::StartsWith(status.message(), "\"mess\": expected one of the forward plans ")) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), "; ulysses")) << status;
+}
+
+TEST(PlanExchange, SaysWhyNoPlanCanBe) {
+  const absl::Status status = PlanOf(FourRanks({"parallel.exchange.buffer_gib=1e-8"})).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StartsWith(status.message(), "no forward plan can be:\n")) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), "\nulysses: buffers of ")) << status;
+}
+
+TEST(PlanExchange, RefusedCandidatesAreInTheTable) {
+  // Room for the buffers of a ring, not for those of all ranks.
+  const auto passes = PlanOf(FourRanks());
+  ASSERT_TRUE(passes.ok());
+  int64_t least = (*passes)[0].candidates[0].buffer_bytes;
+  for (const PlanCandidate& each : (*passes)[0].candidates) least = std::min(least, each.buffer_bytes);
+  const double gib = static_cast<double>(least) / (int64_t{1} << 30);
+  const RunSpec spec = FourRanks({absl::StrFormat("parallel.exchange.buffer_gib=%.17g", gib * 1.5)});
+  const ExchangeOptions options = ExchangeOptionsOf(spec, {TransportKind::kHost}, AssumedCpuCore());
+  const auto planned =
+      PlanPass(AttentionCaseOf(spec, 0, ExampleBatchOf(spec).sequences), Pass::kForward, options);
+  ASSERT_TRUE(planned.ok()) << planned.status();
+  const std::string table = CandidateTable(*planned);
+  EXPECT_TRUE(absl::StrContains(table, "refused: ")) << table;
+  EXPECT_FALSE(planned->candidates.back().refused.ok());
+  EXPECT_LE(planned->candidates[0].buffer_bytes, options.buffer_bytes);
+}
+
+TEST(ExampleBatchOf, IsTheRunsFirstMicroBatchWhereDocumentsAreMasked) {
+  const ExampleBatch whole = ExampleBatchOf(FourRanks());
+  EXPECT_EQ(whole.sequences.lengths, (std::vector<int64_t>{50, 50}));
+  EXPECT_TRUE(whole.sequences.document_starts.empty());
+  EXPECT_EQ(whole.note, "");
+
+  const RunSpec masked = FourRanks({"data.document_mask=true", "data.train[0].text.document_separator=\n"});
+  const ExampleBatch batch = ExampleBatchOf(masked);
+  ASSERT_EQ(batch.sequences.document_starts.size(), 2u) << batch.note;
+  const std::unique_ptr<DataSet> data = OpenData(masked);
+  for (int64_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(batch.sequences.document_starts[static_cast<size_t>(i)], data->Train(i)->document_starts);
+  }
+  EXPECT_TRUE(absl::StrContains(batch.note, "first micro-batch")) << batch.note;
+  const auto passes = PlanOf(masked);
+  ASSERT_TRUE(passes.ok()) << passes.status();
+  EXPECT_LT((*passes)[0].candidates[0].seconds, (*PlanOf(FourRanks()))[0].candidates[0].seconds)
+      << "masks remove work";
+
+  const ExampleBatch absent =
+      ExampleBatchOf(FourRanks({"data.document_mask=true", "data.train[0].text.path=/nowhere/x"}));
+  EXPECT_EQ(absent.sequences.lengths, (std::vector<int64_t>{50, 50}));
+  EXPECT_TRUE(absl::StartsWith(absent.note, "not planned")) << absent.note;
+  EXPECT_TRUE(absl::StrContains(absent.note, "/nowhere/x")) << absent.note;
+}
+
+TEST(StackSvg, PutsPicturesBelowEachOther) {
+  const std::string stacked = StackSvg({"<svg xmlns=\"u\" width=\"100\" height=\"30\">a</svg>\n",
+                                        "<svg xmlns=\"u\" width=\"120\" height=\"50\">b</svg>\n"});
+  EXPECT_EQ(stacked,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"120\" height=\"80\">\n"
+            "<svg y=\"0\" xmlns=\"u\" width=\"100\" height=\"30\">a</svg>\n"
+            "<svg y=\"30\" xmlns=\"u\" width=\"120\" height=\"50\">b</svg>\n"
+            "</svg>\n");
+}
+
+}  // namespace
+}  // namespace annulus::testing
