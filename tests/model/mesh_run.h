@@ -151,7 +151,7 @@ class RankModel {
         ctx_(ctx),
         params_(ctx.device, run.dtype, BuildParamTable(spec), mesh.shape.world()),
         layout_(run.layout, whole.length, run.cp),
-        geometry_(layout_, mesh.cp, run.transport),
+        geometry_(layout_, mesh.cp, {.transport = run.transport, .available = {run.transport}}),
         decoder_(spec, run.recompute, params_),
         loss_(ctx.device, DType::kF64, {1}) {
     FillParameters(run);
