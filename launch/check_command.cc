@@ -22,9 +22,8 @@ absl::StatusOr<std::string> CheckPlans(RunSpec spec) {
   std::string text;
   for (const PlannedPass& pass : passes) {
     ANNULUS_RETURN_IF_ERROR(Validate(pass.plan));
-    absl::StrAppend(&text, "exchange of ", pass.kind.layers.size(), " attention layers (",
-                    WindowText(pass.kind.window), ") ", Name(pass.pass), " on ", spec.parallel.cp,
-                    " ranks: ", pass.plan.name, ", proved\n");
+    absl::StrAppend(&text, "exchange of ", LayersText(pass.kind), " ", Name(pass.pass), " on ",
+                    spec.parallel.cp, " ranks: ", pass.plan.name, ", proved\n");
   }
   return text;
 }

@@ -143,8 +143,8 @@ void Print(const Planned& planned) {
   std::printf("machine           %s\n", planned.machine_text.c_str());
   if (!planned.batch.note.empty()) std::printf("documents         %s\n", planned.batch.note.c_str());
   for (const PlannedPass& pass : planned.passes) {
-    std::printf("\n%zu attention layers (%s), %s; of each, per micro-batch:\n%s", pass.kind.layers.size(),
-                WindowText(pass.kind.window).c_str(), Name(pass.pass), CandidateTable(pass).c_str());
+    std::printf("\n%s, %s; of each, per micro-batch:\n%s", LayersText(pass.kind).c_str(), Name(pass.pass),
+                CandidateTable(pass).c_str());
     std::printf("kernel calls of all ranks: %s\n", KernelsText(KernelsOf(planned.spec, pass)).c_str());
     std::printf("%s", Timeline(pass.plan, pass.simulation).c_str());
   }
@@ -173,7 +173,8 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   std::vector<std::string> pictures;
   for (const PlannedPass& pass : planned.passes) {
     ANNULUS_RETURN_IF_ERROR(Validate(pass.plan));
-    pictures.push_back(TimelineSvg(pass.plan, pass.simulation));
+    const LinkThrottle throttle{spec.parallel.exchange.throttle_gb_per_second * 1e9};
+    pictures.push_back(TimelineSvg(pass.plan, pass.simulation, Label(throttle)));
   }
   if (arguments.Has("--svg")) {
     ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(arguments.Last("--svg", ""), StackSvg(pictures)));

@@ -78,6 +78,20 @@ std::vector<PlanChoice> ChoicesOf(const PassPlanSpec& spec, int ranks, int64_t h
   return choices;
 }
 
+std::optional<TransportKind> TransportOf(TransportChoice choice) {
+  switch (choice) {
+    case TransportChoice::kBest:
+      return std::nullopt;
+    case TransportChoice::kHost:
+      return TransportKind::kHost;
+    case TransportChoice::kNccl:
+      return TransportKind::kNccl;
+    case TransportChoice::kCopyEngine:
+      return TransportKind::kCopyEngine;
+  }
+  return std::nullopt;
+}
+
 absl::StatusOr<MachineProfile> ProfileOf(const RunSpec& spec) {
   const std::string& path = spec.parallel.exchange.profile;
   if (path.empty()) return AssumedProfile(DeviceKindOf(spec.device));
@@ -116,9 +130,7 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
   options.forward = ChoicesOf(exchange.Of(Pass::kForward), ranks, spec.model.heads);
   options.backward = ChoicesOf(exchange.Of(Pass::kBackward), ranks, spec.model.heads);
   options.available = std::move(available);
-  if (exchange.transport == TransportChoice::kHost) options.transport = TransportKind::kHost;
-  if (exchange.transport == TransportChoice::kNccl) options.transport = TransportKind::kNccl;
-  if (exchange.transport == TransportChoice::kCopyEngine) options.transport = TransportKind::kCopyEngine;
+  options.transport = TransportOf(exchange.transport);
   options.machine = std::move(machine);
   options.throttle = {.bytes_per_second = exchange.throttle_gb_per_second * 1e9};
   options.buffer_bytes = static_cast<int64_t>(exchange.buffer_gib * static_cast<double>(int64_t{1} << 30));
@@ -147,6 +159,11 @@ std::vector<AttentionKind> AttentionKindsOf(const ModelSpec& model) {
   std::vector<AttentionKind> kinds;
   for (auto& [window, layers] : by_window) kinds.push_back({window, std::move(layers)});
   return kinds;
+}
+
+std::string LayersText(const AttentionKind& kind) {
+  return absl::StrCat(kind.layers.size(), " attention layer", kind.layers.size() == 1 ? "" : "s", " (",
+                      WindowText(kind.window), ")");
 }
 
 std::string WindowText(int64_t window) { return window == 0 ? "all keys" : absl::StrCat("window ", window); }

@@ -97,8 +97,10 @@ absl::StatusOr<Machine> SetUpMachine(Communicator world, const RunSpec& spec, De
     ANNULUS_ASSIGN_OR_RETURN(link, ChooseGpuLink(world, *machine.ctx));
     ANNULUS_RETURN_IF_ERROR(machine.mesh.UseGpu(link, *machine.ctx));
   }
-  std::vector<TransportKind> available = {TransportKind::kHost};
-  if (spec.parallel.exchange.transport == TransportChoice::kBest) {
+  std::vector<TransportKind> available;
+  if (const auto asked = TransportOf(spec.parallel.exchange.transport); asked.has_value()) {
+    available = {*asked};
+  } else {
     ANNULUS_ASSIGN_OR_RETURN(available, AvailableTransports(machine.mesh.cp, *machine.ctx, link));
   }
   ANNULUS_ASSIGN_OR_RETURN(MachineProfile profile, ProfileOf(world, spec));

@@ -118,7 +118,8 @@ TEST_F(BenchTest, StepTrainsWithoutTheData) {
 }
 
 TEST_F(BenchTest, ErrorsAreSaidOnce) {
-  EXPECT_TRUE(absl::StrContains(Run(2, {"memory"}).err, "expected one of gemm, attention, plans, exchange, step"));
+  EXPECT_TRUE(
+      absl::StrContains(Run(2, {"memory"}).err, "expected one of gemm, attention, plans, exchange, step"));
   EXPECT_EQ(ErrorLines(Run(2, {"gemm", "--m", "0"})),
             (Strings{"error: --m=0: expected an integer of at least 1"}));
   const JobResult alone = Run(1, {"exchange"});

@@ -40,7 +40,7 @@ TEST_F(PlanCommands, CheckProvesThePlansOfTheWholeWorld) {
   for (const char* layers : {"(all keys)", "(window 5)"}) {
     for (const char* pass : {"forward", "backward"}) {
       const std::string line =
-          absl::StrCat("exchange of 1 attention layers ", layers, " ", pass, " on 6 ranks: mesh of ");
+          absl::StrCat("exchange of 1 attention layer ", layers, " ", pass, " on 6 ranks: mesh of ");
       EXPECT_TRUE(absl::StrContains(result.out, line)) << line << result;
     }
   }

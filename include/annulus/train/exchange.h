@@ -2,6 +2,7 @@
 
 // From parallel.exchange of a run to what attention layers choose their plans from.
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,9 @@ namespace annulus {
 // Every plan that the fields leave to choose from, each once. At least one where head_split and inner fit the
 // ranks.
 std::vector<PlanChoice> ChoicesOf(const PassPlanSpec& spec, int ranks, int64_t heads);
+
+// The one that is asked for; nothing for the best.
+std::optional<TransportKind> TransportOf(TransportChoice choice);
 
 // The profile that the run names, else an assumed one of its device, which is resolved. `root` reads the file
 // for all ranks of the group; collective.
@@ -35,6 +39,7 @@ struct AttentionKind {
   int64_t window = 0;  // 0 = all keys
   std::vector<size_t> layers;
 };
+std::string LayersText(const AttentionKind& kind);                    // "2 attention layers (all keys)"
 std::vector<AttentionKind> AttentionKindsOf(const ModelSpec& model);  // by ascending window
 std::string WindowText(int64_t window);                               // "all keys", "window 128"
 const char* Name(Pass pass);                                          // "forward"
