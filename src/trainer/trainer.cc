@@ -113,8 +113,6 @@ absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
     const TokenSlice slice = UploadTokens(ctx_, micro);
     ANNULUS_RETURN_IF_ERROR(
         decoder_.LossAndGradients(ctx_, step, slice, loss_scale, hooks, stats_.ref().Rows(1, 2)));
-    exchange_.exposed_seconds += step.stats.exposed_seconds;
-    exchange_.bytes_sent += step.stats.bytes_sent;
   }
   ctx_.progress = nullptr;
   return absl::OkStatus();
@@ -133,7 +131,8 @@ absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds
     return mesh_.world.AgreeOk(Invalid("step ", step_ + 1, ": no token of the batch is counted in the loss"));
   }
 
-  exchange_ = {};
+  // Waits of an evaluation before are not this step's.
+  (void)ctx_.waits.TakeSeconds(WaitKind::kExchange);
   ANNULUS_RETURN_IF_ERROR(ForwardBackward(batch, 1.0 / counted));
   ANNULUS_RETURN_IF_ERROR(optimizer_.FinishReduce(stats_.ref().Rows(0, 1)));
   ANNULUS_RETURN_IF_ERROR(mesh_.dp_cp.AllReduce(stats_.ref(), ReduceOp::kSum));
@@ -160,7 +159,7 @@ absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds
 }
 
 absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport* report) {
-  const double exchange = exchange_.exposed_seconds + ctx_.waits.TakeSeconds(WaitKind::kExchange);
+  const double exchange = ctx_.waits.TakeSeconds(WaitKind::kExchange);
   const double reduce =
       ctx_.waits.TakeSeconds(WaitKind::kGradients) + ctx_.waits.TakeSeconds(WaitKind::kParameters);
   report->attention = AttentionReports();

@@ -69,6 +69,27 @@ TEST(Exchange, StepsReportAttentionPredictedAndMeasured) {
   }
 }
 
+TEST(Exchange, WaitingForItIsPartOfTheTimeOfAttention) {
+  RunSpec spec = SmallRun({"parallel.cp=2", "parallel.exchange.plan=KV_RING"});
+  spec.parallel.dp = 1;
+  constexpr double kDelayUs = 3000;  // messages take longer than all computing: waiting is most of the time
+  OnLoopback(2, [&](Communicator world) {
+    ProcessMesh mesh = ProcessMesh::Create({1, 2, 1}, WithMessageDelay(world, kDelayUs)).value();
+    const std::unique_ptr<DataSet> data = OpenData(spec);
+    Context ctx{Device{}};
+    Trainer trainer(spec, mesh, ctx, ExchangeOptionsOf(spec, {TransportKind::kHost}, AssumedCpuCore()));
+    ANNULUS_CHECK_OK(trainer.Initialize());
+    ANNULUS_CHECK_OK(trainer.Evaluate(*data).status());
+    const absl::StatusOr<StepReport> report = NextStep({mesh, *data, trainer}, spec);
+    ASSERT_TRUE(report.ok()) << report.status();
+    double attention_ms = 0;
+    for (const AttentionReport& each : report->attention) attention_ms += each.measured_ms;
+    constexpr int kMicroBatches = 6;
+    EXPECT_LE(report->exposed_exchange_ms, kMicroBatches * attention_ms);
+    EXPECT_GT(report->exposed_exchange_ms, kMicroBatches * 2 * kDelayUs * 1e-3 / 2);
+  });
+}
+
 double EvaluateOn(const RunSpec& spec, int dp, int cp) {
   std::vector<double> losses(static_cast<size_t>(dp * cp));
   OnMesh(spec, dp, cp, [&](RankOfRun rank) {

@@ -104,7 +104,6 @@ class Trainer {
   Tensor stats_;         // f64 [2] of the step: sum of squares of the gradient, sum of the loss
   Tensor clip_factor_;   // f64 [1]
   Readback stats_read_;  // stats_ on the host
-  ExchangeStats exchange_;
   AttentionClocks clocks_;
   int64_t step_ = 0;
 };
