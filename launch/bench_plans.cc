@@ -167,9 +167,9 @@ void Report(const Bench& bench, const PlannedPass& planned, const PlanResult& re
 
 void PrintTable(const Bench& bench, const PlannedPass& planned, const std::vector<PlanResult>& results) {
   if (bench.machine.mesh.world.rank() != 0) return;
-  const double throttle = bench.machine.exchange.throttle.bytes_per_second;
+  const std::string throttled = Label(bench.machine.exchange.throttle);
   std::printf("%s on %d ranks%s\n", Name(planned.pass), bench.machine.mesh.cp.size(),
-              throttle > 0 ? absl::StrFormat(", LINKS THROTTLED to %g GB/s", throttle / 1e9).c_str() : "");
+              throttled.empty() ? "" : absl::StrCat(", ", throttled).c_str());
   size_t width = 4;
   for (const PlanResult& result : results) width = std::max(width, result.candidate.name.size());
   std::printf("  %-*s  %-11s  %10s  %11s  %11s  %11s  %10s\n", static_cast<int>(width), "plan", "transport",
@@ -211,7 +211,7 @@ absl::Status Draw(const Bench& bench, const PlanRuns& plans, const ExchangeOptio
   std::vector<std::string> pictures;
   for (const auto& [pass, name] : fastest) {
     ANNULUS_ASSIGN_OR_RETURN(const PlannedPass planned, PlanPass(plans.layer_case(), pass, options, name));
-    pictures.push_back(TimelineSvg(planned.plan, planned.simulation));
+    pictures.push_back(TimelineSvg(planned.plan, planned.simulation, Label(options.throttle)));
   }
   Communicator world = bench.machine.mesh.world;
   return world.AgreeOk(world.rank() == 0

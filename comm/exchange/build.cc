@@ -101,8 +101,7 @@ absl::StatusOr<ExchangePlan> BuildPlan(const ExchangeProblem& problem, Pass pass
     unsplit.head_split = 1;
     return BuildUnsplit(between, pass, unsplit);
   });
-  PlanChoice named = choice;
-  plan.name = NameOf(named, problem.ranks);
+  plan.name = NameOf(choice, problem.ranks);
   return plan;
 }
 

@@ -107,8 +107,9 @@ std::vector<std::vector<Bar>> RowsOf(std::vector<Bar> bars) {
 
 class Picture {
  public:
-  Picture(const ExchangePlan& plan, const Simulation& simulation)
+  Picture(const ExchangePlan& plan, const Simulation& simulation, absl::string_view note)
       : plan_(plan),
+        note_(note),
         simulation_(simulation),
         scale_(simulation.makespan > 0 ? kPlot / simulation.makespan : 0) {
     size_t steps = 0;
@@ -162,9 +163,10 @@ class Picture {
                                ? 0
                                : *std::max_element(simulation_.exposed.begin(), simulation_.exposed.end());
     Text(8, kTitleY, "n",
-         absl::StrCat(plan_.name, ", ", plan_.pass == Pass::kForward ? "forward" : "backward", ", ",
-                      plan_.ranks.size(), " ranks: ", TimeText(simulation_.makespan), ", at most ",
-                      TimeText(exposed), " exposed"));
+         absl::StrCat(note_, note_.empty() ? "" : ": ", plan_.name, ", ",
+                      plan_.pass == Pass::kForward ? "forward" : "backward", ", ", plan_.ranks.size(),
+                      " ranks: ", TimeText(simulation_.makespan), ", at most ", TimeText(exposed),
+                      " exposed"));
   }
 
   // Of what was drawn.
@@ -273,6 +275,7 @@ class Picture {
   }
 
   const ExchangePlan& plan_;
+  const std::string note_;
   const Simulation& simulation_;
   const double scale_;  // pixels per second
   bool many_bars_ = false;
@@ -284,8 +287,8 @@ class Picture {
 
 }  // namespace
 
-std::string TimelineSvg(const ExchangePlan& plan, const Simulation& simulation) {
-  return Picture(plan, simulation).Draw();
+std::string TimelineSvg(const ExchangePlan& plan, const Simulation& simulation, absl::string_view note) {
+  return Picture(plan, simulation, note).Draw();
 }
 
 }  // namespace annulus

@@ -21,6 +21,11 @@ absl::string_view Name(TransportKind kind) {
   return "";
 }
 
+std::string Label(LinkThrottle throttle) {
+  if (throttle.bytes_per_second == 0) return "";
+  return absl::StrCat("LINKS THROTTLED to ", throttle.bytes_per_second / 1e9, " GB/s");
+}
+
 absl::StatusOr<TransportKind> ChooseTransport(Communicator cp, const Context& ctx) {
   if (ctx.device.kind == DeviceKind::kCpu) return TransportKind::kHost;
   return ChooseGpuTransport(std::move(cp), ctx);

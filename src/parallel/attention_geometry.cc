@@ -43,9 +43,12 @@ absl::Status ChooseByTime(const AttentionCase& layer, Pass pass, const PlanOptio
   const std::vector<PlanCandidate> ranked = RankPlans(layer, pass, options, machine);
   const PlanCandidate& first = ranked.front();
   if (!first.refused.ok()) {
-    return ranked.size() == 1
-               ? absl::OkStatus()
-               : Prefixed(first.refused, absl::StrCat("none of ", ranked.size(), " exchange plans can be: "));
+    // The only plan is used even where its time cannot be predicted; if it cannot be at all, building says
+    // so.
+    const bool given = ranked.size() == 1;
+    if (given && !absl::IsResourceExhausted(first.refused)) return absl::OkStatus();
+    return Prefixed(first.refused,
+                    given ? "" : absl::StrCat("none of ", ranked.size(), " exchange plans can be: "));
   }
   *choice = {.plan = first.choice, .transport = first.transport, .predicted = first, .why = WhyItWon(ranked)};
   return absl::OkStatus();

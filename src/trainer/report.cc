@@ -147,6 +147,7 @@ std::vector<std::string> PlanLines(const StepReport& report) {
 void AttentionSummary::Add(const StepReport& report) {
   if (std::exchange(first_, false)) return;
   last_ = report.attention;
+  throttle_ = ThrottleText(report);
   measured_ms_.resize(last_.size());
   for (size_t i = 0; i < last_.size(); ++i) measured_ms_[i].push_back(last_[i].measured_ms);
 }
@@ -158,10 +159,10 @@ std::vector<std::string> AttentionSummary::Lines() const {
     const auto median = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
     std::nth_element(times.begin(), median, times.end());
     const double predicted = last_[i].predicted_ms;
-    lines.push_back(absl::StrFormat("%s%s by %s, %smeasured %.3g ms a layer (median of %d steps)",
+    lines.push_back(absl::StrFormat("%s%s by %s, %smeasured %.3g ms a layer (median of %d steps)%s",
                                     AttentionText(last_[i]), last_[i].plan, Name(last_[i].transport),
                                     predicted > 0 ? absl::StrFormat("predicted %.3g ms, ", predicted) : "",
-                                    *median, times.size()));
+                                    *median, times.size(), throttle_));
   }
   return lines;
 }

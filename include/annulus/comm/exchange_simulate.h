@@ -20,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/string_view.h"
 #include "annulus/comm/exchange_plan.h"
 
 namespace annulus {
@@ -62,7 +63,7 @@ Simulation Simulate(const ExchangePlan& plan, const ExchangeCost& cost);
 std::string Timeline(const ExchangePlan& plan, const Simulation& simulation, int columns = 100);
 
 // The same as a picture: self-contained SVG with a lane for computing, operands and results of each rank,
-// titles naming every step and its times; readable in light and dark.
-std::string TimelineSvg(const ExchangePlan& plan, const Simulation& simulation);
+// titles naming every step and its times; readable in light and dark. `note` stands before the heading.
+std::string TimelineSvg(const ExchangePlan& plan, const Simulation& simulation, absl::string_view note = "");
 
 }  // namespace annulus

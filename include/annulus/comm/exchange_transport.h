@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "annulus/comm/communicator.h"
@@ -54,6 +55,7 @@ absl::string_view Name(TransportKind kind);  // "host", "nccl", "copy engine"
 struct LinkThrottle {
   double bytes_per_second = 0;
 };
+std::string Label(LinkThrottle throttle);  // "LINKS THROTTLED to 2 GB/s", of every output so made; "" without
 
 class ExchangeTransport {
  public:

@@ -35,6 +35,7 @@ class AttentionSummary {
 
  private:
   bool first_ = true;
+  std::string throttle_;  // in words; empty without
   std::vector<AttentionReport> last_;
   std::vector<std::vector<double>> measured_ms_;  // by entry of last_
 };
