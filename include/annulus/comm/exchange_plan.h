@@ -21,17 +21,10 @@
 #include <string>
 #include <vector>
 
+#include "annulus/base/row_range.h"
 #include "annulus/base/status.h"
 
 namespace annulus {
-
-// Half-open range of local rows of one block.
-struct RowRange {
-  int64_t begin = 0, end = 0;
-  int64_t size() const { return end - begin; }
-  bool empty() const { return begin >= end; }
-  friend bool operator==(const RowRange&, const RowRange&) = default;
-};
 
 // Rows [rows.begin, rows.end) of the block of cp rank `owner`.
 struct Chunk {

@@ -28,12 +28,13 @@ struct ProcessMesh {
   Communicator world;
   Communicator dp;     // same cp, tp
   Communicator cp;     // same dp, tp: one sequence
+  Communicator tp;     // same dp, cp: one model
   Communicator dp_cp;  // same tp: gradients are summed and optimizer state is sharded over it
 
   // InvalidArgument if shape.world() is not world.size().
   static absl::StatusOr<ProcessMesh> Create(const MeshShape& shape, Communicator world);
 
-  // Makes dp, cp and dp_cp take tensors on ctx.device as well (gpu_communicator.h); world stays on hosts.
+  // Makes dp, cp, tp and dp_cp take tensors on ctx.device as well (gpu_communicator.h); world stays on hosts.
   // Collective, once. `ctx` must outlive the mesh.
   absl::Status UseGpu(GpuLink link, Context& ctx);
 };

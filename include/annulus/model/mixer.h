@@ -1,10 +1,12 @@
 #pragma once
 
 // The inside of a residual branch, y = x + mixer(RMSNorm(x)). SequenceMixer is the one open interface of the
-// model: attention today; latent attention and state-space layers have the same shape. The MLP is the mixer
-// that mixes nothing along the sequence.
+// model: attention, latent attention, state-space layers. The MLP is the mixer that mixes nothing along the
+// sequence.
 //
-// Tokens are ordered (row, batch item): tensors are [rows, batch, columns] with row = this rank's local row.
+// Tokens are ordered (row, batch item) with row = this cp rank's local row. Between mixers the ranks of a
+// tensor-parallel group split them evenly in that order: x and y of a mixer are [tokens / tp, d_model]. A mixer
+// gathers what it needs and returns sums over the group (annulus/parallel/tensor_parallel.h).
 
 #include <map>
 #include <memory>
@@ -13,6 +15,7 @@
 #include "annulus/model/params.h"
 #include "annulus/model/spec.h"
 #include "annulus/parallel/context_attention.h"
+#include "annulus/parallel/tensor_parallel.h"
 
 namespace annulus {
 
@@ -29,11 +32,23 @@ class AttentionClocks {
   std::map<std::pair<int64_t, Pass>, SpanClock> clocks_;
 };
 
+// Keys and values that later layers attend to as well (kv_layers_back); in ctx.saved.
+struct SharedKv {
+  TensorRef kv;   // [rows, batch, 2 kv_heads * head_dim] of this tp rank's heads
+  TensorRef dkv;  // accumulator dtype; consumers, which come first in backward, add to it. Zeroed by the owner
+};
+
 // What all layers of one pass share.
 struct ModelStep {
   AttentionGeometry& geometry;
-  ExchangeStats stats;                // added to
+  ExchangeStats stats = {};           // added to
   AttentionClocks* clocks = nullptr;  // null: nothing is timed
+  TensorParallel tensor = {};         // one rank
+  std::map<size_t, SharedKv> shared_kv = {};  // by the layer that owns them
+
+  int64_t rows() const { return geometry.layout().local_rows(); }
+  int64_t batch() const { return geometry.sequences().batch; }
+  int64_t tokens() const { return rows() * batch(); }  // of this cp rank: tensor.size() times those of x
 };
 
 // Whether backward follows. Without it nothing is kept.
@@ -52,10 +67,27 @@ class SequenceMixer {
                                 TensorRef dx) = 0;
 };
 
-// `layer` is the index in spec.layers; parameters are found in `params` by name.
-std::unique_ptr<SequenceMixer> MakeAttention(const ModelSpec& spec, size_t layer, Recompute recompute,
-                                             const ParamStore& params);
-std::unique_ptr<SequenceMixer> MakeMlp(const ModelSpec& spec, size_t layer, Recompute recompute,
-                                       const ParamStore& params);
+// What a mixer is made from. Parameters are found by name, behind ParamPrefix.
+struct MixerArgs {
+  const ModelSpec& spec;
+  size_t layer = 0, branch = 0;  // index in spec.layers and in its branches
+  Recompute recompute = Recompute::kAttentionOutput;
+  const ParamStore& params;
+  TensorShard shard = {};
+
+  const BranchSpec& branch_spec() const { return spec.layers[layer].branches[branch]; }
+  // "layers.3.attention.", of a tied branch "tied.<name>.attention."
+  std::string prefix() const;
+};
+std::unique_ptr<SequenceMixer> MakeMixer(const MixerArgs& args);
+
+// One for each kind of branch.
+std::unique_ptr<SequenceMixer> MakeAttention(const MixerArgs& args);
+std::unique_ptr<SequenceMixer> MakeLatentAttention(const MixerArgs& args);
+std::unique_ptr<SequenceMixer> MakeMamba(const MixerArgs& args);
+std::unique_ptr<SequenceMixer> MakeLightning(const MixerArgs& args);
+std::unique_ptr<SequenceMixer> MakeBased(const MixerArgs& args);
+std::unique_ptr<SequenceMixer> MakeDeltaNet(const MixerArgs& args);
+std::unique_ptr<SequenceMixer> MakeMlp(const MixerArgs& args);
 
 }  // namespace annulus

@@ -13,12 +13,29 @@
 
 namespace annulus {
 
-enum class Init { kNormal, kOnes };
-enum class Decay { kNone, kWeightDecay };  // matrices decay, norm weights do not
+enum class Init {
+  kNormal,
+  kOnes,
+  kZeros,
+  kUniform,         // in [-stddev, stddev)
+  kMambaDecay,      // log of uniform [1, 16): A_log
+  kMambaTimeStep,   // softplus^-1 of log-uniform [1e-3, 0.1): dt_bias
+};
+enum class Decay { kNone, kWeightDecay };  // matrices decay; norm weights, A_log, D, biases do not
+
+// A rank's place among those that split matrices between them (tensor parallelism).
+struct TensorShard {
+  int rank = 0, size = 1;
+};
 
 struct ParamInfo {
   std::string name;  // "layers.3.attention.q.weight"
-  Shape shape;       // [out, in] for matrices
+  Shape shape;       // [out, in] for matrices; of what this rank holds
+  Shape logical;     // of the whole parameter, as in a checkpoint
+  // Rows (axis 0) or columns (axis 1) [begin, end) of the whole that are here, in their order; empty: all of
+  // it is on every rank of the tensor-parallel group, and gradients are summed over that group.
+  int axis = 0;
+  std::vector<std::pair<int64_t, int64_t>> parts;
   Init init = Init::kNormal;
   double stddev = 0;
   Decay decay = Decay::kWeightDecay;
@@ -26,21 +43,44 @@ struct ParamInfo {
   int64_t offset = 0;  // elements from the start of the bucket
 };
 
-struct ParamTable {
-  std::vector<ParamInfo> params;         // in bucket order, offsets ascending without gaps
-  std::vector<int64_t> bucket_elements;  // embedding, each layer, final norm and head
+// A piece of a parameter's local elements that are consecutive in the whole parameter as well.
+struct LogicalRun {
+  int64_t local = 0, logical = 0, elements = 0;
+};
+// Those of local elements [begin, end), in order.
+std::vector<LogicalRun> LogicalRuns(const ParamInfo& info, int64_t begin, int64_t end);
 
-  int64_t elements() const;
+enum class BucketUse {
+  kEnds,    // embedding; final norm and head: the two ends of a pass
+  kLayer,   // one layer
+  kShared,  // several layers: from the first to the last of a pass
+};
+struct Bucket {
+  int64_t elements = 0;
+  int64_t replicated = 0;  // the first so many elements are of parameters without parts
+  BucketUse use = BucketUse::kLayer;
+  bool wide = false;  // held in the accumulator dtype: A_log, D, dt_bias
+};
+
+struct ParamTable {
+  std::vector<ParamInfo> params;  // in bucket order, offsets ascending without gaps
+  // Embedding, each layer, final norm and head; then those of tied branches and of wide parameters, where
+  // there are such.
+  std::vector<Bucket> buckets;
+
+  int64_t elements() const;          // here
+  int64_t logical_elements() const;  // of the whole model
   int IndexOf(absl::string_view name) const;  // the parameter must exist
 };
 
-ParamTable BuildParamTable(const ModelSpec& spec);
+// `spec` is valid for this many ranks (ValidateShards).
+ParamTable BuildParamTable(const ModelSpec& spec, TensorShard shard = {});
 
 // "name [shape] ..." of every parameter; equal for models that can read each other's checkpoints.
 std::string Fingerprint(const ParamTable& table);
 
-// Initial values of elements [begin, begin + n) of a parameter, from (seed, name, global index): the same
-// whatever the number of ranks.   out: n values of f32 or f64
+// Initial values of local elements [begin, begin + n) of a parameter, from (seed, name, index in the whole
+// parameter): the same whatever the number of ranks.   out: n values of f32 or f64
 void InitialValues(const ParamInfo& info, uint64_t seed, int64_t begin, TensorRef out);
 
 // Where gradients of buckets lie.

@@ -84,6 +84,8 @@ class AttentionGeometry {
   const ExchangeOptions& options() const { return options_; }
   Communicator& cp() { return cp_; }
   ConstTensorRef Positions(Context& ctx);  // i64, global, of this rank's rows
+  // i32 [rows, batch]: how many tokens of its document are before each; 0 starts one. Of the current batch.
+  ConstTensorRef Ages(Context& ctx);
   // Made at first use: collective then.
   absl::StatusOr<ExchangeTransport*> Transport(Context& ctx, TransportKind kind);
   // All that plans may use. Collective.

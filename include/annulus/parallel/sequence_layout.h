@@ -25,8 +25,9 @@ struct LayoutChunk {
 
 class SequenceLayout {
  public:
-  // Any length >= 1 and ranks >= 1.
-  SequenceLayout(LayoutKind kind, int64_t length, int ranks);
+  // Any length >= 1 and ranks >= 1. Local rows are padded to a multiple of `row_multiple`, so that a
+  // tensor-parallel group can split them.
+  SequenceLayout(LayoutKind kind, int64_t length, int ranks, int row_multiple = 1);
 
   LayoutKind kind() const { return kind_; }
   int ranks() const { return ranks_; }

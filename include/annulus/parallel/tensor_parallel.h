@@ -1,0 +1,72 @@
+#pragma once
+
+// Tensor parallelism with split tokens (Korthikanti et al., 2022): between matrix products each rank of the
+// group holds 1 / size of the tokens; before products whose outputs are split it gathers them, and the sums
+// after products whose inputs are split come back scattered. The backward of either is the other.
+//
+//   x [tokens / t, d] --Gather--> [tokens, d] --w[out/t]--> heads/t ... --w[:, in/t]--> partial --Sum--> y
+//
+// One rank: every call is the identity and moves nothing.
+
+#include "annulus/comm/communicator.h"
+#include "annulus/device/context.h"
+#include "annulus/ops/linear.h"
+
+namespace annulus {
+
+// Sums on their way. Finish returns once `result` may be used.
+class PendingSum {
+ public:
+  PendingSum() = default;
+  absl::Status Finish(Context& ctx);
+
+ private:
+  friend class TensorParallel;
+  Request request_;
+  TensorRef received_, result_;  // received_: where the sum is added to result_
+};
+
+// Gathered tokens on their way.
+class PendingTokens {
+ public:
+  absl::StatusOr<ConstTensorRef> Finish();
+
+ private:
+  friend class TensorParallel;
+  Request request_;
+  ConstTensorRef all_;
+};
+
+class TensorParallel {
+ public:
+  TensorParallel() = default;  // one rank
+  explicit TensorParallel(Communicator tp);
+
+  int rank() const;
+  int size() const;
+  const Communicator& comm() const { return comm_; }  // not with one rank
+
+  // x: [tokens / size, columns] of every rank -> [tokens, columns], in memory of ctx.scratch; x on one rank.
+  absl::StatusOr<PendingTokens> StartGather(Context& ctx, ConstTensorRef x) const;
+  absl::StatusOr<ConstTensorRef> Gather(Context& ctx, ConstTensorRef x) const;
+
+  // Where partial sums for `y` [tokens / size, columns] are to be written: [tokens, columns] in ctx.scratch,
+  // y itself on one rank.
+  TensorRef Partial(Context& ctx, TensorRef y) const;
+  // How: products of one rank go straight where the sum belongs.
+  Write PartialWrite(Write write) const { return size() == 1 ? write : Write::kOverwrite; }
+  // y (=, +=) this rank's tokens of the sum over ranks of `partial`, which Partial gave.
+  absl::StatusOr<PendingSum> StartSum(Context& ctx, TensorRef partial, Write write, TensorRef y) const;
+
+  // y (=, +=) this rank's tokens of sum over ranks of x w^T.   x: [tokens, in / size]   w: [out, in / size]
+  absl::Status RowParallelForward(Context& ctx, ConstTensorRef x, ConstTensorRef w, Write write,
+                                  TensorRef y) const;
+  // In place, on every rank.
+  absl::Status AllReduce(TensorRef x) const;
+
+ private:
+  Communicator comm_;
+  bool several_ = false;
+};
+
+}  // namespace annulus
