@@ -71,6 +71,7 @@ void AttentionGeometry::SetBatch(SequenceBatch sequences) {
     schedules_.clear();
   }
   sequences_ = std::move(sequences);
+  ages_known_ = false;
 }
 
 absl::StatusOr<AttentionGeometry::Choice> AttentionGeometry::Choose(const AttentionCase& layer, Pass pass) {
@@ -169,6 +170,25 @@ ConstTensorRef AttentionGeometry::Positions(Context& ctx) {
     Upload(ctx, positions.data(), positions_.ref().bytes(), positions_.ref());
   }
   return positions_.ref();
+}
+
+ConstTensorRef AttentionGeometry::Ages(Context& ctx) {
+  const Shape shape{layout_.local_rows(), sequences_.batch};
+  if (!ages_.ref().defined() || !(ages_.ref().shape() == shape)) {
+    ages_ = Tensor(ctx.device, DType::kI32, shape);
+    ages_known_ = false;
+  }
+  if (!ages_known_) {
+    std::vector<int32_t> ages;
+    for (const int64_t position : layout_.LocalPositions(cp_.rank())) {
+      for (int64_t item = 0; item < sequences_.batch; ++item) {
+        ages.push_back(static_cast<int32_t>(position - DocumentStart(sequences_, item, position)));
+      }
+    }
+    Upload(ctx, ages.data(), ages_.ref().bytes(), ages_.ref());
+    ages_known_ = true;
+  }
+  return ages_.ref();
 }
 
 absl::StatusOr<ExchangeTransport*> AttentionGeometry::Transport(Context& ctx, TransportKind kind) {

@@ -70,6 +70,12 @@ KeyRange VisibleKeys(const SequenceBatch& sequences, int64_t window, int64_t ite
   return keys;
 }
 
+int64_t DocumentStart(const SequenceBatch& sequences, int64_t item, int64_t position) {
+  const size_t i = static_cast<size_t>(item);
+  if (position >= sequences.lengths[i]) return position;
+  return sequences.document_starts.empty() ? 0 : sequences.document_starts[i][static_cast<size_t>(position)];
+}
+
 int64_t VisiblePairs(const SequenceBatch& sequences, int64_t window) {
   int64_t pairs = 0;
   for (int64_t item = 0; item < sequences.batch; ++item) {

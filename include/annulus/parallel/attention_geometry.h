@@ -103,6 +103,8 @@ class AttentionGeometry {
   std::map<TransportKind, std::unique_ptr<ExchangeTransport>> transports_;
   SequenceBatch sequences_;
   Tensor positions_;
+  Tensor ages_;
+  bool ages_known_ = false;  // of the current batch
   std::map<Key, Choice> choices_;
   std::map<Key, Schedule> schedules_;
   std::vector<DeviceBounds> spare_bounds_;  // of batches before: document masks change with every batch

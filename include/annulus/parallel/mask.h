@@ -31,6 +31,9 @@ struct KeyRange {
 // own document, and with Visibility::kCausal none after it. Empty for padding.
 KeyRange VisibleKeys(const SequenceBatch& sequences, int64_t window, int64_t item, int64_t position);
 
+// The position at which the document of a position starts; of padding, the position itself.
+int64_t DocumentStart(const SequenceBatch& sequences, int64_t item, int64_t position);
+
 // (query, key) pairs that are computed, of all sequences together.
 int64_t VisiblePairs(const SequenceBatch& sequences, int64_t window);
 
