@@ -95,7 +95,8 @@ void BindModel(const Section& model, RunSpec* spec) {
   if (spec->pattern.empty()) return;
   auto layers = ParsePattern(spec->pattern, defaults);
   if (layers.ok()) {
-    out->layers = *std::move(layers);
+    out->layers = std::move(layers->layers);
+    out->meta_tokens = layers->meta_tokens;
   } else {
     model.provenance()->Refuse(model.PathOf("pattern"), absl::StrCat("\"", Printable(spec->pattern), "\""),
                                layers.status().message());

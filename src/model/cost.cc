@@ -68,9 +68,12 @@ FlopsPerToken TrainingFlops(const ModelSpec& spec, int64_t seq_len) {
   FlopsPerToken flops{6 * matmul, 6 * matmul};
   const double per_key = 12.0 * static_cast<double>(spec.heads * spec.head_dim);
   for (const LayerSpec& layer : spec.layers) {
-    if (layer.kind != LayerKind::kAttention) continue;
-    flops.causal += per_key * MeanVisibleKeys(seq_len, layer.window);
-    flops.full += per_key * static_cast<double>(layer.window > 0 ? std::min(layer.window, seq_len) : seq_len);
+    for (const BranchSpec& branch : layer.branches) {
+      if (branch.kind != BranchKind::kAttention) continue;
+      const int64_t window = branch.window > 0 ? std::min(branch.window, seq_len) : seq_len;
+      flops.causal += per_key * MeanVisibleKeys(seq_len, branch.window);
+      flops.full += per_key * static_cast<double>(window);
+    }
   }
   return flops;
 }
@@ -83,11 +86,14 @@ MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs) {
   int64_t kept = stream, workspace = 0;           // the last layer's output
   bool attends = false;
   for (const LayerSpec& layer : spec.layers) {
-    const LayerBytes bytes =
-        layer.kind == LayerKind::kMlp ? MlpBytes(spec, inputs) : AttentionBytes(spec, inputs);
-    kept += stream + bytes.kept;
-    workspace = std::max(workspace, bytes.workspace);
-    attends = attends || layer.kind == LayerKind::kAttention;
+    kept += stream;
+    for (const BranchSpec& branch : layer.branches) {
+      const bool attention = branch.kind == BranchKind::kAttention;
+      const LayerBytes bytes = attention ? AttentionBytes(spec, inputs) : MlpBytes(spec, inputs);
+      kept += bytes.kept;
+      workspace = std::max(workspace, bytes.workspace);
+      attends = attends || attention;
+    }
   }
   const int64_t loss =
       LinearCrossEntropyScratchBytes(inputs.device, inputs.dtype, inputs.local_tokens, spec.vocab_size) +

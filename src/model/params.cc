@@ -4,59 +4,20 @@
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "annulus/base/random.h"
 
 namespace annulus {
-namespace {
-
-class TableBuilder {
- public:
-  void StartBucket() { table_.bucket_elements.push_back(0); }
-  void Add(std::string name, Shape shape, Init init, double stddev, Decay decay) {
-    int64_t& filled = table_.bucket_elements.back();
-    const int bucket = static_cast<int>(table_.bucket_elements.size()) - 1;
-    table_.params.push_back({std::move(name), shape, init, stddev, decay, bucket, filled});
-    filled += shape.elements();
-  }
-  void AddMatrix(std::string name, int64_t out, int64_t in, double stddev) {
-    Add(std::move(name), {out, in}, Init::kNormal, stddev, Decay::kWeightDecay);
-  }
-  void AddNorm(std::string name, int64_t d) { Add(std::move(name), {d}, Init::kOnes, 0, Decay::kNone); }
-  ParamTable Take() { return std::move(table_); }
-
- private:
-  ParamTable table_;
-};
-
-void AddLayer(const ModelSpec& spec, size_t index, TableBuilder& builder) {
-  const std::string prefix = absl::StrCat("layers.", index, ".");
-  const int64_t d = spec.d_model;
-  // Branches add up in the residual stream: their outputs start smaller with depth (GPT-2's rule).
-  const double residual_stddev = spec.init_stddev / std::sqrt(static_cast<double>(spec.layers.size()));
-  builder.StartBucket();
-  builder.AddNorm(prefix + "norm.weight", d);
-  switch (spec.layers[index].kind) {
-    case LayerKind::kAttention: {
-      const int64_t q = spec.heads * spec.head_dim, kv = spec.kv_heads * spec.head_dim;
-      builder.AddMatrix(prefix + "attention.q.weight", q, d, spec.init_stddev);
-      builder.AddMatrix(prefix + "attention.k.weight", kv, d, spec.init_stddev);
-      builder.AddMatrix(prefix + "attention.v.weight", kv, d, spec.init_stddev);
-      builder.AddMatrix(prefix + "attention.o.weight", d, q, residual_stddev);
-      break;
-    }
-    case LayerKind::kMlp:
-      builder.AddMatrix(prefix + "mlp.gate.weight", spec.d_ff, d, spec.init_stddev);
-      builder.AddMatrix(prefix + "mlp.up.weight", spec.d_ff, d, spec.init_stddev);
-      builder.AddMatrix(prefix + "mlp.down.weight", d, spec.d_ff, residual_stddev);
-      break;
-  }
-}
-
-}  // namespace
 
 int64_t ParamTable::elements() const {
   int64_t n = 0;
-  for (int64_t bucket : bucket_elements) n += bucket;
+  for (const Bucket& bucket : buckets) n += bucket.elements;
+  return n;
+}
+
+int64_t ParamTable::logical_elements() const {
+  int64_t n = 0;
+  for (const ParamInfo& info : params) n += info.logical.elements();
   return n;
 }
 
@@ -68,31 +29,79 @@ int ParamTable::IndexOf(absl::string_view name) const {
   return -1;
 }
 
-ParamTable BuildParamTable(const ModelSpec& spec) {
-  TableBuilder builder;
-  builder.StartBucket();
-  builder.AddMatrix("embed.weight", spec.vocab_size, spec.d_model, spec.init_stddev);
-  for (size_t i = 0; i < spec.layers.size(); ++i) AddLayer(spec, i, builder);
-  builder.StartBucket();
-  builder.AddNorm("final_norm.weight", spec.d_model);
-  if (!spec.tied_head) builder.AddMatrix("head.weight", spec.vocab_size, spec.d_model, spec.init_stddev);
-  return builder.Take();
+std::vector<LogicalRun> LogicalRuns(const ParamInfo& info, int64_t begin, int64_t end) {
+  ANNULUS_CHECK(0 <= begin && begin <= end && end <= info.shape.elements()) << info.name;
+  std::vector<LogicalRun> runs;
+  if (begin == end) return runs;
+  if (info.parts.empty()) return {{begin, begin, end - begin}};
+  // Lines of elements, each cut by the same parts: one line of all rows, or a line for each row.
+  const bool columns = info.axis == 1;
+  const int64_t unit = columns || info.shape.rank() == 1 ? 1 : info.shape[1];
+  const int64_t line = columns ? info.shape[1] : info.shape.elements();
+  const int64_t whole_line = columns ? info.logical[1] : info.logical.elements();
+  for (int64_t local = begin; local < end;) {
+    int64_t part_begin = local / line * line;  // in local elements
+    for (const auto& [first, last] : info.parts) {
+      const int64_t part_end = part_begin + (last - first) * unit;
+      if (local < part_end && local < end) {
+        const int64_t logical = local / line * whole_line + first * unit + (local - part_begin);
+        const int64_t elements = std::min(part_end, end) - local;
+        const bool follows = !runs.empty() && runs.back().logical + runs.back().elements == logical;
+        if (follows) {
+          runs.back().elements += elements;
+        } else {
+          runs.push_back({local, logical, elements});
+        }
+        local += elements;
+      }
+      part_begin = part_end;
+    }
+  }
+  return runs;
 }
 
 std::string Fingerprint(const ParamTable& table) {
-  std::string text;
-  for (const ParamInfo& info : table.params)
-    absl::StrAppend(&text, info.name, " ", ToString(info.shape), "\n");
-  return text;
+  std::vector<std::string> lines;
+  for (const ParamInfo& info : table.params) {
+    lines.push_back(absl::StrCat(info.name, " ", ToString(info.logical), "\n"));
+  }
+  std::sort(lines.begin(), lines.end());
+  return absl::StrJoin(lines, "");
 }
+
+namespace {
+
+double InitialValue(const ParamInfo& info, const RandomStream& random, uint64_t index) {
+  switch (info.init) {
+    case Init::kNormal:
+      return info.stddev * random.Normal(index);
+    case Init::kOnes:
+      return 1;
+    case Init::kZeros:
+      return 0;
+    case Init::kUniform:
+      return info.stddev * (2 * random.Uniform(index) - 1);
+    case Init::kMambaDecay:
+      return std::log1p(15 * random.Uniform(index));
+    case Init::kMambaTimeStep: {
+      const double step = 1e-3 * std::pow(100.0, random.Uniform(index));
+      return step + std::log(-std::expm1(-step));
+    }
+  }
+  return 0;
+}
+
+}  // namespace
 
 void InitialValues(const ParamInfo& info, uint64_t seed, int64_t begin, TensorRef out) {
   const RandomStream random(seed, absl::StrCat("init/", info.name));
   VisitFloat(out.dtype(), [&]<class T>() {
     T* values = out.data<T>();
-    for (int64_t i = 0; i < out.elements(); ++i) {
-      const bool ones = info.init == Init::kOnes;
-      values[i] = ones ? T{1} : static_cast<T>(info.stddev * random.Normal(static_cast<uint64_t>(begin + i)));
+    for (const LogicalRun& run : LogicalRuns(info, begin, begin + out.elements())) {
+      for (int64_t i = 0; i < run.elements; ++i) {
+        const double value = InitialValue(info, random, static_cast<uint64_t>(run.logical + i));
+        values[run.local - begin + i] = static_cast<T>(value);
+      }
     }
   });
 }
@@ -101,18 +110,20 @@ namespace {
 
 // The buffer of each bucket. In a backward pass layers follow each other, so that a few buffers in turn serve
 // all: of three, one is written and two are on their way. Embedding and head are its two ends, unless they
-// are one.
+// are one. What several layers add to is never out of the way before the pass is over.
 std::vector<size_t> GradientBuffers(const ParamTable& table, GradientMemory memory) {
   constexpr size_t kTurns = 3;
-  const size_t buckets = table.bucket_elements.size();
   const bool own_head = std::any_of(table.params.begin(), table.params.end(),
                                     [](const ParamInfo& info) { return info.name == "head.weight"; });
   std::vector<size_t> buffers;
-  for (size_t bucket = 0; bucket < buckets; ++bucket) {
-    const bool first = bucket == 0, last = bucket + 1 == buckets;
+  size_t next = 1 + kTurns;
+  for (size_t bucket = 0; bucket < table.buckets.size(); ++bucket) {
+    const bool end = table.buckets[bucket].use == BucketUse::kEnds;
     if (memory == GradientMemory::kAll) {
       buffers.push_back(bucket);
-    } else if (first || (last && own_head)) {
+    } else if (table.buckets[bucket].use == BucketUse::kShared) {
+      buffers.push_back(next++);
+    } else if (bucket == 0 || (end && own_head)) {
       buffers.push_back(0);
     } else {
       buffers.push_back(1 + bucket % kTurns);
@@ -122,21 +133,26 @@ std::vector<size_t> GradientBuffers(const ParamTable& table, GradientMemory memo
 }
 
 // Elements of each buffer: of its largest bucket.
-std::vector<int64_t> SizesOf(const std::vector<size_t>& buffers,
-                             const std::vector<int64_t>& bucket_elements) {
+std::vector<int64_t> SizesOf(const std::vector<size_t>& buffers, const std::vector<int64_t>& elements) {
   std::vector<int64_t> sizes(*std::max_element(buffers.begin(), buffers.end()) + 1);
   for (size_t bucket = 0; bucket < buffers.size(); ++bucket) {
     int64_t& size = sizes[buffers[bucket]];
-    size = std::max(size, bucket_elements[bucket]);
+    size = std::max(size, elements[bucket]);
   }
   return sizes;
+}
+
+std::vector<int64_t> ElementsOf(const std::vector<Bucket>& buckets) {
+  std::vector<int64_t> elements;
+  for (const Bucket& bucket : buckets) elements.push_back(bucket.elements);
+  return elements;
 }
 
 }  // namespace
 
 int64_t GradientElements(const ParamTable& table, GradientMemory memory) {
   int64_t elements = 0;
-  for (const int64_t size : SizesOf(GradientBuffers(table, memory), table.bucket_elements)) elements += size;
+  for (const int64_t size : SizesOf(GradientBuffers(table, memory), ElementsOf(table.buckets))) elements += size;
   return elements;
 }
 
@@ -145,7 +161,7 @@ int64_t SharedGradientElements(const ParamTable& table, GradientMemory memory) {
   int64_t elements = 0;
   for (size_t bucket = 0; bucket < buffers.size(); ++bucket) {
     if (std::count(buffers.begin(), buffers.end(), buffers[bucket]) > 1)
-      elements += table.bucket_elements[bucket];
+      elements += table.buckets[bucket].elements;
   }
   return elements;
 }
@@ -154,9 +170,9 @@ ParamStore::ParamStore(Device device, DType dtype, ParamTable table, int64_t buc
                        GradientMemory memory)
     : table_(std::move(table)), dtype_(dtype), grad_buffers_(GradientBuffers(table_, memory)) {
   std::vector<int64_t> padded;
-  for (int64_t elements : table_.bucket_elements) {
-    padded.push_back((elements + bucket_multiple - 1) / bucket_multiple * bucket_multiple);
-    values_.emplace_back(device, dtype, Shape{padded.back()});
+  for (const Bucket& bucket : table_.buckets) {
+    padded.push_back((bucket.elements + bucket_multiple - 1) / bucket_multiple * bucket_multiple);
+    values_.emplace_back(device, bucket.wide ? AccumOf(dtype) : dtype, Shape{padded.back()});
   }
   for (const int64_t size : SizesOf(grad_buffers_, padded)) {
     grads_.emplace_back(device, AccumOf(dtype), Shape{size});
@@ -208,9 +224,13 @@ TensorRef ParamStore::Slice(TensorRef bucket, int first, int last) const {
   ANNULUS_CHECK(first <= last && begin.bucket == end.bucket);
   const int64_t elements = end.offset + end.shape.elements() - begin.offset;
   const TensorRef flat = bucket.Rows(begin.offset, begin.offset + elements);
+  for (int i = first; i <= last; ++i) {
+    const Shape& shape = table_.params[static_cast<size_t>(i)].shape;
+    const bool fits = shape.rank() == begin.shape.rank() && (shape.rank() == 1 || shape[1] == begin.shape[1]);
+    ANNULUS_CHECK(fits) << table_.params[static_cast<size_t>(i)].name << " beside " << begin.name;
+  }
   if (begin.shape.rank() == 1) return flat;
   const int64_t columns = begin.shape[1];
-  ANNULUS_CHECK(elements % columns == 0);
   return flat.Reshaped({elements / columns, columns});
 }
 

@@ -138,9 +138,9 @@ class Parser {
     }
     LayerSpec layer;
     if (Take('A')) {
-      layer = {LayerKind::kAttention, defaults_.window, defaults_.rope_theta};
+      layer.branches = {{.window = defaults_.window, .rope_theta = defaults_.rope_theta}};
     } else if (Take('-')) {
-      layer = {LayerKind::kMlp, 0, std::nullopt};
+      layer.branches = {{.kind = BranchKind::kMlp}};
     } else {
       return Unexpected("A, - or (");
     }
@@ -178,7 +178,7 @@ class Parser {
         at_ = start;
         return Unexpected("an attribute w=window or rope=theta|none");
       }
-      if (layer->kind != LayerKind::kAttention) {
+      if (layer->branches[0].kind != BranchKind::kAttention) {
         return Error(start, absl::StrCat("the attribute ", name, " belongs to A; expected none on -"));
       }
       bool& given = name == "w" ? window_given : rope_given;
@@ -195,8 +195,8 @@ class Parser {
     SkipSpaces();
     const size_t start = at_;
     const absl::string_view word = Word();
-    const bool parsed = absl::SimpleAtoi(word, &layer->window);
-    if (parsed && layer->window >= 0 && layer->window <= kLargestWindow) return absl::OkStatus();
+    const bool parsed = absl::SimpleAtoi(word, &layer->branches[0].window);
+    if (parsed && layer->branches[0].window >= 0 && layer->branches[0].window <= kLargestWindow) return absl::OkStatus();
     return BadValue(start, "w", word, absl::StrCat("an integer from 0 (all keys) to ", kLargestWindow));
   }
 
@@ -205,14 +205,14 @@ class Parser {
     const size_t start = at_;
     const absl::string_view word = Word();
     if (word == "none") {
-      layer->rope_theta.reset();
+      layer->branches[0].rope_theta.reset();
       return absl::OkStatus();
     }
     double theta = 0;
     if (!absl::SimpleAtod(word, &theta) || !std::isfinite(theta) || theta < 1 || theta > kLargestTheta) {
       return BadValue(start, "rope", word, absl::StrCat("none or a number from 1 to ", kLargestTheta));
     }
-    layer->rope_theta = theta;
+    layer->branches[0].rope_theta = theta;
     return absl::OkStatus();
   }
 
@@ -228,8 +228,9 @@ class Parser {
 
 }  // namespace
 
-absl::StatusOr<Layers> ParsePattern(absl::string_view pattern, const PatternDefaults& defaults) {
-  return Parser(pattern, defaults).Parse();
+absl::StatusOr<Pattern> ParsePattern(absl::string_view pattern, const PatternDefaults& defaults) {
+  ANNULUS_ASSIGN_OR_RETURN(Layers layers, Parser(pattern, defaults).Parse());
+  return Pattern{.layers = std::move(layers)};
 }
 
 }  // namespace annulus

@@ -43,20 +43,49 @@ void CheckHeads(const ModelSpec& spec, Findings* findings) {
   }
 }
 
-void CheckLayer(const LayerSpec& layer, size_t index, Findings* findings) {
-  const std::string name = absl::StrCat("layers[", index, "]");
-  const bool attention = layer.kind == LayerKind::kAttention;
-  findings->Require(attention || layer.kind == LayerKind::kMlp, absl::StrCat(name, ".kind"),
-                    static_cast<int>(layer.kind), "attention ('A') or MLP ('-')");
-  findings->Require(layer.window >= 0, absl::StrCat(name, ".window"), layer.window,
+void CheckBranch(const BranchSpec& branch, const std::string& name, Findings* findings) {
+  findings->Require(branch.window >= 0, absl::StrCat(name, ".window"), branch.window,
                     "at least 0, where 0 is all");
-  if (layer.rope_theta.has_value()) {
-    findings->Require(std::isfinite(*layer.rope_theta) && *layer.rope_theta >= 1,
-                      absl::StrCat(name, ".rope_theta"), *layer.rope_theta, "a finite number of at least 1");
+  if (branch.rope_theta.has_value()) {
+    findings->Require(std::isfinite(*branch.rope_theta) && *branch.rope_theta >= 1,
+                      absl::StrCat(name, ".rope_theta"), *branch.rope_theta, "a finite number of at least 1");
+  }
+}
+
+void CheckLayer(const LayerSpec& layer, size_t index, Findings* findings) {
+  for (size_t b = 0; b < layer.branches.size(); ++b) {
+    CheckBranch(layer.branches[b], absl::StrCat("layers[", index, "].branches[", b, "]"), findings);
   }
 }
 
 }  // namespace
+
+const char* Name(BranchKind kind) {
+  switch (kind) {
+    case BranchKind::kAttention:
+      return "attention";
+    case BranchKind::kLatentAttention:
+      return "latent";
+    case BranchKind::kMamba:
+      return "mamba";
+    case BranchKind::kLightning:
+      return "lightning";
+    case BranchKind::kBased:
+      return "based";
+    case BranchKind::kDeltaNet:
+      return "delta";
+    case BranchKind::kMlp:
+      return "mlp";
+  }
+  return "unknown";
+}
+
+bool MixesTokens(BranchKind kind) { return kind != BranchKind::kMlp; }
+
+bool PassesStates(BranchKind kind) {
+  return kind == BranchKind::kMamba || kind == BranchKind::kLightning || kind == BranchKind::kBased ||
+         kind == BranchKind::kDeltaNet;
+}
 
 absl::Status Validate(const ModelSpec& spec) {
   Findings findings;

@@ -76,8 +76,7 @@ struct MixerArgs {
   TensorShard shard = {};
 
   const BranchSpec& branch_spec() const { return spec.layers[layer].branches[branch]; }
-  // "layers.3.attention.", of a tied branch "tied.<name>.attention."
-  std::string prefix() const;
+  std::string prefix() const { return ParamPrefix(spec, layer, branch); }
 };
 std::unique_ptr<SequenceMixer> MakeMixer(const MixerArgs& args);
 

@@ -28,12 +28,25 @@ struct TensorShard {
   int rank = 0, size = 1;
 };
 
+// Tensor-parallel latent attention: ranks as head groups x latent groups,
+//   rank = head_group * latent_groups + latent_group.
+// Branch b of the latent is computed by the ranks of latent group b % latent_groups, for the heads of their head
+// group. One branch, or fewer than ranks: the other ranks split heads.
+struct LatentShard {
+  int head_groups = 1, head_group = 0;
+  int latent_groups = 1, latent_group = 0;
+
+  bool Holds(int64_t latent_branch) const { return latent_branch % latent_groups == latent_group; }
+};
+LatentShard LatentShardOf(TensorShard shard, int64_t latent_groups);
+
 struct ParamInfo {
   std::string name;  // "layers.3.attention.q.weight"
   Shape shape;       // [out, in] for matrices; of what this rank holds
   Shape logical;     // of the whole parameter, as in a checkpoint
-  // Rows (axis 0) or columns (axis 1) [begin, end) of the whole that are here, in their order; empty: all of
-  // it is on every rank of the tensor-parallel group, and gradients are summed over that group.
+  // Rows (axis 0) or columns (axis 1) [begin, end) of the whole that are here, in their order; none: all of it
+  // is on every rank of the tensor-parallel group, and gradients are summed over that group. A rank that holds
+  // nothing has one part that is empty.
   int axis = 0;
   std::vector<std::pair<int64_t, int64_t>> parts;
   Init init = Init::kNormal;
@@ -73,10 +86,15 @@ struct ParamTable {
   int IndexOf(absl::string_view name) const;  // the parameter must exist
 };
 
+// What names of a branch's parameters begin with: "layers.3.attention.", of a tied branch
+// "tied.<name>.attention.".
+std::string ParamPrefix(const ModelSpec& spec, size_t layer, size_t branch);
+
 // `spec` is valid for this many ranks (ValidateShards).
 ParamTable BuildParamTable(const ModelSpec& spec, TensorShard shard = {});
 
-// "name [shape] ..." of every parameter; equal for models that can read each other's checkpoints.
+// "name [logical shape]" of every parameter, a line each, sorted: equal for models that can read each other's
+// checkpoints, whatever the number of ranks.
 std::string Fingerprint(const ParamTable& table);
 
 // Initial values of local elements [begin, begin + n) of a parameter, from (seed, name, index in the whole

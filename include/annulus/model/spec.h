@@ -28,10 +28,10 @@ bool PassesStates(BranchKind kind);   // M, L, B, G: along the sequence; others 
 struct BranchSpec {
   BranchKind kind = BranchKind::kAttention;
   int64_t window = 0;                // A, T: keys visible to a query, itself included; 0 = all
-  std::optional<double> rope_theta;  // A, T: rotary base; nullopt = no position encoding
+  std::optional<double> rope_theta = {};  // A, T: rotary base; nullopt = no position encoding
   int64_t kv_layers_back = 0;  // A: keys and values of the layer so many layers before; 0 = its own
   int64_t latent_groups = 1;   // T: branches of the latent (g)
-  std::string tie;             // branches of one name share their parameters; empty = its own
+  std::string tie = {};        // branches of one name share their parameters; empty = its own
   friend bool operator==(const BranchSpec&, const BranchSpec&) = default;
 };
 
@@ -42,7 +42,7 @@ enum class Combine {
 
 // A residual unit: branches side by side on one normed input.
 struct LayerSpec {
-  std::vector<BranchSpec> branches;  // at least one; each kind at most once
+  std::vector<BranchSpec> branches = {};  // at least one; each kind at most once
   Combine combine = Combine::kSum;
   friend bool operator==(const LayerSpec&, const LayerSpec&) = default;
 };
@@ -103,12 +103,12 @@ struct ModelSpec {
   double norm_eps = 1e-5;
   double init_stddev = 0.02;  // projections back into the residual stream get init_stddev / sqrt(layers)
   bool tied_head = true;      // the output head is the embedding
-  std::vector<LayerSpec> layers;
+  std::vector<LayerSpec> layers = {};
   Activation activation = Activation::kSwiglu;
-  RopeScaling rope_scaling;
-  LatentSpec latent;
-  MambaSpec mamba;
-  LinearSpec lightning, based, delta;
+  RopeScaling rope_scaling = {};
+  LatentSpec latent = {};
+  MambaSpec mamba = {};
+  LinearSpec lightning = {}, based = {}, delta = {};
   int64_t meta_tokens = 0;  // learned embeddings before every sequence; not counted in its length
   friend bool operator==(const ModelSpec&, const ModelSpec&) = default;
 };
@@ -129,7 +129,7 @@ struct PatternDefaults {
 
 // What a pattern says: "[meta=n] layers".
 struct Pattern {
-  std::vector<LayerSpec> layers;
+  std::vector<LayerSpec> layers = {};
   int64_t meta_tokens = 0;
 };
 
