@@ -53,6 +53,16 @@ absl::Status Scale(Context& ctx, double factor, TensorRef x) {
                      [&]<class T>(auto device) { return kernels::Scale<T>(device, ctx, factor, x); });
 }
 
+absl::Status RepeatRow(Context& ctx, ConstTensorRef x, TensorRef y) {
+  ANNULUS_RETURN_IF_ERROR(CheckCompute(ctx, "repeat_row.x", x));
+  ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "repeat_row.y", y, x.dtype(), y.shape()));
+  if (x.rank() != 1 || y.rank() < 1 || y.dim(y.rank() - 1) != x.dim(0)) {
+    return Invalid("repeat_row.y=", ToString(y.shape()), ": expected rows of x=", ToString(x.shape()));
+  }
+  return VisitKernel(ctx, x.dtype(),
+                     [&]<class T>(auto device) { return kernels::RepeatRow<T>(device, ctx, x, y); });
+}
+
 absl::Status AddSumOfSquares(Context& ctx, ConstTensorRef x, TensorRef sum) {
   ANNULUS_RETURN_IF_ERROR(CheckCompute(ctx, "sum_of_squares.x", x));
   ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "sum_of_squares.sum", sum, DType::kF64, {1}));

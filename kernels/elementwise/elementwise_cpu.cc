@@ -97,6 +97,16 @@ absl::Status Scale(CpuTag, Context&, double factor, TensorRef x) {
 }
 
 template <typename T>
+absl::Status RepeatRow(CpuTag, Context& ctx, ConstTensorRef x, TensorRef y) {
+  const int64_t columns = x.dim(0), rows = columns == 0 ? 0 : y.elements() / columns;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (row % 4096 == 4095) ctx.Poll();
+    std::copy_n(x.data<T>(), columns, y.data<T>() + row * columns);
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
 absl::Status AddSumOfSquares(CpuTag, Context&, ConstTensorRef x, TensorRef sum) {
   const T* data = x.data<T>();
   const int64_t n = x.elements();
@@ -124,6 +134,8 @@ template absl::Status AddInPlace<float>(CpuTag, Context&, ConstTensorRef, Tensor
 template absl::Status AddInPlace<double>(CpuTag, Context&, ConstTensorRef, TensorRef);
 template absl::Status Scale<float>(CpuTag, Context&, double, TensorRef);
 template absl::Status Scale<double>(CpuTag, Context&, double, TensorRef);
+template absl::Status RepeatRow<float>(CpuTag, Context&, ConstTensorRef, TensorRef);
+template absl::Status RepeatRow<double>(CpuTag, Context&, ConstTensorRef, TensorRef);
 template absl::Status AddSumOfSquares<float>(CpuTag, Context&, ConstTensorRef, TensorRef);
 template absl::Status AddSumOfSquares<double>(CpuTag, Context&, ConstTensorRef, TensorRef);
 

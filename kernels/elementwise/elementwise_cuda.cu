@@ -63,6 +63,23 @@ struct AddOp {
 };
 
 template <typename T>
+struct RepeatOp {
+  const T* x;
+  T* y;
+  int64_t columns;
+  template <int N>
+  using State = Pack<T, N>;
+  template <int N>
+  __device__ State<N> Load(int64_t, int64_t column) const {
+    return LoadPack<N>(x + column);
+  }
+  template <int N>
+  __device__ void Store(int64_t row, int64_t column, const State<N>& state) const {
+    StorePack<N>(state, y + row * columns + column);
+  }
+};
+
+template <typename T>
 struct ScaleOp {
   T* x;
   float factor;
@@ -182,6 +199,13 @@ cudaError_t CudaScale(double factor, int64_t elements, T* x, cudaStream_t stream
   return LaunchRows<kVectorElements<T>, 4>(1, elements, Aligned(x), op, stream);
 }
 
+template <typename T>
+cudaError_t CudaRepeatRow(const T* x, int64_t rows, int64_t columns, T* y, cudaStream_t stream) {
+  constexpr int kN = kVectorElements<T>;
+  const bool fit = columns % kN == 0 && Aligned(x) && Aligned(y);
+  return LaunchRows<kN, 2>(rows, columns, fit, RepeatOp<T>{x, y, columns}, stream);
+}
+
 cudaError_t CudaZero(void* x, int64_t bytes, cudaStream_t stream) {
   return cudaMemsetAsync(x, 0, static_cast<size_t>(bytes), stream);
 }
@@ -224,6 +248,9 @@ ANNULUS_INSTANTIATE(__nv_bfloat16, __nv_bfloat16);
 
 template cudaError_t CudaScale<float>(double, int64_t, float*, cudaStream_t);
 template cudaError_t CudaScale<__nv_bfloat16>(double, int64_t, __nv_bfloat16*, cudaStream_t);
+template cudaError_t CudaRepeatRow<float>(const float*, int64_t, int64_t, float*, cudaStream_t);
+template cudaError_t CudaRepeatRow<__nv_bfloat16>(const __nv_bfloat16*, int64_t, int64_t, __nv_bfloat16*,
+                                                  cudaStream_t);
 template cudaError_t CudaSumOfSquares<float>(const float*, int64_t, double*, double*, cudaStream_t);
 template cudaError_t CudaSumOfSquares<__nv_bfloat16>(const __nv_bfloat16*, int64_t, double*, double*,
                                                      cudaStream_t);

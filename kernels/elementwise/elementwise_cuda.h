@@ -24,6 +24,10 @@ cudaError_t CudaScale(double factor, int64_t elements, T* x, cudaStream_t stream
 
 cudaError_t CudaZero(void* x, int64_t bytes, cudaStream_t stream);
 
+// Each of `rows` rows of y = x.
+template <typename T>
+cudaError_t CudaRepeatRow(const T* x, int64_t rows, int64_t columns, T* y, cudaStream_t stream);
+
 // [rows, batch, columns] with free strides between rows and between batch items; columns are contiguous.
 template <typename T>
 struct StridedRows {

@@ -40,6 +40,12 @@ absl::Status Scale(CudaTag, Context& ctx, double factor, TensorRef x) {
 }
 
 template <typename T>
+absl::Status RepeatRow(CudaTag, Context& ctx, ConstTensorRef x, TensorRef y) {
+  const int64_t columns = x.dim(0), rows = columns == 0 ? 0 : y.elements() / columns;
+  return CudaStatus("repeat row", CudaRepeatRow(CudaData<T>(x), rows, columns, CudaData<T>(y), ctx.stream()));
+}
+
+template <typename T>
 absl::Status AddSumOfSquares(CudaTag, Context& ctx, ConstTensorRef x, TensorRef sum) {
   ArenaScope scope(ctx.scratch);
   const TensorRef partial = ctx.scratch.Allocate(DType::kF64, {kSumOfSquaresScratch});
@@ -57,6 +63,8 @@ template absl::Status AddInPlace<float>(CudaTag, Context&, ConstTensorRef, Tenso
 template absl::Status AddInPlace<BFloat16>(CudaTag, Context&, ConstTensorRef, TensorRef);
 template absl::Status Scale<float>(CudaTag, Context&, double, TensorRef);
 template absl::Status Scale<BFloat16>(CudaTag, Context&, double, TensorRef);
+template absl::Status RepeatRow<float>(CudaTag, Context&, ConstTensorRef, TensorRef);
+template absl::Status RepeatRow<BFloat16>(CudaTag, Context&, ConstTensorRef, TensorRef);
 template absl::Status AddSumOfSquares<float>(CudaTag, Context&, ConstTensorRef, TensorRef);
 template absl::Status AddSumOfSquares<BFloat16>(CudaTag, Context&, ConstTensorRef, TensorRef);
 

@@ -26,6 +26,11 @@ template <typename T>
 absl::Status Scale(CudaTag, Context& ctx, double factor, TensorRef x);
 
 template <typename T>
+absl::Status RepeatRow(CpuTag, Context& ctx, ConstTensorRef x, TensorRef y);
+template <typename T>
+absl::Status RepeatRow(CudaTag, Context& ctx, ConstTensorRef x, TensorRef y);
+
+template <typename T>
 absl::Status AddSumOfSquares(CpuTag, Context& ctx, ConstTensorRef x, TensorRef sum);
 template <typename T>
 absl::Status AddSumOfSquares(CudaTag, Context& ctx, ConstTensorRef x, TensorRef sum);

@@ -11,8 +11,8 @@
 
 namespace annulus {
 
-// Kept from forward: the state at the start of each segment, [segments, batch * heads, state, head_dim] in the
-// accumulator dtype. With it a recomputation exchanges nothing.
+// Kept from forward: the state at the start of each segment, [segments, batch * heads, state, head_dim] in
+// the accumulator dtype. With it a recomputation exchanges nothing.
 using SegmentStates = TensorRef;
 SegmentStates AllocateSegmentStates(Arena& arena, const Ssd& ssd);
 SsdStates AllocateStates(Arena& arena, const Ssd& ssd);

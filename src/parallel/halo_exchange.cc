@@ -13,7 +13,7 @@ namespace {
 
 struct HaloPiece {
   SegmentChain::Segment source, target;
-  RowRange edge_rows, halo_rows;
+  RowRange edge_rows = {}, halo_rows = {};
   int back = 1;  // places between them
 };
 

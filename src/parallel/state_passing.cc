@@ -30,7 +30,8 @@ Shape WithLeadingOne(const Shape& shape) {
 absl::Status CheckSegments(LayoutKind layout, int cp_ranks) {
   if (layout != LayoutKind::kStriped || cp_ranks == 1) return absl::OkStatus();
   return Invalid(
-      "parallel.layout=STRIPED: state-space layers hand their states from one run of consecutive positions to "
+      "parallel.layout=STRIPED: state-space layers hand their states from one run of consecutive positions "
+      "to "
       "the next; expected ZIGZAG or CONTIGUOUS");
 }
 
@@ -63,7 +64,8 @@ absl::StatusOr<StatePassing> StatePassing::Start(Context& ctx, AttentionGeometry
   const int64_t pieces = passing.own_pieces(), ranks = geometry.cp().size();
   const int64_t elements = passing.transition_.elements() + passing.state_.elements();
   ANNULUS_CHECK(summary.state.dim(0) == pieces) << ToString(summary.state.shape());
-  passing.scan_ = method == StateMethod::kScan || (method == StateMethod::kAuto && ranks > kMostGatheringRanks);
+  passing.scan_ =
+      method == StateMethod::kScan || (method == StateMethod::kAuto && ranks > kMostGatheringRanks);
 
   const DType dtype = summary.state.dtype();
   if (passing.scan_) {

@@ -13,6 +13,8 @@ absl::Status Copy(Context& ctx, ConstTensorRef x, TensorRef y);  // equal dtypes
 absl::Status Cast(Context& ctx, ConstTensorRef x, TensorRef y);  // between floating dtypes, to nearest even
 absl::Status AddInPlace(Context& ctx, ConstTensorRef x, TensorRef y);  // y += x, equal dtypes
 absl::Status Scale(Context& ctx, double factor, TensorRef x);
+// Every row of y = x.   x: [columns]   y: [.., columns], equal dtypes
+absl::Status RepeatRow(Context& ctx, ConstTensorRef x, TensorRef y);
 
 // sum += sum of squares of x, accumulated in f64 in a fixed order.   sum: f64 [1]
 absl::Status AddSumOfSquares(Context& ctx, ConstTensorRef x, TensorRef sum);

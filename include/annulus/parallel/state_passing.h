@@ -62,8 +62,8 @@ class StatePassing {
 
   AttentionGeometry* geometry_ = nullptr;
   StateOrder order_ = StateOrder::kForward;
-  Shape transition_, state_;      // of one segment
-  TensorRef own_, all_, arrived_; // packed: of each piece the transition, then the state
+  Shape transition_, state_;       // of one segment
+  TensorRef own_, all_, arrived_;  // packed: of each piece the transition, then the state
   bool scan_ = false;
   int distance_ = 1;
   std::vector<Request> requests_;
@@ -77,7 +77,8 @@ class HaloExchange {
   // those before are not read.   halo: the same shape, overwritten by Finish. Collective over geometry.cp().
   static absl::StatusOr<HaloExchange> Start(Context& ctx, AttentionGeometry& geometry, ConstTensorRef edges,
                                             TensorRef halo);
-  // The adjoint: dedges (overwritten by Finish) = the sum of what the halos of later segments hold of each row.
+  // The adjoint: dedges (overwritten by Finish) = the sum of what the halos of later segments hold of each
+  // row.
   static absl::StatusOr<HaloExchange> StartBackward(Context& ctx, AttentionGeometry& geometry,
                                                     ConstTensorRef dhalo, TensorRef dedges);
   absl::Status Finish(Context& ctx);
