@@ -30,6 +30,32 @@ absl::Status SiluBackward(CpuTag, Context&, ConstMatrixRef x, ConstMatrixRef dy,
   return absl::OkStatus();
 }
 
+// On CPUs the accumulator dtype is the compute dtype.
+template <typename T>
+absl::Status SigmoidForward(CpuTag, Context&, ConstMatrixRef x, TensorRef y) {
+  for (int64_t t = 0; t < x.rows; ++t) {
+    const T* in = static_cast<const T*>(x.data) + t * x.stride;
+    T* out = y.data<T>() + t * x.cols;
+    for (int64_t i = 0; i < x.cols; ++i) out[i] = T{1} / (T{1} + Exp(-in[i]));
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::Status SigmoidBackward(CpuTag, Context&, ConstTensorRef y, ConstTensorRef dy, MatrixRef dx) {
+  for (int64_t t = 0; t < dx.rows; ++t) {
+    const T* out = y.data<T>() + t * dx.cols;
+    const T* dout = dy.data<T>() + t * dx.cols;
+    T* din = static_cast<T*>(dx.data) + t * dx.stride;
+    for (int64_t i = 0; i < dx.cols; ++i) din[i] = dout[i] * out[i] * (T{1} - out[i]);
+  }
+  return absl::OkStatus();
+}
+
+template absl::Status SigmoidForward<float>(CpuTag, Context&, ConstMatrixRef, TensorRef);
+template absl::Status SigmoidForward<double>(CpuTag, Context&, ConstMatrixRef, TensorRef);
+template absl::Status SigmoidBackward<float>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, MatrixRef);
+template absl::Status SigmoidBackward<double>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, MatrixRef);
 template absl::Status SiluForward<float>(CpuTag, Context&, ConstMatrixRef, MatrixRef);
 template absl::Status SiluForward<double>(CpuTag, Context&, ConstMatrixRef, MatrixRef);
 template absl::Status SiluBackward<float>(CpuTag, Context&, ConstMatrixRef, ConstMatrixRef, MatrixRef);

@@ -20,4 +20,11 @@ cudaError_t CudaSiluForward(const SiluShape& shape, const T* x, T* y, cudaStream
 template <typename T>
 cudaError_t CudaSiluBackward(const SiluShape& shape, const T* x, const T* dy, T* dx, cudaStream_t stream);
 
+// y and dy without gaps between rows.
+template <typename T>
+cudaError_t CudaSigmoidForward(const SiluShape& shape, const T* x, float* y, cudaStream_t stream);
+template <typename T>
+cudaError_t CudaSigmoidBackward(const SiluShape& shape, const float* y, const float* dy, T* dx,
+                                cudaStream_t stream);
+
 }  // namespace annulus::kernels
