@@ -24,10 +24,12 @@ absl::StatusOr<ProcessMesh> ProcessMesh::Create(const MeshShape& shape, Communic
                    .world = world,
                    .dp = {},
                    .cp = {},
+                   .tp = {},
                    .dp_cp = {}};
   const MeshCoordinates& at = mesh.at;
   ANNULUS_ASSIGN_OR_RETURN(mesh.dp, world.Split(at.cp * shape.tp + at.tp, at.dp));
   ANNULUS_ASSIGN_OR_RETURN(mesh.cp, world.Split(at.dp * shape.tp + at.tp, at.cp));
+  ANNULUS_ASSIGN_OR_RETURN(mesh.tp, world.Split(at.dp * shape.cp + at.cp, at.tp));
   ANNULUS_ASSIGN_OR_RETURN(mesh.dp_cp, world.Split(at.tp, at.dp * shape.cp + at.cp));
   return mesh;
 }
@@ -35,6 +37,7 @@ absl::StatusOr<ProcessMesh> ProcessMesh::Create(const MeshShape& shape, Communic
 absl::Status ProcessMesh::UseGpu(GpuLink link, Context& ctx) {
   ANNULUS_ASSIGN_OR_RETURN(dp, WithGpu(dp, link, ctx, "collectives dp"));
   ANNULUS_ASSIGN_OR_RETURN(cp, WithGpu(cp, link, ctx, "collectives cp"));
+  ANNULUS_ASSIGN_OR_RETURN(tp, WithGpu(tp, link, ctx, "collectives tp"));
   ANNULUS_ASSIGN_OR_RETURN(dp_cp, WithGpu(dp_cp, link, ctx, "collectives dp_cp"));
   return absl::OkStatus();
 }

@@ -1,15 +1,18 @@
 #include "annulus/parallel/sequence_layout.h"
 
+#include <numeric>
+
 #include "annulus/base/check.h"
 
 namespace annulus {
 
-SequenceLayout::SequenceLayout(LayoutKind kind, int64_t length, int ranks)
+SequenceLayout::SequenceLayout(LayoutKind kind, int64_t length, int ranks, int row_multiple)
     : kind_(kind), length_(length), ranks_(ranks) {
-  ANNULUS_CHECK(length >= 1 && ranks >= 1) << "length " << length << ", ranks " << ranks;
+  ANNULUS_CHECK(length >= 1 && ranks >= 1 && row_multiple >= 1)
+      << "length " << length << ", ranks " << ranks << ", row multiple " << row_multiple;
   const int64_t chunks_per_rank = kind == LayoutKind::kZigzag && ranks > 1 ? 2 : 1;
-  const int64_t pieces = chunks_per_rank * ranks;
-  local_rows_ = (length + pieces - 1) / pieces * chunks_per_rank;
+  const int64_t unit = std::lcm<int64_t>(chunks_per_rank, row_multiple), pieces = unit * ranks;
+  local_rows_ = (length + pieces - 1) / pieces * unit;
 }
 
 std::vector<LayoutChunk> SequenceLayout::chunks(int cp_rank) const {

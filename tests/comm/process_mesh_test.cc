@@ -25,7 +25,7 @@ TEST(ProcessMesh, CoordinatesAreABijectionWithTpFastest) {
 // Every group holds exactly the ranks that share the other coordinates, in order of its own coordinate.
 TEST(ProcessMesh, GroupsHoldTheirRanks) {
   for (const MeshShape shape :
-       {MeshShape{2, 2, 1}, MeshShape{3, 2, 1}, MeshShape{2, 2, 2}, MeshShape{1, 4, 1}}) {
+       {MeshShape{2, 2, 1}, MeshShape{3, 2, 1}, MeshShape{2, 2, 2}, MeshShape{1, 4, 1}, MeshShape{1, 2, 3}}) {
     testing::OnLoopback(shape.world(), [&](Communicator world) {
       const absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create(shape, world);
       ASSERT_TRUE(mesh.ok()) << mesh.status();
@@ -35,17 +35,20 @@ TEST(ProcessMesh, GroupsHoldTheirRanks) {
         EXPECT_TRUE(group.AllGather(testing::RefOf(mine), testing::RefOf(all)).ok());
         return all;
       };
-      std::vector<int32_t> dp, cp, dp_cp;
+      std::vector<int32_t> dp, cp, tp, dp_cp;
       for (int d = 0; d < shape.dp; ++d) dp.push_back(WorldRankOf(shape, {d, at.cp, at.tp}));
       for (int c = 0; c < shape.cp; ++c) cp.push_back(WorldRankOf(shape, {at.dp, c, at.tp}));
+      for (int t = 0; t < shape.tp; ++t) tp.push_back(WorldRankOf(shape, {at.dp, at.cp, t}));
       for (int d = 0; d < shape.dp; ++d) {
         for (int c = 0; c < shape.cp; ++c) dp_cp.push_back(WorldRankOf(shape, {d, c, at.tp}));
       }
       EXPECT_EQ(members(mesh->dp), dp);
       EXPECT_EQ(members(mesh->cp), cp);
+      EXPECT_EQ(members(mesh->tp), tp);
       EXPECT_EQ(members(mesh->dp_cp), dp_cp);
       EXPECT_EQ(mesh->dp.rank(), at.dp);
       EXPECT_EQ(mesh->cp.rank(), at.cp);
+      EXPECT_EQ(mesh->tp.rank(), at.tp);
     });
   }
 }

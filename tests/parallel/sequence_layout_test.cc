@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <numeric>
 
 #include "parallel/sequences.h"
 
@@ -14,19 +15,22 @@ class Layouts : public ::testing::TestWithParam<LayoutKind> {};
 INSTANTIATE_TEST_SUITE_P(Kinds, Layouts, ::testing::ValuesIn(kLayouts),
                          [](const auto& info) { return NameOf(info.param); });
 
-// Calls fn(layout) for every length and number of ranks that the properties are shown for.
+// Calls fn(layout, row_multiple) for every length, number of ranks and multiple that the properties are shown
+// for.
 template <typename Fn>
 void ForEachLayout(LayoutKind kind, Fn&& fn) {
   for (int64_t length = 1; length <= 50; ++length) {
     for (int ranks = 1; ranks <= 8; ++ranks) {
-      SCOPED_TRACE(::testing::Message() << "length " << length << ", ranks " << ranks);
-      fn(SequenceLayout(kind, length, ranks));
+      for (const int multiple : {1, 2, 3, 4}) {
+        SCOPED_TRACE(::testing::Message() << "length " << length << ", ranks " << ranks << " x " << multiple);
+        fn(SequenceLayout(kind, length, ranks, multiple), multiple);
+      }
     }
   }
 }
 
 TEST_P(Layouts, AreBijections) {
-  ForEachLayout(GetParam(), [](const SequenceLayout& layout) {
+  ForEachLayout(GetParam(), [](const SequenceLayout& layout, int) {
     std::vector<int> seen(static_cast<size_t>(layout.padded_length()));
     for (int r = 0; r < layout.ranks(); ++r) {
       const std::vector<int64_t> positions = layout.LocalPositions(r);
@@ -43,18 +47,20 @@ TEST_P(Layouts, AreBijections) {
   });
 }
 
-// Every position of the sequence has a place, and there is as little padding as equal chunks allow.
+// Every position of the sequence has a place, and there is as little padding as equal chunks and the multiple
+// of rows allow.
 TEST_P(Layouts, PadAtTheEndOnly) {
-  ForEachLayout(GetParam(), [](const SequenceLayout& layout) {
-    const int64_t chunks = static_cast<int64_t>(layout.chunks(0).size()) * layout.ranks();
+  ForEachLayout(GetParam(), [](const SequenceLayout& layout, int multiple) {
+    const auto chunks = static_cast<int64_t>(layout.chunks(0).size());
+    const int64_t unit = std::lcm<int64_t>(chunks, multiple);
     ASSERT_GE(layout.padded_length(), layout.length());
-    ASSERT_LT(layout.padded_length() - layout.length(), chunks);
-    ASSERT_EQ(layout.padded_length() % chunks, 0);
+    ASSERT_LT(layout.padded_length() - layout.length(), unit * layout.ranks());
+    ASSERT_EQ(layout.local_rows() % unit, 0);
   });
 }
 
 TEST_P(Layouts, ChunksAreAffineAndCoverTheRows) {
-  ForEachLayout(GetParam(), [](const SequenceLayout& layout) {
+  ForEachLayout(GetParam(), [](const SequenceLayout& layout, int) {
     for (int r = 0; r < layout.ranks(); ++r) {
       int64_t row = 0;
       for (const LayoutChunk& chunk : layout.chunks(r)) {

@@ -8,12 +8,13 @@
 
 namespace annulus {
 
-enum class WaitKind { kExchange, kGradients, kParameters };
-inline constexpr size_t kWaitKinds = 3;
+enum class WaitKind { kExchange, kGradients, kParameters, kTensor };
+inline constexpr size_t kWaitKinds = 4;
 
 class WaitClock {
  public:
-  explicit WaitClock(Device device) : waits_{SpanClock(device), SpanClock(device), SpanClock(device)} {}
+  explicit WaitClock(Device device)
+      : waits_{SpanClock(device), SpanClock(device), SpanClock(device), SpanClock(device)} {}
   WaitClock(WaitClock&&) = default;
 
   // The waiting of `kind` begins and ends here in the order of `stream`. Begin and End alternate, with one

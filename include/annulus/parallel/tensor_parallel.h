@@ -7,6 +7,12 @@
 //   x [tokens / t, d] --Gather--> [tokens, d] --w[out/t]--> heads/t ... --w[:, in/t]--> partial --Sum--> y
 //
 // One rank: every call is the identity and moves nothing.
+//
+// What is under way moves along while the rank computes: on CPUs by being polled, from ctx.progress. What is
+// dropped before it is finished, after an error, is waited for: its memory is about to be used again.
+
+#include <memory>
+#include <vector>
 
 #include "annulus/comm/communicator.h"
 #include "annulus/device/context.h"
@@ -14,7 +20,7 @@
 
 namespace annulus {
 
-// Sums on their way. Finish returns once `result` may be used.
+// Sums on their way. Finish returns once the result may be used, and the partial sums overwritten.
 class PendingSum {
  public:
   PendingSum() = default;
@@ -22,18 +28,19 @@ class PendingSum {
 
  private:
   friend class TensorParallel;
-  Request request_;
-  TensorRef received_, result_;  // received_: where the sum is added to result_
+  std::shared_ptr<Request> request_;  // null: complete
+  TensorRef received_, result_;       // received_: where the sum is added to result_
 };
 
 // Gathered tokens on their way.
 class PendingTokens {
  public:
-  absl::StatusOr<ConstTensorRef> Finish();
+  PendingTokens() = default;
+  absl::StatusOr<ConstTensorRef> Finish(Context& ctx);
 
  private:
   friend class TensorParallel;
-  Request request_;
+  std::shared_ptr<Request> request_;  // null: complete
   ConstTensorRef all_;
 };
 
@@ -44,7 +51,7 @@ class TensorParallel {
 
   int rank() const;
   int size() const;
-  const Communicator& comm() const { return comm_; }  // not with one rank
+  const Communicator& comm() const { return comm_; }  // none for TensorParallel()
 
   // x: [tokens / size, columns] of every rank -> [tokens, columns], in memory of ctx.scratch; x on one rank.
   absl::StatusOr<PendingTokens> StartGather(Context& ctx, ConstTensorRef x) const;
@@ -64,9 +71,14 @@ class TensorParallel {
   // In place, on every rank.
   absl::Status AllReduce(TensorRef x) const;
 
+  // Moves along what is under way; for ctx.progress.
+  void Poll(const Context& ctx) const;
+
  private:
+  std::shared_ptr<Request> Watch(Request request) const;
+
   Communicator comm_;
-  bool several_ = false;
+  std::shared_ptr<std::vector<std::weak_ptr<Request>>> under_way_;  // null with one rank
 };
 
 }  // namespace annulus

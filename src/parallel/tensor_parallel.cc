@@ -1,0 +1,115 @@
+#include "annulus/parallel/tensor_parallel.h"
+
+#include "annulus/ops/elementwise.h"
+
+namespace annulus {
+namespace {
+
+absl::Status WaitFor(Context& ctx, std::shared_ptr<Request> request) {
+  if (request == nullptr || request->done()) return absl::OkStatus();
+  ctx.waits.Begin(WaitKind::kTensor, ctx.stream());
+  absl::Status status = request->Wait();
+  ctx.waits.End(WaitKind::kTensor, ctx.stream());
+  return status;
+}
+
+}  // namespace
+
+absl::Status PendingSum::Finish(Context& ctx) {
+  ANNULUS_RETURN_IF_ERROR(WaitFor(ctx, std::move(request_)));
+  if (!received_.defined()) return absl::OkStatus();
+  return AddInPlace(ctx, received_, result_);
+}
+
+absl::StatusOr<ConstTensorRef> PendingTokens::Finish(Context& ctx) {
+  ANNULUS_RETURN_IF_ERROR(WaitFor(ctx, std::move(request_)));
+  return all_;
+}
+
+TensorParallel::TensorParallel(Communicator tp) : comm_(std::move(tp)) {
+  if (comm_.size() > 1) under_way_ = std::make_shared<std::vector<std::weak_ptr<Request>>>();
+}
+
+int TensorParallel::rank() const { return under_way_ ? comm_.rank() : 0; }
+int TensorParallel::size() const { return under_way_ ? comm_.size() : 1; }
+
+std::shared_ptr<Request> TensorParallel::Watch(Request request) const {
+  const auto wait_and_delete = [](Request* dropped) {
+    if (!dropped->done()) (void)dropped->Wait();
+    delete dropped;
+  };
+  std::shared_ptr<Request> shared(new Request(std::move(request)), wait_and_delete);
+  std::erase_if(*under_way_, [](const auto& other) { return other.expired(); });
+  under_way_->push_back(shared);
+  return shared;
+}
+
+void TensorParallel::Poll(const Context& ctx) const {
+  // On a GPU completion is not a matter of polling, and a completed request could no longer be waited for in
+  // the order of the stream.
+  if (!under_way_ || ctx.device.kind != DeviceKind::kCpu) return;
+  for (const std::weak_ptr<Request>& watched : *under_way_) {
+    const std::shared_ptr<Request> request = watched.lock();
+    // An error shows again where the request is waited for.
+    if (request != nullptr && !request->done()) (void)request->Test();
+  }
+}
+
+absl::StatusOr<PendingTokens> TensorParallel::StartGather(Context& ctx, ConstTensorRef x) const {
+  PendingTokens pending;
+  pending.all_ = x;
+  if (size() == 1) return pending;
+  const TensorRef all = ctx.scratch.Allocate(x.dtype(), {x.dim(0) * size(), x.dim(1)});
+  Communicator comm = comm_;
+  ANNULUS_ASSIGN_OR_RETURN(Request request, comm.IAllGather(x, all));
+  pending.all_ = all;
+  pending.request_ = Watch(std::move(request));
+  return pending;
+}
+
+absl::StatusOr<ConstTensorRef> TensorParallel::Gather(Context& ctx, ConstTensorRef x) const {
+  ANNULUS_ASSIGN_OR_RETURN(PendingTokens pending, StartGather(ctx, x));
+  return pending.Finish(ctx);
+}
+
+TensorRef TensorParallel::Partial(Context& ctx, TensorRef y) const {
+  if (size() == 1) return y;
+  return ctx.scratch.Allocate(y.dtype(), {y.dim(0) * size(), y.dim(1)});
+}
+
+absl::StatusOr<PendingSum> TensorParallel::StartSum(Context&, TensorRef partial, Write write,
+                                                    TensorRef y) const {
+  PendingSum pending;
+  if (size() == 1) {
+    ANNULUS_CHECK(partial.raw() == y.raw()) << "partial sums that Partial did not give";
+    return pending;
+  }
+  ANNULUS_CHECK(partial.elements() == y.elements() * size())
+      << ToString(partial.shape()) << " -> " << ToString(y.shape());
+  TensorRef sum = y;
+  if (write == Write::kAccumulate) {
+    sum = partial.Rows(rank() * y.dim(0), (rank() + 1) * y.dim(0));
+    pending.received_ = sum, pending.result_ = y;
+  }
+  Communicator comm = comm_;
+  ANNULUS_ASSIGN_OR_RETURN(Request request, comm.IReduceScatter(partial, sum));
+  pending.request_ = Watch(std::move(request));
+  return pending;
+}
+
+absl::Status TensorParallel::RowParallelForward(Context& ctx, ConstTensorRef x, ConstTensorRef w, Write write,
+                                                TensorRef y) const {
+  ArenaScope scope(ctx.scratch);
+  const TensorRef partial = Partial(ctx, y);
+  ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, x, w, PartialWrite(write), partial));
+  ANNULUS_ASSIGN_OR_RETURN(PendingSum pending, StartSum(ctx, partial, write, y));
+  return pending.Finish(ctx);
+}
+
+absl::Status TensorParallel::AllReduce(TensorRef x) const {
+  if (size() == 1) return absl::OkStatus();
+  Communicator comm = comm_;
+  return comm.AllReduce(x, ReduceOp::kSum);
+}
+
+}  // namespace annulus
