@@ -54,6 +54,25 @@ absl::Status CheckHeads(const Context& ctx, absl::string_view name, const ConstH
   return CheckHeads(name, x);
 }
 
+absl::Status CheckHeadsAs(absl::string_view name, const ConstHeadsRef& x, const ConstHeadsRef& expected) {
+  if (x.dtype != expected.dtype || x.rows != expected.rows || x.batch != expected.batch ||
+      x.heads != expected.heads || x.dim != expected.dim) {
+    return Invalid(name, "=", Name(x.dtype), "[", x.rows, ", ", x.batch, ", ", x.heads, ", ", x.dim,
+                   "]: expected ", Name(expected.dtype), "[", expected.rows, ", ", expected.batch, ", ",
+                   expected.heads, ", ", expected.dim, "]");
+  }
+  return CheckHeads(name, x);
+}
+
+absl::Status CheckMatrix(absl::string_view name, const ConstMatrixRef& m, DType dtype, int64_t rows,
+                         int64_t cols) {
+  if (m.dtype != dtype || m.rows != rows || m.cols != cols || (m.rows > 1 && m.stride < m.cols)) {
+    return Invalid(name, "=", Name(m.dtype), "[", m.rows, ", ", m.cols, "] with stride ", m.stride,
+                   ": expected ", Name(dtype), "[", rows, ", ", cols, "]");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckCount(absl::string_view name, int64_t count, int64_t expected) {
   if (count != expected) return Invalid(name, "=", count, ": expected ", expected);
   return absl::OkStatus();

@@ -8,6 +8,7 @@
 #include "annulus/base/status.h"
 #include "annulus/device/context.h"
 #include "annulus/ops/heads.h"
+#include "annulus/ops/linear.h"
 
 namespace annulus::kernels {
 
@@ -25,6 +26,13 @@ absl::Status CheckTensor(const Context& ctx, absl::string_view name, const Const
 // No negative counts, rows that do not overlap; with a context also of a compute dtype.
 absl::Status CheckHeads(absl::string_view name, const ConstHeadsRef& heads);
 absl::Status CheckHeads(const Context& ctx, absl::string_view name, const ConstHeadsRef& heads);
+
+// Counts and dtype as those of `expected`, whose strides do not matter.
+absl::Status CheckHeadsAs(absl::string_view name, const ConstHeadsRef& heads, const ConstHeadsRef& expected);
+
+// Exactly this dtype and shape, rows that do not overlap.
+absl::Status CheckMatrix(absl::string_view name, const ConstMatrixRef& matrix, DType dtype, int64_t rows,
+                         int64_t cols);
 
 // A count named `name` must be what another argument says it is.
 absl::Status CheckCount(absl::string_view name, int64_t count, int64_t expected);

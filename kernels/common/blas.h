@@ -10,12 +10,11 @@
 #include <limits>
 
 #include "annulus/base/check.h"
+#include "annulus/ops/transpose.h"
 
 namespace annulus::kernels {
 
 inline constexpr int64_t kMaxBlasCount = std::numeric_limits<blasint>::max();
-
-enum class Transpose { kNo, kYes };
 
 // A stored matrix; row i starts at data + i * stride.
 template <typename T>

@@ -9,7 +9,7 @@
 // rows: inside a chunk by products of matrices, between chunks through their states. Segments are runs of
 // consecutive positions, cut into chunks from their first row. The calls of a layer, in order:
 //
-//   SsdChunkStates          end state of each chunk from nothing; summary of each segment    reads x, b, dt, a
+//   SsdChunkStates          end state of each chunk from nothing; summary of each segment. Reads x, b, dt, a
 //   (hand the summaries along the sequence: annulus/parallel/state_passing.h)
 //   SsdForward              states at the start of chunks in place of those; y
 //   SsdBackwardChunkStates  gradient of each chunk's start state from its own y; summary of each segment
@@ -27,12 +27,13 @@
 namespace annulus {
 
 struct Ssd {
-  ConstHeadsRef x;      // [rows, batch, heads, head_dim], compute dtype
-  ConstHeadsRef b, c;   // [rows, batch, groups, state]; groups divide heads: head h reads group h groups / heads
-  ConstTensorRef dt;    // [rows, batch, heads], accumulator dtype; undefined: 1
-  ConstTensorRef a;     // [rows, batch, heads], accumulator dtype: logarithm of the decay
-  ConstTensorRef skip;  // [heads], accumulator dtype; undefined: 0
-  ConstTensorRef ages;  // i32 [rows, batch]: tokens of the same document before this one
+  ConstHeadsRef x;  // [rows, batch, heads, head_dim], compute dtype
+  ConstHeadsRef b,
+      c;  // [rows, batch, groups, state]; groups divide heads: head h reads group h groups / heads
+  ConstTensorRef dt;               // [rows, batch, heads], accumulator dtype; undefined: 1
+  ConstTensorRef a;                // [rows, batch, heads], accumulator dtype: logarithm of the decay
+  ConstTensorRef skip;             // [heads], accumulator dtype; undefined: 0
+  ConstTensorRef ages;             // i32 [rows, batch]: tokens of the same document before this one
   std::vector<RowRange> segments;  // in order, together all rows
   int64_t chunk = 128;
 };
@@ -40,14 +41,16 @@ struct Ssd {
 // Chunks of all segments together.
 int64_t SsdChunks(const Ssd& ssd);
 
-// Memory between the calls, in the accumulator dtype: [chunks, batch * heads, state, head_dim], and the log of
-// each chunk's decay, -inf where a document starts in it: [chunks, batch * heads].
+// Memory between the calls, in the accumulator dtype: [chunks, batch * heads, state, head_dim], and the log
+// of each chunk's decay, -inf where a document starts in it: [chunks, batch * heads]. Heads of an item are
+// next to each other.
 struct SsdStates {
   TensorRef states, decays;
 };
 
 // states: the end state of each chunk from nothing. summary: decay (not its logarithm) and end state of each
-// segment.   summary.transition: [segments, batch * heads], .state: [segments, batch * heads, state, head_dim]
+// segment.   summary.transition: [segments, batch * heads], .state: [segments, batch * heads, state,
+// head_dim]
 absl::Status SsdChunkStates(Context& ctx, const Ssd& ssd, const SsdStates& states,
                             const SegmentSummary& summary);
 
@@ -65,10 +68,10 @@ absl::Status SsdBackwardChunkStates(Context& ctx, const Ssd& ssd, ConstHeadsRef 
 // states: as SsdForward left them. gradients: as SsdBackwardChunkStates left them; used up.
 // final_gradient: gradient of each segment's end state from later segments; undefined: zero.
 struct SsdGradients {
-  HeadsRef dx;         // as x, overwritten
-  HeadsRef db, dc;     // as b and c, overwritten: sums over the heads of a group
-  TensorRef ddt, da;   // as dt and a, overwritten; ddt undefined where dt is
-  TensorRef dskip;     // [heads], accumulator dtype, added to; undefined where skip is
+  HeadsRef dx;        // as x, overwritten
+  HeadsRef db, dc;    // as b and c, overwritten: sums over the heads of a group
+  TensorRef ddt, da;  // as dt and a, overwritten; ddt undefined where dt is
+  TensorRef dskip;    // [heads], accumulator dtype, added to; undefined where skip is
 };
 absl::Status SsdBackward(Context& ctx, const Ssd& ssd, ConstHeadsRef dy, const SsdStates& states,
                          TensorRef gradients, ConstTensorRef final_gradient, const SsdGradients& out);

@@ -1,10 +1,11 @@
 #pragma once
 
 // States of recurrent layers and their transitions, for handing them from one part of a sequence to the next.
-// All in the accumulator dtype.
+// All in the accumulator dtype; batch * heads counts heads of an item, then items.
 
 #include "annulus/base/status.h"
 #include "annulus/device/context.h"
+#include "annulus/ops/transpose.h"
 
 namespace annulus {
 
@@ -16,10 +17,8 @@ struct SegmentSummary {
   TensorRef transition, state;
 };
 
-enum class Transpose { kNo, kYes };
-
-// out = transition(in) + state, for the segments of all of them; `in` undefined: zero. out may be in or state.
-// kYes: with the transposed matrix, as gradients go.
+// out = transition(in) + state, for the segments of all of them; `in` undefined: zero. out may be in or
+// state. kYes: with the transposed matrix, as gradients go.
 absl::Status AdvanceState(Context& ctx, ConstTensorRef transition, Transpose transpose, ConstTensorRef in,
                           ConstTensorRef state, TensorRef out);
 
