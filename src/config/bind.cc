@@ -4,9 +4,9 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
+#include "annulus/base/nearest.h"
 #include "bind_exchange.h"
 #include "section.h"
-#include "suggest.h"
 
 namespace annulus::config {
 namespace {

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "absl/strings/ascii.h"
-#include "absl/strings/str_cat.h"
 
 namespace annulus::config {
 namespace {
@@ -24,11 +23,6 @@ int64_t EditDistance(const std::string& a, const std::string& b) {
   return d[a.size()][b.size()];
 }
 
-std::string OneOrTwo(int64_t below, int64_t above) {
-  if (below == above || below < 1) return absl::StrCat(" (nearest valid value ", above, ")");
-  return absl::StrCat(" (nearest valid value ", below, " or ", above, ")");
-}
-
 }  // namespace
 
 std::optional<std::string> Nearest(absl::string_view word, const std::vector<std::string>& candidates) {
@@ -44,19 +38,6 @@ std::optional<std::string> Nearest(absl::string_view word, const std::vector<std
     }
   }
   return best;
-}
-
-std::string NearestMultiple(int64_t value, int64_t unit) {
-  const int64_t below = value / unit * unit;
-  return OneOrTwo(below, below == value ? value : below + unit);
-}
-
-std::string NearestDivisor(int64_t value, int64_t total) {
-  int64_t below = std::clamp<int64_t>(value, 1, total);
-  int64_t above = below;
-  while (total % below != 0) --below;
-  while (total % above != 0) ++above;
-  return OneOrTwo(below, above);
 }
 
 }  // namespace annulus::config

@@ -1,6 +1,6 @@
 #pragma once
 
-// "Did you mean": the nearest of some names, and the nearest numbers.
+// "Did you mean": the nearest of some names.
 
 #include <cstdint>
 #include <optional>
@@ -14,10 +14,5 @@ namespace annulus::config {
 // The candidate nearest to `word` by edit distance without regard to case (a swap of neighbours counts 1),
 // if it is near enough to be meant: a third of the word's length, at least 1 edit.
 std::optional<std::string> Nearest(absl::string_view word, const std::vector<std::string>& candidates);
-
-// " (nearest valid value 4 or 8)" for a value that should be a multiple of `unit`.
-std::string NearestMultiple(int64_t value, int64_t unit);
-// The same for a value that should divide `total`.
-std::string NearestDivisor(int64_t value, int64_t total);
 
 }  // namespace annulus::config

@@ -4,8 +4,8 @@
 
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "annulus/base/nearest.h"
 #include "annulus/train/config.h"
-#include "suggest.h"
 #include "validate_exchange.h"
 
 namespace annulus::config {

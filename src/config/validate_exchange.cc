@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "suggest.h"
+#include "annulus/base/nearest.h"
 
 namespace annulus::config {
 namespace {

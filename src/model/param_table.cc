@@ -1,8 +1,8 @@
 // Which parameters a model has, how they are split over ranks and in which order they lie in memory.
 //
 // In a bucket those that every rank holds whole come first, so that one reduction sums their gradients over
-// the tensor-parallel group. Matrices of one product are neighbours; where B and C of Mamba-2 are on every rank
-// and x, z and dt are split, they meet at that border.
+// the tensor-parallel group. Matrices of one product are neighbours; where B and C of Mamba-2 are on every
+// rank and x, z and dt are split, they meet at that border.
 
 #include <algorithm>
 #include <cmath>
@@ -48,10 +48,11 @@ class Collector {
   Parts ShareOrAll(int64_t units, int64_t width) const {
     return units % shard_.size == 0 ? Share(units, width) : Parts{};
   }
-  // Of rows that need not be a multiple of the ranks: the last has fewer.
+  // Of rows that need not be a multiple of the ranks: the first have one more.
   Parts ShareRows(int64_t rows) const {
-    const int64_t each = (rows + shard_.size - 1) / shard_.size;
-    return {{std::min(shard_.rank * each, rows), std::min((shard_.rank + 1) * each, rows)}};
+    const int64_t each = rows / shard_.size, more = rows % shard_.size;
+    const auto begin = [&](int64_t rank) { return rank * each + std::min(rank, more); };
+    return {{begin(shard_.rank), begin(shard_.rank + 1)}};
   }
 
   Draft& Matrix(absl::string_view name, int64_t out, int64_t in, Parts rows) {
@@ -137,7 +138,8 @@ void AddMamba(Collector& to) {
   const MambaSpec& mamba = to.spec().mamba;
   const int64_t d = to.spec().d_model, k = mamba.conv;
   const int64_t inner = mamba.heads * mamba.head_dim, bc = mamba.groups * mamba.state;
-  const Parts heads = to.Share(mamba.heads, mamba.head_dim), groups = to.ShareOrAll(mamba.groups, mamba.state);
+  const Parts heads = to.Share(mamba.heads, mamba.head_dim),
+              groups = to.ShareOrAll(mamba.groups, mamba.state);
   for (const char* name : {"b.weight", "c.weight"}) to.Matrix(name, bc, d, groups).border = true;
   for (const char* name : {"x.weight", "z.weight"}) to.Matrix(name, inner, d, heads).border = true;
   to.Matrix("dt.weight", mamba.heads, d, to.Share(mamba.heads)).border = true;
@@ -246,9 +248,8 @@ class TableBuilder {
 
  private:
   void Append(Drafts drafts, Bucket bucket) {
-    std::stable_sort(drafts.begin(), drafts.end(), [](const Draft& a, const Draft& b) {
-      return OrderInBucket(a) < OrderInBucket(b);
-    });
+    std::stable_sort(drafts.begin(), drafts.end(),
+                     [](const Draft& a, const Draft& b) { return OrderInBucket(a) < OrderInBucket(b); });
     for (Draft& draft : drafts) {
       draft.info.bucket = static_cast<int>(table_.buckets.size());
       draft.info.offset = bucket.elements;

@@ -152,7 +152,8 @@ std::vector<int64_t> ElementsOf(const std::vector<Bucket>& buckets) {
 
 int64_t GradientElements(const ParamTable& table, GradientMemory memory) {
   int64_t elements = 0;
-  for (const int64_t size : SizesOf(GradientBuffers(table, memory), ElementsOf(table.buckets))) elements += size;
+  for (const int64_t size : SizesOf(GradientBuffers(table, memory), ElementsOf(table.buckets)))
+    elements += size;
   return elements;
 }
 

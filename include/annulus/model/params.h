@@ -17,9 +17,9 @@ enum class Init {
   kNormal,
   kOnes,
   kZeros,
-  kUniform,         // in [-stddev, stddev)
-  kMambaDecay,      // log of uniform [1, 16): A_log
-  kMambaTimeStep,   // softplus^-1 of log-uniform [1e-3, 0.1): dt_bias
+  kUniform,        // in [-stddev, stddev)
+  kMambaDecay,     // log of uniform [1, 16): A_log
+  kMambaTimeStep,  // softplus^-1 of log-uniform [1e-3, 0.1): dt_bias
 };
 enum class Decay { kNone, kWeightDecay };  // matrices decay; norm weights, A_log, D, biases do not
 
@@ -30,8 +30,8 @@ struct TensorShard {
 
 // Tensor-parallel latent attention: ranks as head groups x latent groups,
 //   rank = head_group * latent_groups + latent_group.
-// Branch b of the latent is computed by the ranks of latent group b % latent_groups, for the heads of their head
-// group. One branch, or fewer than ranks: the other ranks split heads.
+// Branch b of the latent is computed by the ranks of latent group b % latent_groups, for the heads of their
+// head group. One branch, or fewer than ranks: the other ranks split heads.
 struct LatentShard {
   int head_groups = 1, head_group = 0;
   int latent_groups = 1, latent_group = 0;
@@ -44,9 +44,9 @@ struct ParamInfo {
   std::string name;  // "layers.3.attention.q.weight"
   Shape shape;       // [out, in] for matrices; of what this rank holds
   Shape logical;     // of the whole parameter, as in a checkpoint
-  // Rows (axis 0) or columns (axis 1) [begin, end) of the whole that are here, in their order; none: all of it
-  // is on every rank of the tensor-parallel group, and gradients are summed over that group. A rank that holds
-  // nothing has one part that is empty.
+  // Rows (axis 0) or columns (axis 1) [begin, end) of the whole that are here, in their order; none: all of
+  // it is on every rank of the tensor-parallel group, and gradients are summed over that group. A rank that
+  // holds nothing has one part that is empty.
   int axis = 0;
   std::vector<std::pair<int64_t, int64_t>> parts;
   Init init = Init::kNormal;
@@ -81,8 +81,8 @@ struct ParamTable {
   // there are such.
   std::vector<Bucket> buckets;
 
-  int64_t elements() const;          // here
-  int64_t logical_elements() const;  // of the whole model
+  int64_t elements() const;                   // here
+  int64_t logical_elements() const;           // of the whole model
   int IndexOf(absl::string_view name) const;  // the parameter must exist
 };
 

@@ -21,13 +21,13 @@ enum class BranchKind : char {
   kDeltaNet = 'G',         // gated DeltaNet
   kMlp = '-',
 };
-const char* Name(BranchKind kind);    // "attention": of parameters, profiles and messages
-bool MixesTokens(BranchKind kind);    // all but the MLP
-bool PassesStates(BranchKind kind);   // M, L, B, G: along the sequence; others attend or do not mix
+const char* Name(BranchKind kind);   // "attention": of parameters, profiles and messages
+bool MixesTokens(BranchKind kind);   // all but the MLP
+bool PassesStates(BranchKind kind);  // M, L, B, G: along the sequence; others attend or do not mix
 
 struct BranchSpec {
   BranchKind kind = BranchKind::kAttention;
-  int64_t window = 0;                // A, T: keys visible to a query, itself included; 0 = all
+  int64_t window = 0;                     // A, T: keys visible to a query, itself included; 0 = all
   std::optional<double> rope_theta = {};  // A, T: rotary base; nullopt = no position encoding
   int64_t kv_layers_back = 0;  // A: keys and values of the layer so many layers before; 0 = its own
   int64_t latent_groups = 1;   // T: branches of the latent (g)
@@ -52,10 +52,10 @@ enum class RopeScalingKind { kNone, kLlama3, kYarn };
 struct RopeScaling {
   RopeScalingKind kind = RopeScalingKind::kNone;
   double factor = 1;
-  double original_length = 0;                            // tokens
-  double low_freq_factor = 1, high_freq_factor = 4;      // Llama 3
-  double beta_fast = 32, beta_slow = 1;                  // YaRN
-  double mscale = 1, mscale_all_dim = 0;                 // YaRN, as DeepSeek uses them
+  double original_length = 0;                        // tokens
+  double low_freq_factor = 1, high_freq_factor = 4;  // Llama 3
+  double beta_fast = 32, beta_slow = 1;              // YaRN
+  double mscale = 1, mscale_all_dim = 0;             // YaRN, as DeepSeek uses them
   friend bool operator==(const RopeScaling&, const RopeScaling&) = default;
 };
 
@@ -67,8 +67,8 @@ enum class Activation {
 // Multi-head latent attention (DeepSeek-V2) and its tensor-parallel form.
 struct LatentSpec {
   int64_t heads = 0;
-  int64_t q_rank = 0;   // of the compressed query; 0 = not compressed
-  int64_t kv_rank = 0;  // of the latent; a multiple of every branch's latent_groups
+  int64_t q_rank = 0;                             // of the compressed query; 0 = not compressed
+  int64_t kv_rank = 0;                            // of the latent; a multiple of every branch's latent_groups
   int64_t nope_dim = 0, rope_dim = 0, v_dim = 0;  // of a head
   friend bool operator==(const LatentSpec&, const LatentSpec&) = default;
 };
@@ -113,6 +113,8 @@ struct ModelSpec {
   friend bool operator==(const ModelSpec&, const ModelSpec&) = default;
 };
 
+bool Uses(const ModelSpec& spec, BranchKind kind);  // in any layer
+
 // What is kept from forward for backward; the rest is recomputed.
 enum class Recompute {
   kNone,             // keep every activation
@@ -123,8 +125,9 @@ enum class Recompute {
 
 // Defaults that a layer takes where its pattern gives no attribute.
 struct PatternDefaults {
-  int64_t window = 0;
-  std::optional<double> rope_theta = 10000.0;
+  int64_t window = 0;                                 // A
+  std::optional<double> rope_theta = 10000.0;         // A
+  std::optional<double> latent_rope_theta = 10000.0;  // T
 };
 
 // What a pattern says: "[meta=n] layers".
@@ -140,5 +143,9 @@ absl::StatusOr<Pattern> ParsePattern(absl::string_view pattern, const PatternDef
 // Checks every field, one line a finding, with the names of the configuration:
 // "model.attention.heads=6: expected a multiple of model.attention.kv_heads=4 (nearest valid value 4 or 8)".
 absl::Status Validate(const ModelSpec& spec);
+
+// Whether a valid model can be split over so many tensor-parallel ranks, one line a finding:
+// "parallel.tp=3: expected a divisor of model.attention.heads=4 (nearest valid value 2 or 4)".
+absl::Status ValidateShards(const ModelSpec& spec, int64_t tp);
 
 }  // namespace annulus
