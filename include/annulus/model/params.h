@@ -48,7 +48,7 @@ struct ParamInfo {
   // it is on every rank of the tensor-parallel group, and gradients are summed over that group. A rank that
   // holds nothing has one part that is empty.
   int axis = 0;
-  std::vector<std::pair<int64_t, int64_t>> parts;
+  std::vector<std::pair<int64_t, int64_t>> parts = {};
   Init init = Init::kNormal;
   double stddev = 0;
   Decay decay = Decay::kWeightDecay;
