@@ -31,6 +31,7 @@ absl::Status CheckArguments(const Context& ctx, const LinearCrossEntropy& args, 
   if (args.chunk_tokens < 1) {
     return Invalid("cross_entropy.chunk_tokens=", args.chunk_tokens, ": expected at least 1");
   }
+  if (args.part.combine) return absl::OkStatus();  // targets may lie in any part
   return kernels::CheckTokens("cross_entropy.targets", args.targets, kLowestTarget, vocab);
 }
 
@@ -56,6 +57,22 @@ absl::Status LinearCrossEntropyForwardBackward(Context& ctx, const LinearCrossEn
   ANNULUS_RETURN_IF_ERROR(
       kernels::CheckTensor(ctx, "cross_entropy.dw", gradients.dw, AccumOf(dtype), args.w.shape()));
   return Dispatch(ctx, args, &gradients, loss);
+}
+
+absl::Status MergeVocabularyStats(Context& ctx, ConstTensorRef parts, TensorRef stats) {
+  ANNULUS_RETURN_IF_ERROR(kernels::CheckCompute(ctx, "cross_entropy.stats", stats));
+  const DType dtype = stats.dtype();
+  if (dtype != AccumOf(dtype) || stats.rank() != 2 || stats.dim(1) != 2) {
+    return Invalid("cross_entropy.stats=", Name(dtype), ToString(stats.shape()),
+                   ": expected [tokens, 2] in an accumulator dtype");
+  }
+  if (parts.rank() != 3 || parts.dim(0) < 1) {
+    return Invalid("cross_entropy.parts=", ToString(parts.shape()), ": expected [parts, tokens, 2]");
+  }
+  ANNULUS_RETURN_IF_ERROR(kernels::CheckTensor(ctx, "cross_entropy.parts", parts, dtype,
+                                               {parts.dim(0), stats.dim(0), 2}));
+  return VisitDevice(ctx,
+                     [&](auto device) { return kernels::MergeVocabularyStats(device, ctx, parts, stats); });
 }
 
 }  // namespace annulus

@@ -14,4 +14,8 @@ template <typename T>
 absl::Status LinearCrossEntropy(CudaTag, Context& ctx, const annulus::LinearCrossEntropy& args,
                                 const LinearCrossEntropyGradients* gradients, TensorRef loss);
 
+// Stats are f32 or f64 on CPUs and f32 on GPUs.
+absl::Status MergeVocabularyStats(CpuTag, Context& ctx, ConstTensorRef parts, TensorRef stats);
+absl::Status MergeVocabularyStats(CudaTag, Context& ctx, ConstTensorRef parts, TensorRef stats);
+
 }  // namespace annulus::kernels

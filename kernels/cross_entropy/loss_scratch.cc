@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "annulus/device/buffer.h"
-#include "annulus/ops/cross_entropy.h"
 
 namespace annulus {
 namespace kernels {
@@ -25,7 +24,10 @@ CudaLossScratch LayOutCudaLoss(const CudaLossShape& shape) {
   s.chunk_rows = std::max<int64_t>(1, std::min(shape.chunk_tokens, shape.tokens));
   s.stride = RoundUp(shape.vocab, kRowElements);
   s.losses_bytes = RoundUp(s.chunk_rows * static_cast<int64_t>(sizeof(float)), kAlignmentBytes);
-  s.bytes = s.losses_bytes + s.chunk_rows * s.stride * static_cast<int64_t>(sizeof(float));
+  if (shape.held == VocabularyHeld::kPart) {
+    s.stats_bytes = RoundUp(s.chunk_rows * 2 * static_cast<int64_t>(sizeof(float)), kAlignmentBytes);
+  }
+  s.bytes = s.losses_bytes + s.stats_bytes + s.chunk_rows * s.stride * static_cast<int64_t>(sizeof(float));
   return s;
 }
 
@@ -36,15 +38,18 @@ int64_t CpuLossChunkTokens(int64_t chunk_tokens, int64_t vocab) {
   return std::max<int64_t>(1, std::min({chunk_tokens, bounded, kernels::kMaxCpuChunkRows}));
 }
 
-int64_t LinearCrossEntropyScratchBytes(DeviceKind device, DType dtype, int64_t tokens, int64_t vocab) {
-  int64_t bytes = 0;
+int64_t LinearCrossEntropyScratchBytes(DeviceKind device, DType dtype, int64_t tokens, int64_t vocab,
+                                       VocabularyHeld held) {
   if (device == DeviceKind::kCuda) {
-    bytes =
-        kernels::LayOutCudaLoss({.tokens = tokens, .vocab = vocab, .chunk_tokens = kLossChunkTokens}).bytes;
-  } else {
-    bytes = std::min(CpuLossChunkTokens(kLossChunkTokens, vocab), tokens) * vocab * SizeOf(dtype);
+    const kernels::CudaLossScratch scratch = kernels::LayOutCudaLoss(
+        {.tokens = tokens, .vocab = vocab, .chunk_tokens = kLossChunkTokens, .held = held});
+    return kernels::RoundUp(scratch.bytes, kAlignmentBytes);
   }
-  return kernels::RoundUp(bytes, kAlignmentBytes);
+  const int64_t rows = std::min(CpuLossChunkTokens(kLossChunkTokens, vocab), tokens);
+  const auto bytes_of = [&](int64_t columns) {
+    return kernels::RoundUp(rows * columns * SizeOf(dtype), kAlignmentBytes);
+  };
+  return bytes_of(vocab) + (held == VocabularyHeld::kPart ? bytes_of(2) + bytes_of(1) : 0);
 }
 
 }  // namespace annulus

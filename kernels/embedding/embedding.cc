@@ -1,10 +1,15 @@
 #include "annulus/ops/embedding.h"
 
+#include <limits>
+
 #include "kernels/common/arguments.h"
 #include "kernels/embedding/embedding_kernels.h"
 
 namespace annulus {
 namespace {
+
+// Tokens whose rows another rank holds are negative.
+constexpr int64_t kLowestToken = std::numeric_limits<int32_t>::min();
 
 struct Expected {
   ConstTensorRef tokens;  // [tokens]
@@ -27,7 +32,7 @@ absl::Status CheckEmbedding(const Context& ctx, absl::string_view table_name, co
       kernels::CheckTensor(ctx, "embedding.tokens", e.tokens, DType::kI32, e.tokens.shape()));
   ANNULUS_RETURN_IF_ERROR(
       kernels::CheckTensor(ctx, e.rows_name, e.rows, e.rows.dtype(), {e.tokens.dim(0), d}));
-  return kernels::CheckTokens("embedding.tokens", e.tokens, 0, vocab);
+  return kernels::CheckTokens("embedding.tokens", e.tokens, kLowestToken, vocab);
 }
 
 }  // namespace

@@ -9,7 +9,13 @@ absl::Status EmbeddingForward(CpuTag, Context&, ConstTensorRef tokens, ConstTens
   const int64_t count = tokens.dim(0), d = table.dim(1);
   const auto* token = tokens.data<int32_t>();
   T* out = y.data<T>();
-  for (int64_t t = 0; t < count; ++t) out = std::copy_n(table.data<T>() + token[t] * d, d, out);
+  for (int64_t t = 0; t < count; ++t, out += d) {
+    if (token[t] < 0) {
+      std::fill_n(out, d, T{0});
+    } else {
+      std::copy_n(table.data<T>() + token[t] * d, d, out);
+    }
+  }
   return absl::OkStatus();
 }
 
@@ -19,6 +25,7 @@ absl::Status EmbeddingBackward(CpuTag, Context&, ConstTensorRef tokens, ConstTen
   const auto* token = tokens.data<int32_t>();
   const T* from = dy.data<T>();
   for (int64_t t = 0; t < count; ++t, from += d) {
+    if (token[t] < 0) continue;
     T* to = dtable.data<T>() + token[t] * d;
 #pragma omp simd
     for (int64_t i = 0; i < d; ++i) to[i] += from[i];

@@ -31,13 +31,16 @@ __global__ void __launch_bounds__(kGatherThreads)
     GatherKernel(int64_t row_vectors, const int32_t* __restrict__ tokens, const T* __restrict__ table,
                  T* __restrict__ y) {
   const int64_t first = int64_t{blockIdx.y} * (kGatherThreads * kGatherUnroll) + threadIdx.x;
-  const T* from = table + tokens[blockIdx.x] * row_vectors * N;
+  const int32_t token = tokens[blockIdx.x];
+  const T* from = table + token * row_vectors * N;
   T* to = y + blockIdx.x * row_vectors * N;
+  constexpr float kZeros[N] = {};
   Pack<T, N> pack[kGatherUnroll];
 #pragma unroll
   for (int u = 0; u < kGatherUnroll; ++u) {
     const int64_t vector = first + u * kGatherThreads;
-    if (vector < row_vectors) pack[u] = LoadPack<N>(from + vector * N);
+    pack[u] = PackOf<T>(kZeros);
+    if (token >= 0 && vector < row_vectors) pack[u] = LoadPack<N>(from + vector * N);
   }
 #pragma unroll
   for (int u = 0; u < kGatherUnroll; ++u) {
@@ -91,11 +94,12 @@ Buckets BucketsOf(int64_t vocab) {
   return {bits, static_cast<int>(CeilDiv(vocab, int64_t{1} << bits))};
 }
 
-// A warp takes a share of the tokens and counts for itself, so that warps in order are tokens in order. Also
-// clears `arrivals`.
+// A warp takes a share of the tokens and counts for itself, so that warps in order are tokens in order. *held
+// is how many tokens are not negative. Also clears `arrivals`.
 __global__ void __launch_bounds__(kGroupThreads)
     GroupKernel(int count, const int32_t* __restrict__ tokens, Buckets buckets,
-                Occurrence* __restrict__ grouped, int32_t* __restrict__ arrivals, int arrival_count) {
+                Occurrence* __restrict__ grouped, int32_t* __restrict__ held,
+                int32_t* __restrict__ arrivals, int arrival_count) {
   extern __shared__ int32_t counts[];  // [warps, tokens of the CTA], then run[tokens + 1]
   __shared__ int32_t before;           // occurrences of tokens of the CTAs before
   using Scan = cub::BlockScan<int32_t, kGroupThreads>;
@@ -136,7 +140,10 @@ __global__ void __launch_bounds__(kGroupThreads)
   }
   Scan(scan).ExclusiveSum(total, first);
   if (thread < buckets.tokens) run[thread] = before + first;
-  if (thread == kGroupThreads - 1) run[buckets.tokens] = before + first + total;
+  if (thread == kGroupThreads - 1) {
+    run[buckets.tokens] = before + first + total;
+    if (bucket == mask) *held = before + first + total;
+  }
   __syncthreads();
 
   ForEachToken(tokens, begin, end, [&](int t, int32_t token) {
@@ -179,7 +186,8 @@ constexpr int kSlabThreads = 64;  // columns of one CTA, in vectors
 constexpr int kAhead = 8;         // rows in flight
 
 struct Grouped {
-  int count, slabs;
+  int slabs;
+  const int32_t* held;  // how many
   const Occurrence* at;
   // [pieces, 2, d]: 0 of the cut run that came in from the piece before, 1 of the one that begins here
   float* partial;
@@ -196,7 +204,12 @@ struct Piece {
 
   // Whole runs belong to the piece where they begin. All threads call it; it ends with a barrier.
   __device__ void Load(const Grouped& grouped, int piece) {
-    const int first = piece * kPieceTokens, last = min(first + kPieceTokens, grouped.count);
+    const int held = *grouped.held, first = piece * kPieceTokens, last = min(first + kPieceTokens, held);
+    if (first >= held) {  // all of its tokens are negative
+      if (threadIdx.x == 0) begin = end = first;
+      __syncthreads();
+      return;
+    }
     const Occurrence front = grouped.at[first], back = grouped.at[last - 1];
     const int from = front.begin < first && !IsCut(front) ? front.end : first;
     const int to = IsCut(back) ? last : back.end;
@@ -283,7 +296,7 @@ __global__ void __launch_bounds__(kSlabThreads, 16)
   __shared__ Piece piece;
   __shared__ RowsAhead<T, N> ahead;
   piece.Load(grouped, static_cast<int>(blockIdx.x) / grouped.slabs);
-  if (piece.begin >= piece.end) return;  // in the middle of a whole run
+  if (piece.begin >= piece.end) return;  // in the middle of a whole run, or behind all
   const int64_t column = (int64_t{blockIdx.x} % grouped.slabs * kSlabThreads + threadIdx.x) * N;
   if (column < d) AddRuns<T, N>(piece, grouped, d, column, dy, dtable, ahead);
   const Occurrence& front = piece.of[0];
@@ -294,7 +307,7 @@ __global__ void __launch_bounds__(kSlabThreads, 16)
 
 // Offsets of the parts of the scratch.
 struct Scratch {
-  int64_t grouped, partial, arrivals, bytes, arrival_count;
+  int64_t grouped, partial, held, arrivals, bytes, arrival_count;
 };
 Scratch LayOut(int64_t count, int64_t d) {
   constexpr int64_t kAlignment = 256;
@@ -302,21 +315,28 @@ Scratch LayOut(int64_t count, int64_t d) {
   const int64_t pieces = CeilDiv(count, kPieceTokens);
   Scratch s{};
   s.partial = round_up(count * static_cast<int64_t>(sizeof(Occurrence)));
-  s.arrivals = s.partial + round_up(2 * pieces * d * static_cast<int64_t>(sizeof(float)));
+  s.held = s.partial + round_up(2 * pieces * d * static_cast<int64_t>(sizeof(float)));
+  s.arrivals = s.held + kAlignment;
   s.arrival_count = pieces * CeilDiv(d, kSlabThreads);  // slabs of the narrowest vectors
   s.bytes = s.arrivals + round_up(s.arrival_count * static_cast<int64_t>(sizeof(int32_t)));
   return s;
 }
 
-cudaError_t Group(int64_t count, int64_t vocab, const int32_t* tokens, Occurrence* grouped, int32_t* arrivals,
-                  int64_t arrival_count, cudaStream_t stream) {
+struct GroupResults {
+  Occurrence* grouped;
+  int32_t *held, *arrivals;
+  int64_t arrival_count;
+};
+cudaError_t Group(int64_t count, int64_t vocab, const int32_t* tokens, const GroupResults& to,
+                  cudaStream_t stream) {
   const Buckets buckets = BucketsOf(vocab);
   const int bytes = ((kGroupWarps + 1) * buckets.tokens + 1) * static_cast<int>(sizeof(int32_t));
   const cudaError_t error =
       cudaFuncSetAttribute(GroupKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   GroupKernel<<<1u << buckets.bits, kGroupThreads, bytes, stream>>>(
-      static_cast<int>(count), tokens, buckets, grouped, arrivals, static_cast<int>(arrival_count));
+      static_cast<int>(count), tokens, buckets, to.grouped, to.held, to.arrivals,
+      static_cast<int>(to.arrival_count));
   return cudaGetLastError();
 }
 
@@ -355,11 +375,12 @@ cudaError_t CudaEmbeddingBackward(const CudaEmbeddingBackwardArgs<T>& args, cuda
   char* base = static_cast<char*>(args.scratch);
   auto* at = reinterpret_cast<Occurrence*>(base + layout.grouped);
   auto* partial = reinterpret_cast<float*>(base + layout.partial);
+  auto* held = reinterpret_cast<int32_t*>(base + layout.held);
   auto* arrivals = reinterpret_cast<int32_t*>(base + layout.arrivals);
-  const cudaError_t error =
-      Group(args.token_count, args.vocab, args.tokens, at, arrivals, layout.arrival_count, stream);
+  const cudaError_t error = Group(args.token_count, args.vocab, args.tokens,
+                                  {at, held, arrivals, layout.arrival_count}, stream);
   if (error != cudaSuccess) return error;
-  const Grouped grouped{static_cast<int>(args.token_count), 0, at, partial, arrivals};
+  const Grouped grouped{0, held, at, partial, arrivals};
   constexpr int kN = kVectorElements<T>;
   const bool fit = args.d % kN == 0 && Aligned(args.dy) && Aligned(args.dtable);
   return fit ? AddPieces<T, kN>(args, grouped, stream) : AddPieces<T, 1>(args, grouped, stream);

@@ -1,6 +1,7 @@
 #pragma once
 
-// CUDA kernels of annulus/ops/embedding.h. Tokens lie in [0, vocab): the caller has checked them.
+// CUDA kernels of annulus/ops/embedding.h. Tokens lie below vocab: the caller has checked them. Negative ones
+// are of another rank.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -9,13 +10,13 @@
 
 namespace annulus::kernels {
 
-// y[t] = table[tokens[t]]   table: [vocab, d]   y: [tokens, d]
+// y[t] = table[tokens[t]], zeros for negative tokens   table: [vocab, d]   y: [tokens, d]
 template <typename T>
 cudaError_t CudaEmbeddingForward(int64_t token_count, int64_t d, const int32_t* tokens, const T* table, T* y,
                                  cudaStream_t stream);
 
-// dtable[tokens[t]] += dy[t] in f32, the same bits on every run: occurrences of a token are summed in order
-// of t within fixed pieces.
+// dtable[tokens[t]] += dy[t] in f32 where the token is not negative, the same bits on every run: occurrences of
+// a token are summed in order of t within fixed pieces.
 //   dy: [tokens, d]   dtable: [vocab, d] f32   scratch: on 256 bytes, of the size asked for below
 template <typename T>
 struct CudaEmbeddingBackwardArgs {

@@ -27,6 +27,27 @@ TYPED_TEST(EmbeddingTest, GathersRows) {
   }
 }
 
+// Rows of a table that another rank holds: zeros, and no gradient.
+TYPED_TEST(EmbeddingTest, NegativeTokensAreOfAnotherRank) {
+  using T = TypeParam;
+  Context ctx{Device{}};
+  constexpr int64_t kD = 3;
+  Guarded<int32_t> ids({4}, {-1, 1, std::numeric_limits<int32_t>::min(), 0});
+  Guarded<T> table({2, kD}, NormalValues<T>(2 * kD, "table")), y({4, kD});
+  ANNULUS_CHECK_OK(EmbeddingForward(ctx, ids.ref(), table.ref(), y.ref()));
+  std::vector<T> expected(4 * kD);
+  std::copy_n(table.values().begin() + kD, kD, expected.begin() + kD);
+  std::copy_n(table.values().begin(), kD, expected.begin() + 3 * kD);
+  EXPECT_EQ(y.values(), expected);
+
+  const auto dy_values = NormalValues<T>(4 * kD, "dy");
+  Guarded<T> dy({4, kD}, dy_values), dtable({2, kD}, T{0});
+  ANNULUS_CHECK_OK(EmbeddingBackward(ctx, ids.ref(), dy.ref(), dtable.ref()));
+  std::vector<T> gradient(dy_values.begin() + 3 * kD, dy_values.end());
+  gradient.insert(gradient.end(), dy_values.begin() + kD, dy_values.begin() + 2 * kD);
+  EXPECT_EQ(dtable.values(), gradient);
+}
+
 TYPED_TEST(EmbeddingTest, BackwardAddsInTheOrderOfTokens) {
   using T = TypeParam;
   Context ctx{Device{}};
@@ -64,11 +85,11 @@ TEST(EmbeddingArguments, AreRefusedByName) {
   Guarded<float> table({5, 2}, 0.0f), y({2, 2}, 0.0f);
   constexpr auto kRange = absl::StatusCode::kOutOfRange;
   constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
-  Guarded<int32_t> high({2}, {4, 5}), low({2}, {-1, 7}), none({0}, std::vector<int32_t>{});
+  Guarded<int32_t> high({2}, {4, 5}), behind({2}, {-1, 7}), none({0}, std::vector<int32_t>{});
   Guarded<int64_t> wide({2}, {4, 4});
   Guarded<double> doubles({5, 2}, 0.0);
   ExpectRefused(EmbeddingForward(ctx, high.ref(), table.ref(), y.ref()), kRange, "embedding.tokens[1]=5");
-  ExpectRefused(EmbeddingForward(ctx, low.ref(), table.ref(), y.ref()), kRange, "embedding.tokens[0]=-1");
+  ExpectRefused(EmbeddingForward(ctx, behind.ref(), table.ref(), y.ref()), kRange, "embedding.tokens[1]=7");
   ExpectRefused(EmbeddingBackward(ctx, high.ref(), y.ref(), table.ref()), kRange, "embedding.tokens[1]=5");
   EXPECT_TRUE(EmbeddingForward(ctx, none.ref(), table.ref(), y.ref().Rows(0, 0)).ok());
   ExpectRefused(EmbeddingForward(ctx, none.ref(), table.ref(), y.ref()), kInvalid, "embedding.y=f32[2, 2]");

@@ -10,8 +10,8 @@
 
 namespace annulus {
 
-// Logits of one chunk at a 128K vocabulary: 2 GiB in f32, about what a layer takes. Each chunk reads and writes
-// the gradient of w once, which larger chunks would do less often.
+// Logits of one chunk at a 128K vocabulary: 2 GiB in f32, about what a layer takes. Each chunk reads and
+// writes the gradient of w once, which larger chunks would do less often.
 inline constexpr int64_t kLossChunkTokens = 4096;
 
 // Tokens whose logits exist at once on CPUs, out of a chunk.
@@ -20,10 +20,17 @@ int64_t CpuLossChunkTokens(int64_t chunk_tokens, int64_t vocab);
 // Where w holds a part of the vocabulary: which, and a call that makes sums over all parts. It gets for each
 // token of a chunk the logarithm of the sum of exponentials and the target's logit (0 where the target is in
 // another part) and replaces them by those of the whole vocabulary.   stats: accumulator dtype, [tokens, 2]
+//
+// Holders of parts take the same chunks if they ask for chunks of the same size, on CPUs of at most
+// CpuLossChunkTokens of the largest part.
 struct VocabularyPart {
-  int64_t begin = 0;  // the target that is row 0 of w
+  int64_t begin = 0;                                     // the target that is row 0 of w
   std::function<absl::Status(TensorRef stats)> combine;  // empty: w is the whole vocabulary
 };
+
+// What `combine` is to make of the stats of all parts, in their order.
+//   parts: [parts, tokens, 2]   stats: [tokens, 2], overwritten
+absl::Status MergeVocabularyStats(Context& ctx, ConstTensorRef parts, TensorRef stats);
 
 struct LinearCrossEntropy {
   ConstTensorRef x;        // [tokens, d]
@@ -45,7 +52,9 @@ struct LinearCrossEntropyGradients {
 absl::Status LinearCrossEntropyForwardBackward(Context& ctx, const LinearCrossEntropy& args,
                                                const LinearCrossEntropyGradients& gradients, TensorRef loss);
 
-// Bytes of ctx.scratch that either takes at most.
-int64_t LinearCrossEntropyScratchBytes(DeviceKind device, DType dtype, int64_t tokens, int64_t vocab);
+// Bytes of ctx.scratch that either takes at most, with the whole vocabulary or with that many rows of it.
+enum class VocabularyHeld { kWhole, kPart };
+int64_t LinearCrossEntropyScratchBytes(DeviceKind device, DType dtype, int64_t tokens, int64_t vocab,
+                                       VocabularyHeld held = VocabularyHeld::kWhole);
 
 }  // namespace annulus

@@ -11,7 +11,8 @@ namespace annulus {
 //   tokens: i32 [tokens]   table: [vocab, d]   y: [tokens, d]
 // OutOfRange names the first token of at least vocab; on GPUs the caller has checked them.
 absl::Status EmbeddingForward(Context& ctx, ConstTensorRef tokens, ConstTensorRef table, TensorRef y);
-// dtable[tokens[t]] += dy[t] where the token is not negative, the same bits on every run.   dtable: accumulator dtype
+// dtable[tokens[t]] += dy[t] where the token is not negative, the same bits on every run.   dtable:
+// accumulator dtype
 absl::Status EmbeddingBackward(Context& ctx, ConstTensorRef tokens, ConstTensorRef dy, TensorRef dtable);
 
 }  // namespace annulus
