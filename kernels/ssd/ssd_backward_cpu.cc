@@ -33,6 +33,8 @@ class Gradients {
     weights_ = SsdScratch<T>(ctx, stride_ * stride_);
     scaled_ = SsdScratch<T>(ctx, stride_ * ssd.x.dim);
     through_state_ = SsdScratch<T>(ctx, stride_ * width);
+    decays_ = SsdScratch<T>(ctx, stride_);
+    dt_ = SsdScratch<T>(ctx, stride_);
     dsum_ = SsdScratch<double>(ctx, stride_);
     ddt_ = SsdScratch<double>(ctx, stride_);
     dskip_ = SsdScratch<double>(ctx, ssd.x.heads);
@@ -56,6 +58,7 @@ class Gradients {
   void Run(int64_t chunk, int64_t head) {
     decay_.SetHead(head);
     head_ = head;
+    for (int64_t r = 0; r < n_; ++r) dt_[r] = decay_.Dt(r);
     std::fill_n(dsum_, n_, 0.0);
     std::fill_n(ddt_, n_, 0.0);
     const int64_t index = item_ * ssd_.x.heads + head, heads = ssd_.x.batch * ssd_.x.heads;
@@ -103,10 +106,11 @@ class Gradients {
     const T* products = products_ + t * stride_;
     T* dproducts = dproducts_ + t * stride_;
     T* weights = weights_ + t * stride_;
-    const double* sums = decay_.sums();
+    decay_.To(t, decays_);
     double dsum = 0;
+#pragma omp simd reduction(+ : dsum)
     for (int64_t s = start; s <= t; ++s) {
-      const T decay = Exp(static_cast<T>(sums[t] - sums[s])), dt = decay_.Dt(s);
+      const T decay = decays_[s], dt = dt_[s];
       const double without_dt = static_cast<double>(weights[s] * decay * products[s]);
       dproducts[s] += weights[s] * decay * dt;
       weights[s] = products[s] * decay * dt;
@@ -224,6 +228,8 @@ class Gradients {
   T* weights_;        // [rows, rows] products of dy and x, then M
   T* scaled_;         // [rows, head_dim]
   T* through_state_;  // [rows, head_dim or state]
+  T* decays_;         // [rows]: to one row
+  T* dt_;             // [rows]
   double* dsum_;      // [rows]
   double* ddt_;       // [rows]
   double* dskip_;     // [heads]

@@ -4,9 +4,9 @@
 // matrices [rows, rows], computed in panels of rows so that most of the upper half is left out.
 //
 // The decay from row s to row t is e^(sum of a over (s, t]), 0 where a document starts in between. Sums are
-// kept from the start of a row's document in the chunk, in double: what is summed may be hundreds while the
-// difference of two neighbours is small. The exponential is taken of differences s <= t of one document only,
-// which are never positive.
+// kept from the start of a row's document in the chunk, with what their rounding lost (Knuth's two-sum): they
+// may be hundreds while the difference of two neighbours is small. The exponential is taken of differences
+// s <= t of one document only, which are never positive.
 
 #include <algorithm>
 #include <limits>
@@ -35,7 +35,8 @@ class ChunkDecay {
   ChunkDecay(Context& ctx, const Ssd& ssd)
       : ssd_(ssd),
         start_(SsdScratch<int64_t>(ctx, SsdLongestChunk(ssd))),
-        sum_(SsdScratch<double>(ctx, SsdLongestChunk(ssd))) {}
+        sum_(SsdScratch<T>(ctx, SsdLongestChunk(ssd))),
+        lost_(SsdScratch<T>(ctx, SsdLongestChunk(ssd))) {}
 
   void SetRows(const RowRange& rows, int64_t item) {
     rows_ = rows;
@@ -50,9 +51,14 @@ class ChunkDecay {
   // After SetRows.
   void SetHead(int64_t head) {
     head_ = head;
+    T sum = 0, lost = 0;
     for (int64_t r = 0; r < size(); ++r) {
-      const double before = r == 0 ? 0 : sum_[r - 1];
-      sum_[r] = StartsDocument(r) ? 0 : before + ssd_.a.data<T>()[Gate(r)];
+      const T a = ssd_.a.data<T>()[Gate(r)], next = sum + a, added = next - sum;
+      lost += (sum - (next - added)) + (a - added);
+      sum = next;
+      if (StartsDocument(r)) sum = lost = 0;
+      sum_[r] = sum;
+      lost_[r] = lost;
     }
   }
 
@@ -60,7 +66,13 @@ class ChunkDecay {
   int64_t carried() const { return carried_; }         // rows [0, carried) see the state before the chunk
   int64_t last() const { return start_[size() - 1]; }  // rows [last, size) reach the state after it
   int64_t start(int64_t row) const { return start_[row]; }  // rows [start, row] reach row
-  const double* sums() const { return sum_; }
+
+  // decays[s] = that from row s to `row`, for s in [start(row), row].
+  void To(int64_t row, T* decays) const {
+    const T sum = sum_[row], lost = lost_[row];
+#pragma omp simd
+    for (int64_t s = start_[row]; s <= row; ++s) decays[s] = Exp((sum - sum_[s]) + (lost - lost_[s]));
+  }
   bool StartsDocument(int64_t row) const { return start_[row] == row && row >= carried_; }
 
   // Index in [rows, batch, heads].
@@ -69,11 +81,14 @@ class ChunkDecay {
   }
   T Dt(int64_t row) const { return ssd_.dt.defined() ? ssd_.dt.data<T>()[Gate(row)] : T{1}; }
 
-  T FromBefore(int64_t row) const { return Exp(static_cast<T>(sum_[row])); }                // row < carried
-  T ToEnd(int64_t row) const { return Exp(static_cast<T>(sum_[size() - 1] - sum_[row])); }  // row >= last
+  T FromBefore(int64_t row) const { return Exp(static_cast<T>(sum_[row])); }  // row < carried
+  T ToEnd(int64_t row) const {                                                // row >= last
+    const int64_t end = size() - 1;
+    return Exp((sum_[end] - sum_[row]) + (lost_[end] - lost_[row]));
+  }
   // Of the whole chunk.
   T Log() const {
-    return carried_ < size() ? -std::numeric_limits<T>::infinity() : static_cast<T>(sum_[size() - 1]);
+    return carried_ < size() ? -std::numeric_limits<T>::infinity() : sum_[size() - 1] + lost_[size() - 1];
   }
 
  private:
@@ -81,7 +96,8 @@ class ChunkDecay {
   RowRange rows_;
   int64_t item_ = 0, head_ = 0, carried_ = 0;
   int64_t* start_;  // [rows]
-  double* sum_;     // [rows]
+  T* sum_;          // [rows]
+  T* lost_;         // [rows]: sum_ + lost_ is exact
 };
 
 // Head `head` of the chunk's rows from its row `first` on, as an operand or as what is written.

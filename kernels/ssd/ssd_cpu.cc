@@ -39,6 +39,7 @@ class Outputs {
     products_ = SsdScratch<T>(ctx, stride_ * stride_);
     weights_ = SsdScratch<T>(ctx, stride_ * stride_);
     queries_ = SsdScratch<T>(ctx, stride_ * ssd.c.dim);
+    dt_ = SsdScratch<T>(ctx, stride_);
   }
 
   void SetGroup(const RowRange& rows, int64_t item, int64_t group) {
@@ -52,6 +53,7 @@ class Outputs {
 
   void Run(int64_t chunk, int64_t head) {
     decay_.SetHead(head);
+    for (int64_t r = 0; r < rows_.size(); ++r) dt_[r] = decay_.Dt(r);
     ForEachPanel(rows_.size(), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) Weigh(t, end);
     });
@@ -69,14 +71,10 @@ class Outputs {
   void Weigh(int64_t t, int64_t end) {
     const T* products = products_ + t * stride_;
     T* weights = weights_ + t * stride_;
-    const double* sums = decay_.sums();
-    const double sum = sums[t];
     std::fill_n(weights, decay_.start(t), T{0});
+    decay_.To(t, weights);
 #pragma omp simd
-    for (int64_t s = decay_.start(t); s <= t; ++s) {
-      weights[s] = products[s] * Exp(static_cast<T>(sum - sums[s]));
-    }
-    for (int64_t s = decay_.start(t); ssd_.dt.defined() && s <= t; ++s) weights[s] *= decay_.Dt(s);
+    for (int64_t s = decay_.start(t); s <= t; ++s) weights[s] *= products[s] * dt_[s];
     std::fill(weights + t + 1, weights + end, T{0});
   }
 
@@ -112,6 +110,7 @@ class Outputs {
   T* products_;  // [rows, rows] of c and b, lower half
   T* weights_;   // [rows, rows], of x in y
   T* queries_;   // [rows, state]: decayed c
+  T* dt_;        // [rows]
   RowRange rows_;
   int64_t item_ = 0, group_ = 0;
 };

@@ -27,9 +27,8 @@
 namespace annulus {
 
 struct Ssd {
-  ConstHeadsRef x;  // [rows, batch, heads, head_dim], compute dtype
-  ConstHeadsRef b,
-      c;  // [rows, batch, groups, state]; groups divide heads: head h reads group h groups / heads
+  ConstHeadsRef x;                 // [rows, batch, heads, head_dim], compute dtype
+  ConstHeadsRef b, c;              // [rows, batch, groups, state]: head h reads group h groups / heads
   ConstTensorRef dt;               // [rows, batch, heads], accumulator dtype; undefined: 1
   ConstTensorRef a;                // [rows, batch, heads], accumulator dtype: logarithm of the decay
   ConstTensorRef skip;             // [heads], accumulator dtype; undefined: 0
