@@ -1,7 +1,7 @@
 // RMSNorm, each row in the registers of the threads that share it: one read, one write.
 // Floors, elements moved per element of x: forward 2, with a residual 4, backward 4.
 
-#include "kernels/common/vector.cuh"
+#include "kernels/common/parts.cuh"
 #include "kernels/rms_norm/rms_norm_cuda.h"
 
 namespace annulus::kernels {
@@ -173,29 +173,6 @@ __global__ void __launch_bounds__(kMaxRowThreads, ResidentThreads(V) / kMaxRowTh
   }
 }
 
-// dw[c] += sum over parts of scratch[part, c]: 32 columns a CTA, 32 threads a column.
-__global__ void __launch_bounds__(1024)
-    AddPartsKernel(const float* __restrict__ scratch, int parts, int64_t d, float* __restrict__ dw) {
-  __shared__ float sums[32][33];
-  const int64_t column = int64_t{blockIdx.x} * 32 + threadIdx.x;
-  float sum = 0;
-  if (column < d) {
-    for (int part = threadIdx.y; part < parts; part += 32) sum += scratch[part * d + column];
-  }
-  sums[threadIdx.x][threadIdx.y] = sum;
-  __syncthreads();
-  sum = WarpSum(sums[threadIdx.y][threadIdx.x]);  // warp y holds column y of this CTA
-  const int64_t own = int64_t{blockIdx.x} * 32 + threadIdx.y;
-  if (threadIdx.x == 0 && own < d) dw[own] += sum;
-}
-
-int SmCount() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // Threads of a row that hold V vectors each, whole warps.
 int RowThreads(int64_t vectors, int per_thread) {
   return static_cast<int>(32 * std::max<int64_t>(1, CeilDiv(vectors, 32 * per_thread)));
@@ -225,9 +202,7 @@ cudaError_t LaunchBackward(const CudaRmsNormBackwardArgs<T>& args, cudaStream_t 
   if (args.tokens == 0 || args.d == 0) return cudaSuccess;
   const auto parts = static_cast<int>(BackwardParts(args.tokens, V, threads));
   BackwardKernel<T, N, V><<<parts, threads, 0, stream>>>(args);
-  const auto column_blocks = static_cast<uint32_t>(CeilDiv(args.d, 32));
-  AddPartsKernel<<<column_blocks, dim3(32, 32), 0, stream>>>(args.scratch, parts, args.d, args.dw);
-  return cudaGetLastError();
+  return AddParts(args.scratch, parts, args.d, args.dw, stream);
 }
 
 }  // namespace
