@@ -6,6 +6,7 @@
 #include "absl/strings/match.h"
 #include "annulus/base/nearest.h"
 #include "bind_exchange.h"
+#include "bind_model.h"
 #include "section.h"
 
 namespace annulus::config {
@@ -13,95 +14,20 @@ namespace {
 
 using Bound = RealRange::Bound;
 
-// Bounds on sizes are far above any use; they keep the products that later code forms (parameters, bytes,
-// tokens of a run) inside 64 bits.
+// Bounds on sizes are far above any use; they keep the products that later code forms (bytes, tokens of a
+// run) inside 64 bits.
 constexpr IntRange kCount{0, int64_t{1} << 40};
 constexpr IntRange kSteps{1, int64_t{1} << 32};
 constexpr IntRange kWarmup{0, int64_t{1} << 32};
 constexpr IntRange kSequences{1, int64_t{1} << 24};
 constexpr IntRange kSeqLen{1, kMaxSeqLen};
-constexpr IntRange kWidth{1, int64_t{1} << 20};
-constexpr IntRange kHeads{1, int64_t{1} << 16};
-constexpr IntRange kVocab{1, (int64_t{1} << 31) - 1};  // tokens are int32
 constexpr IntRange kRanks{1, int64_t{1} << 20};
 constexpr RealRange kFraction{0.0, 1.0, Bound::kClosed, Bound::kOpen};
 constexpr RealRange kRatio{0.0, 1.0};
 constexpr RealRange kPositive{0.0, 1e9, Bound::kOpen};
 constexpr RealRange kNotNegative{0.0, 1e9};
-constexpr RealRange kRopeTheta{1.0, 1e15};
-constexpr int64_t kByteVocabulary = 256;
 constexpr size_t kMostSources = 1000;
 constexpr size_t kLongestName = 100;
-
-void BindHeadDim(const Section& attention, ModelSpec* model) {
-  if (attention.Has("head_dim")) {
-    attention.Int("head_dim", Presence::kRequired, kHeads, &model->head_dim);
-  } else if (model->heads == 0 || model->d_model == 0) {
-    attention.provenance()->NoFindingsOn(attention.PathOf("head_dim"));
-  } else if (model->d_model % model->heads != 0) {
-    attention.provenance()->Missing(
-        attention.PathOf("head_dim"),
-        absl::StrCat("it, since model.d_model=", model->d_model, " is no multiple of heads=", model->heads));
-  } else {
-    model->head_dim = model->d_model / model->heads;
-    attention.Derive("head_dim", model->head_dim, "d_model / heads");
-  }
-}
-
-void BindAttention(const Section& attention, ModelSpec* model, PatternDefaults* defaults) {
-  attention.Int("heads", Presence::kRequired, kHeads, &model->heads);
-  if (attention.Has("kv_heads")) {
-    attention.Int("kv_heads", Presence::kRequired, kHeads, &model->kv_heads);
-  } else if (model->heads > 0) {
-    model->kv_heads = model->heads;
-    attention.Derive("kv_heads", model->kv_heads, "heads");
-  } else {
-    attention.provenance()->NoFindingsOn(attention.PathOf("kv_heads"));
-  }
-  BindHeadDim(attention, model);
-  attention.Int("window", Presence::kOptional, kCount, &defaults->window);
-  if (attention.Has("rope")) {
-    bool rope = false;
-    attention.Enum<bool>("rope", {{"NONE", false}}, &rope);
-    defaults->rope_theta.reset();
-  } else {
-    attention.Real("rope_theta", Presence::kOptional, kRopeTheta, &*defaults->rope_theta);
-  }
-}
-
-// Text is bytes, so that a run on text alone needs no vocabulary.
-bool AllText(const RunSpec& spec) {
-  const auto is_text = [](const SourceSpec& source) { return source.format == SourceFormat::kText; };
-  return !spec.data.train.empty() && std::all_of(spec.data.train.begin(), spec.data.train.end(), is_text) &&
-         std::all_of(spec.data.validation.begin(), spec.data.validation.end(), is_text);
-}
-
-void BindModel(const Section& model, RunSpec* spec) {
-  ModelSpec* out = &spec->model;
-  model.Int("d_model", Presence::kRequired, kWidth, &out->d_model);
-  if (model.Has("vocab_size") || !AllText(*spec)) {
-    model.Int("vocab_size", Presence::kRequired, kVocab, &out->vocab_size);
-  } else {
-    out->vocab_size = kByteVocabulary;
-    model.Derive("vocab_size", kByteVocabulary, "text is read as bytes");
-  }
-  PatternDefaults defaults;
-  if (const auto attention = model.RequiredChild("attention")) BindAttention(*attention, out, &defaults);
-  if (const auto mlp = model.RequiredChild("mlp")) mlp->Int("d_ff", Presence::kRequired, kWidth, &out->d_ff);
-  model.Real("norm_eps", Presence::kOptional, {0.0, 1.0, Bound::kOpen, Bound::kOpen}, &out->norm_eps);
-  model.Real("init_stddev", Presence::kOptional, {0.0, 10.0}, &out->init_stddev);
-  model.Bool("tied_head", &out->tied_head);
-  model.String("pattern", Presence::kRequired, &spec->pattern);
-  if (spec->pattern.empty()) return;
-  auto layers = ParsePattern(spec->pattern, defaults);
-  if (layers.ok()) {
-    out->layers = std::move(layers->layers);
-    out->meta_tokens = layers->meta_tokens;
-  } else {
-    model.provenance()->Refuse(model.PathOf("pattern"), absl::StrCat("\"", Printable(spec->pattern), "\""),
-                               layers.status().message());
-  }
-}
 
 SourceSpec BindSource(const Section& source) {
   SourceSpec out;
@@ -119,7 +45,8 @@ SourceSpec BindSource(const Section& source) {
     out.format = SourceFormat::kLlmC;
     const Section llmc = source.Child("llmc");
     llmc.Path("path", Presence::kRequired, &out.path);
-    llmc.Int("document_start_token", Presence::kOptional, {-1, kVocab.high - 1}, &out.document_start_token);
+    llmc.Int("document_start_token", Presence::kOptional, {-1, kVocabulary.high - 1},
+             &out.document_start_token);
   } else {
     source.provenance()->Missing(source.path(), "one of text { path }, megatron { prefix }, llmc { path }");
   }

@@ -57,6 +57,21 @@ void CheckData(const RunSpec& spec, std::vector<std::string>* findings) {
   check_starts(data.validation, "validation");
 }
 
+// States pass along runs of consecutive tokens, which a striped rank has none of.
+void CheckLayout(const RunSpec& spec, std::vector<std::string>* findings) {
+  if (spec.parallel.layout != LayoutKind::kStriped || spec.parallel.cp < 2) return;
+  std::string letters;
+  for (const BranchKind kind :
+       {BranchKind::kMamba, BranchKind::kLightning, BranchKind::kBased, BranchKind::kDeltaNet}) {
+    if (!Uses(spec.model, kind)) continue;
+    absl::StrAppend(&letters, letters.empty() ? "" : ", ", std::string(1, static_cast<char>(kind)));
+  }
+  if (letters.empty()) return;
+  findings->push_back(absl::StrCat(
+      "parallel.layout=STRIPED: expected ZIGZAG or CONTIGUOUS with parallel.cp=", spec.parallel.cp,
+      " and layers ", letters, ", whose states pass along runs of tokens"));
+}
+
 void CheckDevice(const RunSpec& spec, std::vector<std::string>* findings) {
   if (spec.compute == ComputeType::kF64 && spec.device == DeviceChoice::kCuda) {
     findings->push_back("compute=F64: expected F32 or BF16 with device=CUDA (nearest valid value F32)");
@@ -112,9 +127,10 @@ std::optional<int64_t> CheckMesh(const ParallelSpec& parallel, int64_t world,
 
 std::vector<std::string> CheckRun(const RunSpec& spec, std::optional<int64_t> world) {
   std::vector<std::string> findings;
-  if (const absl::Status model = Validate(spec.model); !model.ok()) {
-    findings = absl::StrSplit(model.message(), '\n');
-  }
+  absl::Status model = Validate(spec.model);
+  if (model.ok() && spec.parallel.tp >= 1) model = ValidateShards(spec.model, spec.parallel.tp);
+  if (!model.ok()) findings = absl::StrSplit(model.message(), '\n');
+  CheckLayout(spec, &findings);
   CheckDevice(spec, &findings);
   CheckExchange(spec.parallel, &findings);
   CheckData(spec, &findings);
@@ -123,11 +139,6 @@ std::vector<std::string> CheckRun(const RunSpec& spec, std::optional<int64_t> wo
     findings.push_back(absl::StrCat("sample.tokens=", spec.sample.tokens,
                                     ": expected 0, since a sample is bytes and model.vocab_size=",
                                     spec.model.vocab_size, " is below 256 (nearest valid value 0)"));
-  }
-  if (spec.parallel.tp != 1) {
-    findings.push_back(absl::StrCat("parallel.tp=", spec.parallel.tp,
-                                    ": expected 1; tensor parallelism is planned but not available "
-                                    "(nearest valid value 1)"));
   }
   const double tokens = static_cast<double>(spec.optim.steps) *
                         static_cast<double>(spec.optim.sequences_per_step) *

@@ -60,9 +60,18 @@ TEST(Config, EveryFieldReachesTheSpec) {
   want.nan_policy = NanPolicy::kSkip;
   want.runs_dir = "/tmp/r";
   want.pattern = "A{w=4} - A{rope=none} -";
-  const LayerSpec mlp{LayerKind::kMlp, 0, std::nullopt};
-  want.model = {48, 300, 6, 3, 10, 100, 1e-6, 0.01, false, {}};
-  want.model.layers = {{LayerKind::kAttention, 4, 5e5}, mlp, {LayerKind::kAttention, 7, std::nullopt}, mlp};
+  const LayerSpec mlp{.branches = {{.kind = BranchKind::kMlp}}};
+  want.model = {
+      .d_model = 48,
+      .vocab_size = 300,
+      .heads = 6,
+      .kv_heads = 3,
+      .head_dim = 10,
+      .d_ff = 100,
+      .norm_eps = 1e-6,
+      .init_stddev = 0.01,
+      .tied_head = false,
+      .layers = {{.branches = {{.window = 4, .rope_theta = 5e5}}}, mlp, {.branches = {{.window = 7}}}, mlp}};
   want.data.train = {{SourceFormat::kText, "a\"\\ .txt", 0.25, std::string("\n\n\xff\0", 4), -1},
                      {SourceFormat::kMegatron, "p", 1.0, "", -1},
                      {SourceFormat::kLlmC, "l.bin", 3.0, "", 299}};
@@ -89,6 +98,88 @@ TEST(Config, EveryFieldReachesTheSpec) {
   EXPECT_TRUE(spec == want) << Load(kEveryField)->text;
 }
 
+constexpr char kEveryBranch[] = R"(
+name: "hybrid"
+model {
+  pattern: "meta=5 (A+M{combine=mean-norm} -)^2 T{g=2} T{rope=none} L B G -" d_model: 48
+  attention { heads: 6 rope: NONE }
+  mlp { d_ff: 100 activation: RELU_SQUARED }
+  latent { heads: 2 q_rank: 9 kv_rank: 12 nope_dim: 5 rope_dim: 4 v_dim: 7 rope_theta: 2e4 }
+  mamba { heads: 8 head_dim: 3 state: 11 groups: 4 conv: 3 chunk: 32 dt_min: 0.001 dt_max: 0.5 }
+  lightning { heads: 2 key_dim: 5 value_dim: 9 chunk: 33 }
+  based { heads: 6 key_dim: 4 value_dim: 8 chunk: 34 }
+  delta { heads: 4 key_dim: 6 value_dim: 7 chunk: 35 conv: 0 }
+  rope_scaling { yarn {
+    factor: 40 original_length: 4096 beta_fast: 31 beta_slow: 2 mscale: 0.5 mscale_all_dim: 0.25 } }
+}
+data { train { text { path: "t" } } seq_len: 32 }
+parallel { tp: 2 cp: 2 }
+optim { adamw { lr: 0.1 } steps: 9 sequences_per_step: 12 }
+)";
+
+TEST(Config, EveryBranchReachesTheSpec) {
+  ModelSpec want{.d_model = 48, .vocab_size = 256, .heads = 6, .kv_heads = 6, .head_dim = 8, .d_ff = 100};
+  want.activation = Activation::kReluSquared;
+  want.rope_scaling = {.kind = RopeScalingKind::kYarn,
+                       .factor = 40,
+                       .original_length = 4096,
+                       .beta_fast = 31,
+                       .beta_slow = 2,
+                       .mscale = 0.5,
+                       .mscale_all_dim = 0.25};
+  want.latent = {.heads = 2, .q_rank = 9, .kv_rank = 12, .nope_dim = 5, .rope_dim = 4, .v_dim = 7};
+  want.mamba = {.heads = 8,
+                .head_dim = 3,
+                .state = 11,
+                .groups = 4,
+                .conv = 3,
+                .chunk = 32,
+                .dt_min = 0.001,
+                .dt_max = 0.5};
+  want.lightning = {.heads = 2, .key_dim = 5, .value_dim = 9, .chunk = 33};
+  want.based = {.heads = 6, .key_dim = 4, .value_dim = 8, .chunk = 34};
+  want.delta = {.heads = 4, .key_dim = 6, .value_dim = 7, .conv = 0, .chunk = 35};
+  want.meta_tokens = 5;
+  const LayerSpec mlp{.branches = {{.kind = BranchKind::kMlp}}};
+  const LayerSpec both{.branches = {{.kind = BranchKind::kAttention}, {.kind = BranchKind::kMamba}},
+                       .combine = Combine::kMeanNorm};
+  want.layers = {both, mlp, both, mlp};
+  want.layers.push_back(
+      {.branches = {{.kind = BranchKind::kLatentAttention, .rope_theta = 2e4, .latent_groups = 2}}});
+  for (const BranchKind kind : {BranchKind::kLatentAttention, BranchKind::kLightning, BranchKind::kBased,
+                                BranchKind::kDeltaNet, BranchKind::kMlp}) {
+    want.layers.push_back({.branches = {{.kind = kind}}});
+  }
+  const RunSpec spec = SpecOf(kEveryBranch);
+  EXPECT_TRUE(spec.model == want) << Load(kEveryBranch)->text;
+  EXPECT_EQ(spec.parallel.tp, 2);
+  const RunSpec llama3 = SpecOf(kEveryBranch, {"model.rope_scaling={llama3{factor:8 original_length:8192}}"});
+  EXPECT_EQ(llama3.model.rope_scaling,
+            (RopeScaling{.kind = RopeScalingKind::kLlama3, .factor = 8, .original_length = 8192}));
+}
+
+// A model without attention says nothing of it; widths of heads follow from that of the model.
+TEST(Config, SectionsOfAbsentBranchesMayBeLeftAway) {
+  const std::string text = R"(name: "m" model { pattern: "M L B G T" d_model: 48
+    mamba { head_dim: 4 state: 8 } lightning { heads: 6 } based { heads: 4 key_dim: 16 }
+    delta { heads: 2 } latent { heads: 3 kv_rank: 16 nope_dim: 8 rope_dim: 4 } }
+    data { train { text { path: "t" } } seq_len: 32 }
+    optim { adamw { lr: 0.1 } steps: 9 sequences_per_step: 12 })";
+  ModelSpec want{.d_model = 48, .vocab_size = 256};
+  want.latent = {.heads = 3, .kv_rank = 16, .nope_dim = 8, .rope_dim = 4, .v_dim = 8};
+  want.mamba = {.heads = 24, .head_dim = 4, .state = 8};
+  want.lightning = {.heads = 6, .key_dim = 8, .value_dim = 8};
+  want.based = {.heads = 4, .key_dim = 16, .value_dim = 12};
+  want.delta = {.heads = 2, .key_dim = 24, .value_dim = 24};
+  want.layers = ParsePattern("M L B G T", {})->layers;
+  EXPECT_TRUE(SpecOf(text).model == want) << Load(text)->text;
+  const std::string resolved = Load(text)->text;
+  EXPECT_FALSE(absl::StrContains(resolved, "attention {")) << resolved;
+  EXPECT_FALSE(absl::StrContains(resolved, "mlp {")) << resolved;
+  EXPECT_FALSE(absl::StrContains(resolved, "rope_scaling {")) << resolved;
+  EXPECT_TRUE(absl::StrContains(resolved, "\n    heads: 24  # derived: 2 * model.d_model / head_dim\n"));
+}
+
 TEST(Config, DefaultsAreThoseOfTheSpec) {
   const RunSpec spec = SpecOf(kSampleConfig);
   RunSpec want;
@@ -100,7 +191,7 @@ TEST(Config, DefaultsAreThoseOfTheSpec) {
   want.model.kv_heads = 2;
   want.model.head_dim = 16;  // derived
   want.model.d_ff = 128;
-  want.model.layers = *ParsePattern("(A -)^2", {});
+  want.model.layers = ParsePattern("(A -)^2", {})->layers;
   want.data.train = {{SourceFormat::kText, "a.txt", 1.0, "", -1}};
   want.data.seq_len = 64;
   want.parallel.dp = 0;  // no number of ranks was given
@@ -117,7 +208,7 @@ TEST(Config, DerivesWhatIsLeftAway) {
   ASSERT_TRUE(on_four.ok()) << on_four.status();
   EXPECT_EQ(on_four->spec.parallel.dp, 2);
   const RunSpec no_rope = SpecOf(Changed("kv_heads: 2", "kv_heads: 2 rope: NONE"));
-  EXPECT_FALSE(no_rope.model.layers[0].rope_theta.has_value());
+  EXPECT_FALSE(no_rope.model.layers[0].branches[0].rope_theta.has_value());
   EXPECT_EQ(SpecOf(Changed("steps: 100", "steps: 100 schedule { constant {} }")).optim.schedule.kind,
             ScheduleKind::kConstant);
 }
@@ -128,7 +219,7 @@ TEST(Config, ResolvedTextNamesEverySource) {
   ASSERT_TRUE(config.ok()) << config.status();
   for (const char* line :
        {"\nname: \"small\"  # c.textproto:1\n", "\nseed: 0  # default\n", "\n    heads: 4  # c.textproto:5\n",
-        "\n    head_dim: 16  # derived: d_model / heads\n",
+        "\n    head_dim: 16  # derived: model.d_model / heads\n",
         "\n  vocab_size: 256  # derived: text is read as bytes\n", "\n    lr: 0.001  # c.textproto:13\n",
         "\n    beta1: 0.5  # --set\n", "\n      path: \"b\"  # --set\n",
         "\n  dp: 2  # derived: 2 ranks / (cp * tp)\n",
@@ -141,7 +232,7 @@ TEST(Config, ResolvedTextNamesEverySource) {
 
 TEST(Config, ResolvedTextLoadsAsTheSameSpec) {
   for (const std::string& text :
-       {std::string(kSampleConfig), std::string(kEveryField),
+       {std::string(kSampleConfig), std::string(kEveryField), std::string(kEveryBranch),
         Changed("sequences_per_step: 8", "tokens_per_step: 640"),
         Changed("kv_heads: 2", "kv_heads: 2 rope: NONE"),
         Changed("1e-3", "0.1000000000000000055511151231257827"), Changed("1e-3", "3.0000000000000004e-4")}) {

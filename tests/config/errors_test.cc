@@ -40,7 +40,7 @@ TEST(ConfigErrors, UnknownFieldsAreAllFoundWithSuggestions) {
             "c.textproto:14:3: optim.setps: no such field; did you mean `steps`?\n"
             "c.textproto:14:23: optim.lr: no such field; did you mean `optim.adamw.lr`?");
   EXPECT_EQ(ErrorsOf(Changed("{ d_ff: 128 }", "{ d_ff: 128\n hidden { x: 1 y { } } }")),
-            "c.textproto:7:2: model.mlp.hidden: no such field; expected one of d_ff");
+            "c.textproto:7:2: model.mlp.hidden: no such field; expected one of d_ff, activation");
   EXPECT_EQ(ErrorsOf(Changed("seq_len: 64", "Seq_Len: 64 seq_len: 64")),
             "c.textproto:10:3: data.Seq_Len: no such field; did you mean `seq_len`?");
 }
@@ -102,7 +102,7 @@ TEST(ConfigErrors, MissingValuesAreNamedAtTheirMessage) {
   EXPECT_EQ(ErrorsOf(Changed("lr: 1e-3", "")),
             "c.textproto:13:3: optim.adamw.lr: missing; expected a number in (0, 1e+09]");
   EXPECT_EQ(ErrorsOf(Changed("mlp { d_ff: 128 }", "")),
-            "c.textproto:2:1: model.mlp: missing; expected mlp { ... } with d_ff");
+            "c.textproto:2:1: model.mlp: missing; expected mlp { ... } with d_ff, activation");
   EXPECT_EQ(ErrorsOf(Changed("  train { text { path: \"a.txt\" } }\n", "  train { weight: 2 }\n")),
             "c.textproto:9:3: data.train[0]: missing; expected one of text { path }, megatron { prefix }, "
             "llmc { path }");
@@ -165,9 +165,9 @@ TEST(ConfigErrors, Texts) {
 
 TEST(ConfigErrors, PatternsAreNamedByColumn) {
   EXPECT_EQ(
-      ErrorsOf(Changed("(A -)^2", "(M -)^2 A")),
-      "c.textproto:3:3: model.pattern=\"(M -)^2 A\": column 2: M (Mamba-2) is planned but not available; "
-      "expected A or -");
+      ErrorsOf(Changed("(A -)^2", "(E -)^2 A")),
+      "c.textproto:3:3: model.pattern=\"(E -)^2 A\": column 2: E (mixture of experts) is planned but not "
+      "available; expected A, T, M, L, B, G or -");
 }
 
 TEST(ConfigErrors, BetweenFields) {
@@ -209,14 +209,49 @@ TEST(ConfigErrors, BetweenFields) {
             "model.vocab_size=50256");
   EXPECT_EQ(ErrorsOf(Changed("text { path: \"a.txt\" }", "llmc { path: \"l\" }")),
             "c.textproto:2:1: model.vocab_size: missing; expected an integer from 1 to 2147483647");
-  EXPECT_EQ(ErrorsOf(kSampleConfig, {"parallel.tp=2"}),
-            "--set parallel.tp=2: expected 1; tensor parallelism is planned but not available "
-            "(nearest valid value 1)");
+  EXPECT_EQ(ErrorsOf(kSampleConfig, {"parallel.tp=4"}), "ok");
+  EXPECT_EQ(ErrorsOf(kSampleConfig, {"parallel.tp=8"}),
+            "--set parallel.tp=8: expected a divisor of model.attention.heads=4 (nearest valid value 4)");
   EXPECT_EQ(ErrorsOf(kSampleConfig, {"optim.steps=4294967296", "optim.sequences_per_step=16777216",
                                      "data.seq_len=1073741824"}),
             "--set optim.steps=4294967296: expected steps * sequences_per_step * seq_len of at most 4.6e+18 "
             "tokens, "
             "got 7.73713e+25");
+}
+
+// Of kinds that the pattern names.
+TEST(ConfigErrors, SectionsOfBranches) {
+  EXPECT_EQ(
+      ErrorsOf(Changed("(A -)^2", "(M+T -)^2")),
+      "c.textproto:2:1: model.latent: missing; expected latent { ... } with heads, q_rank, kv_rank, "
+      "nope_dim, rope_dim, v_dim, rope_theta, rope\n"
+      "c.textproto:2:1: model.mamba: missing; expected mamba { ... } with heads, head_dim, state, groups, "
+      "conv, chunk, dt_min, dt_max");
+  EXPECT_EQ(ErrorsOf(Changed("(A -)^2\"", "(A -)^2\" mamba { head_dim: 3 state: 4 }")),
+            "c.textproto:3:22: model.mamba.heads: missing; expected it, since 2 * model.d_model=128 is no "
+            "multiple of head_dim=3");
+  EXPECT_EQ(
+      ErrorsOf(Changed("(A -)^2\"", "(T{g=4} -)^2\" latent { heads: 2 kv_rank: 6 nope_dim: 3 rope_dim: 3 }")),
+      "c.textproto:3:68: model.latent.rope_dim=3: expected an even number of at least 2 (nearest valid "
+      "value 2 or 4)\n"
+      "c.textproto:3:45: model.latent.kv_rank=6: expected a multiple of g=4 (nearest valid value 4 or 8)");
+  EXPECT_EQ(ErrorsOf(Changed("d_model: 64", "d_model: 64 rope_scaling { }")),
+            "c.textproto:2:1: model.rope_scaling: missing; expected one of llama3 { ... }, yarn { ... }");
+  EXPECT_EQ(
+      ErrorsOf(Changed("d_model: 64", "d_model: 64 rope_scaling { yarn { factor: 4 } }")),
+      "c.textproto:4:30: model.rope_scaling.yarn.original_length: missing; expected an integer from 1 to "
+      "1073741824");
+}
+
+TEST(ConfigErrors, StatesDoNotPassAlongStripes) {
+  const std::string mamba = Changed("(A -)^2\"", "(A M -)^2\" mamba { head_dim: 16 state: 4 }");
+  const auto errors = [&](const std::vector<std::string>& overrides) { return ErrorsOf(mamba, overrides); };
+  EXPECT_EQ(
+      errors({"parallel.layout=STRIPED", "parallel.cp=2"}),
+      "--set parallel.layout=STRIPED: expected ZIGZAG or CONTIGUOUS with parallel.cp=2 and layers M, whose "
+      "states pass along runs of tokens");
+  EXPECT_EQ(errors({"parallel.layout=STRIPED"}), "ok");
+  EXPECT_EQ(errors({"parallel.cp=2"}), "ok");
 }
 
 TEST(ConfigErrors, AreCollectedInOneStatus) {

@@ -17,7 +17,10 @@ parallel {
   absl::StrReplaceAll({{"seq_len: 64", R"(seq_len: 64 document_mask: true packing: DOCUMENTS
   train { megatron { prefix: "p" } weight: 2 }
   validation { llmc { path: "l" document_start_token: 3 } })"},
-                       {"d_model: 64", "d_model: 64 vocab_size: 500"}},
+                       {"(A -)^2", "meta=3 (A+M{combine=mean-norm} -)^2 T{g=2}"},
+                       {"d_model: 64", R"(d_model: 64 vocab_size: 500
+  mamba { head_dim: 16 state: 8 groups: 2 } latent { heads: 4 kv_rank: 32 nope_dim: 8 rope_dim: 4 }
+  rope_scaling { yarn { factor: 4 original_length: 64 } })"}},
                       &text);
   return text;
 }
@@ -156,7 +159,8 @@ TEST(ConfigFuzz, MutatedOverrides) {
                                               "data.train[1].megatron={prefix:\"p\"}",
                                               "parallel.layout=STRIPED",
                                               "optim.schedule={cosine{warmup_steps:3 final_ratio:0.5}}",
-                                              "model.pattern=(A{w=3} -)^2 A{rope=none}",
+                                              "model.pattern=(A{w=3} - A{kv=@-2})^2 A{rope=none}",
+                                              "parallel.tp=2",
                                               "model.tied_head=false",
                                               "seed=12"};
   Counts counts;

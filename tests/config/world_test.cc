@@ -43,12 +43,15 @@ TEST(World, ValidatesPlainSpecs) {
             "parallel.cp=2: expected cp * tp = 2 to divide the 3 ranks (nearest valid value 1 or 3)");
   EXPECT_EQ(ValidateForWorld(spec, int64_t{1} << 62).message(),
             "world=4611686018427387904: expected 1 to 1048576 ranks");
-  spec.parallel.tp = 2;
+  spec.parallel.tp = 3;
+  EXPECT_EQ(ValidateForWorld(spec, 6).message(),
+            "parallel.tp=3: expected a divisor of model.attention.heads=4 (nearest valid value 2 or 4)\n"
+            "parallel.tp=3: expected a divisor or a multiple of model.attention.kv_heads=2 "
+            "(nearest valid value 2 or 4)\n"
+            "parallel.tp=3: expected a divisor of model.mlp.d_ff=128 (nearest valid value 2 or 4)");
   spec.model.head_dim = 3;
-  EXPECT_EQ(
-      ValidateForWorld(spec, 4).message(),
-      "model.attention.head_dim=3: expected an even number of at least 2 (nearest valid value 2 or 4)\n"
-      "parallel.tp=2: expected 1; tensor parallelism is planned but not available (nearest valid value 1)");
+  EXPECT_EQ(ValidateForWorld(spec, 6).message(),
+            "model.attention.head_dim=3: expected an even number of at least 2 (nearest valid value 2 or 4)");
 }
 
 }  // namespace
