@@ -11,6 +11,7 @@
 #include "annulus/train/data.h"
 #include "fingerprint.h"
 #include "mixture.h"
+#include "recall_data_set.h"
 #include "section.h"
 
 namespace annulus {
@@ -89,7 +90,7 @@ class MixedDataSet final : public DataSet {
 };
 
 absl::Status CheckSpec(const DataSpec& spec, int64_t vocab_size) {
-  if (spec.train.empty()) return Invalid("data.train: expected at least one source");
+  if (spec.train.empty() && !spec.recall.has_value()) return Invalid("data.train: expected at least one source");
   if (spec.seq_len < 1 || spec.seq_len > kMaxSeqLen) {
     return Invalid("data.seq_len=", spec.seq_len, ": expected 1 to ", kMaxSeqLen);
   }
@@ -191,6 +192,7 @@ uint64_t Fingerprint(const DataSpec& spec, const std::vector<Section>& train, co
 absl::StatusOr<std::unique_ptr<DataSet>> DataSet::Open(const DataSpec& spec, uint64_t seed,
                                                        int64_t vocab_size) {
   ANNULUS_RETURN_IF_ERROR(CheckSpec(spec, vocab_size));
+  if (spec.recall.has_value()) return MakeRecallDataSet(spec, seed, vocab_size);
   std::vector<double> weights;
   for (const SourceSpec& source : spec.train) weights.push_back(source.weight);
   ANNULUS_ASSIGN_OR_RETURN(Mixture mixture, Mixture::Create(weights, seed));

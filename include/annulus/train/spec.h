@@ -34,6 +34,19 @@ enum class Packing {
 
 inline constexpr int64_t kMaxSeqLen = int64_t{1} << 30;
 
+// Sequences of multi-query associative recall (src/data/recall_data_set.h) in place of sources.
+struct RecallTask {
+  int64_t length = 0;  // of a sequence; the rest of data.seq_len is padding
+  int64_t pairs = 0;
+  friend bool operator==(const RecallTask&, const RecallTask&) = default;
+};
+struct RecallSpec {
+  std::vector<RecallTask> tasks;     // sequences take them in turns
+  int64_t train_sequences = 100000;  // then they repeat
+  int64_t validation_sequences = 1000;
+  friend bool operator==(const RecallSpec&, const RecallSpec&) = default;
+};
+
 struct DataSpec {
   std::vector<SourceSpec> train;
   std::vector<SourceSpec> validation;  // empty: the tail of each training source
@@ -41,6 +54,7 @@ struct DataSpec {
   int64_t seq_len = 0;
   bool document_mask = false;
   Packing packing = Packing::kStream;
+  std::optional<RecallSpec> recall;  // then there are no sources
   friend bool operator==(const DataSpec&, const DataSpec&) = default;
 };
 
