@@ -13,10 +13,14 @@
 
 namespace annulus {
 
-// Training FLOPs per token (forward and backward, recomputation not counted), N matmul parameters (embedding
-// lookup left out, head included), H query heads of head_dim:
-//   causal: 6 N + sum over attention layers of 12 H head_dim mean-visible-keys   (S/2 without a window)
-//   full:   6 N + sum over attention layers of 12 H head_dim min(S, window)
+// Training FLOPs per token: three times the forward pass; recomputation is not counted. Forward, with N
+// elements of the matrices a token passes (embedding lookup left out, head included; those of tied branches
+// each time):
+//   2 N
+//   + attention:    4 H dh S'                S': visible keys; latent: 2 g H (nope + rope + v) S'
+//   + Mamba-2:      4 Di N + Q (G N + Di)    Q: chunk; lightning and BASED likewise, G N = H K
+//   + DeltaNet:     6 H K V
+// causal: S' is the mean of visible keys, S/2 without a window; full: S' = min(S, window).
 struct FlopsPerToken {
   double causal = 0, full = 0;
 };

@@ -1,7 +1,6 @@
-#include "annulus/model/cost.h"
-
 #include <algorithm>
 
+#include "annulus/model/cost.h"
 #include "annulus/model/params.h"
 #include "annulus/ops/cross_entropy.h"
 
@@ -51,32 +50,6 @@ LayerBytes AttentionBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
 }
 
 }  // namespace
-
-double MeanVisibleKeys(int64_t seq_len, int64_t window) {
-  const double s = static_cast<double>(seq_len);
-  const double w = window > 0 ? std::min<double>(static_cast<double>(window), s) : s;
-  // Positions below w see p + 1 keys, the others w.
-  return (w * (w + 1) / 2 + (s - w) * w) / s;
-}
-
-FlopsPerToken TrainingFlops(const ModelSpec& spec, int64_t seq_len) {
-  double matmul = 0;
-  for (const ParamInfo& info : BuildParamTable(spec).params) {
-    const bool lookup_only = info.name == "embed.weight" && !spec.tied_head;
-    if (info.shape.rank() == 2 && !lookup_only) matmul += static_cast<double>(info.shape.elements());
-  }
-  FlopsPerToken flops{6 * matmul, 6 * matmul};
-  const double per_key = 12.0 * static_cast<double>(spec.heads * spec.head_dim);
-  for (const LayerSpec& layer : spec.layers) {
-    for (const BranchSpec& branch : layer.branches) {
-      if (branch.kind != BranchKind::kAttention) continue;
-      const int64_t window = branch.window > 0 ? std::min(branch.window, seq_len) : seq_len;
-      flops.causal += per_key * MeanVisibleKeys(seq_len, branch.window);
-      flops.full += per_key * static_cast<double>(window);
-    }
-  }
-  return flops;
-}
 
 MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs) {
   const ParamTable table = BuildParamTable(spec);

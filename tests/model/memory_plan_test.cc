@@ -10,41 +10,6 @@
 namespace annulus::testing {
 namespace {
 
-TEST(Flops, EqualAHandCount) {
-  const ModelSpec spec{.d_model = 8,
-                       .vocab_size = 10,
-                       .heads = 2,
-                       .kv_heads = 1,
-                       .head_dim = 4,
-                       .d_ff = 12,
-                       .norm_eps = 1e-5,
-                       .init_stddev = 0.02,
-                       .tied_head = false,
-                       .layers = {Attention(0), Mlp(), Attention(3)}};
-  // Attention 8*8 + 2*4*8 + 8*8 = 192 each, MLP 3*12*8 = 288, head 80; 12*2*4 = 96 a visible key.
-  const double matmul = 6 * (2 * 192 + 288 + 80);
-  const FlopsPerToken flops = TrainingFlops(spec, 6);
-  EXPECT_DOUBLE_EQ(flops.causal, matmul + 96 * (3.5 + 2.5));  // (1+..+6)/6 and (1+2+3+3+3+3)/6 keys
-  EXPECT_DOUBLE_EQ(flops.full, matmul + 96 * (6 + 3));
-  ModelSpec tied = spec;
-  tied.tied_head = true;
-  EXPECT_DOUBLE_EQ(TrainingFlops(tied, 6).causal, flops.causal);
-}
-
-TEST(Flops, MeanVisibleKeysCountTheMask) {
-  for (int64_t length = 1; length <= 20; ++length) {
-    for (int64_t window = 0; window <= 25; ++window) {
-      const SequenceBatch sequences{.batch = 1, .lengths = {length}, .document_starts = {}};
-      double keys = 0;
-      for (int64_t q = 0; q < length; ++q) {
-        for (int64_t k = 0; k < length; ++k) keys += Sees(sequences, window, 0, q, k);
-      }
-      EXPECT_DOUBLE_EQ(MeanVisibleKeys(length, window), keys / static_cast<double>(length))
-          << length << " " << window;
-    }
-  }
-}
-
 // What one rank really holds. Each is the same on all ranks, or the largest is taken.
 struct Held {
   int64_t parameters = 0, optimizer = 0, saved = 0, scratch = 0;
