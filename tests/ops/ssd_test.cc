@@ -223,6 +223,80 @@ TEST(SsdGradient, AgreesWithFiniteDifferences) {
   }
 }
 
+SsdValues<double> OfRank(const SsdValues<double>& whole, const std::vector<RowRange>& rows) {
+  SsdValues<double> part = whole;
+  const SsdShape& s = whole.shape;
+  part.x = TakeRows(whole.x, s.batch * s.heads * s.head_dim, rows);
+  part.b = TakeRows(whole.b, s.batch * s.groups * s.state, rows);
+  part.c = TakeRows(whole.c, s.batch * s.groups * s.state, rows);
+  part.dt = TakeRows(whole.dt, s.batch * s.heads, rows);
+  part.a = TakeRows(whole.a, s.batch * s.heads, rows);
+  part.ages = TakeRows(whole.ages, s.batch, rows);
+  part.shape.segments = SegmentsOf(rows[0].size() + rows[1].size(), {rows[0].size()});
+  part.shape.rows = part.shape.segments.back().end;
+  part.initial.assign(static_cast<size_t>(2 * s.all_heads() * s.state_elements()), 0.0);
+  return part;
+}
+
+// Two ranks that summarise their segments by themselves, with start states and final gradients handed along
+// in the order of positions, compute what one rank does with the whole sequence.
+TEST(SsdZigzag, EqualsOneLongSequence) {
+  Context ctx{Device{}};
+  const Zigzag zigzag(21);
+  for (const int64_t document : {0, 30}) {
+    const SsdShape shape{.rows = zigzag.rows(),
+                         .batch = 2,
+                         .heads = 4,
+                         .groups = 2,
+                         .head_dim = 3,
+                         .state = 5,
+                         .chunk = 8,
+                         .document = document};
+    const SsdValues<double> values = RandomSsd<double>(shape);
+    const auto dys = NormalValues<double>(static_cast<int64_t>(values.x.size()), "dy");
+    const int64_t width = shape.batch * shape.heads * shape.head_dim;
+    const auto order = BatchOrder::kInsideRows;
+    SsdRun<double> whole(values, order);
+    StridedHeads<double> dy(whole.XDims(), order, dys);
+    whole.Summarise(ctx);
+    whole.Forward(ctx, {});
+    whole.SummariseBackward(ctx, dy.ref());
+    whole.Backward(ctx, dy.ref(), {});
+
+    SsdRun<double> first(OfRank(values, zigzag.RowsOf(0)), order),
+        second(OfRank(values, zigzag.RowsOf(1)), order);
+    StridedHeads<double> first_dy(first.XDims(), order, TakeRows(dys, width, zigzag.RowsOf(0)));
+    StridedHeads<double> second_dy(second.XDims(), order, TakeRows(dys, width, zigzag.RowsOf(1)));
+    first.Summarise(ctx);
+    second.Summarise(ctx);
+    HandAlong<double>(ctx, zigzag.Order(), Transpose::kNo, {first.summary(), second.summary()},
+                      {first.initial.ref(), second.initial.ref()});
+    first.Forward(ctx, first.initial.ref());
+    second.Forward(ctx, second.initial.ref());
+    first.SummariseBackward(ctx, first_dy.ref());
+    second.SummariseBackward(ctx, second_dy.ref());
+    HandAlong<double>(ctx, zigzag.Reversed(), Transpose::kYes, {first.summary(), second.summary()},
+                      {first.initial.ref(), second.initial.ref()});
+    first.Backward(ctx, first_dy.ref(), first.initial.ref());
+    second.Backward(ctx, second_dy.ref(), second.initial.ref());
+
+    size_t rank = 0;
+    for (SsdRun<double>* run : {&first, &second}) {
+      const std::vector<RowRange> rows = zigzag.RowsOf(rank++);
+      const int64_t gates = shape.batch * shape.heads, groups = shape.batch * shape.groups * shape.state;
+      ExpectClose(run->y.values(), TakeRows(whole.y.values(), width, rows));
+      ExpectClose(run->dx.values(), TakeRows(whole.dx.values(), width, rows));
+      ExpectClose(run->db.values(), TakeRows(whole.db.values(), groups, rows));
+      ExpectClose(run->dc.values(), TakeRows(whole.dc.values(), groups, rows));
+      ExpectClose(run->ddt.values(), TakeRows(whole.ddt.values(), gates, rows));
+      ExpectClose(run->da.values(), TakeRows(whole.da.values(), gates, rows));
+    }
+    std::vector<double> dskip = first.dskip.values();
+    for (size_t h = 0; h < dskip.size(); ++h) dskip[h] += second.dskip.values()[h];
+    ExpectClose(dskip, whole.dskip.values());
+  }
+}
+
 // y is linear in x, in b and in c each: without skip and initial state <x, dx> = <b, db> = <c, dc> = <y, dy>.
 TEST(SsdAdjoint, GradientsOfLinearInputsAreTransposes) {
   Context ctx{Device{}};
