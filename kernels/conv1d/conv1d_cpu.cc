@@ -122,7 +122,8 @@ absl::Status Conv1dBackward(CpuTag, Context& ctx, const Conv1d& conv, ConstHeads
   std::fill_n(dw, k * channels, T{0});
   Zero<T>(gradients.dx);
   std::fill_n(gradients.dhalo.data<T>(), gradients.dhalo.elements(), T{0});
-  T* dbias = conv.bias.defined() ? gradients.dbias.data<T>() : nullptr;
+  T* dbias = ctx.scratch.Allocate(x.dtype, {channels}).template data<T>();
+  std::fill_n(dbias, channels, T{0});
   ForEachToken(ctx, conv, x.batch, [&](size_t segment, int64_t row, int64_t item) {
     taps.Apply(x, segment, row, item, du);
     ThroughSilu(dy.At<T>(item, 0) + row * dy.row_stride, channels, du);
@@ -138,11 +139,11 @@ absl::Status Conv1dBackward(CpuTag, Context& ctx, const Conv1d& conv, ConstHeads
         dtap[c] += in[c] * du[c];
       }
     }
-    if (dbias == nullptr) return;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) dbias[c] += du[c];
   });
   for (int64_t c = 0; c < channels; ++c) {
+    if (conv.bias.defined()) gradients.dbias.data<T>()[c] += dbias[c];
     for (int64_t tap = 0; tap < k; ++tap) {
       gradients.dw.data<T>()[c * k + k - 1 - tap] += dw[tap * channels + c];
     }

@@ -7,6 +7,8 @@
 namespace annulus::kernels {
 namespace {
 
+constexpr int64_t kTileTokens = 64;  // between polls
+
 // log(1 + e^u), without overflow and exact for very negative u.
 template <typename T>
 T Softplus(T u) {
@@ -26,12 +28,13 @@ struct Limits {
 }  // namespace
 
 template <typename T>
-absl::Status MambaGatesForward(CpuTag, Context&, const MambaGates& gates, TensorRef dt, TensorRef a) {
+absl::Status MambaGatesForward(CpuTag, Context& ctx, const MambaGates& gates, TensorRef dt, TensorRef a) {
   const int64_t tokens = gates.raw.rows, heads = gates.raw.cols;
   const T* bias = gates.bias.data<T>();
   const T* a_log = gates.a_log.data<T>();
   const Limits<T> limits(gates);
   for (int64_t t = 0; t < tokens; ++t) {
+    if (t % kTileTokens == 0) ctx.Poll();
     const T* raw = static_cast<const T*>(gates.raw.data) + t * gates.raw.stride;
     T* step = dt.data<T>() + t * heads;
     T* decay = a.data<T>() + t * heads;
@@ -45,7 +48,7 @@ absl::Status MambaGatesForward(CpuTag, Context&, const MambaGates& gates, Tensor
 
 // softplus' is the sigmoid; outside the limits nothing flows. da / da_log = a.
 template <typename T>
-absl::Status MambaGatesBackward(CpuTag, Context&, const MambaGates& gates,
+absl::Status MambaGatesBackward(CpuTag, Context& ctx, const MambaGates& gates,
                                 const MambaGatesGradients& gradients) {
   const int64_t tokens = gates.raw.rows, heads = gates.raw.cols;
   const T* bias = gates.bias.data<T>();
@@ -54,6 +57,7 @@ absl::Status MambaGatesBackward(CpuTag, Context&, const MambaGates& gates,
   T* da_log = gradients.da_log.data<T>();
   const Limits<T> limits(gates);
   for (int64_t t = 0; t < tokens; ++t) {
+    if (t % kTileTokens == 0) ctx.Poll();
     const T* raw = static_cast<const T*>(gates.raw.data) + t * gates.raw.stride;
     const T* ddt = gradients.ddt.defined() ? gradients.ddt.data<T>() + t * heads : nullptr;
     const T* da = gradients.da.data<T>() + t * heads;

@@ -325,6 +325,26 @@ TEST(SsdAdjoint, GradientsOfLinearInputsAreTransposes) {
   EXPECT_GT(std::abs(expected), 1e-6 * scale);
 }
 
+// Transfers of other layers go on meanwhile: at least once in every head of every chunk.
+TEST(SsdProgress, IsMadeBetweenChunks) {
+  Context ctx{Device{}};
+  int64_t polls = 0;
+  ctx.progress = [&] { ++polls; };
+  const SsdShape shape{.rows = 12, .heads = 3, .head_dim = 2, .state = 2};
+  const SsdValues<float> values = RandomSsd<float>(shape);
+  SsdRun<float> run(values, BatchOrder::kInsideRows);
+  StridedHeads<float> dy(run.XDims(), BatchOrder::kInsideRows, values.x);
+  const auto expect_polls = [&](const auto& call) {
+    polls = 0;
+    call();
+    EXPECT_GE(polls, 3 * 3);
+  };
+  expect_polls([&] { run.Summarise(ctx); });
+  expect_polls([&] { run.Forward(ctx, {}); });
+  expect_polls([&] { run.SummariseBackward(ctx, dy.ref()); });
+  expect_polls([&] { run.Backward(ctx, dy.ref(), {}); });
+}
+
 TEST(SsdArguments, AreRefusedByName) {
   Context ctx{Device{}};
   constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
