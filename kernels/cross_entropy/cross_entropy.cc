@@ -69,8 +69,8 @@ absl::Status MergeVocabularyStats(Context& ctx, ConstTensorRef parts, TensorRef 
   if (parts.rank() != 3 || parts.dim(0) < 1) {
     return Invalid("cross_entropy.parts=", ToString(parts.shape()), ": expected [parts, tokens, 2]");
   }
-  ANNULUS_RETURN_IF_ERROR(kernels::CheckTensor(ctx, "cross_entropy.parts", parts, dtype,
-                                               {parts.dim(0), stats.dim(0), 2}));
+  ANNULUS_RETURN_IF_ERROR(
+      kernels::CheckTensor(ctx, "cross_entropy.parts", parts, dtype, {parts.dim(0), stats.dim(0), 2}));
   return VisitDevice(ctx,
                      [&](auto device) { return kernels::MergeVocabularyStats(device, ctx, parts, stats); });
 }

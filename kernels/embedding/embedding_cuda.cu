@@ -98,8 +98,8 @@ Buckets BucketsOf(int64_t vocab) {
 // is how many tokens are not negative. Also clears `arrivals`.
 __global__ void __launch_bounds__(kGroupThreads)
     GroupKernel(int count, const int32_t* __restrict__ tokens, Buckets buckets,
-                Occurrence* __restrict__ grouped, int32_t* __restrict__ held,
-                int32_t* __restrict__ arrivals, int arrival_count) {
+                Occurrence* __restrict__ grouped, int32_t* __restrict__ held, int32_t* __restrict__ arrivals,
+                int arrival_count) {
   extern __shared__ int32_t counts[];  // [warps, tokens of the CTA], then run[tokens + 1]
   __shared__ int32_t before;           // occurrences of tokens of the CTAs before
   using Scan = cub::BlockScan<int32_t, kGroupThreads>;
@@ -334,9 +334,9 @@ cudaError_t Group(int64_t count, int64_t vocab, const int32_t* tokens, const Gro
   const cudaError_t error =
       cudaFuncSetAttribute(GroupKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  GroupKernel<<<1u << buckets.bits, kGroupThreads, bytes, stream>>>(
-      static_cast<int>(count), tokens, buckets, to.grouped, to.held, to.arrivals,
-      static_cast<int>(to.arrival_count));
+  GroupKernel<<<1u << buckets.bits, kGroupThreads, bytes, stream>>>(static_cast<int>(count), tokens, buckets,
+                                                                    to.grouped, to.held, to.arrivals,
+                                                                    static_cast<int>(to.arrival_count));
   return cudaGetLastError();
 }
 
@@ -377,8 +377,8 @@ cudaError_t CudaEmbeddingBackward(const CudaEmbeddingBackwardArgs<T>& args, cuda
   auto* partial = reinterpret_cast<float*>(base + layout.partial);
   auto* held = reinterpret_cast<int32_t*>(base + layout.held);
   auto* arrivals = reinterpret_cast<int32_t*>(base + layout.arrivals);
-  const cudaError_t error = Group(args.token_count, args.vocab, args.tokens,
-                                  {at, held, arrivals, layout.arrival_count}, stream);
+  const cudaError_t error =
+      Group(args.token_count, args.vocab, args.tokens, {at, held, arrivals, layout.arrival_count}, stream);
   if (error != cudaSuccess) return error;
   const Grouped grouped{0, held, at, partial, arrivals};
   constexpr int kN = kVectorElements<T>;

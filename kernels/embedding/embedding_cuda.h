@@ -15,8 +15,8 @@ template <typename T>
 cudaError_t CudaEmbeddingForward(int64_t token_count, int64_t d, const int32_t* tokens, const T* table, T* y,
                                  cudaStream_t stream);
 
-// dtable[tokens[t]] += dy[t] in f32 where the token is not negative, the same bits on every run: occurrences of
-// a token are summed in order of t within fixed pieces.
+// dtable[tokens[t]] += dy[t] in f32 where the token is not negative, the same bits on every run: occurrences
+// of a token are summed in order of t within fixed pieces.
 //   dy: [tokens, d]   dtable: [vocab, d] f32   scratch: on 256 bytes, of the size asked for below
 template <typename T>
 struct CudaEmbeddingBackwardArgs {

@@ -17,9 +17,8 @@ absl::Status CheckX(const Context& ctx, const ConstTensorRef& x) {
 absl::Status ReluSquaredForward(Context& ctx, ConstTensorRef x, TensorRef h) {
   ANNULUS_RETURN_IF_ERROR(CheckX(ctx, x));
   ANNULUS_RETURN_IF_ERROR(kernels::CheckTensor(ctx, "relu_squared.h", h, x.dtype(), x.shape()));
-  return VisitKernel(ctx, x.dtype(), [&]<class T>(auto device) {
-    return kernels::ReluSquaredForward<T>(device, ctx, x, h);
-  });
+  return VisitKernel(ctx, x.dtype(),
+                     [&]<class T>(auto device) { return kernels::ReluSquaredForward<T>(device, ctx, x, h); });
 }
 
 absl::Status ReluSquaredBackward(Context& ctx, ConstTensorRef x, ConstTensorRef dh, TensorRef dx) {

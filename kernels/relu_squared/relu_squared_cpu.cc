@@ -34,6 +34,7 @@ absl::Status ReluSquaredBackward(CpuTag, Context&, ConstTensorRef x, ConstTensor
 template absl::Status ReluSquaredForward<float>(CpuTag, Context&, ConstTensorRef, TensorRef);
 template absl::Status ReluSquaredForward<double>(CpuTag, Context&, ConstTensorRef, TensorRef);
 template absl::Status ReluSquaredBackward<float>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, TensorRef);
-template absl::Status ReluSquaredBackward<double>(CpuTag, Context&, ConstTensorRef, ConstTensorRef, TensorRef);
+template absl::Status ReluSquaredBackward<double>(CpuTag, Context&, ConstTensorRef, ConstTensorRef,
+                                                  TensorRef);
 
 }  // namespace annulus::kernels

@@ -65,8 +65,8 @@ cudaError_t CudaReluSquaredBackward(int64_t elements, const T* x, const T* dh, T
   return LaunchRows<kN, 2>(1, elements, fit, BackwardOp<T>{x, dh, dx}, stream);
 }
 
-#define ANNULUS_INSTANTIATE(T)                                                              \
-  template cudaError_t CudaReluSquaredForward<T>(int64_t, const T*, T*, cudaStream_t);      \
+#define ANNULUS_INSTANTIATE(T)                                                         \
+  template cudaError_t CudaReluSquaredForward<T>(int64_t, const T*, T*, cudaStream_t); \
   template cudaError_t CudaReluSquaredBackward<T>(int64_t, const T*, const T*, T*, cudaStream_t)
 ANNULUS_INSTANTIATE(float);
 ANNULUS_INSTANTIATE(__nv_bfloat16);

@@ -12,14 +12,15 @@ absl::Status ReluSquaredForward(CudaTag, Context& ctx, ConstTensorRef x, TensorR
 
 template <typename T>
 absl::Status ReluSquaredBackward(CudaTag, Context& ctx, ConstTensorRef x, ConstTensorRef dh, TensorRef dx) {
-  return CudaStatus("squared ReLU backward",
-                    CudaReluSquaredBackward(x.elements(), CudaData<T>(x), CudaData<T>(dh), CudaData<T>(dx),
-                                            ctx.stream()));
+  return CudaStatus(
+      "squared ReLU backward",
+      CudaReluSquaredBackward(x.elements(), CudaData<T>(x), CudaData<T>(dh), CudaData<T>(dx), ctx.stream()));
 }
 
 template absl::Status ReluSquaredForward<float>(CudaTag, Context&, ConstTensorRef, TensorRef);
 template absl::Status ReluSquaredForward<BFloat16>(CudaTag, Context&, ConstTensorRef, TensorRef);
-template absl::Status ReluSquaredBackward<float>(CudaTag, Context&, ConstTensorRef, ConstTensorRef, TensorRef);
+template absl::Status ReluSquaredBackward<float>(CudaTag, Context&, ConstTensorRef, ConstTensorRef,
+                                                 TensorRef);
 template absl::Status ReluSquaredBackward<BFloat16>(CudaTag, Context&, ConstTensorRef, ConstTensorRef,
                                                     TensorRef);
 

@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <atomic>
+#include <cstring>
+#include <map>
 #include <thread>
 
 #include "annulus/device/trace.h"
@@ -17,6 +19,36 @@ absl::Status CheckTensor(absl::string_view name, ConstTensorRef got, const Shape
                  ", expected ", Name(dtype), " ", ToString(shape));
 }
 
+const char* At(ConstTensorRef host, int64_t element) {
+  return static_cast<const char*>(host.raw()) + element * SizeOf(host.dtype());
+}
+// to[at, at + elements) = from[from_at, ...), on hosts and of one dtype.
+void CopyElements(ConstTensorRef from, int64_t from_at, TensorRef to, int64_t at, int64_t elements) {
+  const int64_t size = SizeOf(to.dtype());
+  std::memcpy(static_cast<char*>(to.raw()) + at * size, At(from, from_at),
+              static_cast<size_t>(elements * size));
+}
+
+// Values on the host: somebody else's or their own.
+struct HostValues {
+  ConstTensorRef ref;
+  Tensor memory;
+};
+
+// Local elements [begin, end) of a parameter out of the whole of it, whose data may be unaligned.
+HostValues LocalValues(const ParamInfo& info, ConstTensorRef whole, int64_t begin, int64_t end) {
+  const std::vector<LogicalRun> runs = LogicalRuns(info, begin, end);
+  const Shape shape{end - begin};
+  if (runs.size() == 1)
+    return {.ref = {At(whole, runs[0].logical), whole.dtype(), Device{}, shape}, .memory = {}};
+  HostValues values{.ref = {}, .memory = Tensor(Device{}, whole.dtype(), shape)};
+  values.ref = values.memory.ref();
+  for (const LogicalRun& run : runs) {
+    CopyElements(whole, run.logical, values.memory.ref(), run.local - begin, run.elements);
+  }
+  return values;
+}
+
 // to = the host tensor `from` of the accumulator dtype, rounded to the dtype of `to`.
 absl::Status CopyRounded(Context& ctx, ConstTensorRef from, TensorRef to) {
   if (from.dtype() == to.dtype()) {
@@ -31,7 +63,7 @@ absl::Status CopyRounded(Context& ctx, ConstTensorRef from, TensorRef to) {
   for (int64_t begin = 0; begin < elements; begin += piece) {
     const int64_t end = std::min(begin + piece, elements);
     const TensorRef values = wide.Rows(0, end - begin);
-    Upload(ctx, static_cast<const char*>(from.raw()) + begin * size, values.bytes(), values);
+    Upload(ctx, At(from, begin), values.bytes(), values);
     ANNULUS_RETURN_IF_ERROR(Cast(ctx, values, flat.Rows(begin, end)));
   }
   return absl::OkStatus();
@@ -61,14 +93,22 @@ absl::Status RestoreParameters(Context& ctx, ParamStore& params, const TensorFin
   for (size_t i = 0; i < params.table().params.size(); ++i) {
     const ParamInfo& info = params.table().params[i];
     ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef value, find(info.name));
-    ANNULUS_RETURN_IF_ERROR(CheckTensor(info.name, value, info.shape, AccumOf(params.dtype())));
-    ANNULUS_RETURN_IF_ERROR(CopyRounded(ctx, value, params.Value(static_cast<int>(i))));
+    ANNULUS_RETURN_IF_ERROR(CheckTensor(info.name, value, info.logical, AccumOf(params.dtype())));
+    if (info.shape.elements() == 0) continue;  // on other ranks
+    const HostValues local = LocalValues(info, value, 0, info.shape.elements());
+    ANNULUS_RETURN_IF_ERROR(CopyRounded(ctx, local.ref, params.Value(static_cast<int>(i))));
   }
   return absl::OkStatus();
 }
 
-ShardedAdamW::ShardedAdamW(Context& ctx, const OptimSpec& spec, ParamStore& params, Communicator group)
-    : ctx_(ctx), spec_(spec), params_(params), group_(std::move(group)) {
+ShardedAdamW::ShardedAdamW(Context& ctx, const OptimSpec& spec, const ModelSpec& model, ParamStore& params,
+                           OptimizerGroups groups)
+    : ctx_(ctx),
+      spec_(spec),
+      model_(model),
+      params_(params),
+      group_(std::move(groups.shards)),
+      tensor_(std::move(groups.tensor)) {
   const DType accum = AccumOf(params.dtype());
   for (int bucket = 0; bucket < params.buckets(); ++bucket) {
     const TensorRef values = params.BucketValues(bucket);
@@ -78,7 +118,7 @@ ShardedAdamW::ShardedAdamW(Context& ctx, const OptimSpec& spec, ParamStore& para
     if (!params.SharingGrads(bucket).empty()) shard.grad = Tensor(values.device(), accum, shape);
     shard.m = Tensor(values.device(), accum, shape);
     shard.v = Tensor(values.device(), accum, shape);
-    if (has_master()) shard.master = Tensor(values.device(), accum, shape);
+    if (HasMaster(bucket)) shard.master = Tensor(values.device(), accum, shape);
     shards_.push_back(std::move(shard));
   }
   for (size_t i = 0; i < params.table().params.size(); ++i) {
@@ -90,8 +130,16 @@ ShardedAdamW::ShardedAdamW(Context& ctx, const OptimSpec& spec, ParamStore& para
 // Transfers that an error left under way still write into memory that is about to go.
 ShardedAdamW::~ShardedAdamW() {
   (void)WaitForParameters();
-  for (Shard& shard : shards_) (void)shard.reduce.Wait();
+  for (Shard& shard : shards_) {
+    (void)shard.sum_of_replicated.Wait();
+    (void)shard.reduce.Wait();
+  }
   ctx_.lane.Synchronize();
+}
+
+bool ShardedAdamW::HasMaster(int bucket) const {
+  const DType dtype = params_.BucketValues(bucket).dtype();
+  return AccumOf(dtype) != dtype;
 }
 
 ShardedAdamW::Run ShardedAdamW::RunOf(size_t param) const {
@@ -116,7 +164,7 @@ TensorRef ShardedAdamW::ValueShard(int bucket) const {
 }
 
 TensorRef ShardedAdamW::MasterShard(int bucket) const {
-  return has_master() ? shards_[static_cast<size_t>(bucket)].master.ref() : ValueShard(bucket);
+  return HasMaster(bucket) ? shards_[static_cast<size_t>(bucket)].master.ref() : ValueShard(bucket);
 }
 
 TensorRef ShardedAdamW::GradShard(int bucket) const {
@@ -140,7 +188,7 @@ absl::Status ShardedAdamW::Initialize(uint64_t seed) {
 
 absl::Status ShardedAdamW::PublishParameters() {
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
-    if (has_master()) ANNULUS_RETURN_IF_ERROR(Cast(ctx_, MasterShard(bucket), ValueShard(bucket)));
+    if (HasMaster(bucket)) ANNULUS_RETURN_IF_ERROR(Cast(ctx_, MasterShard(bucket), ValueShard(bucket)));
     ANNULUS_RETURN_IF_ERROR(StartGather(bucket));
   }
   return WaitForParameters();
@@ -152,6 +200,7 @@ absl::Status ShardedAdamW::PrepareGradients(int bucket) {
 }
 
 absl::Status ShardedAdamW::WaitForReduce(int bucket) {
+  if (summing_ == bucket) ANNULUS_RETURN_IF_ERROR(FollowUp());
   Request& reduce = shards_[static_cast<size_t>(bucket)].reduce;
   if (reduce.done()) return absl::OkStatus();
   ctx_.waits.Begin(WaitKind::kGradients, ctx_.stream());
@@ -160,8 +209,33 @@ absl::Status ShardedAdamW::WaitForReduce(int bucket) {
   return status;
 }
 
+// Where all tensor-parallel ranks hold some of the bucket, that is summed first. By the next call it has had
+// the time of a layer, so that nobody waits for it; and all ranks of a group start in the same order.
 absl::Status ShardedAdamW::StartReduce(int bucket) {
+  ANNULUS_RETURN_IF_ERROR(FollowUp());
   Shard& shard = shards_[static_cast<size_t>(bucket)];
+  const int64_t replicated = BucketOf(bucket).replicated;
+  summing_ = bucket;
+  if (tensor_.size() == 1 || replicated == 0) return FollowUp();
+  Communicator tensor = tensor_.comm();
+  ANNULUS_ASSIGN_OR_RETURN(
+      shard.sum_of_replicated,
+      tensor.IAllReduce(params_.BucketGrads(bucket).Rows(0, replicated), ReduceOp::kSum));
+  return absl::OkStatus();
+}
+
+// Starts the reduction that StartReduce has put off.
+absl::Status ShardedAdamW::FollowUp() {
+  if (!summing_.has_value()) return absl::OkStatus();
+  const int bucket = *summing_;
+  Shard& shard = shards_[static_cast<size_t>(bucket)];
+  summing_.reset();
+  if (!shard.sum_of_replicated.done()) {
+    ctx_.waits.Begin(WaitKind::kGradients, ctx_.stream());
+    const absl::Status status = shard.sum_of_replicated.Wait();
+    ctx_.waits.End(WaitKind::kGradients, ctx_.stream());
+    ANNULUS_RETURN_IF_ERROR(status);
+  }
   ANNULUS_ASSIGN_OR_RETURN(shard.reduce,
                            group_.IReduceScatter(params_.BucketGrads(bucket), GradShard(bucket)));
   return absl::OkStatus();
@@ -173,6 +247,7 @@ void ShardedAdamW::Poll() {
   if (ctx_.device.kind != DeviceKind::kCpu) return;
   for (Shard& shard : shards_) {
     // An error shows again where the request is waited for.
+    if (!shard.sum_of_replicated.done()) (void)shard.sum_of_replicated.Test();
     if (!shard.reduce.done()) (void)shard.reduce.Test();
     if (!shard.gather.done()) (void)shard.gather.Test();
   }
@@ -182,7 +257,12 @@ absl::Status ShardedAdamW::FinishReduce(TensorRef sum_of_squares) {
   const TraceRange range("gradient norm");
   for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
     ANNULUS_RETURN_IF_ERROR(WaitForReduce(bucket));
-    ANNULUS_RETURN_IF_ERROR(AddSumOfSquares(ctx_, GradShard(bucket), sum_of_squares));
+    const TensorRef shard = GradShard(bucket);
+    // What all ranks of the tensor-parallel group hold counts once.
+    const int64_t elsewhere = tensor_.rank() == 0 ? 0 : BucketOf(bucket).replicated - ShardBegin(bucket);
+    const TensorRef counted =
+        shard.Rows(std::clamp<int64_t>(elsewhere, 0, shard.elements()), shard.elements());
+    ANNULUS_RETURN_IF_ERROR(AddSumOfSquares(ctx_, counted, sum_of_squares));
   }
   return absl::OkStatus();
 }
@@ -202,14 +282,14 @@ absl::Status ShardedAdamW::Update(int64_t step, double lr, ConstTensorRef gradie
     for (; next < runs_.size() && runs_[next].bucket == bucket; ++next) {
       const Run& run = runs_[next];
       hyper.weight_decay = run.decay == Decay::kWeightDecay ? spec_.weight_decay : 0.0;
-      ANNULUS_RETURN_IF_ERROR(
-          AdamWUpdate(ctx_, hyper,
-                      {.param = MasterShard(bucket).Rows(run.begin, run.end),
-                       .m = shard.m.ref().Rows(run.begin, run.end),
-                       .v = shard.v.ref().Rows(run.begin, run.end),
-                       .grad = GradShard(bucket).Rows(run.begin, run.end),
-                       .gradient_scale = gradient_scale,
-                       .copy = has_master() ? ValueShard(bucket).Rows(run.begin, run.end) : TensorRef()}));
+      ANNULUS_RETURN_IF_ERROR(AdamWUpdate(
+          ctx_, hyper,
+          {.param = MasterShard(bucket).Rows(run.begin, run.end),
+           .m = shard.m.ref().Rows(run.begin, run.end),
+           .v = shard.v.ref().Rows(run.begin, run.end),
+           .grad = GradShard(bucket).Rows(run.begin, run.end),
+           .gradient_scale = gradient_scale,
+           .copy = HasMaster(bucket) ? ValueShard(bucket).Rows(run.begin, run.end) : TensorRef()}));
     }
     ANNULUS_RETURN_IF_ERROR(StartGather(bucket));
   }
@@ -234,7 +314,8 @@ absl::Status ShardedAdamW::WaitForParameters() {
 // host = the shards of all ranks one behind the other, on ranks where it is defined.
 absl::Status ShardedAdamW::GatherShards(TensorRef shard, int64_t piece_bytes, TensorRef host) {
   const int64_t ranks = group_.size(), elements = shard.elements();
-  const int64_t most = std::clamp<int64_t>(piece_bytes / (ranks * SizeOf(shard.dtype())), 1, elements);
+  const int64_t most =
+      std::max<int64_t>(1, std::min(piece_bytes / (ranks * SizeOf(shard.dtype())), elements));
   ArenaScope scope(ctx_.scratch);
   const TensorRef memory = ctx_.scratch.Allocate(shard.dtype(), {ranks * most});
   for (int64_t begin = 0; begin < elements; begin += most) {
@@ -245,6 +326,57 @@ absl::Status ShardedAdamW::GatherShards(TensorRef shard, int64_t piece_bytes, Te
     for (int64_t r = 0; r < ranks; ++r) {
       const TensorRef to = host.Rows(r * elements + begin, r * elements + end);
       Download(ctx_, pieces.Rows(r * count, (r + 1) * count), to.raw());
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Adds the bucket's whole tensors to those of one rank of the tensor-parallel group, to which the others send
+// what they hold. local: this rank's elements of the bucket.
+absl::Status ShardedAdamW::AddWholeTensors(int bucket, const std::string& prefix, Tensor local,
+                                           GatheredTensors* result) {
+  const auto params_of = [&](const ParamTable& table) {
+    std::vector<const ParamInfo*> infos;
+    for (const ParamInfo& info : table.params) {
+      if (info.bucket == bucket) infos.push_back(&info);
+    }
+    return infos;
+  };
+  if (tensor_.size() == 1) {
+    for (const ParamInfo* info : params_of(params_.table())) {
+      const TensorRef tensor = local.ref().Rows(info->offset, info->offset + info->shape.elements());
+      result->tensors.push_back({prefix + info->name, tensor.Reshaped(info->shape)});
+    }
+    result->memory.push_back(std::move(local));
+    return absl::OkStatus();
+  }
+  Communicator tensor = tensor_.comm();
+  const int writer = bucket / group_.size() % tensor_.size();
+  if (tensor_.rank() != writer) {
+    ANNULUS_ASSIGN_OR_RETURN(Request sent,
+                             tensor.Send(local.ref().Rows(0, BucketOf(bucket).elements), writer, 0));
+    return sent.Wait();
+  }
+  std::map<std::string, TensorRef> whole;
+  for (const ParamInfo* info : params_of(params_.table())) {
+    const Tensor& memory = result->memory.emplace_back(Device{}, local.ref().dtype(), info->logical);
+    whole[info->name] = memory.ref();
+    result->tensors.push_back({prefix + info->name, memory.ref()});
+  }
+  for (int rank = 0; rank < tensor_.size(); ++rank) {
+    const ParamTable table = BuildParamTable(model_, {.rank = rank, .size = tensor_.size()});
+    Tensor received;
+    TensorRef values = local.ref();
+    if (rank != writer) {
+      received = Tensor(Device{}, values.dtype(), {table.buckets[static_cast<size_t>(bucket)].elements});
+      values = received.ref();
+      ANNULUS_ASSIGN_OR_RETURN(Request request, tensor.Receive(values, rank, 0));
+      ANNULUS_RETURN_IF_ERROR(request.Wait());
+    }
+    for (const ParamInfo* info : params_of(table)) {
+      for (const LogicalRun& run : LogicalRuns(*info, 0, info->shape.elements())) {
+        CopyElements(values, info->offset + run.local, whole.at(info->name), run.logical, run.elements);
+      }
     }
   }
   return absl::OkStatus();
@@ -263,13 +395,7 @@ absl::StatusOr<GatheredTensors> ShardedAdamW::Gather(int64_t piece_bytes) {
       Tensor host;
       if (mine) host = Tensor(Device{}, part.dtype(), params_.BucketValues(bucket).shape());
       ANNULUS_RETURN_IF_ERROR(GatherShards(part, piece_bytes, host.ref()));
-      if (!mine) continue;
-      for (const ParamInfo& info : params_.table().params) {
-        if (info.bucket != bucket) continue;
-        const TensorRef tensor = host.ref().Rows(info.offset, info.offset + info.shape.elements());
-        result.tensors.push_back({prefix + info.name, tensor.Reshaped(info.shape)});
-      }
-      result.memory.push_back(std::move(host));
+      if (mine) ANNULUS_RETURN_IF_ERROR(AddWholeTensors(bucket, prefix, std::move(host), &result));
     }
   }
   return result;
@@ -284,12 +410,12 @@ absl::Status ShardedAdamW::Restore(const TensorFinder& find) {
          {std::pair{"", MasterShard(info.bucket)}, std::pair{"optim.m.", shard.m.ref()},
           std::pair{"optim.v.", shard.v.ref()}}) {
       const std::string name = prefix + info.name;
-      ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef full, find(name));
-      ANNULUS_RETURN_IF_ERROR(CheckTensor(name, full, info.shape, state.dtype()));
+      ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef whole, find(name));
+      ANNULUS_RETURN_IF_ERROR(CheckTensor(name, whole, info.logical, state.dtype()));
       if (run.begin >= run.end) continue;
-      const int64_t skip = (ShardBegin(info.bucket) + run.begin - info.offset) * SizeOf(state.dtype());
-      const TensorRef part = state.Rows(run.begin, run.end);
-      Upload(ctx_, static_cast<const char*>(full.raw()) + skip, part.bytes(), part);
+      const int64_t to_local = ShardBegin(info.bucket) - info.offset;
+      const HostValues local = LocalValues(info, whole, to_local + run.begin, to_local + run.end);
+      Upload(ctx_, local.ref.raw(), local.ref.bytes(), state.Rows(run.begin, run.end));
     }
   }
   return absl::OkStatus();

@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "model/mesh_run.h"
+#include "model/named_specs.h"
 
 namespace annulus::testing {
 namespace {
@@ -95,6 +95,39 @@ TEST_P(Causality, PaddingReachesNothing) {
     EXPECT_EQ(Influenced(spec, batch, 1, position), Range(position, position + 1)) << position;
   }
   EXPECT_EQ(Influenced(spec, batch, 1, kShort - 1), Range(kShort - 1, kShort));
+}
+
+// Whatever a model is made of: nothing before a token, of another sequence or of another document depends on
+// it.
+using CausalityOfSpecs = OnNamedSpecs;
+INSTANTIATE_TEST_SUITE_P(Specs, CausalityOfSpecs, ::testing::ValuesIn(NamedSpecs()), NameOfSpec);
+
+TEST_P(CausalityOfSpecs, ATokenChangesWhatFollowsInItsDocumentAlone) {
+  const ModelSpec& spec = GetParam().spec;
+  const WholeBatch batch = RandomBatch(spec, GetParam().batch);
+  const MeshRun run{.cp = 2, .tp = ValidateShards(spec, 2).ok() ? 2 : 3};
+  const std::vector<double> before = Logits(spec, batch, run);
+  constexpr size_t kItem = 0;  // of full length
+  for (int64_t position = 0; position < batch.length; position += 9) {
+    WholeBatch changed = batch;
+    int32_t& token = changed.tokens[kItem][static_cast<size_t>(position)];
+    token = (token + 1) % static_cast<int32_t>(spec.vocab_size);
+    const std::vector<double> after = Logits(spec, changed, run);
+    const int64_t document = DocumentStart(batch.sequences, kItem, position);
+    for (int64_t i = 0; i < batch.sequences.batch; ++i) {
+      for (int64_t p = 0; p < batch.length; ++p) {
+        const auto begin = (i * batch.length + p) * spec.vocab_size;
+        const bool same = std::equal(after.begin() + begin, after.begin() + begin + spec.vocab_size,
+                                     before.begin() + begin);
+        const bool may_change =
+            i == kItem && p >= position && DocumentStart(batch.sequences, kItem, p) == document;
+        EXPECT_TRUE(same || may_change) << "token " << position << " changed item " << i << " at " << p;
+        if (i == kItem && p == position) {
+          EXPECT_FALSE(same) << position;
+        }
+      }
+    }
+  }
 }
 
 TEST(RopeTheta, BelongsToItsLayer) {

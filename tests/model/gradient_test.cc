@@ -2,7 +2,8 @@
 
 #include <gtest/gtest.h>
 
-#include "model/mesh_run.h"
+#include "absl/strings/match.h"
+#include "model/named_specs.h"
 
 namespace annulus::testing {
 namespace {
@@ -41,17 +42,17 @@ void ExpectSlopes(const std::function<double()>& f, TensorRef x, TensorRef dx, i
 constexpr Recompute kPolicies[] = {Recompute::kNone, Recompute::kElementwise, Recompute::kAttentionOutput,
                                    Recompute::kBlock};
 
-// y = mixer(x) alone, with f = <y, weights>.
+// y = mixer(x) of the first layer alone, with f = <y, weights>.
 class OneMixer {
  public:
-  OneMixer(LayerSpec layer, Recompute recompute)
-      : spec_(SmallSpec({layer})),
+  OneMixer(const ModelSpec& spec, Recompute recompute)
+      : spec_(spec),
         params_(Device{}, DType::kF64, BuildParamTable(spec_), 1),
         geometry_(SequenceLayout(LayoutKind::kContiguous, kRows, 1), MakeLoopbackGroup(1)[0]),
-        x_(Device{}, DType::kF64, kShape()),
-        dx_(Device{}, DType::kF64, kShape()),
-        y_(Device{}, DType::kF64, kShape()),
-        weights_(Device{}, DType::kF64, kShape()) {
+        x_(Device{}, DType::kF64, TokensShape()),
+        dx_(Device{}, DType::kF64, TokensShape()),
+        y_(Device{}, DType::kF64, TokensShape()),
+        weights_(Device{}, DType::kF64, TokensShape()) {
     FillRandom(params_);
     geometry_.SetBatch(RandomSequences(5, kRows, kBatch, Lengths::kFull, Documents::kRandom));
     const RandomStream random(1, "mixer");
@@ -59,13 +60,12 @@ class OneMixer {
       x_.ref().data<double>()[i] = random.Normal(static_cast<uint64_t>(2 * i));
       weights_.ref().data<double>()[i] = random.Normal(static_cast<uint64_t>(2 * i + 1));
     }
-    mixer_ = layer.kind == LayerKind::kAttention ? MakeAttention(spec_, 0, recompute, params_)
-                                                 : MakeMlp(spec_, 0, recompute, params_);
+    mixer_ = MakeMixer({.spec = spec_, .recompute = recompute, .params = params_});
   }
 
   double Forward(Keep keep) {
     std::fill_n(y_.ref().data<double>(), y_.ref().elements(), 0.0);
-    ModelStep step{.geometry = geometry_, .stats = {}};
+    ModelStep step{.geometry = geometry_};
     ANNULUS_CHECK_OK(mixer_->Forward(ctx_, step, x_.ref(), keep, y_.ref()));
     double sum = 0;
     for (int64_t i = 0; i < y_.ref().elements(); ++i) {
@@ -74,7 +74,7 @@ class OneMixer {
     return sum;
   }
   void Backward() {
-    ModelStep step{.geometry = geometry_, .stats = {}};
+    ModelStep step{.geometry = geometry_};
     std::fill_n(dx_.ref().data<double>(), dx_.ref().elements(), 1e6);  // overwritten
     ANNULUS_CHECK_OK(mixer_->Backward(ctx_, step, x_.ref(), weights_.ref(), dx_.ref()));
   }
@@ -82,10 +82,11 @@ class OneMixer {
   TensorRef x() { return x_.ref(); }
   TensorRef dx() { return dx_.ref(); }
   ParamStore& params() { return params_; }
+  std::string prefix() const { return ParamPrefix(spec_, 0, 0); }
 
  private:
   static constexpr int64_t kRows = 9, kBatch = 2;
-  Shape kShape() const { return {kRows, kBatch, spec_.d_model}; }
+  Shape TokensShape() const { return {kRows * kBatch, spec_.d_model}; }
 
   ModelSpec spec_;
   Context ctx_{Device{}};
@@ -95,32 +96,35 @@ class OneMixer {
   std::unique_ptr<SequenceMixer> mixer_;
 };
 
-void CheckMixer(LayerSpec layer) {
+void CheckMixer(const ModelSpec& spec) {
   for (const Recompute recompute : kPolicies) {
     SCOPED_TRACE(static_cast<int>(recompute));
-    OneMixer one(layer, recompute);
+    OneMixer one(spec, recompute);
     one.Forward(Keep::kForBackward);
     one.Backward();
     const auto f = [&] { return one.Forward(Keep::kNothing); };
     ExpectSlopes(f, one.x(), one.dx(), 40, "x");
     for (const ParamInfo& info : one.params().table().params) {
-      if (info.bucket != 1 || info.shape.rank() != 2) continue;  // the norm stands outside of the mixer
+      if (!absl::StartsWith(info.name, one.prefix())) continue;
       const int i = one.params().table().IndexOf(info.name);
       ExpectSlopes(f, one.params().Value(i), one.params().Grad(i), 20, info.name);
     }
   }
 }
 
-TEST(MixerGradients, Attention) { CheckMixer(Attention(0)); }
-TEST(MixerGradients, AttentionWithWindowAndWithoutPositions) { CheckMixer(Attention(4, std::nullopt)); }
-TEST(MixerGradients, Mlp) { CheckMixer(Mlp()); }
+TEST(MixerGradients, Attention) { CheckMixer(SmallSpec({Attention(0)})); }
+TEST(MixerGradients, AttentionWithWindowAndWithoutPositions) {
+  CheckMixer(SmallSpec({Attention(4, std::nullopt)}));
+}
+TEST(MixerGradients, Mlp) { CheckMixer(SmallSpec({Mlp()})); }
+TEST(MixerGradients, MlpWithoutGate) { CheckMixer(WithReluSquared(SmallSpec({Mlp()}))); }
 
 // The mean loss of a whole model, padding and uncounted tokens included.
 void CheckModel(const ModelSpec& spec, Recompute recompute) {
   const WholeBatch batch = RandomBatch(
       spec, {.length = 13, .batch = 2, .lengths = Lengths::kRandom, .documents = Documents::kRandom});
   OnMesh(spec, batch, {.recompute = recompute}, [&](RankModel& model) {
-    model.LossAndGradients([](int) { return absl::OkStatus(); });
+    model.LossAndGradients();
     for (const ParamInfo& info : model.params().table().params) {
       const int i = model.params().table().IndexOf(info.name);
       ExpectSlopes([&] { return model.Loss(); }, model.params().Value(i), model.params().Grad(i), 12,
@@ -129,38 +133,63 @@ void CheckModel(const ModelSpec& spec, Recompute recompute) {
   });
 }
 
-TEST(ModelGradients, OneBlock) {
-  for (const Recompute recompute : kPolicies) CheckModel(SmallSpec({Attention(0), Mlp()}), recompute);
-}
+using ModelGradients = OnNamedSpecs;
+INSTANTIATE_TEST_SUITE_P(Specs, ModelGradients, ::testing::ValuesIn(NamedSpecs()), NameOfSpec);
 
-TEST(ModelGradients, TwoBlocks) {
-  for (const Recompute recompute : kPolicies) {
-    CheckModel(SmallSpec({Attention(0), Mlp(), Attention(5), Mlp()}), recompute);
+TEST_P(ModelGradients, AreSlopes) {
+  for (const Recompute recompute : {Recompute::kNone, Recompute::kBlock}) {
+    CheckModel(GetParam().spec, recompute);
   }
 }
 
-TEST(ModelGradients, TiedHead) {
+TEST(HeadGradients, TiedHead) {
   ModelSpec spec = SmallSpec({Attention(0), Mlp()});
   spec.tied_head = true;
   CheckModel(spec, Recompute::kAttentionOutput);
 }
 
 // Gradients are added to what is there, and a bucket is final when it is said to be.
-TEST(ModelGradients, BucketsAreFinalInReverseOrder) {
+TEST(Buckets, AreFinalInReverseOrder) {
   ModelSpec spec = SmallSpec({Attention(0), Mlp()});
   spec.tied_head = true;  // the head's gradient belongs to the first bucket
   OnMesh(spec, RandomBatch(spec, {.length = 13}), {}, [](RankModel& model) {
     std::vector<int> order;
     std::vector<std::vector<double>> at_call(static_cast<size_t>(model.params().buckets()));
-    model.LossAndGradients([&](int bucket) {
+    const auto done = [&](int bucket) {
       order.push_back(bucket);
       at_call[static_cast<size_t>(bucket)] = Doubles(model.params().BucketGrads(bucket));
       return absl::OkStatus();
-    });
+    };
+    model.LossAndGradients({.needed = {}, .begun = {}, .done = done});
     EXPECT_EQ(order, (std::vector<int>{3, 2, 1, 0}));
     for (int bucket = 0; bucket < model.params().buckets(); ++bucket) {
       EXPECT_EQ(at_call[static_cast<size_t>(bucket)], Doubles(model.params().BucketGrads(bucket))) << bucket;
     }
+  });
+}
+
+// Buckets of several layers are needed before the first of them, begun before the first gradient of the pass
+// backward, and final after its last.
+TEST(Buckets, OfSeveralLayersLastForAWholePass) {
+  const ModelSpec& spec = NamedSpecOf("tied").spec;
+  OnMesh(spec, RandomBatch(spec, {.length = 13}), {}, [&](RankModel& model) {
+    const int layers = static_cast<int>(spec.layers.size()), shared = layers + 2;
+    ASSERT_EQ(model.params().buckets(), shared + 2);
+    std::vector<std::string> calls;
+    const auto note = [&](const char* what) {
+      return [&calls, what](int bucket) {
+        calls.push_back(absl::StrCat(what, bucket));
+        return absl::OkStatus();
+      };
+    };
+    const BucketHooks hooks{.needed = note("needed "), .begun = note("begun "), .done = note("done ")};
+    model.LossAndGradients(hooks);
+    const std::vector<std::string> want = {
+        "needed 0", "needed 7", "needed 8", "needed 1", "needed 2", "needed 3", "needed 4",
+        "needed 5", "needed 6", "begun 6",  "done 6",   "begun 7",  "begun 8",  "begun 5",
+        "done 5",   "begun 4",  "done 4",   "begun 3",  "done 3",   "begun 2",  "done 2",
+        "begun 1",  "done 1",   "done 7",   "done 8",   "begun 0",  "done 0"};
+    EXPECT_EQ(calls, want);
   });
 }
 

@@ -16,6 +16,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -31,7 +32,7 @@ namespace annulus::testing {
 
 inline constexpr int32_t kNotCounted = -1;
 
-// Sequences before any split: [item][position] of a layout's length.
+// Sequences before any split, without meta tokens: [item][position].
 struct WholeBatch {
   int64_t length = 0;
   SequenceBatch sequences;
@@ -90,12 +91,19 @@ inline ModelSpec SmallSpec(std::vector<LayerSpec> layers) {
           .tied_head = false,
           .layers = std::move(layers)};
 }
-inline LayerSpec Mlp() { return {LayerKind::kMlp, 0, std::nullopt}; }
+inline BranchSpec MlpBranch() { return {.kind = BranchKind::kMlp}; }
+inline BranchSpec AttentionBranch(int64_t window, std::optional<double> rope_theta = 100.0) {
+  return {.kind = BranchKind::kAttention, .window = window, .rope_theta = rope_theta};
+}
+inline LayerSpec Layer(std::vector<BranchSpec> branches, Combine combine = Combine::kSum) {
+  return {.branches = std::move(branches), .combine = combine};
+}
+inline LayerSpec Mlp() { return Layer({MlpBranch()}); }
 inline LayerSpec Attention(int64_t window, std::optional<double> rope_theta = 100.0) {
-  return {LayerKind::kAttention, window, rope_theta};
+  return Layer({AttentionBranch(window, rope_theta)});
 }
 
-// As Initialize, and norm weights off one. On CPUs.
+// As Initialize, and norm weights off one. On CPUs, of whole parameters.
 inline void FillRandom(ParamStore& params) {
   constexpr uint64_t seed = 3;
   params.Initialize(seed);
@@ -115,7 +123,7 @@ inline void FillRandom(ParamStore& params) {
 struct MeshRun {
   DType dtype = DType::kF64;
   LayoutKind layout = LayoutKind::kZigzag;
-  int dp = 1, cp = 1;
+  int dp = 1, cp = 1, tp = 1;
   Recompute recompute = Recompute::kAttentionOutput;
   TransportKind transport = TransportKind::kHost;
   std::function<void(ParamStore&)> fill = FillRandom;  // of parameters on the CPU in the accumulator dtype
@@ -134,10 +142,9 @@ inline std::vector<double> Doubles(Context& ctx, ConstTensorRef t) {
 }
 
 struct Outcome {
-  double loss = 0;  // mean over counted tokens
-  std::vector<std::string> names;
-  std::vector<std::vector<double>> gradients;  // of `loss`, by parameter
-  int64_t bytes_sent = 0;                      // by attention, all ranks
+  double loss = 0;                                       // mean over counted tokens
+  std::map<std::string, std::vector<double>> gradients;  // of `loss`, by whole parameter
+  int64_t bytes_sent = 0;                                // by attention, all ranks
 };
 
 // One rank's share of a batch and the decoder on it, on ctx.device. Data-parallel ranks take equal runs of
@@ -147,14 +154,17 @@ class RankModel {
   RankModel(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run, const ProcessMesh& mesh,
             Context& ctx)
       : mesh_(mesh),
+        shard_{.rank = mesh.at.tp, .size = run.tp},
+        meta_(spec.meta_tokens),
         counted_(whole.counted()),
         ctx_(ctx),
-        params_(ctx.device, run.dtype, BuildParamTable(spec), mesh.shape.world()),
-        layout_(run.layout, whole.length, run.cp),
+        params_(ctx.device, run.dtype, BuildParamTable(spec, shard_), mesh.shape.world()),
+        layout_(run.layout, whole.length + meta_, run.cp, run.tp),
         geometry_(layout_, mesh.cp, {.transport = run.transport, .available = {run.transport}}),
-        decoder_(spec, run.recompute, params_),
+        tensor_(mesh.tp),
+        decoder_(spec, run.recompute, params_, shard_),
         loss_(ctx.device, DType::kF64, {1}) {
-    FillParameters(run);
+    FillParameters(spec, run);
     const int64_t per_rank = whole.sequences.batch / run.dp;
     ANNULUS_CHECK(per_rank * run.dp == whole.sequences.batch);
     first_item_ = per_rank * mesh.at.dp;
@@ -165,88 +175,107 @@ class RankModel {
       mine.document_starts.push_back(whole.sequences.document_starts[static_cast<size_t>(item)]);
     }
     std::vector<int32_t> tokens, targets;
-    for (int64_t position : layout_.LocalPositions(mesh.at.cp)) {
+    for (const int64_t row_position : layout_.LocalPositions(mesh.at.cp)) {
       for (int64_t item = first_item_; item < first_item_ + per_rank; ++item) {
-        const bool padding = position >= whole.length;
+        const int64_t position = row_position - meta_;
+        const bool meta = position < 0, padding = position >= whole.length;
         const size_t i = static_cast<size_t>(item), p = static_cast<size_t>(position);
-        tokens.push_back(padding ? 0 : whole.tokens[i][p]);
-        targets.push_back(padding ? kNotCounted : whole.targets[i][p]);
+        const int64_t meta_token = spec.vocab_size + row_position;
+        tokens.push_back(meta ? static_cast<int32_t>(meta_token) : padding ? 0 : whole.tokens[i][p]);
+        targets.push_back(meta || padding ? kNotCounted : whole.targets[i][p]);
       }
     }
-    geometry_.SetBatch(std::move(mine));
-    tokens_ = OnDevice(tokens), targets_ = OnDevice(targets);
+    geometry_.SetBatch(WithMetaTokens(spec, std::move(mine)));
+    tokens_ = OnDevice(LocalTokens(spec, params_.table(), tokens)), targets_ = OnDevice(targets);
   }
 
   ParamStore& params() { return params_; }
   Context& ctx() { return ctx_; }
   const ProcessMesh& mesh() const { return mesh_; }
+  const TensorParallel& tensor() const { return tensor_; }
   AttentionGeometry& geometry() { return geometry_; }
   TokenSlice slice() const { return {.tokens = tokens_.ref(), .targets = targets_.ref()}; }
   double counted() const { return counted_; }  // of the whole batch
 
   // Mean loss of the whole batch. Collective.
   double Loss() {
-    ModelStep step{.geometry = geometry_, .stats = {}};
+    ModelStep step{.geometry = geometry_, .tensor = tensor_};
     ZeroBytes(loss_.ref(), ctx_.stream());
     ANNULUS_CHECK_OK(decoder_.Loss(ctx_, step, slice(), {}, loss_.ref()));
     bytes_sent_ = step.stats.bytes_sent;
     return MeanLoss();
   }
   // The same, and gradients of it from this rank's tokens.
-  double LossAndGradients(const std::function<absl::Status(int)>& bucket_done) {
+  double LossAndGradients(const BucketHooks& hooks = {}) {
     for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
       ZeroBytes(params_.BucketGrads(bucket), ctx_.stream());
     }
-    ModelStep step{.geometry = geometry_, .stats = {}};
+    ModelStep step{.geometry = geometry_, .tensor = tensor_};
     ZeroBytes(loss_.ref(), ctx_.stream());
-    ANNULUS_CHECK_OK(decoder_.LossAndGradients(
-        ctx_, step, slice(), 1 / counted_, {.needed = {}, .begun = {}, .done = bucket_done}, loss_.ref()));
+    ANNULUS_CHECK_OK(decoder_.LossAndGradients(ctx_, step, slice(), 1 / counted_, hooks, loss_.ref()));
     bytes_sent_ = step.stats.bytes_sent;
     return MeanLoss();
   }
   // Loss and gradients of the whole batch, on every rank. Collective.
   Outcome Train() {
     Outcome outcome;
-    outcome.loss = LossAndGradients([](int) { return absl::OkStatus(); });
-    Communicator group = mesh_.dp_cp;
+    outcome.loss = LossAndGradients();
+    Communicator world = mesh_.world, group = mesh_.dp_cp;
     outcome.bytes_sent =
-        static_cast<int64_t>(group.AllReduceValue(static_cast<double>(bytes_sent_), ReduceOp::kSum).value());
+        static_cast<int64_t>(world.AllReduceValue(static_cast<double>(bytes_sent_), ReduceOp::kSum).value());
     for (int bucket = 0; bucket < params_.buckets(); ++bucket) {
-      ANNULUS_CHECK_OK(group.AllReduce(params_.BucketGrads(bucket), ReduceOp::kSum));
+      const TensorRef grads = params_.BucketGrads(bucket);
+      const int64_t replicated = params_.table().buckets[static_cast<size_t>(bucket)].replicated;
+      ANNULUS_CHECK_OK(tensor_.AllReduce(grads.Rows(0, replicated)));
+      ANNULUS_CHECK_OK(group.AllReduce(grads, ReduceOp::kSum));
     }
     for (size_t i = 0; i < params_.table().params.size(); ++i) {
-      outcome.names.push_back(params_.table().params[i].name);
-      outcome.gradients.push_back(Doubles(ctx_, params_.Grad(static_cast<int>(i))));
+      const ParamInfo& info = params_.table().params[i];
+      outcome.gradients[info.name] = Whole(info, Doubles(ctx_, params_.Grad(static_cast<int>(i))));
     }
     return outcome;
   }
-  // Puts this rank's logits into [item][position][vocab] of the whole batch; padding is left out.
-  void Logits(std::vector<double>* whole) {
-    const int64_t vocab = params_.Value(params_.table().IndexOf("embed.weight")).dim(0);
-    const int64_t batch = geometry_.sequences().batch;
+  // Puts this rank's logits into [item][position][vocab] of the whole batch; meta tokens and padding are left
+  // out. Ranks of a tensor-parallel group have the same; the first writes.
+  void Logits(const ModelSpec& spec, std::vector<double>* whole) {
+    const int64_t vocab = spec.vocab_size, batch = geometry_.sequences().batch,
+                  length = layout_.length() - meta_;
     const Tensor logits(ctx_.device, params_.dtype(), {tokens_.ref().elements(), vocab});
-    ModelStep step{.geometry = geometry_, .stats = {}};
-    ANNULUS_CHECK_OK(decoder_.Logits(ctx_, step, tokens_.ref(), logits.ref()));
+    ModelStep step{.geometry = geometry_, .tensor = tensor_};
+    ANNULUS_CHECK_OK(decoder_.Logits(ctx_, step, tokens_.ref(), 0, logits.ref()));
+    if (tensor_.rank() > 0) return;
     const std::vector<double> values = Doubles(ctx_, logits.ref());
     for (int64_t row = 0; row < layout_.local_rows(); ++row) {
-      const int64_t position = layout_.PositionOf(mesh_.at.cp, row);
-      if (position >= layout_.length()) continue;
+      const int64_t position = layout_.PositionOf(mesh_.at.cp, row) - meta_;
+      if (position < 0 || position >= length) continue;
       for (int64_t item = 0; item < batch; ++item) {
         std::copy_n(values.begin() + (row * batch + item) * vocab, vocab,
-                    whole->begin() + ((first_item_ + item) * layout_.length() + position) * vocab);
+                    whole->begin() + ((first_item_ + item) * length + position) * vocab);
       }
     }
   }
   int64_t bytes_sent() const { return bytes_sent_; }  // by the last pass
 
  private:
-  void FillParameters(const MeshRun& run) {
-    ParamStore host(Device{}, AccumOf(run.dtype), params_.table(), 1);
+  void FillParameters(const ModelSpec& spec, const MeshRun& run) {
+    ParamStore host(Device{}, AccumOf(run.dtype), BuildParamTable(spec), 1);
     run.fill(host);
     const auto find = [&](absl::string_view name) -> absl::StatusOr<ConstTensorRef> {
       return host.Value(host.table().IndexOf(name));
     };
     ANNULUS_CHECK_OK(RestoreParameters(ctx_, params_, find));
+  }
+  // The whole parameter from what this rank and the others of its tensor-parallel group hold.
+  std::vector<double> Whole(const ParamInfo& info, const std::vector<double>& local) {
+    if (info.parts.empty()) return local;
+    std::vector<double> whole(static_cast<size_t>(info.logical.elements()));
+    for (const LogicalRun& run : LogicalRuns(info, 0, info.shape.elements())) {
+      std::copy_n(local.begin() + run.local, run.elements, whole.begin() + run.logical);
+    }
+    Communicator tp = mesh_.tp;
+    const Shape shape{static_cast<int64_t>(whole.size())};
+    ANNULUS_CHECK_OK(tp.AllReduce(TensorRef(whole.data(), DType::kF64, Device{}, shape), ReduceOp::kSum));
+    return whole;
   }
   Tensor OnDevice(const std::vector<int32_t>& values) {
     Tensor tensor(ctx_.device, DType::kI32, {static_cast<int64_t>(values.size())});
@@ -259,11 +288,14 @@ class RankModel {
   }
 
   ProcessMesh mesh_;
+  TensorShard shard_;
+  int64_t meta_;
   double counted_;
   Context& ctx_;
   ParamStore params_;
   SequenceLayout layout_;
   AttentionGeometry geometry_;
+  TensorParallel tensor_;
   Decoder decoder_;
   int64_t first_item_ = 0;
   Tensor tokens_, targets_, loss_;
@@ -273,8 +305,8 @@ class RankModel {
 // Runs fn(model) on a thread for each rank of the mesh.
 template <typename Fn>
 void OnMesh(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run, Fn&& fn) {
-  OnLoopback(run.dp * run.cp, [&](Communicator world) {
-    absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create({.dp = run.dp, .cp = run.cp, .tp = 1}, world);
+  OnLoopback(run.dp * run.cp * run.tp, [&](Communicator world) {
+    absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create({.dp = run.dp, .cp = run.cp, .tp = run.tp}, world);
     Context ctx(Device{});
     RankModel model(spec, whole, run, mesh.value(), ctx);
     fn(model);
@@ -292,7 +324,7 @@ inline Outcome Train(const ModelSpec& spec, const WholeBatch& whole, const MeshR
 
 inline std::vector<double> Logits(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run) {
   std::vector<double> logits(static_cast<size_t>(whole.sequences.batch * whole.length * spec.vocab_size));
-  OnMesh(spec, whole, run, [&](RankModel& model) { model.Logits(&logits); });
+  OnMesh(spec, whole, run, [&](RankModel& model) { model.Logits(spec, &logits); });
   return logits;
 }
 
@@ -311,11 +343,12 @@ inline double RelativeDifference(const std::vector<double>& got, const std::vect
 // |got - expected| / |expected| in the Euclidean norm over all parameters.
 inline double GradientError(const Outcome& got, const Outcome& expected) {
   double difference = 0, norm = 0;
-  for (size_t i = 0; i < expected.gradients.size(); ++i) {
-    for (size_t j = 0; j < expected.gradients[i].size(); ++j) {
-      const double d = got.gradients[i][j] - expected.gradients[i][j];
+  for (const auto& [name, want] : expected.gradients) {
+    const std::vector<double>& have = got.gradients.at(name);
+    for (size_t j = 0; j < want.size(); ++j) {
+      const double d = have[j] - want[j];
       difference += d * d;
-      norm += expected.gradients[i][j] * expected.gradients[i][j];
+      norm += want[j] * want[j];
     }
   }
   return std::sqrt(difference / norm);
@@ -323,9 +356,9 @@ inline double GradientError(const Outcome& got, const Outcome& expected) {
 
 inline void ExpectSame(const Outcome& got, const Outcome& expected, double tolerance) {
   EXPECT_LE(std::abs(got.loss - expected.loss), tolerance * expected.loss);
-  ASSERT_EQ(got.names, expected.names);
-  for (size_t i = 0; i < got.gradients.size(); ++i) {
-    EXPECT_LE(RelativeDifference(got.gradients[i], expected.gradients[i]), tolerance) << got.names[i];
+  ASSERT_EQ(got.gradients.size(), expected.gradients.size());
+  for (const auto& [name, want] : expected.gradients) {
+    EXPECT_LE(RelativeDifference(got.gradients.at(name), want), tolerance) << name;
   }
 }
 

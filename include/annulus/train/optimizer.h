@@ -3,9 +3,13 @@
 // AdamW with its state sharded over the dp x cp group (ZeRO stage 1; Rajbhandari et al., 2020): gradients of
 // a bucket are reduce-scattered as soon as they are complete, each rank updates its 1/N of every bucket, and
 // the new parameters are all-gathered while the next forward begins. The state is in the accumulator dtype;
-// where that is wider than the compute dtype (bf16), it includes the parameters themselves. A gradient that
+// where that is wider than a bucket's dtype (bf16), it includes the parameters themselves. A gradient that
 // has memory of its own is reduced in it; others, whose memory the pass needs again, into the state. Also the
 // learning-rate schedules.
+//
+// Of a tensor-parallel group each rank has such a sharded optimizer for what it holds. Gradients of what all
+// of them hold are summed over that group first; from there on they are the same bits on all, and so are the
+// parameters.
 
 #include <functional>
 #include <optional>
@@ -14,6 +18,7 @@
 #include "annulus/comm/communicator.h"
 #include "annulus/device/context.h"
 #include "annulus/model/params.h"
+#include "annulus/parallel/tensor_parallel.h"
 #include "annulus/train/safetensors.h"
 #include "annulus/train/spec.h"
 
@@ -34,15 +39,22 @@ inline constexpr int64_t kStatePieceBytes = int64_t{64} << 20;
 
 using TensorFinder = std::function<absl::StatusOr<ConstTensorRef>(absl::string_view name)>;
 
-// Copies every parameter from the host tensors that `find` gives, which must have the table's shapes and the
-// accumulator dtype of the store's.
+// Copies what the store holds of every parameter from the whole host tensors that `find` gives, which must
+// have the table's logical shapes and the accumulator dtype of the store's.
 absl::Status RestoreParameters(Context& ctx, ParamStore& params, const TensorFinder& find);
+
+// The ranks that the state of one model is spread over.
+struct OptimizerGroups {
+  Communicator shards;         // dp x cp
+  TensorParallel tensor = {};  // one rank
+};
 
 class ShardedAdamW {
  public:
-  // `params` was made with a bucket multiple of group.size() and takes its memory from ctx.device; both
-  // outlive the optimizer.
-  ShardedAdamW(Context& ctx, const OptimSpec& spec, ParamStore& params, Communicator group);
+  // `params` was made for `model` and this rank of groups.tensor, with a bucket multiple of
+  // groups.shards.size(), and takes its memory from ctx.device; both outlive the optimizer.
+  ShardedAdamW(Context& ctx, const OptimSpec& spec, const ModelSpec& model, ParamStore& params,
+               OptimizerGroups groups);
   ~ShardedAdamW();
 
   // Fills parameters and master copies with their initial values. Collective.
@@ -51,11 +63,12 @@ class ShardedAdamW {
   // Before the first gradient of a step is added to a bucket: waits until buckets that lay in the same memory
   // are on their way, and zeroes it.
   absl::Status PrepareGradients(int bucket);
-  // Starts the sum over the group of a bucket's gradients; returns at once. Call Poll() to move it along.
+  // Starts the sums over both groups of a bucket's gradients; returns at once. Call Poll() to move them
+  // along.
   absl::Status StartReduce(int bucket);
   void Poll();
   // Waits for all sums and adds this rank's part of the global sum of squares of the gradient to
-  // sum_of_squares, f64 [1].
+  // sum_of_squares, f64 [1]. The parts of all ranks of both groups make the whole.
   absl::Status FinishReduce(TensorRef sum_of_squares);
 
   // Updates this rank's shards with gradients times gradient_scale (f64 [1]; NaN: nothing changes) and starts
@@ -65,9 +78,9 @@ class ShardedAdamW {
   absl::Status WaitForParameters(int bucket);
   absl::Status WaitForParameters();  // of all buckets
 
-  // The parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint, in
-  // the accumulator dtype; buckets are dealt to the ranks in turn. Goes through `piece_bytes` of ctx.scratch,
-  // or as little as one element of every rank takes. Collective.
+  // The whole parameters, "optim.m.<name>" and "optim.v.<name>" that this rank is to write into a checkpoint,
+  // in the accumulator dtype; buckets are dealt to the ranks in turn. Goes through `piece_bytes` of
+  // ctx.scratch, or as little as one element of every rank takes. Collective.
   absl::StatusOr<GatheredTensors> Gather(int64_t piece_bytes = kStatePieceBytes);
   // Reads this rank's part of parameters and state, as RestoreParameters does; PublishParameters must follow.
   absl::Status Restore(const TensorFinder& find);
@@ -88,26 +101,32 @@ class ShardedAdamW {
   struct Shard {
     Tensor m, v;
     Tensor grad;    // only where the bucket's gradients share their memory
-    Tensor master;  // only where the accumulator dtype is wider than the compute dtype
-    Request reduce, gather;
+    Tensor master;  // only where the accumulator dtype is wider than the bucket's
+    Request sum_of_replicated, reduce, gather;
   };
 
-  bool has_master() const { return AccumOf(params_.dtype()) != params_.dtype(); }
+  const Bucket& BucketOf(int bucket) const { return params_.table().buckets[static_cast<size_t>(bucket)]; }
+  bool HasMaster(int bucket) const;
   int64_t ShardBegin(int bucket) const;     // first element of the bucket in this rank's shard
   TensorRef ValueShard(int bucket) const;   // this rank's part of the bucket's values
   TensorRef MasterShard(int bucket) const;  // the same in the accumulator dtype
   TensorRef GradShard(int bucket) const;    // the same of the reduced gradient
   Run RunOf(size_t param) const;            // empty if the shard holds none of the parameter
   absl::Status GatherShards(TensorRef shard, int64_t piece_bytes, TensorRef host);
+  absl::Status AddWholeTensors(int bucket, const std::string& prefix, Tensor local, GatheredTensors* result);
+  absl::Status FollowUp();
   absl::Status WaitForReduce(int bucket);
   absl::Status StartGather(int bucket);
 
   Context& ctx_;
   OptimSpec spec_;
+  ModelSpec model_;
   ParamStore& params_;
   Communicator group_;
+  TensorParallel tensor_;
   std::vector<Shard> shards_;
   std::vector<Run> runs_;
+  std::optional<int> summing_;  // a bucket whose reduce follows its sum_of_replicated
 };
 
 }  // namespace annulus

@@ -1,0 +1,97 @@
+#pragma once
+
+// Small models that every test of a whole decoder runs through: on any mesh the numbers of one rank,
+// gradients against differences, recompute policies bit for bit, causality. A new kind of branch is one line
+// here.
+
+#include <string>
+#include <vector>
+
+#include "model/mesh_run.h"
+
+namespace annulus::testing {
+
+struct NamedSpec {
+  const char* name;
+  ModelSpec spec;
+  BatchShape batch;  // lengths that no number of ranks divides
+
+  // That its branches can run in.
+  std::vector<LayoutKind> layouts() const {
+    std::vector<LayoutKind> kinds = {LayoutKind::kContiguous, LayoutKind::kZigzag};
+    for (const LayerSpec& layer : spec.layers) {
+      for (const BranchSpec& branch : layer.branches) {
+        if (PassesStates(branch.kind)) return kinds;
+      }
+    }
+    kinds.push_back(LayoutKind::kStriped);
+    return kinds;
+  }
+};
+
+inline BranchSpec Tied(BranchSpec branch, std::string name) {
+  branch.tie = std::move(name);
+  return branch;
+}
+inline LayerSpec AttentionOfLayersBack(int64_t layers, int64_t window) {
+  BranchSpec branch = AttentionBranch(window);
+  branch.kv_layers_back = layers;
+  return Layer({branch});
+}
+inline ModelSpec WithMeta(int64_t tokens, ModelSpec spec) {
+  spec.meta_tokens = tokens;
+  return spec;
+}
+inline ModelSpec WithReluSquared(ModelSpec spec) {
+  spec.activation = Activation::kReluSquared;
+  return spec;
+}
+// 12 query heads with one KV head: splits over 1, 2, 3 and 4 ranks.
+inline ModelSpec WithOneKvHead(ModelSpec spec) {
+  spec.heads = 12, spec.kv_heads = 1, spec.head_dim = 4, spec.d_ff = 24;
+  return spec;
+}
+
+inline std::vector<NamedSpec> NamedSpecs() {
+  const BranchSpec attention = AttentionBranch(0), window = AttentionBranch(5), mlp = MlpBranch();
+  const BatchShape whole{.length = 37, .batch = 2};
+  const BatchShape documents{.length = 37, .batch = 2, .documents = Documents::kRandom};
+  const BatchShape mixed{
+      .length = 41, .batch = 4, .lengths = Lengths::kRandom, .documents = Documents::kRandom};
+  const Combine mean = Combine::kMeanNorm;
+  return {
+      {"causal", SmallSpec({Attention(0), Mlp(), Attention(0), Mlp()}), whole},
+      {"window", SmallSpec({Attention(7), Mlp(), Attention(7), Mlp()}), whole},
+      {"documents", SmallSpec({Attention(0), Mlp(), Attention(0), Mlp()}), documents},
+      {"mixed", SmallSpec({Attention(5), Mlp(), Attention(0, std::nullopt), Mlp()}), mixed},
+      {"one_kv_head", WithOneKvHead(SmallSpec({Attention(0), Mlp(), Attention(6), Mlp()})), documents},
+      {"relu_squared", WithReluSquared(SmallSpec({Attention(0), Mlp(), Mlp()})), whole},
+      {"parallel_sum", SmallSpec({Layer({attention, mlp}), Layer({window, mlp})}), documents},
+      {"parallel_mean_norm", SmallSpec({Layer({attention, mlp}, mean), Mlp(), Layer({window}, mean)}),
+       documents},
+      {"shared_kv",
+       SmallSpec({Attention(0), Mlp(), AttentionOfLayersBack(2, 0), AttentionOfLayersBack(3, 4)}), documents},
+      {"tied",
+       SmallSpec({Layer({Tied(attention, "a")}), Layer({Tied(mlp, "f")}), Mlp(),
+                  Layer({Tied(attention, "a")}), Layer({Tied(mlp, "f")})}),
+       documents},
+      {"meta_tokens", WithMeta(3, SmallSpec({Attention(0), Mlp(), Attention(9), Mlp()})), mixed},
+  };
+}
+
+// One of the list.
+inline const NamedSpec& NamedSpecOf(const std::string& name) {
+  static const std::vector<NamedSpec> all = NamedSpecs();
+  for (const NamedSpec& named : all) {
+    if (name == named.name) return named;
+  }
+  ANNULUS_CHECK(false) << "no spec " << name;
+  return all[0];
+}
+
+// Tests that run through the list: TEST_P(X, ...) with GetParam() an element.
+class OnNamedSpecs : public ::testing::TestWithParam<NamedSpec> {};
+inline std::string NameOfSpec(const ::testing::TestParamInfo<NamedSpec>& info) { return info.param.name; }
+inline void PrintTo(const NamedSpec& named, std::ostream* out) { *out << named.name; }
+
+}  // namespace annulus::testing
