@@ -1,86 +1,305 @@
+// Memory of training. What each mixer allocates is told here once more, in its order: tests hold the plan to
+// what training really takes.
+
 #include <algorithm>
 
 #include "annulus/model/cost.h"
-#include "annulus/model/params.h"
 #include "annulus/ops/cross_entropy.h"
+#include "annulus/ops/taylor_features.h"
 
 namespace annulus {
 namespace {
 
-// Per-token bytes of one layer.
-struct LayerBytes {
-  int64_t kept = 0;       // by the policy, the block input left out
-  int64_t workspace = 0;  // live at the peak of its backward
-};
+// Up to so many ranks of a sequence gather all states; more pass them on.
+constexpr int64_t kMostGatheringRanks = 8;
 
-// Of a layer's normed input and of its SwiGLU; of its matrix products.
 bool KeepsNorms(Recompute recompute) { return recompute == Recompute::kNone; }
 bool KeepsProducts(Recompute recompute) {
   return recompute == Recompute::kNone || recompute == Recompute::kElementwise;
 }
 
-// Slots of KV and of gradients.
-int64_t SlotBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
-  return 2 * spec.kv_heads * spec.head_dim * (2 * SizeOf(inputs.dtype) + 4 * SizeOf(AccumOf(inputs.dtype)));
+// Bytes of a branch. What the policy does not keep is a temporary of its backward.
+struct BranchBytes {
+  int64_t always = 0;       // kept whatever the policy
+  int64_t products = 0;     // of matrices, and outputs of scans
+  int64_t elementwise = 0;  // activations, norms, convolutions, chunk states
+  int64_t output = 0;       // of attention
+  int64_t temporaries = 0;  // of backward
+  int64_t slots = 0;        // of the exchange
+};
+
+// A layer with a sequence of states.
+struct StateShape {
+  int64_t heads = 0;
+  int64_t state = 0;       // elements of a head's state
+  int64_t transition = 1;  // elements of what a segment does to it
+  int64_t chunk = 1;
+};
+
+class Planner {
+ public:
+  Planner(const ModelSpec& spec, const MemoryInputs& inputs)
+      : spec_(spec), inputs_(inputs), element_(SizeOf(inputs.dtype)), accum_(SizeOf(AccumOf(inputs.dtype))) {}
+
+  // The residual stream, which tensor-parallel ranks split.
+  int64_t stream() const { return Compute(spec_.d_model) / inputs_.tp; }
+
+  int64_t Kept(const LayerSpec& layer) const {
+    int64_t bytes = KeepsNorms(inputs_.recompute) ? stream() : 0;
+    for (const BranchSpec& branch : layer.branches) bytes += Kept(BytesOf(branch));
+    if (layer.combine == Combine::kMeanNorm) bytes += Branches(layer) * stream();
+    return bytes;
+  }
+  // Of what later layers take from this one.
+  int64_t KeptForLaterLayers(const LayerSpec& layer) const {
+    int64_t bytes = 0;
+    for (const BranchSpec& branch : layer.branches) {
+      if (branch.kind != BranchKind::kAttention) continue;
+      bytes += Sums(KvColumns()) + (KeepsProducts(inputs_.recompute) ? 0 : Compute(KvColumns()));
+    }
+    return bytes;
+  }
+  int64_t Temporaries(const LayerSpec& layer) const {
+    int64_t most = 0;
+    for (size_t b = 0; b < layer.branches.size(); ++b) {
+      const int64_t more = (b > 0 ? stream() : 0) + (layer.combine == Combine::kMeanNorm ? 2 * stream() : 0);
+      most = std::max(most, more + Temporaries(BytesOf(layer.branches[b])));
+    }
+    return most + stream() + (KeepsNorms(inputs_.recompute) ? 0 : stream());
+  }
+  int64_t Slots(const LayerSpec& layer) const {
+    int64_t most = 0;
+    for (const BranchSpec& branch : layer.branches) most = std::max(most, BytesOf(branch).slots);
+    return most;
+  }
+  int64_t Loss() const {
+    const int64_t rows = (spec_.vocab_size + inputs_.tp - 1) / inputs_.tp;
+    const VocabularyHeld held = inputs_.tp > 1 ? VocabularyHeld::kPart : VocabularyHeld::kWhole;
+    // Normed input and its gradient, and those of the whole group's tokens.
+    const int64_t gathered = inputs_.tp > 1 ? 2 * Compute(spec_.d_model) : 0;
+    return LinearCrossEntropyScratchBytes(inputs_.device, inputs_.dtype, inputs_.local_tokens, rows, held) +
+           2 * stream() + gathered;
+  }
+
+ private:
+  // Of so many columns of each token of this cp rank.
+  int64_t Compute(int64_t columns) const { return inputs_.local_tokens * columns * element_; }
+  int64_t Sums(int64_t columns) const { return inputs_.local_tokens * columns * accum_; }
+
+  static int64_t Branches(const LayerSpec& layer) { return static_cast<int64_t>(layer.branches.size()); }
+  int64_t KvColumns() const { return 2 * std::max<int64_t>(1, spec_.kv_heads / inputs_.tp) * spec_.head_dim; }
+
+  int64_t Kept(const BranchBytes& bytes) const {
+    return bytes.always + (KeepsProducts(inputs_.recompute) ? bytes.products : 0) +
+           (KeepsNorms(inputs_.recompute) ? bytes.elementwise : 0) +
+           (inputs_.recompute != Recompute::kBlock ? bytes.output : 0);
+  }
+  int64_t Temporaries(const BranchBytes& bytes) const {
+    const int64_t all = bytes.always + bytes.products + bytes.elementwise + bytes.output;
+    // x and the gradient of y of all of the group's tokens, and a summand of the gradient of x.
+    const int64_t gathered = inputs_.tp > 1 ? 3 * Compute(spec_.d_model) : 0;
+    const int64_t slots = inputs_.exchange == ExchangeMemory::kWorkspace ? bytes.slots : 0;
+    return all - Kept(bytes) + bytes.temporaries + gathered + slots;
+  }
+
+  BranchBytes BytesOf(const BranchSpec& branch) const {
+    switch (branch.kind) {
+      case BranchKind::kAttention:
+        return Attention(branch);
+      case BranchKind::kLatentAttention:
+        return Latent(branch);
+      case BranchKind::kMamba:
+        return Mamba();
+      case BranchKind::kLightning:
+        return Lightning();
+      case BranchKind::kBased:
+        return Based();
+      case BranchKind::kDeltaNet:
+        return DeltaNet();
+      case BranchKind::kMlp:
+        return Mlp();
+    }
+    return {};
+  }
+
+  // Two of what travels and four of its gradients.
+  int64_t SlotBytes(int64_t columns) const { return 2 * Compute(columns) + 4 * Sums(columns); }
+
+  BranchBytes Mlp() const {
+    const int64_t inner = spec_.d_ff / inputs_.tp;
+    const bool gated = spec_.activation == Activation::kSwiglu;
+    // Gradients of h and, with a gate, of gate and up; without, that of up takes the place of that of h.
+    return {.products = Compute(gated ? 2 * inner : inner),
+            .elementwise = Compute(inner),
+            .temporaries = Compute(gated ? 3 * inner : inner)};
+  }
+
+  BranchBytes Attention(const BranchSpec& branch) const {
+    const int64_t heads = spec_.heads / inputs_.tp, q = heads * spec_.head_dim, kv = KvColumns();
+    BranchBytes bytes;
+    bytes.products = Compute(branch.kv_layers_back > 0 ? q : q + kv);
+    bytes.output = Compute(q) + Sums(heads);
+    bytes.temporaries = Compute(2 * q + kv) + Sums(heads);      // dout, dq, dkv, delta
+    if (accum_ != element_) bytes.temporaries += Sums(q + kv);  // of dq and dkv over blocks
+    bytes.slots = SlotBytes(kv);
+    return bytes;
+  }
+
+  // Keys and values are expanded for one block at a time, at most those of this rank's own tokens.
+  BranchBytes Latent(const BranchSpec& branch) const {
+    const LatentSpec& latent = spec_.latent;
+    const LatentShard mesh =
+        LatentShardOf({.rank = 0, .size = static_cast<int>(inputs_.tp)}, branch.latent_groups);
+    const int64_t heads = latent.heads / mesh.head_groups, here = branch.latent_groups / mesh.latent_groups;
+    const int64_t q = heads * (latent.nope_dim + latent.rope_dim), v = heads * latent.v_dim;
+    const int64_t columns = latent.kv_rank / branch.latent_groups * here + latent.rope_dim;
+    BranchBytes bytes;
+    bytes.products = Compute(latent.q_rank + q + latent.kv_rank + latent.rope_dim);
+    bytes.elementwise = Compute(latent.q_rank + columns);
+    bytes.output = here * (Compute(v) + Sums(heads));
+    // Expanded keys and values with their gradients; gradients of outputs, queries and latents; delta.
+    bytes.temporaries =
+        2 * Compute(q + v) + Compute(v + 2 * q + latent.q_rank + columns) + Sums(heads + columns);
+    if (accum_ != element_) bytes.temporaries += Sums(2 * q + v);
+    bytes.slots = SlotBytes(columns);
+    return bytes;
+  }
+
+  int64_t States(const StateShape& of, int64_t count, int64_t elements) const {
+    return count * inputs_.sequences * of.heads * elements * accum_;
+  }
+  int64_t ChunkStates(const StateShape& of) const {
+    const int64_t rows = inputs_.local_tokens / inputs_.sequences / inputs_.segments;
+    return States(of, inputs_.segments * ((rows + of.chunk - 1) / of.chunk), of.state);
+  }
+  int64_t SegmentStates(const StateShape& of) const { return States(of, inputs_.segments, of.state); }
+  // A summary of each segment, all ranks' of them, and what comes in.
+  int64_t PassedStates(const StateShape& of) const {
+    const int64_t own = States(of, inputs_.segments, of.state + of.transition);
+    const int64_t copies = inputs_.cp > kMostGatheringRanks ? 2 : inputs_.cp;
+    return own + copies * own + SegmentStates(of);
+  }
+  // Of a scan: states of chunks with the logarithms of their decays; and in backward the gradients of states.
+  int64_t ScanStates(const StateShape& of) const { return ChunkStates(of) + ChunkStates(of) / of.state; }
+  int64_t ScanTemporaries(const StateShape& of) const { return ChunkStates(of) + PassedStates(of); }
+
+  int64_t Halo(int64_t taps, int64_t channels) const {
+    return std::max<int64_t>(0, taps - 1) * inputs_.segments * inputs_.sequences * channels * element_;
+  }
+
+  BranchBytes Mamba() const {
+    const MambaSpec& mamba = spec_.mamba;
+    const int64_t heads = mamba.heads / inputs_.tp, inner = heads * mamba.head_dim;
+    const int64_t bc = std::max<int64_t>(1, mamba.groups / inputs_.tp) * mamba.state;
+    const int64_t xbc = inner + 2 * bc, proj = xbc + inner + heads;
+    const StateShape states{heads, mamba.state * mamba.head_dim, 1, mamba.chunk};
+    const int64_t halo = Halo(mamba.conv, xbc);
+    return {.always = halo + SegmentStates(states),
+            .products = Compute(proj + inner),
+            .elementwise = Compute(xbc) + Sums(2 * heads) + ScanStates(states),
+            .temporaries = Compute(proj + 3 * inner + xbc) + Sums(2 * heads) +
+                           std::max(ScanTemporaries(states), 4 * halo)};
+  }
+
+  // Decays are written out for each scan: again where forward's are computed again.
+  int64_t DecayBytes(int64_t heads) const {
+    return Sums(KeepsNorms(inputs_.recompute) ? 2 * heads : 3 * heads);
+  }
+
+  BranchBytes Lightning() const {
+    const LinearSpec& linear = spec_.lightning;
+    const int64_t heads = linear.heads / inputs_.tp, values = heads * linear.value_dim;
+    const int64_t qkv = 2 * heads * linear.key_dim + values;
+    const StateShape states{heads, linear.key_dim * linear.value_dim, 1, linear.chunk};
+    return {.always = SegmentStates(states),
+            .products = Compute(qkv + 2 * values),
+            .elementwise = Compute(qkv) + ScanStates(states),
+            .temporaries = Compute(4 * values + qkv) + DecayBytes(heads) + ScanTemporaries(states)};
+  }
+
+  BranchBytes Based() const {
+    const LinearSpec& linear = spec_.based;
+    const int64_t heads = linear.heads / inputs_.tp, values = heads * linear.value_dim, ones = values + heads;
+    const int64_t qk = 2 * heads * linear.key_dim, features = TaylorFeatures(linear.key_dim);
+    const StateShape states{heads, features * (linear.value_dim + 1), 1, linear.chunk};
+    return {.always = SegmentStates(states),
+            .products = Compute(qk + values + ones),
+            .elementwise = Compute(2 * heads * features + ones) + ScanStates(states),
+            .temporaries = Compute(2 * values + ones + 2 * heads * features + ones) + DecayBytes(heads) +
+                           std::max(ScanTemporaries(states), Compute(qk + values))};
+  }
+
+  BranchBytes DeltaNet() const {
+    const LinearSpec& linear = spec_.delta;
+    const int64_t heads = linear.heads / inputs_.tp, values = heads * linear.value_dim;
+    const int64_t qk = 2 * heads * linear.key_dim, qkv = qk + values;
+    const StateShape states{heads, linear.key_dim * linear.value_dim, linear.key_dim * linear.key_dim,
+                            linear.chunk};
+    const int64_t halo = Halo(linear.conv, qkv);
+    const int64_t passed = inputs_.cp > 1 ? PassedStates(states)
+                                          : SegmentStates(states) + States(states, inputs_.segments,
+                                                                           states.state + states.transition);
+    return {
+        .always = halo + SegmentStates(states),
+        .products = Compute(qkv + 2 * values + 2 * heads),
+        .elementwise = Compute(qkv + qk) + Sums(2 * heads) + ChunkStates(states),
+        .temporaries = Compute(4 * values + qk + 2 * qkv + 2 * heads) + Sums(2 * heads) + passed + 3 * halo};
+  }
+
+  const ModelSpec& spec_;
+  const MemoryInputs& inputs_;
+  int64_t element_, accum_;
+};
+
+bool IsTakenFrom(const std::vector<LayerSpec>& layers, size_t layer) {
+  for (size_t later = layer + 1; later < layers.size(); ++later) {
+    for (const BranchSpec& branch : layers[later].branches) {
+      if (branch.kv_layers_back > 0 && later - static_cast<size_t>(branch.kv_layers_back) == layer)
+        return true;
+    }
+  }
+  return false;
 }
 
-LayerBytes MlpBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
-  const int64_t d = spec.d_model, element = SizeOf(inputs.dtype);
-  const bool norms = KeepsNorms(inputs.recompute), products = KeepsProducts(inputs.recompute);
-  // Gradients of the normed input, of h and of gate and up; and what is not kept.
-  return {.kept = ((norms ? d + spec.d_ff : 0) + (products ? 2 * spec.d_ff : 0)) * element,
-          .workspace =
-              (d + 3 * spec.d_ff + (norms ? 0 : d + spec.d_ff) + (products ? 0 : 2 * spec.d_ff)) * element};
-}
-
-LayerBytes AttentionBytes(const ModelSpec& spec, const MemoryInputs& inputs) {
-  const int64_t d = spec.d_model, element = SizeOf(inputs.dtype), accum = SizeOf(AccumOf(inputs.dtype));
-  const bool norms = KeepsNorms(inputs.recompute), products = KeepsProducts(inputs.recompute);
-  const int64_t q = spec.heads * spec.head_dim, kv = 2 * spec.kv_heads * spec.head_dim;
-  const int64_t output = q * element + spec.heads * accum;
-  LayerBytes bytes;
-  bytes.kept = ((norms ? d : 0) + (products ? q + kv : 0)) * element;
-  if (inputs.recompute != Recompute::kBlock) bytes.kept += output;
-  bytes.workspace = (d + (norms ? 0 : d) + (products ? 0 : q + kv)) * element;
-  bytes.workspace += (2 * q + kv) * element + spec.heads * accum;  // dout, dq, dkv, delta
-  if (accum != element) bytes.workspace += (q + kv) * accum;       // sums of dq and dkv over blocks
-  if (inputs.exchange == ExchangeMemory::kWorkspace) bytes.workspace += SlotBytes(spec, inputs);
-  if (inputs.recompute == Recompute::kBlock) bytes.workspace += output;
+int64_t ValueBytes(const ParamTable& table, DType dtype) {
+  int64_t bytes = 0;
+  for (const Bucket& bucket : table.buckets) {
+    bytes += bucket.elements * SizeOf(bucket.wide ? AccumOf(dtype) : dtype);
+  }
   return bytes;
+}
+
+// Moments, and a master copy where values are narrower than it.
+int64_t StateElements(const ParamTable& table, DType dtype) {
+  int64_t elements = 0;
+  for (const Bucket& bucket : table.buckets) {
+    elements += (bucket.wide || AccumOf(dtype) == dtype ? 2 : 3) * bucket.elements;
+  }
+  return elements;
 }
 
 }  // namespace
 
 MemoryPlan PlanMemory(const ModelSpec& spec, const MemoryInputs& inputs) {
-  const ParamTable table = BuildParamTable(spec);
-  const int64_t parameters = table.elements();
-  const int64_t element = SizeOf(inputs.dtype), accum = SizeOf(AccumOf(inputs.dtype));
-  const int64_t stream = spec.d_model * element;  // of a token in the residual stream
-  int64_t kept = stream, workspace = 0;           // the last layer's output
-  bool attends = false;
-  for (const LayerSpec& layer : spec.layers) {
-    kept += stream;
-    for (const BranchSpec& branch : layer.branches) {
-      const bool attention = branch.kind == BranchKind::kAttention;
-      const LayerBytes bytes = attention ? AttentionBytes(spec, inputs) : MlpBytes(spec, inputs);
-      kept += bytes.kept;
-      workspace = std::max(workspace, bytes.workspace);
-      attends = attends || attention;
-    }
+  const ParamTable table = BuildParamTable(spec, {.rank = 0, .size = static_cast<int>(inputs.tp)});
+  const Planner planner(spec, inputs);
+  int64_t kept = planner.stream(), temporaries = 0, slots = 0;  // kept: the last layer's output
+  for (size_t i = 0; i < spec.layers.size(); ++i) {
+    const LayerSpec& layer = spec.layers[i];
+    kept += planner.stream() + planner.Kept(layer);
+    if (IsTakenFrom(spec.layers, i)) kept += planner.KeptForLaterLayers(layer);
+    temporaries = std::max(temporaries, planner.Temporaries(layer));
+    slots = std::max(slots, planner.Slots(layer));
   }
-  const int64_t loss =
-      LinearCrossEntropyScratchBytes(inputs.device, inputs.dtype, inputs.local_tokens, spec.vocab_size) +
-      2 * inputs.local_tokens * stream;
-
   MemoryPlan plan;
-  plan.parameters = parameters * element;
+  const int64_t accum = SizeOf(AccumOf(inputs.dtype));
+  plan.parameters = ValueBytes(table, inputs.dtype);
   plan.gradients = GradientElements(table, inputs.gradients) * accum;
-  const int64_t states = (accum == element ? 2 : 3) * parameters;
-  plan.optimizer = (states + SharedGradientElements(table, inputs.gradients)) * accum / inputs.shards;
-  plan.activations = kept * inputs.local_tokens;
-  plan.workspace = std::max(workspace * inputs.local_tokens, loss) + stream * inputs.local_tokens;
-  if (inputs.exchange == ExchangeMemory::kOwn && attends)
-    plan.exchange = SlotBytes(spec, inputs) * inputs.local_tokens;
+  plan.optimizer = (StateElements(table, inputs.dtype) + SharedGradientElements(table, inputs.gradients)) *
+                   accum / inputs.shards;
+  plan.activations = kept;
+  plan.workspace = std::max(temporaries, planner.Loss()) + planner.stream();
+  if (inputs.exchange == ExchangeMemory::kOwn) plan.exchange = slots;
   return plan;
 }
 

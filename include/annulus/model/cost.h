@@ -59,8 +59,12 @@ enum class ExchangeMemory {
 struct MemoryInputs {
   DeviceKind device = DeviceKind::kCpu;
   DType dtype = DType::kF32;  // compute dtype
-  int64_t local_tokens = 0;   // rows * micro-batch
-  int64_t shards = 1;         // dp x cp
+  int64_t local_tokens = 0;   // rows * micro-batch, meta tokens among them
+  int64_t sequences = 1;      // micro-batch
+  int64_t segments = 1;       // runs of consecutive positions on a rank: two with zigzag
+  int64_t cp = 1;
+  int64_t tp = 1;
+  int64_t shards = 1;  // dp x cp
   ExchangeMemory exchange = ExchangeMemory::kNone;
   Recompute recompute = Recompute::kAttentionOutput;
   GradientMemory gradients = GradientMemory::kAll;
