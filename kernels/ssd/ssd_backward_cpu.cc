@@ -15,29 +15,22 @@ namespace annulus::kernels {
 namespace {
 
 template <typename T>
-T Dot(const T* a, const T* b, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-template <typename T>
 class Gradients {
  public:
   Gradients(Context& ctx, const Ssd& ssd, const SsdBackwardStates& in, const SsdGradients& out)
-      : ssd_(ssd), in_(in), out_(out), decay_(ctx, ssd), stride_(SsdLongestChunk(ssd)) {
-    const int64_t width = std::max(ssd.x.dim, ssd.b.dim);
-    products_ = SsdScratch<T>(ctx, stride_ * stride_);
-    dproducts_ = SsdScratch<T>(ctx, stride_ * stride_);
-    weights_ = SsdScratch<T>(ctx, stride_ * stride_);
-    scaled_ = SsdScratch<T>(ctx, stride_ * ssd.x.dim);
-    through_state_ = SsdScratch<T>(ctx, stride_ * width);
-    decays_ = SsdScratch<T>(ctx, stride_);
-    dt_ = SsdScratch<T>(ctx, stride_);
-    dsum_ = SsdScratch<double>(ctx, stride_);
-    ddt_ = SsdScratch<double>(ctx, stride_);
-    dskip_ = SsdScratch<double>(ctx, ssd.x.heads);
+      : ssd_(ssd), in_(in), out_(out), decay_(ctx, ssd.a, ssd.ages, SsdLongestChunk(ssd)) {
+    const int64_t longest = SsdLongestChunk(ssd), p = ssd.x.dim, n = ssd.b.dim;
+    products_ = {ScratchElements<T>(ctx, longest * longest), longest};
+    dproducts_ = {ScratchElements<T>(ctx, longest * longest), longest};
+    weights_ = {ScratchElements<T>(ctx, longest * longest), longest};
+    scaled_ = {ScratchElements<T>(ctx, longest * p), p};
+    to_end_ = {ScratchElements<T>(ctx, longest * p), p};
+    from_start_ = {ScratchElements<T>(ctx, longest * n), n};
+    decays_ = ScratchElements<T>(ctx, longest);
+    steps_ = ScratchElements<T>(ctx, longest);
+    dsum_ = ScratchElements<double>(ctx, longest);
+    dstep_ = ScratchElements<double>(ctx, longest);
+    dskip_ = ScratchElements<double>(ctx, ssd.x.heads);
     std::fill_n(dskip_, ssd.x.heads, 0.0);
   }
 
@@ -45,37 +38,46 @@ class Gradients {
     rows_ = rows;
     n_ = rows.size();
     item_ = item;
-    group_ = group;
     decay_.SetRows(rows, item);
-    LowerProduct<T>(n_, ssd_.b.dim, Of(ssd_.c, group), Of(ssd_.b, group), {products_, stride_});
-    std::fill_n(dproducts_, n_ * stride_, T{0});
+    b_ = HeadRows<T>(ssd_.b, rows.begin, item, group);
+    c_ = HeadRows<T>(ssd_.c, rows.begin, item, group);
+    db_ = HeadRows<T>(out_.db, rows.begin, item, group);
+    dc_ = HeadRows<T>(out_.dc, rows.begin, item, group);
+    LowerProduct<T>(n_, ssd_.b.dim, c_, b_, products_);
+    std::fill_n(dproducts_.data, n_ * dproducts_.stride, T{0});
     for (int64_t r = 0; r < n_; ++r) {
-      std::fill_n(ChunkHead<T>(out_.db, rows_, item_, group_, r), ssd_.b.dim, T{0});
-      std::fill_n(ChunkHead<T>(out_.dc, rows_, item_, group_, r), ssd_.c.dim, T{0});
+      std::fill_n(db_.at(r), ssd_.b.dim, T{0});
+      std::fill_n(dc_.at(r), ssd_.c.dim, T{0});
     }
   }
 
   void Run(int64_t chunk, int64_t head) {
     decay_.SetHead(head);
-    head_ = head;
-    for (int64_t r = 0; r < n_; ++r) dt_[r] = decay_.Dt(r);
+    x_ = HeadRows<T>(ssd_.x, rows_.begin, item_, head);
+    dy_ = HeadRows<T>(in_.dy, rows_.begin, item_, head);
+    dx_ = HeadRows<T>(out_.dx, rows_.begin, item_, head);
+    for (int64_t r = 0; r < n_; ++r) steps_[r] = SsdStep<T>(ssd_, decay_.Gate(r));
     std::fill_n(dsum_, n_, 0.0);
-    std::fill_n(ddt_, n_, 0.0);
-    const int64_t index = item_ * ssd_.x.heads + head, heads = ssd_.x.batch * ssd_.x.heads;
-    const int64_t offset = (chunk * heads + index) * ssd_.b.dim * ssd_.x.dim;
+    std::fill_n(dstep_, n_, 0.0);
+    const int64_t index = chunk * ssd_.x.batch * ssd_.x.heads + item_ * ssd_.x.heads + head;
+    const int64_t size = ssd_.b.dim * ssd_.x.dim;
+    const T* state = in_.states.states.template data<T>() + index * size;
+    const T* gradient = in_.gradients.data<T>() + index * size;
     Inside();
-    ThroughEnd(in_.gradients.data<T>() + offset);
-    ThroughStart(in_.states.states.template data<T>() + offset);
-    ThroughChunk(in_.states.states.template data<T>() + offset, in_.gradients.data<T>() + offset);
-    if (ssd_.skip.defined()) Skip();
-    Store();
+    ThroughEnd(gradient);
+    ThroughStart(state);
+    dsum_[n_ - 1] += static_cast<double>(decay_.Whole()) * DotRow(state, gradient, size);
+    if (ssd_.skip.defined()) Skip(head);
+    decay_.StoreGradient(dsum_, out_.da.template data<T>());
+    if (!ssd_.dt.defined()) return;
+    T* ddt = out_.ddt.template data<T>();
+    for (int64_t r = 0; r < n_; ++r) ddt[decay_.Gate(r)] = static_cast<T>(dstep_[r]);
   }
 
   void EndGroup() {
-    const Rows<const T> dproducts{dproducts_, stride_};
-    LowerTransposedTimes<T>(n_, ssd_.b.dim, dproducts, Of(ssd_.c, group_), Write::kAccumulate,
-                            Of(out_.db, group_));
-    LowerTimes<T>(n_, ssd_.c.dim, dproducts, Of(ssd_.b, group_), Write::kAccumulate, Of(out_.dc, group_));
+    const LowerDims dims{.n = n_, .columns = ssd_.b.dim};
+    LowerTransposedTimes<T>(dims, dproducts_, c_, Write::kAccumulate, db_);
+    LowerTimes<T>(dims, dproducts_, b_, Write::kAccumulate, dc_);
   }
 
   void AddSkipGradients() {
@@ -85,38 +87,31 @@ class Gradients {
   }
 
  private:
-  template <typename Byte>
-  auto Of(const BasicHeadsRef<Byte>& x, int64_t head, int64_t first = 0) const {
-    auto* data = ChunkHead<T>(x, rows_, item_, head, first);
-    return Rows<std::remove_pointer_t<decltype(data)>>{data, RowStride(x)};
-  }
-
   void Inside() {
-    LowerProduct<T>(n_, ssd_.x.dim, Of(in_.dy, head_), Of(ssd_.x, head_), {weights_, stride_});
+    LowerProduct<T>(n_, ssd_.x.dim, dy_, x_, weights_);
     ForEachPanel(n_, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) InsideRow(t, end);
     });
-    LowerTransposedTimes<T>(n_, ssd_.x.dim, {weights_, stride_}, Of(in_.dy, head_), Write::kOverwrite,
-                            Of(out_.dx, head_));
+    LowerTransposedTimes<T>({.n = n_, .columns = ssd_.x.dim}, weights_, dy_, Write::kOverwrite, dx_);
   }
 
   // Row t of the weights: from dy x to M, of which the product reads columns [0, end).
   void InsideRow(int64_t t, int64_t end) {
     const int64_t start = decay_.start(t);
-    const T* products = products_ + t * stride_;
-    T* dproducts = dproducts_ + t * stride_;
-    T* weights = weights_ + t * stride_;
+    const T* products = products_.at(t);
+    T* dproducts = dproducts_.at(t);
+    T* weights = weights_.at(t);
     decay_.To(t, decays_);
     double dsum = 0;
 #pragma omp simd reduction(+ : dsum)
     for (int64_t s = start; s <= t; ++s) {
-      const T decay = decays_[s], dt = dt_[s];
-      const double without_dt = static_cast<double>(weights[s] * decay * products[s]);
-      dproducts[s] += weights[s] * decay * dt;
-      weights[s] = products[s] * decay * dt;
-      ddt_[s] += without_dt;
-      dsum += without_dt * dt;
-      dsum_[s] -= without_dt * dt;
+      const T decay = decays_[s], step = steps_[s];
+      const double without_step = static_cast<double>(weights[s] * decay * products[s]);
+      dproducts[s] += weights[s] * decay * step;
+      weights[s] = products[s] * decay * step;
+      dstep_[s] += without_step;
+      dsum += without_step * step;
+      dsum_[s] -= without_step * step;
     }
     dsum_[t] += dsum;
     std::fill_n(weights, start, T{0});
@@ -125,134 +120,56 @@ class Gradients {
 
   // What the rows of the last document give to the end state.
   void ThroughEnd(const T* gradient) {
-    const int64_t last = decay_.last(), p = ssd_.x.dim, n = ssd_.b.dim;
-    Gemm<T>({.m = n_ - last,
-             .n = p,
-             .k = n,
-             .a = {ChunkHead<T>(ssd_.b, rows_, item_, group_, last), RowStride(ssd_.b)},
-             .b = {gradient, p},
-             .beta = 0,
-             .c = through_state_,
-             .c_stride = p});
+    const int64_t last = decay_.last(), count = n_ - last, p = ssd_.x.dim, n = ssd_.b.dim;
+    const auto factor = [&](int64_t r) { return decay_.ToEnd(last + r) * steps_[last + r]; };
+    Multiply<T>({.m = count, .n = p, .k = n}, b_.From(last), {gradient, p}, {}, to_end_);
+    AddScaledRows<T>(count, p, factor, to_end_, dx_.From(last));
     for (int64_t r = last; r < n_; ++r) {
-      const T decay = decay_.ToEnd(r), factor = decay * decay_.Dt(r);
-      const T* through = through_state_ + (r - last) * p;
-      const T* x = ChunkHead<T>(ssd_.x, rows_, item_, head_, r);
-      T* dx = ChunkHead<T>(out_.dx, rows_, item_, head_, r);
-      T* scaled = scaled_ + (r - last) * p;
-#pragma omp simd
-      for (int64_t i = 0; i < p; ++i) {
-        dx[i] += factor * through[i];
-        scaled[i] = factor * x[i];
-      }
-      const double without_dt = decay * Dot(x, through, p);
-      ddt_[r] += without_dt;
-      dsum_[r] -= without_dt * decay_.Dt(r);
-      dsum_[n_ - 1] += without_dt * decay_.Dt(r);
+      const double without_step = decay_.ToEnd(r) * DotRow(x_.at(r), to_end_.at(r - last), p);
+      dstep_[r] += without_step;
+      dsum_[r] -= without_step * steps_[r];
+      dsum_[n_ - 1] += without_step * steps_[r];
     }
-    Gemm<T>({.m = n_ - last,
-             .n = n,
-             .k = p,
-             .a = {scaled_, p},
-             .b = {gradient, p, Transpose::kYes},
-             .beta = 1,
-             .c = ChunkHead<T>(out_.db, rows_, item_, group_, last),
-             .c_stride = RowStride(out_.db)});
+    ScaleRows<T>(count, p, factor, x_.From(last), scaled_);
+    Multiply<T>({.m = count, .n = n, .k = p}, scaled_, {gradient, p},
+                {.b = Transpose::kYes, .write = Write::kAccumulate}, db_.From(last));
   }
 
   // What the rows of the first document got from the start state.
   void ThroughStart(const T* state) {
     const int64_t carried = decay_.carried(), p = ssd_.x.dim, n = ssd_.c.dim;
-    for (int64_t r = 0; r < carried; ++r) {
-      const T decay = decay_.FromBefore(r);
-      const T* dy = ChunkHead<T>(in_.dy, rows_, item_, head_, r);
-#pragma omp simd
-      for (int64_t i = 0; i < p; ++i) scaled_[r * p + i] = decay * dy[i];
-    }
-    Gemm<T>({.m = carried,
-             .n = n,
-             .k = p,
-             .a = {scaled_, p},
-             .b = {state, p, Transpose::kYes},
-             .beta = 0,
-             .c = through_state_,
-             .c_stride = n});
-    for (int64_t r = 0; r < carried; ++r) {
-      const T* through = through_state_ + r * n;
-      T* dc = ChunkHead<T>(out_.dc, rows_, item_, group_, r);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) dc[i] += through[i];
-      dsum_[r] += Dot(ChunkHead<T>(ssd_.c, rows_, item_, group_, r), through, n);
-    }
+    ScaleRows<T>(carried, p, [&](int64_t r) { return decay_.FromBefore(r); }, dy_, scaled_);
+    Multiply<T>({.m = carried, .n = n, .k = p}, scaled_, {state, p}, {.b = Transpose::kYes}, from_start_);
+    AddScaledRows<T>(carried, n, [](int64_t) { return T{1}; }, from_start_, dc_);
+    for (int64_t r = 0; r < carried; ++r) dsum_[r] += DotRow(c_.at(r), from_start_.at(r), n);
   }
 
-  // From the start state to the end state, where no document starts.
-  void ThroughChunk(const T* state, const T* gradient) {
-    if (decay_.carried() < n_) return;
-    dsum_[n_ - 1] += decay_.FromBefore(n_ - 1) * Dot(state, gradient, ssd_.b.dim * ssd_.x.dim);
-  }
-
-  void Skip() {
-    const T skip = ssd_.skip.template data<T>()[head_];
-    for (int64_t r = 0; r < n_; ++r) {
-      const T* x = ChunkHead<T>(ssd_.x, rows_, item_, head_, r);
-      const T* dy = ChunkHead<T>(in_.dy, rows_, item_, head_, r);
-      T* dx = ChunkHead<T>(out_.dx, rows_, item_, head_, r);
-#pragma omp simd
-      for (int64_t i = 0; i < ssd_.x.dim; ++i) dx[i] += skip * dy[i];
-      dskip_[head_] += Dot(x, dy, ssd_.x.dim);
-    }
-  }
-
-  void Store() {
-    T* da = out_.da.template data<T>();
-    double later = 0;
-    for (int64_t r = n_ - 1; r >= 0; --r) {
-      later += dsum_[r];
-      const bool starts = decay_.StartsDocument(r);
-      da[decay_.Gate(r)] = starts ? T{0} : static_cast<T>(later);
-      if (starts) later = 0;
-    }
-    if (!ssd_.dt.defined()) return;
-    T* ddt = out_.ddt.template data<T>();
-    for (int64_t r = 0; r < n_; ++r) ddt[decay_.Gate(r)] = static_cast<T>(ddt_[r]);
+  void Skip(int64_t head) {
+    const T skip = ssd_.skip.template data<T>()[head];
+    AddScaledRows<T>(n_, ssd_.x.dim, [&](int64_t) { return skip; }, dy_, dx_);
+    for (int64_t r = 0; r < n_; ++r) dskip_[head] += DotRow(x_.at(r), dy_.at(r), ssd_.x.dim);
   }
 
   const Ssd& ssd_;
   const SsdBackwardStates& in_;
   const SsdGradients& out_;
   ChunkDecay<T> decay_;
-  const int64_t stride_;
-  T* products_;       // [rows, rows] of c and b, lower half
-  T* dproducts_;      // [rows, rows], over the heads of a group
-  T* weights_;        // [rows, rows] products of dy and x, then M
-  T* scaled_;         // [rows, head_dim]
-  T* through_state_;  // [rows, head_dim or state]
-  T* decays_;         // [rows]: to one row
-  T* dt_;             // [rows]
-  double* dsum_;      // [rows]
-  double* ddt_;       // [rows]
-  double* dskip_;     // [heads]
+  StridedRows<T> products_;    // [rows, rows] of c and b, lower half
+  StridedRows<T> dproducts_;   // [rows, rows], over the heads of a group
+  StridedRows<T> weights_;     // [rows, rows] products of dy and x, then M
+  StridedRows<T> scaled_;      // [rows, head_dim]
+  StridedRows<T> to_end_;      // [rows, head_dim]: b and the end state's gradient
+  StridedRows<T> from_start_;  // [rows, state]: decayed dy and the start state
+  T* decays_;                  // [rows]: to one row
+  T* steps_;                   // [rows]: dt
+  double* dsum_;               // [rows]
+  double* dstep_;              // [rows]
+  double* dskip_;              // [heads]
   RowRange rows_;
-  int64_t n_ = 0, item_ = 0, group_ = 0, head_ = 0;
+  int64_t n_ = 0, item_ = 0;
+  StridedRows<const T> b_, c_, x_, dy_;
+  StridedRows<T> db_, dc_, dx_;
 };
-
-// Chunk after chunk from the last: gradients of start states from the chunk's own y become those of end
-// states.
-template <typename T>
-void ScanGradients(const SsdBackwardStates& in, int64_t first, int64_t last, int64_t heads, int64_t index,
-                   int64_t n, T* gradient) {
-  for (int64_t c = last - 1; c >= first; --c) {
-    const T alpha = Exp(in.states.decays.data<T>()[c * heads + index]);
-    T* of_chunk = in.gradients.data<T>() + (c * heads + index) * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const T at_end = gradient[i];
-      gradient[i] = alpha * at_end + of_chunk[i];
-      of_chunk[i] = at_end;
-    }
-  }
-}
 
 }  // namespace
 
@@ -261,82 +178,36 @@ absl::Status SsdBackwardChunkStates(CpuTag, Context& ctx, const Ssd& ssd, const 
                                     const SegmentSummary& summary) {
   const int64_t heads = ssd.x.batch * ssd.x.heads, p = ssd.x.dim, n = ssd.b.dim;
   ArenaScope scope(ctx.scratch);
-  ChunkDecay<T> decay(ctx, ssd);
-  T* outputs = SsdScratch<T>(ctx, SsdLongestChunk(ssd) * p);
-  const std::vector<SegmentChunk> chunks = ChunksOf(ssd.segments, ssd.chunk);
-  for (size_t c = 0; c < chunks.size(); ++c) {
-    const RowRange& rows = chunks[c].rows;
-    for (int64_t index = 0; index < heads; ++index) {
-      const int64_t item = index / ssd.x.heads, head = index % ssd.x.heads;
-      const int64_t group = head / (ssd.x.heads / ssd.b.heads);
-      if (head == 0) decay.SetRows(rows, item);
-      decay.SetHead(head);
-      for (int64_t r = 0; r < decay.carried(); ++r) {
-        const T factor = decay.FromBefore(r);
-        const T* dy = ChunkHead<T>(in.dy, rows, item, head, r);
-#pragma omp simd
-        for (int64_t i = 0; i < p; ++i) outputs[r * p + i] = factor * dy[i];
-      }
-      Gemm<T>({.m = n,
-               .n = p,
-               .k = decay.carried(),
-               .a = {ChunkHead<T>(ssd.c, rows, item, group), RowStride(ssd.c), Transpose::kYes},
-               .b = {outputs, p},
-               .beta = 0,
-               .c = in.gradients.data<T>() + (static_cast<int64_t>(c) * heads + index) * n * p,
-               .c_stride = p});
-      ctx.Poll();
-    }
-  }
-  ForEachSegment(ssd.segments, ssd.chunk, [&](int64_t segment, int64_t first, int64_t last) {
-    for (int64_t index = 0; index < heads; ++index) {
-      T transition = 1;
-      T* gradient = summary.state.data<T>() + (segment * heads + index) * n * p;
-      std::fill_n(gradient, n * p, T{0});
-      for (int64_t c = last - 1; c >= first; --c) {
-        const T alpha = Exp(in.states.decays.data<T>()[c * heads + index]);
-        const T* of_chunk = in.gradients.data<T>() + (c * heads + index) * n * p;
-        transition *= alpha;
-#pragma omp simd
-        for (int64_t i = 0; i < n * p; ++i) gradient[i] = alpha * gradient[i] + of_chunk[i];
-      }
-      summary.transition.data<T>()[segment * heads + index] = transition;
-      ctx.Poll();
-    }
+  ChunkDecay<T> decay(ctx, ssd.a, ssd.ages, SsdLongestChunk(ssd));
+  const StridedRows<T> outputs{ScratchElements<T>(ctx, SsdLongestChunk(ssd) * p), p};
+  ForEachChunkHead(ctx, ssd, [&](int64_t chunk, const RowRange& rows, int64_t item, int64_t head) {
+    const int64_t out = chunk * heads + item * ssd.x.heads + head;
+    if (head == 0) decay.SetRows(rows, item);
+    decay.SetHead(head);
+    ScaleRows<T>(
+        decay.carried(), p, [&](int64_t r) { return decay.FromBefore(r); },
+        HeadRows<T>(in.dy, rows.begin, item, head), outputs);
+    Multiply<T>({.m = n, .n = p, .k = decay.carried()},
+                HeadRows<T>(ssd.c, rows.begin, item, SsdGroup(ssd, head)), outputs, {.a = Transpose::kYes},
+                {in.gradients.data<T>() + out * n * p, p});
   });
+  SummariseChunks<T>(ctx, ssd, ChunkOrder::kFromLast, {in.gradients, in.states.decays}, summary);
   return absl::OkStatus();
 }
 
 template <typename T>
 absl::Status SsdBackward(CpuTag, Context& ctx, const Ssd& ssd, const SsdBackwardStates& in,
                          ConstTensorRef final_gradient, const SsdGradients& out) {
-  const int64_t heads = ssd.x.batch * ssd.x.heads, size = ssd.b.dim * ssd.x.dim;
+  // Of each chunk's own y at its start: from here on of its end state.
+  ChainChunks<T>(ctx, ssd, ChunkOrder::kFromLast, final_gradient, {in.gradients, in.states.decays});
   ArenaScope scope(ctx.scratch);
-  T* gradient = SsdScratch<T>(ctx, size);
-  ForEachSegment(ssd.segments, ssd.chunk, [&](int64_t segment, int64_t first, int64_t last) {
-    for (int64_t index = 0; index < heads; ++index) {
-      if (final_gradient.defined()) {
-        std::copy_n(final_gradient.data<T>() + (segment * heads + index) * size, size, gradient);
-      } else {
-        std::fill_n(gradient, size, T{0});
-      }
-      ScanGradients(in, first, last, heads, index, size, gradient);
-      ctx.Poll();
-    }
-  });
   Gradients<T> gradients(ctx, ssd, in, out);
-  const std::vector<SegmentChunk> chunks = ChunksOf(ssd.segments, ssd.chunk);
   const int64_t group_heads = ssd.x.heads / ssd.b.heads;
-  for (size_t c = 0; c < chunks.size(); ++c) {
-    for (int64_t item = 0; item < ssd.x.batch; ++item) {
-      for (int64_t head = 0; head < ssd.x.heads; ++head) {
-        if (head % group_heads == 0) gradients.BeginGroup(chunks[c].rows, item, head / group_heads);
-        gradients.Run(static_cast<int64_t>(c), head);
-        if ((head + 1) % group_heads == 0) gradients.EndGroup();
-        ctx.Poll();
-      }
-    }
-  }
+  ForEachChunkHead(ctx, ssd, [&](int64_t chunk, const RowRange& rows, int64_t item, int64_t head) {
+    if (head % group_heads == 0) gradients.BeginGroup(rows, item, head / group_heads);
+    gradients.Run(chunk, head);
+    if ((head + 1) % group_heads == 0) gradients.EndGroup();
+  });
   gradients.AddSkipGradients();
   return absl::OkStatus();
 }

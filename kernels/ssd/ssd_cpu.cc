@@ -10,36 +10,15 @@ namespace annulus::kernels {
 namespace {
 
 template <typename T>
-void Scale(T factor, const T* x, int64_t n, T* y) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = factor * x[i];
-}
-
-// states[n] of chunk after chunk: what was the end state of each from nothing becomes the state at its start.
-template <typename T>
-void ScanStates(const SsdStates& states, int64_t first, int64_t last, int64_t heads, int64_t index, int64_t n,
-                T* state) {
-  for (int64_t c = first; c < last; ++c) {
-    const T alpha = Exp(states.decays.data<T>()[c * heads + index]);
-    T* of_chunk = states.states.data<T>() + (c * heads + index) * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const T before = state[i];
-      state[i] = alpha * before + of_chunk[i];
-      of_chunk[i] = before;
-    }
-  }
-}
-
-template <typename T>
 class Outputs {
  public:
   Outputs(Context& ctx, const Ssd& ssd, const SsdStates& states, const HeadsRef& y)
-      : ssd_(ssd), states_(states), y_(y), decay_(ctx, ssd), stride_(SsdLongestChunk(ssd)) {
-    products_ = SsdScratch<T>(ctx, stride_ * stride_);
-    weights_ = SsdScratch<T>(ctx, stride_ * stride_);
-    queries_ = SsdScratch<T>(ctx, stride_ * ssd.c.dim);
-    dt_ = SsdScratch<T>(ctx, stride_);
+      : ssd_(ssd), states_(states), y_(y), decay_(ctx, ssd.a, ssd.ages, SsdLongestChunk(ssd)) {
+    const int64_t longest = SsdLongestChunk(ssd);
+    products_ = {ScratchElements<T>(ctx, longest * longest), longest};
+    weights_ = {ScratchElements<T>(ctx, longest * longest), longest};
+    queries_ = {ScratchElements<T>(ctx, longest * ssd.c.dim), ssd.c.dim};
+    steps_ = ScratchElements<T>(ctx, longest);
   }
 
   void SetGroup(const RowRange& rows, int64_t item, int64_t group) {
@@ -47,70 +26,54 @@ class Outputs {
     item_ = item;
     group_ = group;
     decay_.SetRows(rows, item);
-    LowerProduct<T>(rows.size(), ssd_.b.dim, {ChunkHead<T>(ssd_.c, rows, item, group), RowStride(ssd_.c)},
-                    {ChunkHead<T>(ssd_.b, rows, item, group), RowStride(ssd_.b)}, {products_, stride_});
+    LowerProduct<T>(rows.size(), ssd_.b.dim, HeadRows<T>(ssd_.c, rows.begin, item, group),
+                    HeadRows<T>(ssd_.b, rows.begin, item, group), products_);
   }
 
   void Run(int64_t chunk, int64_t head) {
     decay_.SetHead(head);
-    for (int64_t r = 0; r < rows_.size(); ++r) dt_[r] = decay_.Dt(r);
+    for (int64_t r = 0; r < rows_.size(); ++r) steps_[r] = SsdStep<T>(ssd_, decay_.Gate(r));
     ForEachPanel(rows_.size(), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) Weigh(t, end);
     });
-    const T* x = ChunkHead<T>(ssd_.x, rows_, item_, head);
-    T* y = ChunkHead<T>(y_, rows_, item_, head);
-    LowerTimes<T>(rows_.size(), ssd_.x.dim, {weights_, stride_}, {x, RowStride(ssd_.x)}, Write::kOverwrite,
-                  {y, RowStride(y_)});
-    const int64_t index = item_ * ssd_.x.heads + head, heads = ssd_.x.batch * ssd_.x.heads;
-    AddCarried(states_.states.data<T>() + (chunk * heads + index) * ssd_.b.dim * ssd_.x.dim, y);
-    if (ssd_.skip.defined()) AddSkip(ssd_.skip.data<T>()[head], x, y);
+    const auto x = HeadRows<T>(ssd_.x, rows_.begin, item_, head);
+    const auto y = HeadRows<T>(y_, rows_.begin, item_, head);
+    LowerTimes<T>({.n = rows_.size(), .columns = ssd_.x.dim}, weights_, x, Write::kOverwrite, y);
+    const int64_t index = chunk * ssd_.x.batch * ssd_.x.heads + item_ * ssd_.x.heads + head;
+    AddCarried(states_.states.data<T>() + index * ssd_.b.dim * ssd_.x.dim, y);
+    if (!ssd_.skip.defined()) return;
+    const T skip = ssd_.skip.data<T>()[head];
+    AddScaledRows<T>(rows_.size(), ssd_.x.dim, [&](int64_t) { return skip; }, x, y);
   }
 
  private:
   // Row t of the weights, of which the product reads columns [0, end).
   void Weigh(int64_t t, int64_t end) {
-    const T* products = products_ + t * stride_;
-    T* weights = weights_ + t * stride_;
+    const T* products = products_.at(t);
+    T* weights = weights_.at(t);
     std::fill_n(weights, decay_.start(t), T{0});
     decay_.To(t, weights);
 #pragma omp simd
-    for (int64_t s = decay_.start(t); s <= t; ++s) weights[s] *= products[s] * dt_[s];
+    for (int64_t s = decay_.start(t); s <= t; ++s) weights[s] *= products[s] * steps_[s];
     std::fill(weights + t + 1, weights + end, T{0});
   }
 
-  void AddCarried(const T* state, T* y) {
-    const int64_t n = ssd_.c.dim;
-    for (int64_t t = 0; t < decay_.carried(); ++t) {
-      Scale(decay_.FromBefore(t), ChunkHead<T>(ssd_.c, rows_, item_, group_, t), n, queries_ + t * n);
-    }
-    Gemm<T>({.m = decay_.carried(),
-             .n = ssd_.x.dim,
-             .k = n,
-             .a = {queries_, n},
-             .b = {state, ssd_.x.dim},
-             .beta = 1,
-             .c = y,
-             .c_stride = RowStride(y_)});
-  }
-
-  void AddSkip(T skip, const T* x, T* y) {
-    for (int64_t t = 0; t < rows_.size(); ++t) {
-      const T* in = x + t * ssd_.x.row_stride;
-      T* out = y + t * y_.row_stride;
-#pragma omp simd
-      for (int64_t i = 0; i < ssd_.x.dim; ++i) out[i] += skip * in[i];
-    }
+  void AddCarried(const T* state, const StridedRows<T>& y) {
+    ScaleRows<T>(
+        decay_.carried(), ssd_.c.dim, [&](int64_t t) { return decay_.FromBefore(t); },
+        HeadRows<T>(ssd_.c, rows_.begin, item_, group_), queries_);
+    Multiply<T>({.m = decay_.carried(), .n = ssd_.x.dim, .k = ssd_.c.dim}, queries_, {state, ssd_.x.dim},
+                {.write = Write::kAccumulate}, y);
   }
 
   const Ssd& ssd_;
   const SsdStates& states_;
   const HeadsRef& y_;
   ChunkDecay<T> decay_;
-  const int64_t stride_;
-  T* products_;  // [rows, rows] of c and b, lower half
-  T* weights_;   // [rows, rows], of x in y
-  T* queries_;   // [rows, state]: decayed c
-  T* dt_;        // [rows]
+  StridedRows<T> products_;  // [rows, rows] of c and b, lower half
+  StridedRows<T> weights_;   // [rows, rows], of x in y
+  StridedRows<T> queries_;   // [rows, state]: decayed c
+  T* steps_;                 // [rows]: dt
   RowRange rows_;
   int64_t item_ = 0, group_ = 0;
 };
@@ -122,82 +85,35 @@ absl::Status SsdChunkStates(CpuTag, Context& ctx, const Ssd& ssd, const SsdState
                             const SegmentSummary& summary) {
   const int64_t heads = ssd.x.batch * ssd.x.heads, p = ssd.x.dim, n = ssd.b.dim;
   ArenaScope scope(ctx.scratch);
-  ChunkDecay<T> decay(ctx, ssd);
-  T* inputs = SsdScratch<T>(ctx, SsdLongestChunk(ssd) * p);
-  const std::vector<SegmentChunk> chunks = ChunksOf(ssd.segments, ssd.chunk);
-  for (size_t c = 0; c < chunks.size(); ++c) {
-    const RowRange& rows = chunks[c].rows;
-    for (int64_t index = 0; index < heads; ++index) {
-      const int64_t item = index / ssd.x.heads, head = index % ssd.x.heads;
-      const int64_t group = head / (ssd.x.heads / ssd.b.heads);
-      const int64_t out = static_cast<int64_t>(c) * heads + index;
-      if (head == 0) decay.SetRows(rows, item);
-      decay.SetHead(head);
-      const int64_t last = decay.last();
-      for (int64_t r = last; r < rows.size(); ++r) {
-        Scale(decay.ToEnd(r) * decay.Dt(r), ChunkHead<T>(ssd.x, rows, item, head, r), p,
-              inputs + (r - last) * p);
-      }
-      Gemm<T>({.m = n,
-               .n = p,
-               .k = rows.size() - last,
-               .a = {ChunkHead<T>(ssd.b, rows, item, group, last), RowStride(ssd.b), Transpose::kYes},
-               .b = {inputs, p},
-               .beta = 0,
-               .c = states.states.data<T>() + out * n * p,
-               .c_stride = p});
-      states.decays.data<T>()[out] = decay.Log();
-      ctx.Poll();
-    }
-  }
-  ForEachSegment(ssd.segments, ssd.chunk, [&](int64_t segment, int64_t first, int64_t last) {
-    for (int64_t index = 0; index < heads; ++index) {
-      T transition = 1;
-      T* state = summary.state.data<T>() + (segment * heads + index) * n * p;
-      std::fill_n(state, n * p, T{0});
-      for (int64_t c = first; c < last; ++c) {
-        const T alpha = Exp(states.decays.data<T>()[c * heads + index]);
-        const T* of_chunk = states.states.data<T>() + (c * heads + index) * n * p;
-        transition *= alpha;
-#pragma omp simd
-        for (int64_t i = 0; i < n * p; ++i) state[i] = alpha * state[i] + of_chunk[i];
-      }
-      summary.transition.data<T>()[segment * heads + index] = transition;
-      ctx.Poll();
-    }
+  ChunkDecay<T> decay(ctx, ssd.a, ssd.ages, SsdLongestChunk(ssd));
+  const StridedRows<T> inputs{ScratchElements<T>(ctx, SsdLongestChunk(ssd) * p), p};
+  ForEachChunkHead(ctx, ssd, [&](int64_t chunk, const RowRange& rows, int64_t item, int64_t head) {
+    const int64_t out = chunk * heads + item * ssd.x.heads + head;
+    if (head == 0) decay.SetRows(rows, item);
+    decay.SetHead(head);
+    const int64_t last = decay.last(), count = rows.size() - last;
+    ScaleRows<T>(
+        count, p, [&](int64_t r) { return decay.ToEnd(last + r) * SsdStep<T>(ssd, decay.Gate(last + r)); },
+        HeadRows<T>(ssd.x, rows.begin + last, item, head), inputs);
+    Multiply<T>({.m = n, .n = p, .k = count},
+                HeadRows<T>(ssd.b, rows.begin + last, item, SsdGroup(ssd, head)), inputs,
+                {.a = Transpose::kYes}, {states.states.data<T>() + out * n * p, p});
+    states.decays.data<T>()[out] = decay.Log();
   });
+  SummariseChunks<T>(ctx, ssd, ChunkOrder::kFromFirst, states, summary);
   return absl::OkStatus();
 }
 
 template <typename T>
 absl::Status SsdForward(CpuTag, Context& ctx, const Ssd& ssd, ConstTensorRef initial, const SsdStates& states,
                         HeadsRef y) {
-  const int64_t heads = ssd.x.batch * ssd.x.heads, size = ssd.b.dim * ssd.x.dim;
+  ChainChunks<T>(ctx, ssd, ChunkOrder::kFromFirst, initial, states);
   ArenaScope scope(ctx.scratch);
-  T* state = SsdScratch<T>(ctx, size);
-  ForEachSegment(ssd.segments, ssd.chunk, [&](int64_t segment, int64_t first, int64_t last) {
-    for (int64_t index = 0; index < heads; ++index) {
-      if (initial.defined()) {
-        std::copy_n(initial.data<T>() + (segment * heads + index) * size, size, state);
-      } else {
-        std::fill_n(state, size, T{0});
-      }
-      ScanStates(states, first, last, heads, index, size, state);
-      ctx.Poll();
-    }
-  });
   Outputs<T> outputs(ctx, ssd, states, y);
-  const std::vector<SegmentChunk> chunks = ChunksOf(ssd.segments, ssd.chunk);
-  const int64_t group_heads = ssd.x.heads / ssd.b.heads;
-  for (size_t c = 0; c < chunks.size(); ++c) {
-    for (int64_t item = 0; item < ssd.x.batch; ++item) {
-      for (int64_t head = 0; head < ssd.x.heads; ++head) {
-        if (head % group_heads == 0) outputs.SetGroup(chunks[c].rows, item, head / group_heads);
-        outputs.Run(static_cast<int64_t>(c), head);
-        ctx.Poll();
-      }
-    }
-  }
+  ForEachChunkHead(ctx, ssd, [&](int64_t chunk, const RowRange& rows, int64_t item, int64_t head) {
+    if (head % (ssd.x.heads / ssd.b.heads) == 0) outputs.SetGroup(rows, item, SsdGroup(ssd, head));
+    outputs.Run(chunk, head);
+  });
   return absl::OkStatus();
 }
 
