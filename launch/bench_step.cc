@@ -25,7 +25,7 @@ Batch RandomBatch(const RunSpec& spec, const SequenceLayout& layout, const MeshC
     sequence.document_starts.resize(static_cast<size_t>(spec.data.seq_len));
     pending.push_back(std::move(sequence));
     if (static_cast<int64_t>(pending.size()) == spec.optim.micro_batch || i + 1 == per_rank) {
-      batch.push_back(MakeMicroBatch(pending, spec.data, layout, at.cp));
+      batch.push_back(MakeMicroBatch(pending, spec, layout, at.cp));
       pending.clear();
     }
   }

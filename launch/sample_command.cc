@@ -50,12 +50,12 @@ absl::Status Run(
   }
 
   std::fputs(sample.prompt.c_str(), stdout);
-  ANNULUS_RETURN_IF_ERROR(Sample(spec.model, params, sample, spec.data.seq_len,
-                                 static_cast<uint64_t>(seed.value_or(static_cast<int64_t>(spec.seed))),
-                                 [](char byte) {
-                                   std::fputc(byte, stdout);
-                                   std::fflush(stdout);
-                                 }));
+  ANNULUS_RETURN_IF_ERROR(
+      Sample(ctx, {.spec = spec.model, .params = params, .max_context = spec.data.seq_len}, sample,
+             static_cast<uint64_t>(seed.value_or(static_cast<int64_t>(spec.seed))), [](char byte) {
+               std::fputc(byte, stdout);
+               std::fflush(stdout);
+             }));
   std::fputs("\n", stdout);
   return absl::OkStatus();
 }

@@ -1,19 +1,33 @@
 #include "annulus/train/batch.h"
 
+#include "annulus/model/decoder.h"
+
 namespace annulus {
 
-MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const DataSpec& spec,
+SequenceLayout LayoutOf(const RunSpec& spec) {
+  return SequenceLayout(spec.parallel.layout, spec.data.seq_len + spec.model.meta_tokens,
+                        static_cast<int>(spec.parallel.cp), static_cast<int>(spec.parallel.tp));
+}
+
+MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const RunSpec& spec,
                           const SequenceLayout& layout, int cp_rank) {
   MicroBatch micro;
-  micro.sequences.batch = static_cast<int64_t>(sequences.size());
+  SequenceBatch batch{.batch = static_cast<int64_t>(sequences.size()), .lengths = {}, .document_starts = {}};
   for (const Sequence& sequence : sequences) {
-    micro.sequences.lengths.push_back(sequence.length);
-    if (spec.document_mask) micro.sequences.document_starts.push_back(sequence.document_starts);
+    batch.lengths.push_back(sequence.length);
+    if (spec.data.document_mask) batch.document_starts.push_back(sequence.document_starts);
     for (int32_t target : sequence.targets) micro.counted_tokens += target != kIgnoredTarget;
   }
-  for (int64_t position : layout.LocalPositions(cp_rank)) {
+  micro.sequences = WithMetaTokens(spec.model, std::move(batch));
+  for (const int64_t row_position : layout.LocalPositions(cp_rank)) {
+    const int64_t position = row_position - spec.model.meta_tokens;
     const size_t p = static_cast<size_t>(position);
     for (const Sequence& sequence : sequences) {
+      if (position < 0) {
+        micro.tokens.push_back(static_cast<int32_t>(spec.model.vocab_size + row_position));
+        micro.targets.push_back(kIgnoredTarget);
+        continue;
+      }
       const bool padding = position >= sequence.length;
       micro.tokens.push_back(padding ? 0 : sequence.tokens[p]);
       micro.targets.push_back(padding ? kIgnoredTarget : sequence.targets[p]);
@@ -32,7 +46,7 @@ absl::StatusOr<Batch> LoadBatch(const DataSet& data, const RunSpec& spec, const 
     ANNULUS_ASSIGN_OR_RETURN(Sequence sequence, data.Train(first + i));
     pending.push_back(std::move(sequence));
     if (static_cast<int64_t>(pending.size()) == spec.optim.micro_batch || i + 1 == per_rank) {
-      batch.push_back(MakeMicroBatch(pending, spec.data, layout, cp_rank));
+      batch.push_back(MakeMicroBatch(pending, spec, layout, cp_rank));
       pending.clear();
     }
   }

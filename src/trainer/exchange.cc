@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 
 #include "annulus/base/file.h"
+#include "annulus/model/params.h"
+#include "annulus/train/batch.h"
 #include "annulus/train/placement.h"
 #include "annulus/train/profile.h"
 
@@ -59,6 +62,22 @@ std::vector<PlanChoice> BaseChoices(const PassPlanSpec& spec, int ranks, int64_t
   // No divisor between: all places share one node, or one tile row.
   if (all.empty()) all.push_back({.kind = kind, .head_split = split, .inner = ranks / split});
   return all;
+}
+
+// Of a tensor-parallel rank: what all attention layers have, so that a plan that splits heads can serve each.
+int64_t HeadsToSplit(const RunSpec& spec) {
+  const int64_t tp = spec.parallel.tp;
+  int64_t heads = 0;
+  for (const LayerSpec& layer : spec.model.layers) {
+    for (const BranchSpec& branch : layer.branches) {
+      if (branch.kind == BranchKind::kAttention) heads = std::gcd(heads, spec.model.heads / tp);
+      if (branch.kind != BranchKind::kLatentAttention) continue;
+      const LatentShard shard =
+          LatentShardOf({.rank = 0, .size = static_cast<int>(tp)}, branch.latent_groups);
+      heads = std::gcd(heads, spec.model.latent.heads / shard.head_groups);
+    }
+  }
+  return heads;
 }
 
 MachineProfile AssumedProfile(DeviceKind device) {
@@ -127,8 +146,9 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
   const ExchangeSpec& exchange = spec.parallel.exchange;
   const auto ranks = static_cast<int>(spec.parallel.cp);
   ExchangeOptions options;
-  options.forward = ChoicesOf(exchange.Of(Pass::kForward), ranks, spec.model.heads);
-  options.backward = ChoicesOf(exchange.Of(Pass::kBackward), ranks, spec.model.heads);
+  const int64_t heads = HeadsToSplit(spec);
+  options.forward = ChoicesOf(exchange.Of(Pass::kForward), ranks, heads);
+  options.backward = ChoicesOf(exchange.Of(Pass::kBackward), ranks, heads);
   options.available = std::move(available);
   options.transport = TransportOf(exchange.transport);
   options.machine = std::move(machine);
@@ -138,23 +158,24 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
 }
 
 AttentionCase AttentionCaseOf(const RunSpec& spec, int64_t window, SequenceBatch sequences) {
-  return {
-      .layout = SequenceLayout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp)),
-      .sequences = std::move(sequences),
-      .heads = spec.model.heads,
-      .kv_heads = spec.model.kv_heads,
-      .head_dim = spec.model.head_dim,
-      .v_head_dim = spec.model.head_dim,
-      .window = window,
-      .device = DeviceKindOf(spec.device),
-      .dtype = DTypeOf(spec.compute),
-      .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff};
+  return {.layout = LayoutOf(spec),
+          .sequences = std::move(sequences),
+          .heads = spec.model.heads / spec.parallel.tp,
+          .kv_heads = std::max<int64_t>(1, spec.model.kv_heads / spec.parallel.tp),
+          .head_dim = spec.model.head_dim,
+          .v_head_dim = spec.model.head_dim,
+          .window = window,
+          .device = DeviceKindOf(spec.device),
+          .dtype = DTypeOf(spec.compute),
+          .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff};
 }
 
 std::vector<AttentionKind> AttentionKindsOf(const ModelSpec& model) {
   std::map<int64_t, std::vector<size_t>> by_window;
   for (size_t i = 0; i < model.layers.size(); ++i) {
-    if (model.layers[i].kind == LayerKind::kAttention) by_window[model.layers[i].window].push_back(i);
+    for (const BranchSpec& branch : model.layers[i].branches) {
+      if (branch.kind == BranchKind::kAttention) by_window[branch.window].push_back(i);
+    }
   }
   std::vector<AttentionKind> kinds;
   for (auto& [window, layers] : by_window) kinds.push_back({window, std::move(layers)});

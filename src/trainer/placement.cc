@@ -27,18 +27,38 @@ absl::Status ResolveDevice(RunSpec* spec) {
   return ResolveCompute(spec);
 }
 
+namespace {
+
+// Attention heads that no bf16 kernel takes, in words; empty: all are taken.
+std::string UnsupportedInBf16(const ModelSpec& model) {
+  const auto taken = [](int64_t dim, int64_t v_dim) {
+    return AttentionSupports(DeviceKind::kCuda, DType::kBF16, dim, v_dim);
+  };
+  const int64_t dim = model.head_dim, latent_dim = model.latent.nope_dim + model.latent.rope_dim;
+  if (Uses(model, BranchKind::kAttention) && !taken(dim, dim)) {
+    return absl::StrCat("model.attention.head_dim=", dim,
+                        ": expected 64 or 128 with compute=BF16 (compute: F32 takes any up to 256)");
+  }
+  if (Uses(model, BranchKind::kLatentAttention) && !taken(latent_dim, model.latent.v_dim)) {
+    return absl::StrCat("model.latent: nope_dim + rope_dim=", latent_dim, ", v_dim=", model.latent.v_dim,
+                        ": no kernel takes such heads with compute=BF16 (compute: F32 takes any up to 256)");
+  }
+  return "";
+}
+
+}  // namespace
+
 absl::Status ResolveCompute(RunSpec* spec) {
   const bool gpu = spec->device == DeviceChoice::kCuda;
-  const int64_t dim = spec->model.head_dim;
-  const bool bf16_heads = AttentionSupports(DeviceKind::kCuda, DType::kBF16, dim, dim);
+  const std::string unsupported = UnsupportedInBf16(spec->model);
+  const bool bf16_heads = unsupported.empty();
   if (spec->compute == ComputeType::kAuto) {
     spec->compute = gpu && bf16_heads ? ComputeType::kBF16 : ComputeType::kF32;
   }
   if (spec->compute != ComputeType::kBF16) return absl::OkStatus();
   if (!gpu) return Invalid("compute=BF16: expected F32 or F64 on CPUs; no GPU: ", WhyNoGpu());
   if (bf16_heads) return absl::OkStatus();
-  return Invalid("model.attention.head_dim=", dim,
-                 ": expected 64 or 128 with compute=BF16 (compute: F32 takes any up to 256)");
+  return Invalid(unsupported);
 }
 
 absl::Status ResolvePlannedDevice(RunSpec* spec) {

@@ -6,6 +6,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "annulus/model/decoder.h"
 #include "annulus/train/data.h"
 #include "annulus/train/report.h"
 
@@ -83,7 +84,10 @@ std::vector<TransportKind> TransportsOnOneHost(const RunSpec& spec) {
   return {TransportKind::kCopyEngine, TransportKind::kNccl};
 }
 
-ExampleBatch ExampleBatchOf(const RunSpec& spec) {
+namespace {
+
+// Without meta tokens.
+ExampleBatch ReadExample(const RunSpec& spec) {
   const auto count = static_cast<size_t>(spec.optim.micro_batch);
   ExampleBatch whole{.sequences = {.batch = spec.optim.micro_batch,
                                    .lengths = std::vector<int64_t>(count, spec.data.seq_len),
@@ -106,6 +110,14 @@ ExampleBatch ExampleBatchOf(const RunSpec& spec) {
     whole.note = absl::StrCat("not planned, they only remove work and bytes: ", status.message());
     return whole;
   }
+  return example;
+}
+
+}  // namespace
+
+ExampleBatch ExampleBatchOf(const RunSpec& spec) {
+  ExampleBatch example = ReadExample(spec);
+  example.sequences = WithMetaTokens(spec.model, std::move(example.sequences));
   return example;
 }
 

@@ -107,6 +107,12 @@ std::string RateText(const StepReport& report) {
                          100 * report.tflops_full / report.peak_tflops);
 }
 
+// One rank waits for nothing.
+std::string TensorText(const StepReport& report) {
+  if (report.exposed_tensor_ms == 0) return "";
+  return absl::StrFormat(" tensor %.1f%%", 100 * report.exposed_tensor_ms / std::max(report.step_ms, 1e-9));
+}
+
 std::string ThrottleText(const StepReport& report) {
   if (report.throttle_gb_per_second == 0) return "";
   return absl::StrFormat(" | links throttled to %g GB/s", report.throttle_gb_per_second);
@@ -118,11 +124,11 @@ std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, d
   const double ms = std::max(report.step_ms, 1e-9);
   return absl::StrFormat(
       "step %d/%d %d%% | loss %.3f | gnorm %.2f | %s ms | %s tok/s (%s/rank) | %s | "
-      "wait: data %.1f%% exchange %.1f%% gradients %.1f%% | %s | ETA %s%s%s",
+      "wait: data %.1f%% exchange %.1f%% gradients %.1f%%%s | %s | ETA %s%s%s",
       report.step, total_steps, 100 * report.step / total_steps, report.loss, report.grad_norm,
       WithThousands(std::llround(ms)), FormatCount(report.tokens_per_second),
       FormatCount(report.tokens_per_second / ranks), RateText(report), 100 * report.data_ms / ms,
-      100 * report.exposed_exchange_ms / ms, 100 * report.exposed_reduce_ms / ms,
+      100 * report.exposed_exchange_ms / ms, 100 * report.exposed_reduce_ms / ms, TensorText(report),
       FormatBytes(static_cast<double>(report.memory_peak_bytes)), FormatDuration(eta_seconds),
       ThrottleText(report), report.skipped ? " | SKIPPED: not finite" : "");
 }
@@ -202,6 +208,7 @@ std::string MetricsJson(const StepReport& report, std::optional<double> val_loss
   }
   json["exposed_exchange_ms"] = report.exposed_exchange_ms;
   json["exposed_reduce_ms"] = report.exposed_reduce_ms;
+  if (report.exposed_tensor_ms > 0) json["exposed_tensor_ms"] = report.exposed_tensor_ms;
   json["data_ms"] = report.data_ms;
   json["memory_peak_bytes"] = report.memory_peak_bytes;
   if (!report.attention.empty()) json["attention"] = AttentionJson(report.attention);

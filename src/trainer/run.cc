@@ -129,9 +129,10 @@ absl::Status TrainingRun::PrintStart() {
   const FlopsPerToken flops = TrainingFlops(spec_.model, spec_.data.seq_len);
   console_.Line("resolved configuration (value, then where it comes from):\n" + config_.text);
   for (size_t i = 0; i < ranks.size(); ++i) console_.Line(absl::StrCat("rank ", i, ": ", ranks[i]));
-  console_.Line(absl::StrFormat("model: %s parameters, %s training FLOPs per token causal, %s full",
-                                FormatCount(static_cast<double>(trainer_.params().table().elements())),
-                                FormatCount(flops.causal), FormatCount(flops.full)));
+  console_.Line(
+      absl::StrFormat("model: %s parameters, %s training FLOPs per token causal, %s full",
+                      FormatCount(static_cast<double>(trainer_.params().table().logical_elements())),
+                      FormatCount(flops.causal), FormatCount(flops.full)));
   const MemoryPlan memory = PlanMemory(spec_);
   console_.Line(absl::StrCat("memory per rank, planned: ", MemoryText(memory), ", total ",
                              FormatBytes(static_cast<double>(memory.total()))));
@@ -147,7 +148,7 @@ absl::Status TrainingRun::PrintStart() {
 absl::Status TrainingRun::Start(const RunOptions& options) {
   ANNULUS_RETURN_IF_ERROR(PrintStart());
   ANNULUS_ASSIGN_OR_RETURN(std::vector<ExchangeTransport*> exchanges, trainer_.SetUpExchange());
-  heart_.Watch({mesh_.cp, mesh_.dp_cp}, std::move(exchanges), ctx_->recorder);
+  heart_.Watch({mesh_.cp, mesh_.tp, mesh_.dp_cp}, std::move(exchanges), ctx_->recorder);
   if (options.start == StartFrom::kLatestCheckpoint) ANNULUS_RETURN_IF_ERROR(Resume());
   if (saved_step_ < 0) ANNULUS_RETURN_IF_ERROR(trainer_.Initialize());
   heart_.Beat();
@@ -280,16 +281,22 @@ absl::Status TrainingRun::Train() {
 
 absl::Status TrainingRun::PrintSample() {
   if (spec_.sample.tokens == 0) return absl::OkStatus();
-  // Parameters are whole on every rank: rank 0 samples alone, and the others have nothing to do but wait.
+  // A tensor-parallel group has all parameters: that of rank 0 samples, and the others have nothing to do but
+  // wait.
   ANNULUS_RETURN_IF_ERROR(trainer_.WaitForParameters());
   heart_.Stop();
-  return OnRoot([&]() -> absl::Status {
-    std::string text = spec_.sample.prompt;
-    ANNULUS_RETURN_IF_ERROR(Sample(spec_.model, trainer_.params(), spec_.sample, spec_.data.seq_len,
-                                   spec_.seed, [&](char byte) { text += byte; }));
-    console_.Line("---- sample ----\n" + text + "\n----------------");
-    return absl::OkStatus();
-  });
+  std::string text = spec_.sample.prompt;
+  absl::Status status;
+  if (mesh_.at.dp == 0 && mesh_.at.cp == 0) {
+    const TrainedModel model{.spec = spec_.model,
+                             .params = trainer_.params(),
+                             .max_context = spec_.data.seq_len,
+                             .tensor = trainer_.tensor()};
+    status = Sample(*ctx_, model, spec_.sample, spec_.seed, [&](char byte) { text += byte; });
+  }
+  ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(status));
+  console_.Line("---- sample ----\n" + text + "\n----------------");
+  return absl::OkStatus();
 }
 
 // Bytes that can still be taken where this rank computes; -1 if unknown. And a name of that place, equal for

@@ -27,39 +27,69 @@ int32_t Draw(absl::Span<const T> logits, double temperature, double u) {
   return static_cast<int32_t>(best - logits.begin());
 }
 
+// Kernels of the deterministic kind, for as long as it lives: each byte has a context of another length, and
+// they need no plan for each.
+class WithoutPlans {
+ public:
+  explicit WithoutPlans(Context& ctx) : ctx_(ctx), before_(ctx.determinism) {
+    ctx.determinism = Determinism::kRequired;
+  }
+  ~WithoutPlans() { ctx_.determinism = before_; }
+  WithoutPlans(const WithoutPlans&) = delete;
+  WithoutPlans& operator=(const WithoutPlans&) = delete;
+
+ private:
+  Context& ctx_;
+  const Determinism before_;
+};
+
+// Logits of what follows `tokens`, into host memory.   logits: [vocab] of the accumulator dtype
+absl::Status NextLogits(Context& ctx, const TrainedModel& model, Decoder& decoder,
+                        absl::Span<const int32_t> tokens, TensorRef logits) {
+  const int64_t meta = model.spec.meta_tokens, length = meta + static_cast<int64_t>(tokens.size());
+  const SequenceLayout layout(LayoutKind::kContiguous, length, 1, model.tensor.size());
+  AttentionGeometry geometry(layout, MakeLoopbackGroup(1)[0]);
+  geometry.SetBatch({.batch = 1, .lengths = {length}, .document_starts = {}});
+  ModelStep step{.geometry = geometry, .tensor = model.tensor};
+  std::vector<int32_t> all;
+  for (int64_t i = 0; i < meta; ++i) all.push_back(static_cast<int32_t>(model.spec.vocab_size + i));
+  all.insert(all.end(), tokens.begin(), tokens.end());
+  all.resize(static_cast<size_t>(layout.local_rows()));  // padding
+  ArenaScope scope(ctx.scratch);
+  const TensorRef local =
+      Upload<int32_t>(ctx, ctx.scratch, LocalTokens(model.spec, model.params.table(), all));
+  const TensorRef narrow = ctx.scratch.Allocate(model.params.dtype(), {1, logits.dim(0)});
+  const TensorRef wide = ctx.scratch.Allocate(logits.dtype(), narrow.shape());
+  ANNULUS_RETURN_IF_ERROR(decoder.Logits(ctx, step, local, length - 1, narrow));
+  ANNULUS_RETURN_IF_ERROR(Cast(ctx, narrow, wide));
+  Download(ctx, wide, logits.raw());
+  return absl::OkStatus();
+}
+
 }  // namespace
 
-absl::Status Sample(const ModelSpec& model, const ParamStore& params, const SampleSpec& spec,
-                    int64_t max_context, uint64_t seed, const std::function<void(char)>& emit) {
-  if (model.vocab_size < 256) {
-    return Invalid("model.vocab_size=", model.vocab_size, ": expected at least 256 to sample bytes");
+absl::Status Sample(Context& ctx, const TrainedModel& model, const SampleSpec& spec, uint64_t seed,
+                    const std::function<void(char)>& emit) {
+  if (model.spec.vocab_size < 256) {
+    return Invalid("model.vocab_size=", model.spec.vocab_size, ": expected at least 256 to sample bytes");
   }
   std::vector<int32_t> tokens;
   for (unsigned char byte : spec.prompt) tokens.push_back(byte);
   if (tokens.empty()) tokens.push_back('\n');
 
-  // Each byte has a context of another length; kernels of the deterministic kind need no plan for each.
-  Context ctx(params.BucketValues(0).device(), Determinism::kRequired);
-  Decoder decoder(model, Recompute::kBlock, params);
+  const WithoutPlans scope(ctx);
+  Decoder decoder(model.spec, Recompute::kBlock, model.params,
+                  {.rank = model.tensor.rank(), .size = model.tensor.size()});
   const RandomStream random(seed, "sample");
-  const DType wide = AccumOf(params.dtype());
-  const Tensor host(Device{}, wide, {model.vocab_size});
+  const Tensor logits(Device{}, AccumOf(model.params.dtype()), {model.spec.vocab_size});
   for (int64_t i = 0; i < spec.tokens; ++i) {
-    const int64_t length = std::min<int64_t>(static_cast<int64_t>(tokens.size()), max_context);
-    AttentionGeometry geometry(SequenceLayout(LayoutKind::kContiguous, length, 1), MakeLoopbackGroup(1)[0]);
-    geometry.SetBatch({.batch = 1, .lengths = {length}, .document_starts = {}});
-    ModelStep step{.geometry = geometry, .stats = {}};
-    ArenaScope scope(ctx.scratch);
-    const TensorRef logits = ctx.scratch.Allocate(params.dtype(), {1, model.vocab_size});
-    const TensorRef wide_logits = ctx.scratch.Allocate(wide, logits.shape());
-    const TensorRef context =
-        Upload<int32_t>(ctx, ctx.scratch, absl::MakeConstSpan(tokens).last(static_cast<size_t>(length)));
-    ANNULUS_RETURN_IF_ERROR(decoder.Logits(ctx, step, context, logits));
-    ANNULUS_RETURN_IF_ERROR(Cast(ctx, logits, wide_logits));
-    Download(ctx, wide_logits, host.ref().raw());
+    const auto length = std::min(tokens.size(), static_cast<size_t>(model.max_context));
+    ANNULUS_RETURN_IF_ERROR(
+        NextLogits(ctx, model, decoder, absl::MakeConstSpan(tokens).last(length), logits.ref()));
     // Bytes only: a larger vocabulary's other tokens have no text.
-    const int32_t next = VisitFloat(wide, [&]<class T>() {
-      return Draw<T>({host.ref().data<T>(), 256}, spec.temperature, random.Uniform(static_cast<uint64_t>(i)));
+    const int32_t next = VisitFloat(logits.ref().dtype(), [&]<class T>() {
+      return Draw<T>({logits.ref().data<T>(), 256}, spec.temperature,
+                     random.Uniform(static_cast<uint64_t>(i)));
     });
     tokens.push_back(next);
     emit(static_cast<char>(next));

@@ -30,17 +30,14 @@ absl::StatusOr<int64_t> MemoryInUse(Device device) {
   return int64_t{usage.ru_maxrss} * 1024;  // Linux reports KiB
 }
 
-TokenSlice UploadTokens(Context& ctx, const MicroBatch& micro) {
-  return {.tokens = Upload<int32_t>(ctx, ctx.scratch, micro.tokens),
-          .targets = Upload<int32_t>(ctx, ctx.scratch, micro.targets)};
-}
-
 // Gradients may be handed on as soon as they are complete if one micro-batch makes them. Each rank then keeps
 // its share of the sums besides, which may be more than what their turns save.
 GradientMemory GradientMemoryOf(const RunSpec& spec) {
   const int64_t dp = std::max<int64_t>(1, spec.parallel.dp);
   if (spec.optim.sequences_per_step / dp > spec.optim.micro_batch) return GradientMemory::kAll;
-  const ParamTable table = BuildParamTable(spec.model);
+  // Of the first tensor-parallel rank: all decide alike.
+  const ParamTable table =
+      BuildParamTable(spec.model, {.rank = 0, .size = static_cast<int>(spec.parallel.tp)});
   const auto held = [&](GradientMemory memory) {
     return GradientElements(table, memory) + SharedGradientElements(table, memory) / (dp * spec.parallel.cp);
   };
@@ -59,10 +56,9 @@ ExchangeMemory ExchangeMemoryOf(const RunSpec& spec) {
 }  // namespace
 
 MemoryPlan PlanMemory(const RunSpec& spec) {
-  const SequenceLayout layout(spec.parallel.layout, spec.data.seq_len, static_cast<int>(spec.parallel.cp));
   return PlanMemory(spec.model, {.device = DeviceKindOf(spec.device),
                                  .dtype = DTypeOf(spec.compute),
-                                 .local_tokens = layout.local_rows() * spec.optim.micro_batch,
+                                 .local_tokens = LayoutOf(spec).local_rows() * spec.optim.micro_batch,
                                  .shards = spec.parallel.dp * spec.parallel.cp,
                                  .exchange = ExchangeMemoryOf(spec),
                                  .recompute = spec.recompute,
@@ -73,12 +69,13 @@ Trainer::Trainer(const RunSpec& spec, ProcessMesh& mesh, Context& ctx, ExchangeO
     : spec_(spec),
       mesh_(mesh),
       ctx_(ctx),
-      params_(ctx.device, DTypeOf(spec.compute), BuildParamTable(spec.model), mesh.dp_cp.size(),
+      shard_{.rank = mesh.at.tp, .size = mesh.shape.tp},
+      tensor_(mesh.tp),
+      params_(ctx.device, DTypeOf(spec.compute), BuildParamTable(spec.model, shard_), mesh.dp_cp.size(),
               GradientMemoryOf(spec)),
-      geometry_(SequenceLayout(spec.parallel.layout, spec.data.seq_len, mesh.shape.cp), mesh.cp,
-                std::move(exchange)),
-      decoder_(spec.model, spec.recompute, params_),
-      optimizer_(ctx, spec.optim, params_, mesh.dp_cp),
+      geometry_(LayoutOf(spec), mesh.cp, std::move(exchange)),
+      decoder_(spec.model, spec.recompute, params_, shard_),
+      optimizer_(ctx, spec.optim, spec.model, params_, {.shards = mesh.dp_cp, .tensor = tensor_}),
       flops_(TrainingFlops(spec.model, spec.data.seq_len)),
       stats_(ctx.device, DType::kF64, {2}),
       clip_factor_(ctx.device, DType::kF64, {1}),
@@ -96,21 +93,30 @@ absl::StatusOr<std::vector<ExchangeTransport*>> Trainer::SetUpExchange() {
 
 absl::Status Trainer::Initialize() { return optimizer_.Initialize(spec_.seed); }
 
+TokenSlice Trainer::UploadTokens(const MicroBatch& micro) {
+  const std::vector<int32_t> tokens = LocalTokens(spec_.model, params_.table(), micro.tokens);
+  return {.tokens = Upload<int32_t>(ctx_, ctx_.scratch, tokens),
+          .targets = Upload<int32_t>(ctx_, ctx_.scratch, micro.targets)};
+}
+
 // Adds to stats_; leaves the gradients' reduction under way.
 absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
   ANNULUS_RETURN_IF_ERROR(Zero(ctx_, stats_.ref()));
-  ctx_.progress = [this] { optimizer_.Poll(); };
+  ctx_.progress = [this] {
+    optimizer_.Poll();
+    tensor_.Poll(ctx_);
+  };
   for (size_t i = 0; i < batch.size(); ++i) {
     const MicroBatch& micro = batch[i];
     geometry_.SetBatch(micro.sequences);
-    ModelStep step{.geometry = geometry_, .stats = {}, .clocks = &clocks_};
+    ModelStep step{.geometry = geometry_, .clocks = &clocks_, .tensor = tensor_};
     BucketHooks hooks;
     hooks.needed = [&](int bucket) { return optimizer_.WaitForParameters(bucket); };
     if (i == 0) hooks.begun = [&](int bucket) { return optimizer_.PrepareGradients(bucket); };
     // Gradients are complete with the last micro-batch only.
     if (i + 1 == batch.size()) hooks.done = [&](int bucket) { return optimizer_.StartReduce(bucket); };
     ArenaScope scope(ctx_.scratch);
-    const TokenSlice slice = UploadTokens(ctx_, micro);
+    const TokenSlice slice = UploadTokens(micro);
     ANNULUS_RETURN_IF_ERROR(
         decoder_.LossAndGradients(ctx_, step, slice, loss_scale, hooks, stats_.ref().Rows(1, 2)));
   }
@@ -133,9 +139,12 @@ absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds
 
   // Waits of an evaluation before are not this step's.
   (void)ctx_.waits.TakeSeconds(WaitKind::kExchange);
+  (void)ctx_.waits.TakeSeconds(WaitKind::kTensor);
   ANNULUS_RETURN_IF_ERROR(ForwardBackward(batch, 1.0 / counted));
   ANNULUS_RETURN_IF_ERROR(optimizer_.FinishReduce(stats_.ref().Rows(0, 1)));
   ANNULUS_RETURN_IF_ERROR(mesh_.dp_cp.AllReduce(stats_.ref(), ReduceOp::kSum));
+  // Ranks of a tensor-parallel group know the same loss, each of them its part of the gradient.
+  ANNULUS_RETURN_IF_ERROR(tensor_.AllReduce(stats_.ref().Rows(0, 1)));
   ANNULUS_RETURN_IF_ERROR(ClipFactor(ctx_, stats_.ref(), spec_.optim.clip_norm, clip_factor_.ref()));
   stats_read_.Start(ctx_, stats_.ref());
   StepReport report;
@@ -162,8 +171,9 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   const double exchange = ctx_.waits.TakeSeconds(WaitKind::kExchange);
   const double reduce =
       ctx_.waits.TakeSeconds(WaitKind::kGradients) + ctx_.waits.TakeSeconds(WaitKind::kParameters);
+  const double tensor = ctx_.waits.TakeSeconds(WaitKind::kTensor);
   report->attention = AttentionReports();
-  std::vector<double> worst = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3};
+  std::vector<double> worst = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3, tensor * 1e3};
   const size_t times = worst.size();
   for (const AttentionReport& attention : report->attention) worst.push_back(attention.measured_ms);
   const Shape all = {static_cast<int64_t>(worst.size())};
@@ -174,6 +184,7 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   report->exposed_exchange_ms = worst[0];
   report->exposed_reduce_ms = worst[1];
   report->data_ms = worst[2];
+  report->exposed_tensor_ms = worst[3];
   report->step_ms = seconds * 1e3;
   report->tokens_per_second = static_cast<double>(report->tokens) / seconds;
   const double per_rank = report->tokens_per_second / mesh_.world.size() / 1e12;
@@ -246,13 +257,12 @@ absl::StatusOr<double> Trainer::Evaluate(const DataSet& data, const std::functio
       pending.push_back(std::move(sequence));
       if (static_cast<int64_t>(pending.size()) < spec_.optim.micro_batch && i + mesh_.shape.dp < sequences)
         continue;
-      const MicroBatch micro = MakeMicroBatch(pending, spec_.data, layout(), mesh_.at.cp);
+      const MicroBatch micro = MakeMicroBatch(pending, spec_, layout(), mesh_.at.cp);
       pending.clear();
       geometry_.SetBatch(micro.sequences);
-      ModelStep step{.geometry = geometry_, .stats = {}};
+      ModelStep step{.geometry = geometry_, .tensor = tensor_};
       ArenaScope scope(ctx_.scratch);
-      ANNULUS_RETURN_IF_ERROR(
-          decoder_.Loss(ctx_, step, UploadTokens(ctx_, micro), {}, stats_.ref().Rows(1, 2)));
+      ANNULUS_RETURN_IF_ERROR(decoder_.Loss(ctx_, step, UploadTokens(micro), {}, stats_.ref().Rows(1, 2)));
       // Every cp rank knows the count of the whole sequences; one of them reports it.
       if (mesh_.at.cp == 0) counted += static_cast<double>(micro.counted_tokens);
       progress();

@@ -1,5 +1,5 @@
-// AdamW sharded over loopback ranks against plain AdamW over whole parameters, and its state through
-// checkpoints.
+// AdamW sharded over loopback ranks, in tensor-parallel groups too, against plain AdamW over whole
+// parameters; and its state through checkpoints.
 
 #include <gtest/gtest.h>
 
@@ -18,19 +18,24 @@ namespace {
 
 using Tensors = std::map<std::string, std::vector<double>>;
 
-// Buckets of 55, 205, 185 and 60 elements: shards cut through parameters, and most group sizes need padding.
+// Shards cut through parameters, most group sizes need padding, and ranks of tensor-parallel groups hold
+// different numbers of elements. Keys and values and Mamba's B and C are on all of them; wide parameters have
+// a bucket of their own.
 ModelSpec SmallSpec() {
-  return {.d_model = 5,
-          .vocab_size = 11,
-          .heads = 4,
-          .kv_heads = 1,
-          .head_dim = 4,
-          .d_ff = 12,
-          .norm_eps = 1e-5,
-          .init_stddev = 0.5,
-          .tied_head = false,
-          .layers = {{LayerKind::kAttention, 0, 100.0}, {LayerKind::kMlp, 0, std::nullopt}}};
+  ModelSpec spec;
+  spec.d_model = 5, spec.vocab_size = 11;
+  spec.heads = 4, spec.kv_heads = 1, spec.head_dim = 4;
+  spec.d_ff = 12;
+  spec.mamba = {.heads = 4, .head_dim = 2, .state = 3, .groups = 1, .conv = 2};
+  spec.init_stddev = 0.5;
+  spec.tied_head = false;
+  spec.meta_tokens = 3;
+  spec.layers = {{.branches = {{.kind = BranchKind::kAttention}}},
+                 {.branches = {{.kind = BranchKind::kMlp}}},
+                 {.branches = {{.kind = BranchKind::kMamba}}}};
+  return spec;
 }
+constexpr int kBuckets = 6;
 
 OptimSpec SmallOptim(double clip_norm) {
   OptimSpec spec;
@@ -48,15 +53,6 @@ double GradientAt(const std::string& name, int64_t i, int64_t step, int rank) {
   return random.Normal(static_cast<uint64_t>(i));
 }
 
-// Fills this rank's gradients; the padding stays zero.
-template <typename Fn>
-void FillGradients(ParamStore& params, Fn&& gradient) {
-  for (const ParamInfo& info : params.table().params) {
-    const TensorRef grad = params.Grad(params.table().IndexOf(info.name));
-    for (int64_t i = 0; i < grad.elements(); ++i) grad.data<double>()[i] = gradient(info.name, i);
-  }
-}
-
 Tensors ValuesOf(const ParamStore& params) {
   Tensors values;
   for (const ParamInfo& info : params.table().params) {
@@ -66,30 +62,79 @@ Tensors ValuesOf(const ParamStore& params) {
   return values;
 }
 
+struct Mesh {
+  int shards = 1, tp = 1;
+};
+void PrintTo(const Mesh& mesh, std::ostream* out) { *out << mesh.shards << " x " << mesh.tp; }
+
+OptimizerGroups GroupsOf(Communicator world, const Mesh& mesh) {
+  return {.shards = world.Split(world.rank() % mesh.tp, world.rank()).value(),
+          .tensor = TensorParallel(world.Split(world.rank() / mesh.tp, world.rank()).value())};
+}
+ParamTable TableOf(const ModelSpec& spec, const OptimizerGroups& groups) {
+  return BuildParamTable(spec, {.rank = groups.tensor.rank(), .size = groups.tensor.size()});
+}
+
 struct Rank {
   ParamStore& params;
   ShardedAdamW& optimizer;
   Context& ctx;
-  Communicator group;
+  OptimizerGroups groups;
   double clip_norm;
 
+  int shard() const { return groups.shards.rank(); }
+  bool first() const { return shard() == 0 && groups.tensor.rank() == 0; }
   double FinishStep(int64_t step) {
     return testing::FinishStep(ctx, optimizer,
-                               {.group = group, .clip_norm = clip_norm, .step = step, .lr = kLr});
+                               {.groups = groups, .clip_norm = clip_norm, .step = step, .lr = kLr});
   }
 };
 
-// One group under test. Every member runs `body(rank)`.
+// One mesh under test. Every rank runs `body(rank)`.
 template <typename Body>
-void OnGroup(int ranks, const OptimSpec& spec, Body&& body) {
-  OnLoopback(ranks, [&](Communicator group) {
-    ParamStore params(Device{}, DType::kF64, BuildParamTable(SmallSpec()), ranks);
+void OnGroup(const Mesh& mesh, const OptimSpec& spec, Body&& body) {
+  OnLoopback(mesh.shards * mesh.tp, [&](Communicator world) {
+    const OptimizerGroups groups = GroupsOf(world, mesh);
+    ParamStore params(Device{}, DType::kF64, TableOf(SmallSpec(), groups), mesh.shards);
     params.Initialize(9);
     Context ctx{Device{}};
-    ShardedAdamW optimizer(ctx, spec, params, group);
-    Rank rank{params, optimizer, ctx, group, spec.clip_norm};
+    ShardedAdamW optimizer(ctx, spec, SmallSpec(), params, groups);
+    Rank rank{params, optimizer, ctx, groups, spec.clip_norm};
     body(rank);
   });
+}
+
+// Adds this rank's gradients of a bucket, of all if it is negative: gradient(name, index in the whole
+// parameter). Of what every tensor-parallel rank holds the first has all but `elsewhere`, which the others
+// have.
+template <typename Fn>
+void AddGradients(ParamStore& params, const TensorParallel& tensor, int bucket, double elsewhere,
+                  Fn&& gradient) {
+  for (const ParamInfo& info : params.table().params) {
+    if (bucket >= 0 && info.bucket != bucket) continue;
+    double* grad = params.Grad(params.table().IndexOf(info.name)).data<double>();
+    for (const LogicalRun& run : LogicalRuns(info, 0, info.shape.elements())) {
+      for (int64_t i = 0; i < run.elements; ++i) {
+        double value = gradient(info.name, run.logical + i);
+        if (info.parts.empty()) {
+          value = tensor.rank() == 0 ? value - elsewhere * (tensor.size() - 1) : elsewhere;
+        }
+        grad[run.local + i] += value;
+      }
+    }
+  }
+}
+void ZeroGradients(ParamStore& params) {
+  for (int bucket = 0; bucket < params.buckets(); ++bucket) {
+    const TensorRef grads = params.BucketGrads(bucket);
+    std::fill_n(grads.data<double>(), grads.elements(), 0.0);
+  }
+}
+// Of a step, on every rank.
+void FillGradients(Rank& rank, int64_t step) {
+  ZeroGradients(rank.params);
+  AddGradients(rank.params, rank.groups.tensor, -1, 0.25,
+               [&](const std::string& name, int64_t i) { return GradientAt(name, i, step, rank.shard()); });
 }
 
 // One step from the gradients in `params`; returns their norm.
@@ -151,30 +196,33 @@ class NaiveAdamW {
   std::map<std::string, std::vector<long double>> values_, m_, v_;
 };
 
-class ShardedAdamWTest : public ::testing::TestWithParam<int> {};
-INSTANTIATE_TEST_SUITE_P(Ranks, ShardedAdamWTest, ::testing::Range(1, 5));
+constexpr Mesh kMeshes[] = {{1, 1}, {2, 1}, {3, 1}, {4, 1}, {1, 2}, {2, 2}, {3, 2}, {1, 4}};
+class ShardedAdamWTest : public ::testing::TestWithParam<Mesh> {};
+INSTANTIATE_TEST_SUITE_P(Ranks, ShardedAdamWTest, ::testing::ValuesIn(kMeshes));
 
 // Gradients have norms near 22 sqrt(ranks): a clip of 1 always acts, one of 1000 never.
 TEST_P(ShardedAdamWTest, EqualsPlainAdamW) {
-  const int ranks = GetParam();
+  const int ranks = GetParam().shards;
   for (const double clip_norm : {0.0, 1.0, 1000.0}) {
     SCOPED_TRACE(clip_norm);
     const OptimSpec spec = SmallOptim(clip_norm);
     NaiveAdamW naive(spec);
     std::vector<double> norms;
     for (int64_t step = 1; step <= 6; ++step) norms.push_back(naive.Step(step, ranks));
-    OnGroup(ranks, spec, [&](Rank& rank) {
+    OnGroup(GetParam(), spec, [&](Rank& rank) {
       for (int64_t step = 1; step <= 6; ++step) {
-        FillGradients(rank.params, [&](const std::string& name, int64_t i) {
-          return GradientAt(name, i, step, rank.group.rank());
-        });
+        FillGradients(rank, step);
         const double norm = TakeStep(rank, step);
         EXPECT_NEAR(norm, norms[static_cast<size_t>(step - 1)], 1e-12 * norm);
       }
-      for (const auto& [name, values] : ValuesOf(rank.params)) {
-        const std::vector<long double>& expected = naive.values().at(name);
-        for (size_t i = 0; i < values.size(); ++i) {
-          ASSERT_NEAR(values[i], static_cast<double>(expected[i]), 1e-12) << name << " at " << i;
+      const Tensors values = ValuesOf(rank.params);
+      for (const ParamInfo& info : rank.params.table().params) {
+        const std::vector<long double>& expected = naive.values().at(info.name);
+        for (const LogicalRun& run : LogicalRuns(info, 0, info.shape.elements())) {
+          for (int64_t i = 0; i < run.elements; ++i) {
+            const auto want = static_cast<double>(expected[static_cast<size_t>(run.logical + i)]);
+            ASSERT_NEAR(values.at(info.name)[static_cast<size_t>(run.local + i)], want, 1e-12) << info.name;
+          }
         }
       }
     });
@@ -195,7 +243,7 @@ TEST_P(ShardedAdamWTest, OnlyMatricesDecay) {
     }
     for (int bucket = 0; bucket < rank.params.buckets(); ++bucket) {
       const TensorRef values = rank.params.BucketValues(bucket);
-      for (int64_t i = rank.params.table().bucket_elements[static_cast<size_t>(bucket)];
+      for (int64_t i = rank.params.table().buckets[static_cast<size_t>(bucket)].elements;
            i < values.elements(); ++i) {
         EXPECT_EQ(values.data<double>()[i], 0) << "padding of bucket " << bucket;
       }
@@ -206,20 +254,20 @@ TEST_P(ShardedAdamWTest, OnlyMatricesDecay) {
 // Buckets may be reduced in any order that the ranks share, polled or not: not a bit depends on it.
 TEST_P(ShardedAdamWTest, OrderOfReductionsDoesNotMatter) {
   std::vector<Tensors> results;
-  for (const std::vector<int>& order : {std::vector{0, 1, 2, 3}, {3, 2, 1, 0}, {2, 0, 3, 1}}) {
+  for (const std::vector<int>& order :
+       {std::vector{0, 1, 2, 3, 4, 5}, {5, 4, 3, 2, 1, 0}, {2, 0, 5, 3, 1, 4}}) {
+    ASSERT_EQ(order.size(), static_cast<size_t>(kBuckets));
     Tensors result;
     OnGroup(GetParam(), SmallOptim(1), [&](Rank& rank) {
       for (int64_t step = 1; step <= 3; ++step) {
-        FillGradients(rank.params, [&](const std::string& name, int64_t i) {
-          return GradientAt(name, i, step, rank.group.rank());
-        });
+        FillGradients(rank, step);
         for (int bucket : order) {
           ANNULUS_CHECK_OK(rank.optimizer.StartReduce(bucket));
           if (step == 2) rank.optimizer.Poll();
         }
         rank.FinishStep(step);
       }
-      if (rank.group.rank() == 0) result = ValuesOf(rank.params);
+      if (rank.first()) result = ValuesOf(rank.params);
     });
     results.push_back(std::move(result));
   }
@@ -234,27 +282,24 @@ TEST_P(ShardedAdamWTest, GradientsThatShareMemoryGiveTheSameUpdate) {
   std::vector<Tensors> results;
   for (const GradientMemory memory : {GradientMemory::kAll, GradientMemory::kTurns}) {
     Tensors result;
-    OnLoopback(GetParam(), [&](Communicator group) {
-      ParamStore params(Device{}, DType::kF64, BuildParamTable(model), group.size(), memory);
+    OnLoopback(GetParam().shards * GetParam().tp, [&](Communicator world) {
+      const OptimizerGroups groups = GroupsOf(world, GetParam());
+      ParamStore params(Device{}, DType::kF64, TableOf(model, groups), GetParam().shards, memory);
       Context ctx{Device{}};
       const OptimSpec spec = SmallOptim(1);
-      ShardedAdamW optimizer(ctx, spec, params, group);
+      ShardedAdamW optimizer(ctx, spec, model, params, groups);
       ANNULUS_CHECK_OK(optimizer.Initialize(9));
       for (int64_t step = 1; step <= 3; ++step) {
         for (int bucket = params.buckets() - 1; bucket >= 0; --bucket) {
           ANNULUS_CHECK_OK(optimizer.PrepareGradients(bucket));
-          for (const ParamInfo& info : params.table().params) {
-            if (info.bucket != bucket) continue;
-            const TensorRef grad = params.Grad(params.table().IndexOf(info.name));
-            for (int64_t i = 0; i < grad.elements(); ++i) {
-              grad.data<double>()[i] += GradientAt(info.name, i, step, group.rank());
-            }
-          }
+          AddGradients(params, groups.tensor, bucket, 0.25, [&](const std::string& name, int64_t i) {
+            return GradientAt(name, i, step, groups.shards.rank());
+          });
           ANNULUS_CHECK_OK(optimizer.StartReduce(bucket));
         }
-        FinishStep(ctx, optimizer, {.group = group, .clip_norm = spec.clip_norm, .step = step, .lr = kLr});
+        FinishStep(ctx, optimizer, {.groups = groups, .clip_norm = spec.clip_norm, .step = step, .lr = kLr});
       }
-      if (group.rank() == 0) result = ValuesOf(params);
+      if (world.rank() == 0) result = ValuesOf(params);
     });
     results.push_back(std::move(result));
   }
@@ -263,17 +308,17 @@ TEST_P(ShardedAdamWTest, GradientsThatShareMemoryGiveTheSameUpdate) {
 
 // m and v; gradients are reduced in place, but where another bucket's come to lie in the same memory.
 TEST_P(ShardedAdamWTest, HoldsItsShareOfTheState) {
-  const int ranks = GetParam();
-  OnGroup(ranks, SmallOptim(1), [&](Rank& rank) {
+  const int ranks = GetParam().shards;
+  OnGroup(GetParam(), SmallOptim(1), [&](Rank& rank) {
     EXPECT_EQ(rank.optimizer.state_bytes() * ranks, 2 * rank.params.bytes());
     Context ctx{Device{}};
-    ParamStore turns(Device{}, DType::kF64, BuildParamTable(SmallSpec()), ranks, GradientMemory::kTurns);
+    ParamStore turns(Device{}, DType::kF64, rank.params.table(), ranks, GradientMemory::kTurns);
     int64_t shared = 0;
     for (int bucket = 0; bucket < turns.buckets(); ++bucket) {
       if (!turns.SharingGrads(bucket).empty()) shared += turns.BucketValues(bucket).bytes();
     }
     EXPECT_GT(shared, 0);
-    const ShardedAdamW optimizer(ctx, SmallOptim(1), turns, rank.group);
+    const ShardedAdamW optimizer(ctx, SmallOptim(1), SmallSpec(), turns, rank.groups);
     EXPECT_EQ(optimizer.state_bytes() * ranks, 2 * turns.bytes() + shared);
   });
 }
@@ -309,18 +354,19 @@ class Saved {
   std::map<std::string, Shape> shapes_;
 };
 
-// The same sum of gradients, to the bit, for any number of ranks.
-void FillOnRankZero(ParamStore& params, int64_t step, int rank) {
-  FillGradients(params, [&](const std::string& name, int64_t i) {
-    return rank == 0 ? GradientAt(name, i, step, 0) : 0.0;
+// The same sum of gradients, to the bit, for any mesh.
+void FillOnRankZero(Rank& rank, int64_t step) {
+  ZeroGradients(rank.params);
+  AddGradients(rank.params, rank.groups.tensor, -1, 0, [&](const std::string& name, int64_t i) {
+    return rank.shard() == 0 ? GradientAt(name, i, step, 0) : 0.0;
   });
 }
 
 // Steps 1..steps from the start, then what a checkpoint holds.
-void TrainAndSave(int ranks, int64_t steps, Saved* saved) {
-  OnGroup(ranks, SmallOptim(0), [&](Rank& rank) {
+void TrainAndSave(const Mesh& mesh, int64_t steps, Saved* saved) {
+  OnGroup(mesh, SmallOptim(0), [&](Rank& rank) {
     for (int64_t step = 1; step <= steps; ++step) {
-      FillOnRankZero(rank.params, step, rank.group.rank());
+      FillOnRankZero(rank, step);
       TakeStep(rank, step);
     }
     saved->Add(rank.optimizer.Gather().value());
@@ -330,12 +376,11 @@ void TrainAndSave(int ranks, int64_t steps, Saved* saved) {
 // Pieces of one element of every rank, pieces that do not divide the buckets, and all at once: the same bits,
 // through no more memory than was allowed.
 TEST_P(ShardedAdamWTest, GathersInPiecesOfAnySize) {
-  const int ranks = GetParam();
   Tensors whole;
   for (const int64_t piece_bytes : {int64_t{1} << 20, int64_t{1}, int64_t{500}, int64_t{1000}}) {
     SCOPED_TRACE(::testing::Message() << piece_bytes << " bytes");
     Saved saved;
-    OnGroup(ranks, SmallOptim(0), [&](Rank& rank) {
+    OnGroup(GetParam(), SmallOptim(0), [&](Rank& rank) {
       saved.Add(rank.optimizer.Gather(piece_bytes).value());
       const int64_t rounded = (piece_bytes + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
       EXPECT_LE(rank.ctx.scratch.high_water_bytes(), rounded);
@@ -349,24 +394,24 @@ TEST_P(ShardedAdamWTest, GathersInPiecesOfAnySize) {
   for (const auto& [name, values] : ValuesOf(params)) EXPECT_EQ(values, whole.at(name)) << name;
 }
 
-TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {
-  const int from = GetParam();
+TEST_P(ShardedAdamWTest, StateMovesBetweenMeshesBitForBit) {
+  const Mesh from = GetParam();
   Saved saved, straight;
   TrainAndSave(from, 3, &saved);
   TrainAndSave(from, 5, &straight);
   EXPECT_EQ(saved.tensors().size(), 3 * BuildParamTable(SmallSpec()).params.size());
   EXPECT_NE(saved.tensors(), straight.tensors());
-  for (int to = 1; to <= 4; ++to) {
-    SCOPED_TRACE(::testing::Message() << from << " -> " << to << " ranks");
+  for (const Mesh& to : kMeshes) {
+    SCOPED_TRACE(::testing::PrintToString(from) + " -> " + ::testing::PrintToString(to));
     Saved again, continued;
     OnGroup(to, SmallOptim(0), [&](Rank& rank) {
-      FillOnRankZero(rank.params, 77, rank.group.rank());
+      FillOnRankZero(rank, 77);
       TakeStep(rank, 1);  // something else in parameters and state, to be replaced
       ANNULUS_CHECK_OK(rank.optimizer.Restore(saved.finder()));
       ANNULUS_CHECK_OK(rank.optimizer.PublishParameters());
       again.Add(rank.optimizer.Gather().value());
       for (int64_t step = 4; step <= 5; ++step) {
-        FillOnRankZero(rank.params, step, rank.group.rank());
+        FillOnRankZero(rank, step);
         TakeStep(rank, step);
       }
       continued.Add(rank.optimizer.Gather().value());
@@ -379,11 +424,11 @@ TEST_P(ShardedAdamWTest, StateMovesBetweenGroupSizesBitForBit) {
 TEST(Restore, NamesTheTensorThatDoesNotFit) {
   const auto restore = [](const Saved& saved) {
     absl::Status status;
-    OnGroup(1, SmallOptim(0), [&](Rank& rank) { status = rank.optimizer.Restore(saved.finder()); });
+    OnGroup({1, 1}, SmallOptim(0), [&](Rank& rank) { status = rank.optimizer.Restore(saved.finder()); });
     return status;
   };
   Saved missing, reshaped, reshaped_state;
-  for (Saved* saved : {&missing, &reshaped, &reshaped_state}) TrainAndSave(2, 1, saved);
+  for (Saved* saved : {&missing, &reshaped, &reshaped_state}) TrainAndSave({2, 1}, 1, saved);
   EXPECT_TRUE(restore(missing).ok());
   missing.Erase("optim.v.layers.0.norm.weight");
   EXPECT_EQ(restore(missing), absl::NotFoundError("optim.v.layers.0.norm.weight"));
@@ -397,7 +442,7 @@ TEST(Restore, NamesTheTensorThatDoesNotFit) {
 
 TEST(Restore, ParametersAloneForAnyUse) {
   Saved saved;
-  TrainAndSave(3, 2, &saved);
+  TrainAndSave({3, 2}, 2, &saved);
   Context ctx{Device{}};
   ParamStore params(Device{}, DType::kF64, BuildParamTable(SmallSpec()), 1);
   ANNULUS_CHECK_OK(RestoreParameters(ctx, params, saved.finder()));

@@ -11,8 +11,11 @@
 
 namespace annulus {
 
-// Sequences that go through the model together. tokens and targets are this rank's rows, ordered (row,
-// sequence).
+// Where positions of a run's sequences lie, meta tokens included.
+SequenceLayout LayoutOf(const RunSpec& spec);
+
+// Sequences that go through the model together, with its meta tokens before each. tokens and targets are of
+// this cp rank's rows, ordered (row, sequence): the same on every rank of a tensor-parallel group.
 struct MicroBatch {
   SequenceBatch sequences;
   std::vector<int32_t> tokens, targets;
@@ -21,7 +24,8 @@ struct MicroBatch {
 
 using Batch = std::vector<MicroBatch>;
 
-MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const DataSpec& spec,
+// layout: LayoutOf the run, or of shorter sequences.
+MicroBatch MakeMicroBatch(const std::vector<Sequence>& sequences, const RunSpec& spec,
                           const SequenceLayout& layout, int cp_rank);
 
 // Sequences of optimizer step `step` for data-parallel rank `dp_rank` of `dp_size`, cut into micro-batches.

@@ -31,10 +31,11 @@ std::string ProfileSource(const ExchangeSpec& exchange, const MachineProfile& ma
 ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind> available,
                                   MachineProfile machine);
 
-// The attention of every layer with this window, on sequences of one micro-batch.
+// The softmax attention of every layer with this window, on sequences of one micro-batch with their meta
+// tokens; a tensor-parallel rank's heads.
 AttentionCase AttentionCaseOf(const RunSpec& spec, int64_t window, SequenceBatch sequences);
 
-// Attention layers of one window.
+// Softmax attention layers of one window.
 struct AttentionKind {
   int64_t window = 0;  // 0 = all keys
   std::vector<size_t> layers;

@@ -42,9 +42,10 @@ struct StepReport {
   double tokens_per_second = 0;
   double tflops_causal = 0, tflops_full = 0;  // per rank, of the model's FLOPs (model/cost.h)
   double peak_tflops = 0;                     // of the rank's GPU, by its datasheet; 0: not known
-  double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next two
+  double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next three
   double exposed_reduce_ms = 0;
   double data_ms = 0;
+  double exposed_tensor_ms = 0;       // for tokens and sums of tensor parallelism
   int64_t memory_peak_bytes = 0;      // of the largest rank: resident, or of its GPU
   MemoryPlan memory = {};             // held, of each part on the rank that has most of it
   int64_t other_memory_bytes = 0;     // in use besides: the program, CUDA, NCCL, libraries, other processes
@@ -78,6 +79,7 @@ class Trainer {
   int64_t step() const { return step_; }  // optimizer steps done
   const SequenceLayout& layout() const { return geometry_.layout(); }
   ParamStore& params() { return params_; }
+  const TensorParallel& tensor() const { return tensor_; }
   // Collective. `directory` holds the step directories, of which the newest `keep` stay.
   absl::Status Save(const std::string& directory, const std::string& config, uint64_t data_fingerprint,
                     int64_t keep);
@@ -85,6 +87,7 @@ class Trainer {
   absl::Status Restore(const Checkpoint& checkpoint, uint64_t data_fingerprint);
 
  private:
+  TokenSlice UploadTokens(const MicroBatch& micro);  // into ctx_.scratch
   absl::Status ForwardBackward(const Batch& batch, double loss_scale);
   absl::Status CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const;
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
@@ -95,6 +98,8 @@ class Trainer {
   RunSpec spec_;
   ProcessMesh& mesh_;
   Context& ctx_;
+  TensorShard shard_;
+  TensorParallel tensor_;
   ParamStore params_;
   AttentionGeometry geometry_;
   Decoder decoder_;
