@@ -24,7 +24,8 @@ struct BranchBytes {
   int64_t products = 0;     // of matrices, and outputs of scans
   int64_t elementwise = 0;  // activations, norms, convolutions, chunk states
   int64_t output = 0;       // of attention
-  int64_t temporaries = 0;  // of backward
+  int64_t temporaries = 0;  // of backward, to its end
+  int64_t momentary = 0;    // of backward, given back before the gradient of the input is computed
   int64_t slots = 0;        // of the exchange
 };
 
@@ -75,8 +76,11 @@ class Planner {
   int64_t Loss() const {
     const int64_t rows = (spec_.vocab_size + inputs_.tp - 1) / inputs_.tp;
     const VocabularyHeld held = inputs_.tp > 1 ? VocabularyHeld::kPart : VocabularyHeld::kWhole;
-    // Normed input and its gradient, and those of the whole group's tokens.
-    const int64_t gathered = inputs_.tp > 1 ? 2 * Compute(spec_.d_model) : 0;
+    // Normed input and its gradient, and those of the whole group's tokens; two numbers of each from each
+    // rank.
+    const int64_t chunk = std::min(inputs_.local_tokens, kLossChunkTokens);
+    const int64_t gathered =
+        inputs_.tp > 1 ? 2 * Compute(spec_.d_model) + inputs_.tp * chunk * 2 * accum_ : 0;
     return LinearCrossEntropyScratchBytes(inputs_.device, inputs_.dtype, inputs_.local_tokens, rows, held) +
            2 * stream() + gathered;
   }
@@ -96,10 +100,10 @@ class Planner {
   }
   int64_t Temporaries(const BranchBytes& bytes) const {
     const int64_t all = bytes.always + bytes.products + bytes.elementwise + bytes.output;
-    // x and the gradient of y of all of the group's tokens, and a summand of the gradient of x.
-    const int64_t gathered = inputs_.tp > 1 ? 3 * Compute(spec_.d_model) : 0;
+    // Of all of the group's tokens: x and the gradient of y; later a summand of the gradient of x.
+    const int64_t gathered = inputs_.tp > 1 ? Compute(spec_.d_model) : 0;
     const int64_t slots = inputs_.exchange == ExchangeMemory::kWorkspace ? bytes.slots : 0;
-    return all - Kept(bytes) + bytes.temporaries + gathered + slots;
+    return all - Kept(bytes) + bytes.temporaries + 2 * gathered + std::max(gathered, bytes.momentary + slots);
   }
 
   BranchBytes BytesOf(const BranchSpec& branch) const {
@@ -139,8 +143,9 @@ class Planner {
     BranchBytes bytes;
     bytes.products = Compute(branch.kv_layers_back > 0 ? q : q + kv);
     bytes.output = Compute(q) + Sums(heads);
-    bytes.temporaries = Compute(2 * q + kv) + Sums(heads);      // dout, dq, dkv, delta
-    if (accum_ != element_) bytes.temporaries += Sums(q + kv);  // of dq and dkv over blocks
+    bytes.temporaries = Compute(2 * q + kv);                  // dout, dq, dkv
+    bytes.momentary = Sums(heads);                            // delta
+    if (accum_ != element_) bytes.momentary += Sums(q + kv);  // of dq and dkv over blocks
     bytes.slots = SlotBytes(kv);
     return bytes;
   }
@@ -197,8 +202,8 @@ class Planner {
     return {.always = halo + SegmentStates(states),
             .products = Compute(proj + inner),
             .elementwise = Compute(xbc) + Sums(2 * heads) + ScanStates(states),
-            .temporaries = Compute(proj + 3 * inner + xbc) + Sums(2 * heads) +
-                           std::max(ScanTemporaries(states), 4 * halo)};
+            .temporaries = Compute(proj + 3 * inner + xbc) + Sums(2 * heads),
+            .momentary = std::max(ScanTemporaries(states), 4 * halo)};
   }
 
   // Decays are written out for each scan: again where forward's are computed again.
@@ -214,7 +219,8 @@ class Planner {
     return {.always = SegmentStates(states),
             .products = Compute(qkv + 2 * values),
             .elementwise = Compute(qkv) + ScanStates(states),
-            .temporaries = Compute(4 * values + qkv) + DecayBytes(heads) + ScanTemporaries(states)};
+            .temporaries = Compute(4 * values + qkv) + DecayBytes(heads),
+            .momentary = ScanTemporaries(states)};
   }
 
   BranchBytes Based() const {
@@ -225,8 +231,9 @@ class Planner {
     return {.always = SegmentStates(states),
             .products = Compute(qk + values + ones),
             .elementwise = Compute(2 * heads * features + ones) + ScanStates(states),
-            .temporaries = Compute(2 * values + ones + 2 * heads * features + ones) + DecayBytes(heads) +
-                           std::max(ScanTemporaries(states), Compute(qk + values))};
+            .temporaries = Compute(qk + 3 * values + 2 * ones + 2 * heads * features) + DecayBytes(heads),
+            // Gradients of q, k and v come after the scan.
+            .momentary = std::max<int64_t>(0, ScanTemporaries(states) - Compute(qk + values))};
   }
 
   BranchBytes DeltaNet() const {
@@ -239,11 +246,11 @@ class Planner {
     const int64_t passed = inputs_.cp > 1 ? PassedStates(states)
                                           : SegmentStates(states) + States(states, inputs_.segments,
                                                                            states.state + states.transition);
-    return {
-        .always = halo + SegmentStates(states),
-        .products = Compute(qkv + 2 * values + 2 * heads),
-        .elementwise = Compute(qkv + qk) + Sums(2 * heads) + ChunkStates(states),
-        .temporaries = Compute(4 * values + qk + 2 * qkv + 2 * heads) + Sums(2 * heads) + passed + 3 * halo};
+    return {.always = halo + SegmentStates(states),
+            .products = Compute(qkv + 2 * values + 2 * heads),
+            .elementwise = Compute(qkv + qk) + Sums(2 * heads) + ChunkStates(states),
+            .temporaries = Compute(4 * values + qk + 2 * qkv + 2 * heads) + Sums(2 * heads) + passed,
+            .momentary = 3 * halo};
   }
 
   const ModelSpec& spec_;

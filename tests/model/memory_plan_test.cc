@@ -1,85 +1,123 @@
-#include "annulus/model/cost.h"
+// The plan of a rank's memory against what training takes.
 
 #include <gtest/gtest.h>
 
 #include <mutex>
 
+#include "annulus/model/cost.h"
 #include "annulus/train/optimizer.h"
 #include "model/mesh_run.h"
 
 namespace annulus::testing {
 namespace {
 
-// What one rank really holds. Each is the same on all ranks, or the largest is taken.
+// What one rank really holds, by the largest.
 struct Held {
-  int64_t parameters = 0, optimizer = 0, saved = 0, scratch = 0;
+  int64_t parameters = 0, gradients = 0, optimizer = 0, saved = 0, scratch = 0;
 };
 
 Held MeasureTraining(const ModelSpec& spec, const WholeBatch& batch, const MeshRun& run) {
   Held held;
   std::mutex mutex;
   OnMesh(spec, batch, run, [&](RankModel& model) {
-    model.LossAndGradients([](int) { return absl::OkStatus(); });
-    const ShardedAdamW optimizer(model.ctx(), {}, model.params(), model.mesh().dp_cp);
+    model.LossAndGradients();
+    const ShardedAdamW optimizer(model.ctx(), {}, spec, model.params(), {model.mesh().dp_cp, model.tensor()});
     const std::lock_guard<std::mutex> lock(mutex);
-    held.parameters = model.params().bytes();
-    held.optimizer = optimizer.state_bytes();
+    held.parameters = std::max(held.parameters, model.params().bytes());
+    held.gradients = std::max(held.gradients, model.params().gradient_bytes());
+    held.optimizer = std::max(held.optimizer, optimizer.state_bytes());
     held.saved = std::max(held.saved, model.ctx().saved.high_water_bytes());
     held.scratch = std::max(held.scratch, model.ctx().scratch.high_water_bytes());
   });
   return held;
 }
 
+// Sizes of which every allocation of a pass is a multiple of the arena's alignment: the plan can be held to
+// the byte. Together they fit the arena's first block.
+ModelSpec AlignedSpec(absl::string_view pattern, int64_t vocab) {
+  const absl::StatusOr<Pattern> parsed = ParsePattern(pattern, {});
+  EXPECT_TRUE(parsed.ok()) << parsed.status();
+  ModelSpec spec = SmallSpec(parsed->layers);
+  spec.vocab_size = vocab;
+  spec.mamba = {.heads = 8, .head_dim = 8, .state = 16, .groups = 4, .conv = 5, .chunk = 32};
+  spec.lightning = {.heads = 8, .key_dim = 8, .value_dim = 16, .chunk = 32};
+  spec.based = {.heads = 8, .key_dim = 3, .value_dim = 15, .chunk = 32};
+  spec.delta = {.heads = 8, .key_dim = 8, .value_dim = 16, .conv = 5, .chunk = 32};
+  return spec;
+}
+
+MemoryPlan PlanOf(const ModelSpec& spec, const MeshRun& run) {
+  return PlanMemory(spec, {.dtype = DType::kF32,
+                           .local_tokens = 512 * 2 / run.cp,
+                           .sequences = 2,
+                           .segments = run.cp > 1 ? 2 : 1,
+                           .cp = run.cp,
+                           .tp = run.tp,
+                           .shards = run.cp,
+                           .exchange = run.cp > 1 ? ExchangeMemory::kWorkspace : ExchangeMemory::kNone,
+                           .recompute = run.recompute});
+}
+
+// What the plan leaves out: tiles of an attention kernel, 128 queries by 128 keys; of a scan, a chunk's
+// scores with the operands of a head and their gradients, under half of this.
+int64_t MostOfKernels(const ModelSpec& spec) {
+  const int64_t attention = 128 * (3 * spec.head_dim + 2 * 128) * 4, scan = 64 << 10;
+  return Uses(spec, BranchKind::kAttention) ? attention : scan;
+}
+
 struct MemoryCase {
   const char* pattern;
-  int64_t vocab;  // the larger one makes the loss the peak
-  Recompute recompute;
-  int cp;
+  int64_t vocab = 32;  // a larger one makes the loss the peak
 };
+std::string NameOf(const ::testing::TestParamInfo<MemoryCase>& info) { return absl::StrCat(info.index); }
+void PrintTo(const MemoryCase& c, std::ostream* out) { *out << c.pattern << ", vocabulary " << c.vocab; }
 
-std::vector<MemoryCase> MemoryCases() {
-  std::vector<MemoryCase> cases;
-  for (const char* pattern : {"A", "-", "(A -)^2"}) {
-    for (const int64_t vocab : {32, 512}) {
-      for (const Recompute recompute :
-           {Recompute::kNone, Recompute::kElementwise, Recompute::kAttentionOutput, Recompute::kBlock}) {
-        for (const int cp : {1, 4}) cases.push_back({pattern, vocab, recompute, cp});
-      }
+class Memory : public ::testing::TestWithParam<MemoryCase> {};
+
+TEST_P(Memory, PlanIsWhatTrainingHolds) {
+  const ModelSpec spec = AlignedSpec(GetParam().pattern, GetParam().vocab);
+  const WholeBatch batch = RandomBatch(spec, {.length = 512, .batch = 2});
+  for (const auto& [cp, tp] : {std::pair(1, 1), {4, 1}, {1, 2}, {2, 2}}) {
+    for (const Recompute recompute :
+         {Recompute::kNone, Recompute::kElementwise, Recompute::kAttentionOutput, Recompute::kBlock}) {
+      SCOPED_TRACE(::testing::Message()
+                   << "policy " << static_cast<int>(recompute) << ", cp " << cp << ", tp " << tp);
+      const MeshRun run{.dtype = DType::kF32, .cp = cp, .tp = tp, .recompute = recompute};
+      const Held held = MeasureTraining(spec, batch, run);
+      const MemoryPlan plan = PlanOf(spec, run);
+      EXPECT_EQ(plan.parameters, held.parameters);
+      EXPECT_EQ(plan.gradients, held.gradients);
+      EXPECT_EQ(plan.optimizer, held.optimizer);
+      EXPECT_EQ(plan.activations, held.saved);
+      EXPECT_LE(plan.workspace, held.scratch);
+      EXPECT_GE(plan.workspace + MostOfKernels(spec), held.scratch);
     }
   }
-  return cases;
 }
 
-// Sizes are multiples of the arena's alignment and fit its first block, so that the plan can be held to the
-// byte.
-TEST(Memory, PlanIsWhatTrainingHolds) {
-  for (const MemoryCase& c : MemoryCases()) {
-    SCOPED_TRACE(::testing::Message() << c.pattern << ", vocabulary " << c.vocab << ", policy "
-                                      << static_cast<int>(c.recompute) << ", cp " << c.cp);
-    ModelSpec spec = SmallSpec(ParsePattern(c.pattern, {}).value());
-    spec.vocab_size = c.vocab;
-    const WholeBatch batch = RandomBatch(spec, {.length = 512, .batch = 2});
-    const Held held =
-        MeasureTraining(spec, batch, {.dtype = DType::kF32, .cp = c.cp, .recompute = c.recompute});
-    const MemoryPlan plan =
-        PlanMemory(spec, {.dtype = DType::kF32,
-                          .local_tokens = 512 * 2 / c.cp,
-                          .shards = c.cp,
-                          .exchange = c.cp > 1 ? ExchangeMemory::kWorkspace : ExchangeMemory::kNone,
-                          .recompute = c.recompute});
-    EXPECT_EQ(plan.parameters, held.parameters);
-    EXPECT_EQ(plan.gradients, held.parameters);
-    EXPECT_EQ(plan.optimizer, held.optimizer);
-    EXPECT_EQ(plan.activations, held.saved);
-    // The attention kernel's tiles of 128 queries by 128 keys, which the plan leaves out.
-    const int64_t tiles = 128 * (3 * spec.head_dim + 2 * 128) * 4;
-    const bool attends = c.pattern != absl::string_view("-");
-    EXPECT_LE(plan.workspace, held.scratch);
-    EXPECT_GE(plan.workspace + (attends ? tiles : 0), held.scratch);
+INSTANTIATE_TEST_SUITE_P(Plans, Memory,
+                         ::testing::Values(MemoryCase{"A"}, MemoryCase{"A", 512}, MemoryCase{"-"},
+                                           MemoryCase{"(A -)^2"}, MemoryCase{"M"}, MemoryCase{"L"},
+                                           MemoryCase{"B"}, MemoryCase{"G"}, MemoryCase{"A+- A"},
+                                           MemoryCase{"A+M{combine=mean-norm} -"},
+                                           MemoryCase{"A{tie=a} M{tie=m} A{tie=a} M{tie=m}"}),
+                         NameOf);
+
+// Keys and values that a later layer takes are kept, and so are the sums of their gradients.
+TEST(MemoryOfLayers, KeysAndValuesForLaterLayersAreKept) {
+  const ModelSpec own = AlignedSpec("A A", 32), taken = AlignedSpec("A A{kv=@-1}", 32);
+  const int64_t kv = 2 * own.kv_heads * own.head_dim * 4 * 1024;
+  for (const Recompute recompute : {Recompute::kNone, Recompute::kBlock}) {
+    const MeshRun run{.dtype = DType::kF32, .recompute = recompute};
+    const Held held = MeasureTraining(taken, RandomBatch(taken, {.length = 512, .batch = 2}), run);
+    EXPECT_EQ(PlanOf(taken, run).activations, held.saved);
+    // The second layer keeps none; with kBlock neither did before.
+    const int64_t more = recompute == Recompute::kNone ? 0 : 2 * kv;
+    EXPECT_EQ(PlanOf(taken, run).activations, PlanOf(own, run).activations + more);
   }
 }
 
-TEST(Memory, BuffersThatTheExchangeKeepsAreNoTemporaries) {
+TEST(MemoryOfLayers, BuffersThatTheExchangeKeepsAreNoTemporaries) {
   const ModelSpec spec = SmallSpec({Attention(0), Mlp()});
   const auto plan = [&](ExchangeMemory exchange) {
     return PlanMemory(spec, {.dtype = DType::kF32, .local_tokens = 512, .shards = 4, .exchange = exchange});
@@ -97,14 +135,14 @@ TEST(Memory, BuffersThatTheExchangeKeepsAreNoTemporaries) {
 }
 
 // Gradients in turns and in memory of their own, with the part of the sums that the optimizer then keeps.
-TEST(Memory, PlanIsWhatGradientsAndOptimizerHold) {
+TEST(MemoryOfLayers, PlanIsWhatGradientsAndOptimizerHold) {
   for (const bool tied : {false, true}) {
     ModelSpec spec = SmallSpec({Attention(0), Mlp(), Attention(0), Mlp(), Attention(0), Mlp()});
     spec.tied_head = tied;
     for (const GradientMemory memory : {GradientMemory::kAll, GradientMemory::kTurns}) {
       ParamStore params(Device{}, DType::kF32, BuildParamTable(spec), 1, memory);
       Context ctx{Device{}};
-      const ShardedAdamW optimizer(ctx, {}, params, MakeLoopbackGroup(1)[0]);
+      const ShardedAdamW optimizer(ctx, {}, spec, params, {MakeLoopbackGroup(1)[0]});
       const MemoryPlan plan = PlanMemory(spec, {.local_tokens = 1, .gradients = memory});
       EXPECT_EQ(plan.gradients, params.gradient_bytes());
       EXPECT_EQ(plan.optimizer, optimizer.state_bytes());
