@@ -56,9 +56,14 @@ ExchangeMemory ExchangeMemoryOf(const RunSpec& spec) {
 }  // namespace
 
 MemoryPlan PlanMemory(const RunSpec& spec) {
+  const SequenceLayout layout = LayoutOf(spec);
   return PlanMemory(spec.model, {.device = DeviceKindOf(spec.device),
                                  .dtype = DTypeOf(spec.compute),
-                                 .local_tokens = LayoutOf(spec).local_rows() * spec.optim.micro_batch,
+                                 .local_tokens = layout.local_rows() * spec.optim.micro_batch,
+                                 .sequences = spec.optim.micro_batch,
+                                 .segments = static_cast<int64_t>(layout.chunks(0).size()),
+                                 .cp = spec.parallel.cp,
+                                 .tp = spec.parallel.tp,
                                  .shards = spec.parallel.dp * spec.parallel.cp,
                                  .exchange = ExchangeMemoryOf(spec),
                                  .recompute = spec.recompute,
