@@ -127,5 +127,18 @@ TEST(AttentionKindsOf, AreLayersByTheirWindow) {
   EXPECT_EQ(kinds[1].layers, (std::vector<size_t>{0, 4, 8}));
 }
 
+TEST(AttentionCaseOf, IsATensorParallelRanks) {
+  const RunSpec spec =
+      SmallRun({"model.pattern=meta=3 A -", "model.attention.heads=8", "model.attention.kv_heads=2",
+                "model.attention.head_dim=2", "parallel.cp=2", "parallel.tp=4"});
+  const AttentionCase layer = AttentionCaseOf(spec, 0, {.batch = 1, .lengths = {14}, .document_starts = {}});
+  EXPECT_EQ(layer.heads, 2);
+  EXPECT_EQ(layer.kv_heads, 1) << "fewer than ranks: each has one";
+  EXPECT_EQ(layer.layout.length(), spec.data.seq_len + 3);
+  EXPECT_EQ(layer.layout.local_rows() % 4, 0);
+  const ExchangeOptions options = ExchangeOptionsOf(spec, {TransportKind::kHost}, AssumedCpuCore());
+  for (const PlanChoice& choice : options.forward) EXPECT_EQ(2 % choice.head_split, 0);
+}
+
 }  // namespace
 }  // namespace annulus::testing

@@ -26,6 +26,7 @@ StepReport Report() {
           .exposed_exchange_ms = 14.824,
           .exposed_reduce_ms = 29.648,
           .data_ms = 148.24,
+          .exposed_tensor_ms = 0,
           .memory_peak_bytes = int64_t{3} << 29,
           .memory = {.parameters = 1 << 10, .gradients = 2 << 10, .optimizer = 3 << 20, .exchange = 4},
           .other_memory_bytes = 5,
@@ -57,6 +58,15 @@ TEST(Format, MemoryByWhatItIsFor) {
   EXPECT_EQ(MemoryText(Report().memory),
             "parameters 1.0 KiB, gradients 2.0 KiB, optimizer 3.0 MiB, exchange 4 B");
   EXPECT_EQ(MemoryText({}), "");
+}
+
+TEST(StepLine, SaysWhatTensorParallelRanksWaitFor) {
+  StepReport report = Report();
+  EXPECT_FALSE(absl::StrContains(StepLine(report, 2000, 8, 0), "tensor"));
+  EXPECT_FALSE(absl::StrContains(MetricsJson(report, std::nullopt), "exposed_tensor_ms"));
+  report.exposed_tensor_ms = 148.24;
+  EXPECT_TRUE(absl::StrContains(StepLine(report, 2000, 8, 0), "gradients 2.0% tensor 10.0% |"));
+  EXPECT_TRUE(absl::StrContains(MetricsJson(report, std::nullopt), "\"exposed_tensor_ms\":148.24"));
 }
 
 TEST(StepLine, SaysWhatHappenedAndWhatIsLeft) {

@@ -13,9 +13,11 @@ class SampleTest : public ::testing::Test {
 
   std::string Text(const SampleSpec& sample, uint64_t seed, int64_t max_context = 11) const {
     std::string text;
-    const absl::Status status =
-        Sample(spec_.model, params_, sample, max_context, seed, [&](char byte) { text += byte; });
+    Context ctx{Device{}};
+    const TrainedModel model{.spec = spec_.model, .params = params_, .max_context = max_context};
+    const absl::Status status = Sample(ctx, model, sample, seed, [&](char byte) { text += byte; });
     EXPECT_TRUE(status.ok()) << status;
+    EXPECT_EQ(ctx.determinism, Determinism::kOff) << "as before";
     return text;
   }
 
@@ -46,10 +48,10 @@ TEST_F(SampleTest, TakesTheLikeliestByteAtTemperatureZero) {
   Decoder decoder(spec_.model, Recompute::kNone, params_);
   AttentionGeometry geometry(SequenceLayout(LayoutKind::kContiguous, 4, 1), MakeLoopbackGroup(1)[0]);
   geometry.SetBatch({.batch = 1, .lengths = {4}, .document_starts = {}});
-  ModelStep step{.geometry = geometry, .stats = {}};
+  ModelStep step{.geometry = geometry};
   Tensor logits(Device{}, DType::kF64, Shape({4, spec_.model.vocab_size}));
   const std::vector<int32_t> prompt = {'w', 'o', 'r', 'd'};
-  ASSERT_TRUE(decoder.Logits(ctx, step, {prompt.data(), DType::kI32, Device{}, {4}}, logits.ref()).ok());
+  ASSERT_TRUE(decoder.Logits(ctx, step, {prompt.data(), DType::kI32, Device{}, {4}}, 0, logits.ref()).ok());
   const double* last = logits.ref().data<double>() + 3 * spec_.model.vocab_size;
   EXPECT_EQ(std::max_element(last, last + 256) - last, static_cast<unsigned char>(text[0]));
 }
@@ -69,11 +71,37 @@ TEST_F(SampleTest, AnEmptyPromptStartsALine) {
   EXPECT_EQ(Text({.prompt = "", .tokens = 12}, 1), Text({.prompt = "\n", .tokens = 12}, 1));
 }
 
+// Whatever the rank count does not divide: lengths, meta tokens, the vocabulary.
+TEST_F(SampleTest, IsTheSameOnTensorParallelRanks) {
+  ModelSpec spec = spec_.model;
+  spec.heads = 12, spec.meta_tokens = 2, spec.vocab_size = 257;
+  const auto text = [&](int tp) {
+    std::vector<std::string> texts(static_cast<size_t>(tp));
+    OnLoopback(tp, [&](Communicator comm) {
+      ParamStore params(Device{}, DType::kF64, BuildParamTable(spec, {comm.rank(), tp}), 1);
+      params.Initialize(3);
+      Context ctx{Device{}};
+      const TrainedModel model{
+          .spec = spec, .params = params, .max_context = 7, .tensor = TensorParallel(comm)};
+      const SampleSpec sample{.prompt = "word", .tokens = 20, .temperature = 1.0};
+      std::string& own = texts[static_cast<size_t>(comm.rank())];
+      ANNULUS_CHECK_OK(Sample(ctx, model, sample, 1, [&](char byte) { own += byte; }));
+    });
+    for (const std::string& each : texts) EXPECT_EQ(each, texts[0]) << tp << " ranks";
+    return texts[0];
+  };
+  const std::string one = text(1);
+  EXPECT_EQ(one.size(), 20u);
+  for (const int tp : {2, 3, 4}) EXPECT_EQ(text(tp), one) << tp << " ranks";
+}
+
 TEST_F(SampleTest, NeedsAVocabularyOfBytes) {
   ModelSpec model = spec_.model;
   model.vocab_size = 200;
   const ParamStore params(Device{}, DType::kF64, BuildParamTable(model), 1);
-  const absl::Status status = Sample(model, params, {.prompt = "a", .tokens = 1}, 11, 1, [](char) {});
+  Context ctx{Device{}};
+  const absl::Status status = Sample(ctx, {.spec = model, .params = params, .max_context = 11},
+                                     {.prompt = "a", .tokens = 1}, 1, [](char) {});
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_NE(status.message().find("model.vocab_size=200"), std::string::npos) << status;
 }

@@ -5,7 +5,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <limits>
+#include <map>
 
 #include "absl/strings/match.h"
 #include "trainer/trainer_testing.h"
@@ -21,9 +23,9 @@ absl::StatusOr<StepReport> NextStep(const RankOfRun& rank, const RunSpec& spec) 
 }
 
 // Losses of some steps, of rank 0.
-std::vector<StepReport> StepsOn(const RunSpec& spec, int dp, int cp, int steps) {
+std::vector<StepReport> StepsOn(const RunSpec& spec, const MeshShape& shape, int steps) {
   std::vector<StepReport> reports;
-  OnMesh(spec, dp, cp, [&](RankOfRun rank) {
+  OnMesh(spec, shape, [&](RankOfRun rank) {
     for (int i = 0; i < steps; ++i) {
       const absl::StatusOr<StepReport> report = NextStep(rank, spec);
       ANNULUS_CHECK(report.ok()) << report.status();
@@ -35,13 +37,13 @@ std::vector<StepReport> StepsOn(const RunSpec& spec, int dp, int cp, int steps) 
 
 TEST(Exchange, EveryPlanTrainsAlike) {
   const RunSpec spec = SmallRun({"model.pattern=A - A{w=4}"});
-  const std::vector<StepReport> want = StepsOn(spec, 1, 1, 3);
+  const std::vector<StepReport> want = StepsOn(spec, {}, 3);
   for (const char* plan :
        {"AUTO", "ALL_GATHER", "KV_RING", "BIDIRECTIONAL_KV_RING", "DIRECT_CAST", "TOKEN_RING",
         "BIDIRECTIONAL_TOKEN_RING", "BALANCED", "DOUBLE_RING", "MESH", "ULYSSES"}) {
     RunSpec planned = SmallRun(
         {"model.pattern=A - A{w=4}", "parallel.cp=4", absl::StrCat("parallel.exchange.plan=", plan)});
-    const std::vector<StepReport> got = StepsOn(planned, 1, 4, 3);
+    const std::vector<StepReport> got = StepsOn(planned, {.cp = 4}, 3);
     for (size_t i = 0; i < want.size(); ++i) {
       EXPECT_NEAR(got[i].loss, want[i].loss, 1e-12 * want[i].loss) << plan << " step " << i + 1;
       EXPECT_NEAR(got[i].grad_norm, want[i].grad_norm, 1e-11 * want[i].grad_norm)
@@ -54,7 +56,7 @@ TEST(Exchange, StepsReportAttentionPredictedAndMeasured) {
   const RunSpec spec =
       SmallRun({"model.pattern=A - A{w=4}", "parallel.cp=2", "parallel.exchange.plan=KV_RING",
                 "parallel.exchange.backward.plan=ULYSSES"});
-  for (const StepReport& report : StepsOn(spec, 1, 2, 2)) {
+  for (const StepReport& report : StepsOn(spec, {.cp = 2}, 2)) {
     ASSERT_EQ(report.attention.size(), 4u);
     for (size_t i = 0; i < 4; ++i) {
       const AttentionReport& attention = report.attention[i];
@@ -90,35 +92,80 @@ TEST(Exchange, WaitingForItIsPartOfTheTimeOfAttention) {
   });
 }
 
-double EvaluateOn(const RunSpec& spec, int dp, int cp) {
-  std::vector<double> losses(static_cast<size_t>(dp * cp));
-  OnMesh(spec, dp, cp, [&](RankOfRun rank) {
+// Runs that differ in what the model is made of, each with a mesh that splits it over tensor-parallel ranks.
+struct SplitRun {
+  const char* name;
+  std::vector<std::string> overrides;
+};
+std::vector<SplitRun> SplitRuns() {
+  const std::string documents = "data.document_mask=true";
+  return {{"attention", {"model.pattern=A - A{w=4} -", documents}},
+          {"tied_head", {"model.pattern=A -", "model.tied_head=true"}},
+          {"untied_head", {"model.pattern=A -", "model.tied_head=false"}},
+          {"meta_tokens", {"model.pattern=meta=3 A -", documents}},
+          {"parallel", {"model.pattern=(A+-{combine=mean-norm})^2 A+-", documents}}};
+}
+
+// Losses, norms and so updates of tensor-parallel ranks are those of one rank; with micro-batches that add
+// up, and with gradients that take turns in memory.
+TEST(TensorParallel, TrainsAsOneRankDoes) {
+  for (const SplitRun& run : SplitRuns()) {
+    for (const char* micro_batch : {"optim.micro_batch=2", "optim.micro_batch=12"}) {
+      std::vector<std::string> overrides = run.overrides;
+      overrides.push_back(micro_batch);
+      const RunSpec spec = SmallRun(overrides);
+      const std::vector<StepReport> want = StepsOn(spec, {}, 4);
+      EXPECT_LT(want.back().loss, want.front().loss);
+      for (const MeshShape& shape :
+           {MeshShape{.tp = 2}, {.dp = 2, .tp = 2}, {.cp = 2, .tp = 2}, {.dp = 2, .cp = 3, .tp = 2}}) {
+        SCOPED_TRACE(absl::StrCat(run.name, ", ", micro_batch, ", ", NameOf(shape)));
+        const std::vector<StepReport> got = StepsOn(spec, shape, 4);
+        for (size_t i = 0; i < want.size(); ++i) {
+          EXPECT_NEAR(got[i].loss, want[i].loss, 1e-11 * want[i].loss) << "step " << i + 1;
+          EXPECT_NEAR(got[i].grad_norm, want[i].grad_norm, 1e-11 * want[i].grad_norm) << "step " << i + 1;
+          EXPECT_EQ(got[i].tokens, want[i].tokens);
+          EXPECT_GT(got[i].exposed_tensor_ms, 0);
+        }
+      }
+    }
+  }
+}
+
+double EvaluateOn(const RunSpec& spec, const MeshShape& shape) {
+  std::vector<double> losses(static_cast<size_t>(shape.world()));
+  OnMesh(spec, shape, [&](RankOfRun rank) {
     const absl::StatusOr<double> loss = rank.trainer.Evaluate(rank.data);
     ANNULUS_CHECK(loss.ok()) << loss.status();
     losses[static_cast<size_t>(rank.mesh.world.rank())] = *loss;
   });
-  for (double loss : losses) EXPECT_EQ(loss, losses[0]) << "dp " << dp << " cp " << cp;
+  for (double loss : losses) EXPECT_EQ(loss, losses[0]) << NameOf(shape);
   return losses[0];
 }
 
 TEST(Evaluate, IsTheSameOnEveryMesh) {
   for (const char* sequences : {"0", "7", "1"}) {  // all; dealt unevenly; fewer than data-parallel ranks
     const RunSpec spec = SmallRun({absl::StrCat("eval.sequences=", sequences)});
-    const double want = EvaluateOn(spec, 1, 1);
+    const double want = EvaluateOn(spec, {});
     EXPECT_NEAR(want, std::log(256.0), 0.5) << "an untrained model knows nothing";
-    for (const auto& [dp, cp] : {std::pair(1, 2), {1, 3}, {2, 1}, {2, 2}, {3, 1}, {2, 3}}) {
-      EXPECT_NEAR(EvaluateOn(spec, dp, cp), want, 1e-13 * want) << "dp " << dp << " cp " << cp;
+    for (const MeshShape& shape : {MeshShape{.cp = 2},
+                                   {.cp = 3},
+                                   {.dp = 2},
+                                   {.dp = 2, .cp = 2},
+                                   {.dp = 3},
+                                   {.dp = 2, .cp = 3},
+                                   {.tp = 2},
+                                   {.dp = 2, .cp = 2, .tp = 2}}) {
+      EXPECT_NEAR(EvaluateOn(spec, shape), want, 1e-13 * want) << NameOf(shape);
     }
   }
-  EXPECT_NE(EvaluateOn(SmallRun({"eval.sequences=7"}), 1, 1),
-            EvaluateOn(SmallRun({"eval.sequences=8"}), 1, 1));
+  EXPECT_NE(EvaluateOn(SmallRun({"eval.sequences=7"}), {}), EvaluateOn(SmallRun({"eval.sequences=8"}), {}));
 }
 
 TEST(Evaluate, LeavesTrainingAlone) {
   const RunSpec spec = SmallRun();
   const auto losses = [&](bool evaluate) {
     std::vector<double> losses;
-    OnMesh(spec, 2, 2, [&](RankOfRun rank) {
+    OnMesh(spec, {.dp = 2, .cp = 2}, [&](RankOfRun rank) {
       for (int i = 0; i < 4; ++i) {
         if (evaluate) ANNULUS_CHECK_OK(rank.trainer.Evaluate(rank.data).status());
         const absl::StatusOr<StepReport> report = NextStep(rank, spec);
@@ -139,7 +186,7 @@ TEST(Training, MemoryOfGradientsDoesNotShow) {
   const auto losses = [](const char* micro_batch) {
     const RunSpec spec = SmallRun({micro_batch, "model.pattern=(A -)^3"});
     std::vector<double> result;
-    OnMesh(spec, 2, 2, [&](RankOfRun rank) {
+    OnMesh(spec, {.dp = 2, .cp = 2}, [&](RankOfRun rank) {
       for (int step = 0; step < 4; ++step) {
         const absl::StatusOr<StepReport> report = NextStep(rank, spec);
         ANNULUS_CHECK(report.ok()) << report.status();
@@ -155,11 +202,10 @@ TEST(Training, MemoryOfGradientsDoesNotShow) {
 // What a step reports is what was planned, up to the padding of buckets; and gradients take turns only where
 // that saves more than the share of their sums that each rank then keeps: not on one rank.
 TEST(Training, HoldsWhatWasPlanned) {
-  for (const auto& [dp, cp] : {std::pair(1, 1), {2, 2}}) {
-    RunSpec spec = SmallRun({"optim.micro_batch=12", "model.pattern=(A -)^3"});
-    spec.parallel.dp = dp, spec.parallel.cp = cp;
-    const MemoryPlan plan = PlanMemory(spec);
-    OnMesh(spec, dp, cp, [&, ranks = dp * cp](RankOfRun rank) {
+  for (const MeshShape& shape : {MeshShape{}, {.dp = 2, .cp = 2}}) {
+    const RunSpec spec = SmallRun({"optim.micro_batch=12", "model.pattern=(A -)^3"});
+    const MemoryPlan plan = PlanMemory(OnShape(spec, shape));
+    OnMesh(spec, shape, [&, ranks = shape.world()](RankOfRun rank) {
       const absl::StatusOr<StepReport> report = NextStep(rank, spec);
       ANNULUS_CHECK(report.ok()) << report.status();
       const MemoryPlan& held = report->memory;
@@ -186,9 +232,58 @@ std::vector<double> ValuesOf(Trainer& trainer) {
   return values;
 }
 
+// What a checkpoint says, by name.
+std::map<std::string, std::vector<double>> TensorsOf(const Checkpoint& checkpoint) {
+  std::map<std::string, std::vector<double>> tensors;
+  for (const std::string& name : checkpoint.tensor_names()) {
+    const ConstTensorRef tensor = checkpoint.Find(name).value();
+    std::vector<double>& values = tensors[name];
+    values.resize(static_cast<size_t>(tensor.elements()));
+    std::memcpy(values.data(), tensor.raw(), values.size() * sizeof(double));
+  }
+  return tensors;
+}
+
+// Saved on tensor-parallel ranks, read on any other mesh and saved again: the same bits; and training goes on
+// as if nothing had happened.
+TEST(Checkpoints, MoveBetweenMeshesBitForBit) {
+  const RunSpec spec = SmallRun({"model.pattern=meta=2 A - A+-{combine=mean-norm}", "model.attention.heads=4",
+                                 "model.attention.head_dim=2", "data.document_mask=true"});
+  const std::string root = absl::StrCat(::testing::TempDir(), "annulus-moved-", getpid());
+  const auto save = [&](RankOfRun& rank, const std::string& name) {
+    ANNULUS_CHECK_OK(rank.trainer.Save(absl::StrCat(root, "/", name), "", rank.data.fingerprint(), 1));
+  };
+  std::vector<double> straight(2);
+  OnMesh(spec, {.cp = 2, .tp = 2}, [&](RankOfRun rank) {
+    for (int i = 0; i < 2; ++i) ANNULUS_CHECK_OK(NextStep(rank, spec).status());
+    save(rank, "first");
+    for (size_t i = 0; i < 2; ++i) {
+      const double loss = NextStep(rank, spec).value().loss;
+      if (rank.mesh.world.rank() == 0) straight[i] = loss;
+    }
+  });
+  const Checkpoint first = Checkpoint::Open(root + "/first").value();
+  const auto want = TensorsOf(first);
+  EXPECT_EQ(want.size(), 3 * BuildParamTable(spec.model).params.size());
+  for (const MeshShape& shape :
+       {MeshShape{}, {.tp = 4}, {.dp = 2}, {.cp = 3}, {.dp = 3, .tp = 2}, {.dp = 2, .cp = 2, .tp = 2}}) {
+    SCOPED_TRACE(NameOf(shape));
+    const std::string again = absl::StrCat("again-", shape.dp, "-", shape.cp, "-", shape.tp);
+    OnMesh(spec, shape, [&](RankOfRun rank) {
+      ANNULUS_CHECK_OK(rank.trainer.Restore(first, rank.data.fingerprint()));
+      save(rank, again);
+      for (size_t i = 0; i < 2; ++i) {
+        EXPECT_NEAR(NextStep(rank, spec).value().loss, straight[i], 1e-11 * straight[i]);
+      }
+    });
+    EXPECT_EQ(TensorsOf(Checkpoint::Open(absl::StrCat(root, "/", again)).value()), want);
+  }
+  std::filesystem::remove_all(root);
+}
+
 TEST(NotFinite, SkippedStepLeavesParametersAndTheNextOneGoesOn) {
   const RunSpec spec = SmallRun({"nan_policy=SKIP"});
-  OnMesh(spec, 2, 2, [&](RankOfRun rank) {
+  OnMesh(spec, {.dp = 2, .cp = 2}, [&](RankOfRun rank) {
     ASSERT_TRUE(NextStep(rank, spec).ok());
     ASSERT_TRUE(rank.trainer.WaitForParameters().ok());
     double* weight =
@@ -216,7 +311,7 @@ TEST(NotFinite, SkippedStepLeavesParametersAndTheNextOneGoesOn) {
 
 TEST(NotFinite, StopsOnAllRanksAlikeEvenIfOneRankMeetsIt) {
   const RunSpec spec = SmallRun();
-  OnMesh(spec, 2, 1, [&](RankOfRun rank) {
+  OnMesh(spec, {.dp = 2}, [&](RankOfRun rank) {
     if (rank.mesh.world.rank() == 1) {
       const int norm = rank.trainer.params().table().IndexOf("final_norm.weight");
       *rank.trainer.params().Value(norm).data<double>() = std::numeric_limits<double>::infinity();

@@ -73,12 +73,19 @@ struct RankOfRun {
   Trainer& trainer;
 };
 
-// fn on every rank of a dp x cp mesh of threads.
-inline void OnMesh(RunSpec spec, int dp, int cp, const std::function<void(RankOfRun)>& fn) {
-  spec.parallel.dp = dp;
-  spec.parallel.cp = cp;
-  OnLoopback(dp * cp, [&](Communicator world) {
-    absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create({dp, cp, 1}, world);
+inline RunSpec OnShape(RunSpec spec, const MeshShape& shape) {
+  spec.parallel.dp = shape.dp, spec.parallel.cp = shape.cp, spec.parallel.tp = shape.tp;
+  return spec;
+}
+inline std::string NameOf(const MeshShape& shape) {
+  return absl::StrCat("dp ", shape.dp, " cp ", shape.cp, " tp ", shape.tp);
+}
+
+// fn on every rank of a mesh of threads.
+inline void OnMesh(const RunSpec& run, const MeshShape& shape, const std::function<void(RankOfRun)>& fn) {
+  const RunSpec spec = OnShape(run, shape);
+  OnLoopback(shape.world(), [&](Communicator world) {
+    absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create(shape, world);
     ANNULUS_CHECK(mesh.ok()) << mesh.status();
     const std::unique_ptr<DataSet> data = OpenData(spec);
     Context ctx{Device{}};
