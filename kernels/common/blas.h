@@ -1,6 +1,7 @@
 #pragma once
 
-// Row-major matrix product on the CPU, C = alpha op(A) op(B) + beta C, over CBLAS.
+// Row-major matrix product on the CPU, C = alpha op(A) op(B) + beta C, over CBLAS, and the solution of
+// triangular systems.
 // With beta = 0 what C held is never read, so it may be uninitialised.
 
 #include <cblas.h>
@@ -35,18 +36,23 @@ struct GemmArgs {
   int64_t c_stride = 0;
 };
 
+inline blasint BlasCount(int64_t n) {
+  ANNULUS_CHECK(0 <= n && n <= kMaxBlasCount) << "BLAS count " << n;
+  return static_cast<blasint>(n);
+}
+// CBLAS demands positive leading dimensions, also of matrices without columns.
+inline blasint BlasStride(int64_t n) { return BlasCount(std::max<int64_t>(n, 1)); }
+
+inline CBLAS_TRANSPOSE BlasTranspose(Transpose transpose) {
+  return transpose == Transpose::kYes ? CblasTrans : CblasNoTrans;
+}
+
 template <typename T>
 void Gemm(const GemmArgs<T>& g) {
   if (g.m == 0 || g.n == 0) return;
-  // CBLAS demands positive leading dimensions, also of matrices without columns.
-  const auto count = [](int64_t n) {
-    ANNULUS_CHECK(0 <= n && n <= kMaxBlasCount) << "BLAS count " << n;
-    return static_cast<blasint>(n);
-  };
-  const auto stride = [&](int64_t n) { return count(std::max<int64_t>(n, 1)); };
-  const auto op = [](const BlasOperand<T>& x) {
-    return x.transpose == Transpose::kYes ? CblasTrans : CblasNoTrans;
-  };
+  const auto count = BlasCount;
+  const auto stride = BlasStride;
+  const auto op = [](const BlasOperand<T>& x) { return BlasTranspose(x.transpose); };
   if constexpr (std::is_same_v<T, double>) {
     cblas_dgemm(CblasRowMajor, op(g.a), op(g.b), count(g.m), count(g.n), count(g.k), g.alpha, g.a.data,
                 stride(g.a.stride), g.b.data, stride(g.b.stride), g.beta, g.c, stride(g.c_stride));
@@ -54,6 +60,22 @@ void Gemm(const GemmArgs<T>& g) {
     static_assert(std::is_same_v<T, float>);
     cblas_sgemm(CblasRowMajor, op(g.a), op(g.b), count(g.m), count(g.n), count(g.k), g.alpha, g.a.data,
                 stride(g.a.stride), g.b.data, stride(g.b.stride), g.beta, g.c, stride(g.c_stride));
+  }
+}
+
+// x = op(I + lower)^-1 x.   lower: [n, n], read below the diagonal only   x: [n, columns]
+template <typename T>
+void SolveUnitLower(int64_t n, int64_t columns, const BlasOperand<T>& lower, T* x, int64_t x_stride) {
+  if (n == 0 || columns == 0) return;
+  const auto solve = [&](auto trsm) {
+    trsm(CblasRowMajor, CblasLeft, CblasLower, BlasTranspose(lower.transpose), CblasUnit, BlasCount(n),
+         BlasCount(columns), T{1}, lower.data, BlasStride(lower.stride), x, BlasStride(x_stride));
+  };
+  if constexpr (std::is_same_v<T, double>) {
+    solve(cblas_dtrsm);
+  } else {
+    static_assert(std::is_same_v<T, float>);
+    solve(cblas_strsm);
   }
 }
 

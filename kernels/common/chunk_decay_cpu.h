@@ -12,14 +12,10 @@
 
 #include "annulus/base/row_range.h"
 #include "annulus/device/context.h"
+#include "kernels/common/heads_cpu.h"
 #include "kernels/common/vector_math.h"
 
 namespace annulus::kernels {
-
-template <typename T>
-T* ScratchElements(Context& ctx, int64_t elements) {
-  return ctx.scratch.Allocate(DTypeOf<T>(), {elements}).template data<T>();
-}
 
 // Rows are counted from the chunk's first here.
 template <typename T>

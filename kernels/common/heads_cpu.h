@@ -1,11 +1,28 @@
 #pragma once
 
-// Loops over the heads of CPU tensors.
+// Elements and heads of CPU tensors.
+
+#include <algorithm>
 
 #include "annulus/device/context.h"
 #include "annulus/ops/heads.h"
 
 namespace annulus::kernels {
+
+template <typename T>
+T* ScratchElements(Context& ctx, int64_t elements) {
+  return ctx.scratch.Allocate(DTypeOf<T>(), {elements}).template data<T>();
+}
+
+// state = elements [index * size, ...) of a tensor, or zero where that is undefined.
+template <typename T>
+void SetState(const ConstTensorRef& from, int64_t index, int64_t size, T* state) {
+  if (from.defined()) {
+    std::copy_n(from.data<T>() + index * size, size, state);
+  } else {
+    std::fill_n(state, size, T{0});
+  }
+}
 
 // First element of head `head` of a row. T must match the dtype.
 template <typename T, typename Byte>

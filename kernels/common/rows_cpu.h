@@ -32,6 +32,11 @@ auto HeadRows(const BasicHeadsRef<Byte>& x, int64_t first, int64_t item, int64_t
   return StridedRows<std::remove_pointer_t<decltype(data)>>{data, std::max(x.row_stride, x.dim)};
 }
 
+template <typename T>
+StridedRows<T> RowsScratch(Context& ctx, int64_t rows, int64_t columns) {
+  return {ScratchElements<T>(ctx, rows * columns), columns};
+}
+
 // to[row] = factor(row) * x[row], for rows [0, n).
 template <typename T, typename Factor>
 void ScaleRows(int64_t n, int64_t columns, const Factor& factor, const StridedRows<const T>& x,

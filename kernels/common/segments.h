@@ -3,12 +3,15 @@
 // Rows of a rank as segments of consecutive positions, cut into chunks from the first row of each: what the
 // ops of recurrent layers share.
 
+#include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "annulus/base/row_range.h"
 #include "annulus/base/status.h"
+#include "annulus/device/context.h"
 
 namespace annulus::kernels {
 
@@ -25,14 +28,28 @@ std::vector<SegmentChunk> ChunksOf(absl::Span<const RowRange> segments, int64_t 
 // ChunksOf(...).size()
 int64_t CountChunks(absl::Span<const RowRange> segments, int64_t chunk);
 
-// Calls fn(first, last) with the chunks of each segment, [first, last) of ChunksOf, in order.
+enum class ChunkOrder { kFromFirst, kFromLast };
+
+struct ChunkWalk {
+  absl::Span<const RowRange> segments;
+  int64_t chunk = 1;
+  int64_t heads = 0;  // of all items of a batch
+  ChunkOrder order = ChunkOrder::kFromFirst;
+};
+
+// Calls fn(segment, head, indices in ChunksOf of the segment's chunks, in order) for all; polls after each.
 template <typename Fn>
-void ForEachSegment(absl::Span<const RowRange> segments, int64_t chunk, Fn&& fn) {
+void ForEachSegmentHead(const Context& ctx, const ChunkWalk& walk, Fn&& fn) {
   int64_t first = 0;
-  for (size_t s = 0; s < segments.size(); ++s) {
-    const int64_t count = CountChunks(segments.subspan(s, 1), chunk);
-    fn(static_cast<int64_t>(s), first, first + count);
-    first += count;
+  for (size_t s = 0; s < walk.segments.size(); ++s) {
+    std::vector<int64_t> chunks(static_cast<size_t>(CountChunks(walk.segments.subspan(s, 1), walk.chunk)));
+    std::iota(chunks.begin(), chunks.end(), first);
+    first += static_cast<int64_t>(chunks.size());
+    if (walk.order == ChunkOrder::kFromLast) std::reverse(chunks.begin(), chunks.end());
+    for (int64_t head = 0; head < walk.heads; ++head) {
+      fn(static_cast<int64_t>(s), head, chunks);
+      ctx.Poll();
+    }
   }
 }
 

@@ -1,42 +1,31 @@
-// Token after token: two passes over the state of a head, which stays in cache.
+// Forward of the gated delta rule, chunk after chunk (delta_chunk_cpu.h).
 
-#include "kernels/common/segments.h"
-#include "kernels/delta_rule/delta_step_cpu.h"
+#include "kernels/delta_rule/delta_chunk_cpu.h"
 
 namespace annulus::kernels {
-namespace {
-
-// o[V] = S^T q
-template <typename T>
-void Read(const T* q, const T* s, int64_t key_dim, int64_t value_dim, T* o) {
-  std::fill_n(o, value_dim, T{0});
-  for (int64_t i = 0; i < key_dim; ++i) {
-    const T* row = s + i * value_dim;
-#pragma omp simd
-    for (int64_t j = 0; j < value_dim; ++j) o[j] += q[i] * row[j];
-  }
-}
-
-}  // namespace
 
 template <typename T>
 absl::Status DeltaSummary(CpuTag, Context& ctx, const DeltaRule& rule, const SegmentSummary& summary) {
   const int64_t k = rule.k.dim, v = rule.v.dim, heads = rule.k.batch * rule.k.heads;
   ArenaScope scope(ctx.scratch);
-  T* u = ctx.scratch.Allocate(rule.k.dtype, {std::max(k, v)}).template data<T>();
-  ForEachDeltaHead(rule, [&](int64_t segment, int64_t item, int64_t head, int64_t index) {
-    DeltaTransition(ctx, rule, {.segment = segment, .item = item, .head = head}, u,
-                    summary.transition.data<T>() + (segment * heads + index) * k * k);
-    T* state = summary.state.data<T>() + (segment * heads + index) * k * v;
+  DeltaChunk<T> chunk(ctx, rule);
+  const StridedRows<T> writes = RowsScratch<T>(ctx, DeltaLongestChunk(rule), std::max(k, v));
+  const std::vector<SegmentChunk> all = ChunksOf(rule.segments, rule.chunk);
+  const auto run = [&](int64_t segment, int64_t head, const std::vector<int64_t>& chunks) {
+    T* transition = summary.transition.data<T>() + (segment * heads + head) * k * k;
+    T* state = summary.state.data<T>() + (segment * heads + head) * k * v;
+    SetIdentity(k, transition);
     std::fill_n(state, k * v, T{0});
-    const RowRange rows = rule.segments[static_cast<size_t>(segment)];
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      if (row % kDeltaPollRows == 0) ctx.Poll();
-      const DeltaToken<T> t = TokenOf<T>(rule, row, item, head);
-      DeltaResidual<T>(t, t.v, state, k, v, u);
-      DeltaUpdate<T>(t, u, state, k, v, state);
+    for (const int64_t c : chunks) {
+      chunk.Set(all[static_cast<size_t>(c)].rows, head);
+      chunk.Residual(chunk.v, state, v, writes);
+      chunk.Solve(v, writes);
+      chunk.Advance(writes, v, state);
+      chunk.AdvanceTransition(writes, transition);
+      ctx.Poll();
     }
-  });
+  };
+  ForEachSegmentHead(ctx, DeltaWalk(rule, ChunkOrder::kFromFirst), run);
   return absl::OkStatus();
 }
 
@@ -44,32 +33,31 @@ template <typename T>
 absl::Status DeltaForward(CpuTag, Context& ctx, const DeltaRule& rule, ConstTensorRef initial,
                           TensorRef states, HeadsRef o) {
   const int64_t k = rule.k.dim, v = rule.v.dim, heads = rule.k.batch * rule.k.heads;
+  const int64_t longest = DeltaLongestChunk(rule);
   ArenaScope scope(ctx.scratch);
-  T* u = ctx.scratch.Allocate(rule.k.dtype, {v}).template data<T>();
-  T* state = ctx.scratch.Allocate(rule.k.dtype, {k, v}).template data<T>();
-  const std::vector<SegmentChunk> chunks = ChunksOf(rule.segments, rule.chunk);
-  for (int64_t index = 0; index < heads; ++index) {
-    const int64_t item = index / rule.k.heads, head = index % rule.k.heads;
-    int64_t segment = -1;
-    for (size_t c = 0; c < chunks.size(); ++c) {
+  DeltaChunk<T> chunk(ctx, rule);
+  const StridedRows<T> writes = RowsScratch<T>(ctx, longest, v), queries = RowsScratch<T>(ctx, longest, k);
+  const StridedRows<T> weights = RowsScratch<T>(ctx, longest, longest);
+  T* state = ScratchElements<T>(ctx, k * v);
+  const std::vector<SegmentChunk> all = ChunksOf(rule.segments, rule.chunk);
+  const auto run = [&](int64_t segment, int64_t head, const std::vector<int64_t>& chunks) {
+    SetState(initial, segment * heads + head, k * v, state);
+    for (const int64_t c : chunks) {
+      const RowRange rows = all[static_cast<size_t>(c)].rows;
+      std::copy_n(state, k * v, states.data<T>() + (c * heads + head) * k * v);
+      chunk.Set(rows, head);
+      chunk.Residual(chunk.v, state, v, writes);
+      chunk.Solve(v, writes);
+      ScaleRows<T>(rows.size(), k, [&](int64_t t) { return chunk.decay().FromBefore(t); }, chunk.q, queries);
+      const auto out = HeadRows<T>(o, rows.begin, head / rule.k.heads, head % rule.k.heads);
+      Multiply<T>({.m = rows.size(), .n = v, .k = k}, queries, {state, v}, {}, out);
+      chunk.QueryWeights(weights);
+      LowerTimes<T>({.n = rows.size(), .columns = v}, weights, writes, Write::kAccumulate, out);
+      chunk.Advance(writes, v, state);
       ctx.Poll();
-      if (chunks[c].segment != segment) {
-        segment = chunks[c].segment;
-        if (initial.defined()) {
-          std::copy_n(initial.data<T>() + (segment * heads + index) * k * v, k * v, state);
-        } else {
-          std::fill_n(state, k * v, T{0});
-        }
-      }
-      std::copy_n(state, k * v, states.data<T>() + (static_cast<int64_t>(c) * heads + index) * k * v);
-      for (int64_t row = chunks[c].rows.begin; row < chunks[c].rows.end; ++row) {
-        const DeltaToken<T> t = TokenOf<T>(rule, row, item, head);
-        DeltaResidual<T>(t, t.v, state, k, v, u);
-        DeltaUpdate<T>(t, u, state, k, v, state);
-        Read(t.q, state, k, v, HeadAt<T>(o, row, item, head));
-      }
     }
-  }
+  };
+  ForEachSegmentHead(ctx, DeltaWalk(rule, ChunkOrder::kFromFirst), run);
   return absl::OkStatus();
 }
 

@@ -20,12 +20,12 @@ class Gradients {
   Gradients(Context& ctx, const Ssd& ssd, const SsdBackwardStates& in, const SsdGradients& out)
       : ssd_(ssd), in_(in), out_(out), decay_(ctx, ssd.a, ssd.ages, SsdLongestChunk(ssd)) {
     const int64_t longest = SsdLongestChunk(ssd), p = ssd.x.dim, n = ssd.b.dim;
-    products_ = {ScratchElements<T>(ctx, longest * longest), longest};
-    dproducts_ = {ScratchElements<T>(ctx, longest * longest), longest};
-    weights_ = {ScratchElements<T>(ctx, longest * longest), longest};
-    scaled_ = {ScratchElements<T>(ctx, longest * p), p};
-    to_end_ = {ScratchElements<T>(ctx, longest * p), p};
-    from_start_ = {ScratchElements<T>(ctx, longest * n), n};
+    products_ = RowsScratch<T>(ctx, longest, longest);
+    dproducts_ = RowsScratch<T>(ctx, longest, longest);
+    weights_ = RowsScratch<T>(ctx, longest, longest);
+    scaled_ = RowsScratch<T>(ctx, longest, p);
+    to_end_ = RowsScratch<T>(ctx, longest, p);
+    from_start_ = RowsScratch<T>(ctx, longest, n);
     decays_ = ScratchElements<T>(ctx, longest);
     steps_ = ScratchElements<T>(ctx, longest);
     dsum_ = ScratchElements<double>(ctx, longest);
@@ -179,7 +179,7 @@ absl::Status SsdBackwardChunkStates(CpuTag, Context& ctx, const Ssd& ssd, const 
   const int64_t heads = ssd.x.batch * ssd.x.heads, p = ssd.x.dim, n = ssd.b.dim;
   ArenaScope scope(ctx.scratch);
   ChunkDecay<T> decay(ctx, ssd.a, ssd.ages, SsdLongestChunk(ssd));
-  const StridedRows<T> outputs{ScratchElements<T>(ctx, SsdLongestChunk(ssd) * p), p};
+  const StridedRows<T> outputs = RowsScratch<T>(ctx, SsdLongestChunk(ssd), p);
   ForEachChunkHead(ctx, ssd, [&](int64_t chunk, const RowRange& rows, int64_t item, int64_t head) {
     const int64_t out = chunk * heads + item * ssd.x.heads + head;
     if (head == 0) decay.SetRows(rows, item);

@@ -2,9 +2,6 @@
 
 // What the CPU kernels of annulus/ops/ssd.h share.
 
-#include <numeric>
-#include <vector>
-
 #include "kernels/common/chunk_decay_cpu.h"
 #include "kernels/common/rows_cpu.h"
 #include "kernels/common/segments.h"
@@ -37,20 +34,8 @@ void ForEachChunkHead(const Context& ctx, const Ssd& ssd, Fn&& fn) {
   }
 }
 
-enum class ChunkOrder { kFromFirst, kFromLast };
-
-// Calls fn(segment, index in batch * heads, chunks of the segment one after the other); polls after each.
-template <typename Fn>
-void ForEachSegmentHead(const Context& ctx, const Ssd& ssd, ChunkOrder order, Fn&& fn) {
-  ForEachSegment(ssd.segments, ssd.chunk, [&](int64_t segment, int64_t first, int64_t last) {
-    std::vector<int64_t> chunks(static_cast<size_t>(last - first));
-    std::iota(chunks.begin(), chunks.end(), first);
-    if (order == ChunkOrder::kFromLast) std::reverse(chunks.begin(), chunks.end());
-    for (int64_t index = 0; index < ssd.x.batch * ssd.x.heads; ++index) {
-      fn(segment, index, chunks);
-      ctx.Poll();
-    }
-  });
+inline ChunkWalk SsdWalk(const Ssd& ssd, ChunkOrder order) {
+  return {.segments = ssd.segments, .chunk = ssd.chunk, .heads = ssd.x.batch * ssd.x.heads, .order = order};
 }
 
 // What a segment does to a state that reaches its first chunk in `order`: state <- decay state + own, chunk
@@ -59,7 +44,7 @@ template <typename T>
 void SummariseChunks(const Context& ctx, const Ssd& ssd, ChunkOrder order, const SsdStates& own,
                      const SegmentSummary& summary) {
   const int64_t heads = ssd.x.batch * ssd.x.heads, size = ssd.b.dim * ssd.x.dim;
-  ForEachSegmentHead(ctx, ssd, order, [&](int64_t segment, int64_t index, const auto& chunks) {
+  ForEachSegmentHead(ctx, SsdWalk(ssd, order), [&](int64_t segment, int64_t index, const auto& chunks) {
     T transition = 1;
     T* state = summary.state.data<T>() + (segment * heads + index) * size;
     std::fill_n(state, size, T{0});
@@ -82,12 +67,8 @@ void ChainChunks(Context& ctx, const Ssd& ssd, ChunkOrder order, const ConstTens
   const int64_t heads = ssd.x.batch * ssd.x.heads, size = ssd.b.dim * ssd.x.dim;
   ArenaScope scope(ctx.scratch);
   T* state = ScratchElements<T>(ctx, size);
-  ForEachSegmentHead(ctx, ssd, order, [&](int64_t segment, int64_t index, const auto& chunks) {
-    if (incoming.defined()) {
-      std::copy_n(incoming.data<T>() + (segment * heads + index) * size, size, state);
-    } else {
-      std::fill_n(state, size, T{0});
-    }
+  ForEachSegmentHead(ctx, SsdWalk(ssd, order), [&](int64_t segment, int64_t index, const auto& chunks) {
+    SetState(incoming, segment * heads + index, size, state);
     for (const int64_t chunk : chunks) {
       const T decay = Exp(own.decays.data<T>()[chunk * heads + index]);
       T* of_chunk = own.states.data<T>() + (chunk * heads + index) * size;

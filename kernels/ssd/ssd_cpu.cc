@@ -15,9 +15,9 @@ class Outputs {
   Outputs(Context& ctx, const Ssd& ssd, const SsdStates& states, const HeadsRef& y)
       : ssd_(ssd), states_(states), y_(y), decay_(ctx, ssd.a, ssd.ages, SsdLongestChunk(ssd)) {
     const int64_t longest = SsdLongestChunk(ssd);
-    products_ = {ScratchElements<T>(ctx, longest * longest), longest};
-    weights_ = {ScratchElements<T>(ctx, longest * longest), longest};
-    queries_ = {ScratchElements<T>(ctx, longest * ssd.c.dim), ssd.c.dim};
+    products_ = RowsScratch<T>(ctx, longest, longest);
+    weights_ = RowsScratch<T>(ctx, longest, longest);
+    queries_ = RowsScratch<T>(ctx, longest, ssd.c.dim);
     steps_ = ScratchElements<T>(ctx, longest);
   }
 
@@ -86,7 +86,7 @@ absl::Status SsdChunkStates(CpuTag, Context& ctx, const Ssd& ssd, const SsdState
   const int64_t heads = ssd.x.batch * ssd.x.heads, p = ssd.x.dim, n = ssd.b.dim;
   ArenaScope scope(ctx.scratch);
   ChunkDecay<T> decay(ctx, ssd.a, ssd.ages, SsdLongestChunk(ssd));
-  const StridedRows<T> inputs{ScratchElements<T>(ctx, SsdLongestChunk(ssd) * p), p};
+  const StridedRows<T> inputs = RowsScratch<T>(ctx, SsdLongestChunk(ssd), p);
   ForEachChunkHead(ctx, ssd, [&](int64_t chunk, const RowRange& rows, int64_t item, int64_t head) {
     const int64_t out = chunk * heads + item * ssd.x.heads + head;
     if (head == 0) decay.SetRows(rows, item);

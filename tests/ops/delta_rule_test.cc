@@ -1,5 +1,7 @@
 #include "annulus/ops/delta_rule.h"
 
+#include <memory>
+
 #include "ops/recurrent_harness.h"
 
 namespace annulus::testing {
@@ -172,6 +174,7 @@ std::vector<DeltaShape> Shapes() {
     }
   }
   shapes.push_back({.rows = 70, .heads = 2, .key_dim = 17, .value_dim = 16, .chunk = 64, .cuts = {33}});
+  shapes.push_back({.rows = 150, .key_dim = 5, .value_dim = 3, .chunk = 140, .document = 100});
   shapes.push_back({.rows = 12, .heads = 1, .key_dim = 2, .value_dim = 3, .chunk = 1, .cuts = {0, 5}});
   return shapes;
 }
@@ -249,6 +252,32 @@ TEST(DeltaGradient, AgreesWithFiniteDifferences) {
     ExpectGradient(objective, v.beta.data(), run.dbeta.values());
     ExpectGradient(objective, v.a.data(), run.da.values());
     ExpectGradient(objective, v.initial.data(), start);
+  }
+}
+
+// Also with chunks that are more than one panel of rows.
+TEST(DeltaGradient, DoesNotDependOnTheChunk) {
+  Context ctx{Device{}};
+  for (const int64_t document : {0, 90}) {
+    DeltaShape shape{.rows = 150, .batch = 2, .heads = 2, .key_dim = 6, .value_dim = 5, .document = document};
+    const auto dos = NormalValues<double>(shape.gates() * shape.value_dim, "do");
+    const auto with_chunk = [&](int64_t chunk) {
+      shape.chunk = chunk;
+      auto run = std::make_unique<DeltaRun<double>>(RandomDelta<double>(shape), BatchOrder::kInsideRows);
+      StridedHeads<double> do_(run->ValueDims(), BatchOrder::kInsideRows, dos);
+      run->SummariseBackward(ctx, do_.ref());
+      run->Forward(ctx, run->initial.ref());
+      run->Backward(ctx, do_.ref(), run->initial.ref());
+      return run;
+    };
+    const auto one = with_chunk(1), panels = with_chunk(140);
+    ExpectClose(panels->o.values(), one->o.values());
+    ExpectClose(panels->state.values(), one->state.values());
+    ExpectClose(panels->dq.values(), one->dq.values());
+    ExpectClose(panels->dk.values(), one->dk.values());
+    ExpectClose(panels->dv.values(), one->dv.values());
+    ExpectClose(panels->dbeta.values(), one->dbeta.values());
+    ExpectClose(panels->da.values(), one->da.values());
   }
 }
 
