@@ -22,33 +22,33 @@ void Turn(const T* cosine, const T* sine, int64_t half, T* low) {
 }  // namespace
 
 template <typename T>
-absl::Status Rope(CpuTag, Context& ctx, ConstTensorRef positions, double theta, RopeDirection direction,
-                  HeadsRef x) {
-  const int64_t half = x.dim / 2;
-  const double sign = direction == RopeDirection::kForward ? 1.0 : -1.0;
+absl::Status Rope(CpuTag, Context& ctx, ConstTensorRef positions, const RopeFrequencies& frequencies,
+                  RopeDirection direction, HeadsRef x, int64_t first) {
+  const int64_t half = frequencies.pairs();
+  const double scale = frequencies.scale, sign = direction == RopeDirection::kForward ? scale : -scale;
   ArenaScope scope(ctx.scratch);
-  double* frequency = ctx.scratch.Allocate(DType::kF64, {half}).template data<double>();
   T* cosine = ctx.scratch.Allocate(x.dtype, {half}).template data<T>();
   T* sine = ctx.scratch.Allocate(x.dtype, {half}).template data<T>();
-  for (int64_t i = 0; i < half; ++i) {
-    frequency[i] = std::pow(theta, -2.0 * static_cast<double>(i) / static_cast<double>(x.dim));
-  }
   for (int64_t row = 0; row < x.rows; ++row) {
     const double position = static_cast<double>(positions.data<int64_t>()[row]);
     for (int64_t i = 0; i < half; ++i) {
-      const double angle = position * frequency[i];
-      cosine[i] = static_cast<T>(std::cos(angle));
+      const double angle = position * frequencies.radians[static_cast<size_t>(i)];
+      cosine[i] = static_cast<T>(scale * std::cos(angle));
       sine[i] = static_cast<T>(sign * std::sin(angle));
     }
     for (int64_t item = 0; item < x.batch; ++item) {
-      T* heads = x.At<T>(item, 0) + row * x.row_stride;
+      T* heads = x.At<T>(item, 0) + row * x.row_stride + first;
       for (int64_t h = 0; h < x.heads; ++h) Turn(cosine, sine, half, heads + h * x.dim);
     }
   }
   return absl::OkStatus();
 }
 
-template absl::Status Rope<float>(CpuTag, Context&, ConstTensorRef, double, RopeDirection, HeadsRef);
-template absl::Status Rope<double>(CpuTag, Context&, ConstTensorRef, double, RopeDirection, HeadsRef);
+#define ANNULUS_INSTANTIATE(T)                                                                           \
+  template absl::Status Rope<T>(CpuTag, Context&, ConstTensorRef, const RopeFrequencies&, RopeDirection, \
+                                HeadsRef, int64_t)
+ANNULUS_INSTANTIATE(float);
+ANNULUS_INSTANTIATE(double);
+#undef ANNULUS_INSTANTIATE
 
 }  // namespace annulus::kernels

@@ -5,25 +5,32 @@
 namespace annulus::kernels {
 
 template <typename T>
-absl::Status Rope(CudaTag, Context& ctx, ConstTensorRef positions, double theta, RopeDirection direction,
-                  HeadsRef x) {
-  if (x.dim > kCudaRopeMaxDim) {
-    return Invalid("rope.head_dim=", x.dim, ": expected at most ", kCudaRopeMaxDim, " on GPUs");
+absl::Status Rope(CudaTag, Context& ctx, ConstTensorRef positions, const RopeFrequencies& frequencies,
+                  RopeDirection direction, HeadsRef x, int64_t first) {
+  if (frequencies.pairs() > kCudaRopeMaxPairs) {
+    return Invalid("rope.pairs=", frequencies.pairs(), ": expected at most ", kCudaRopeMaxPairs, " on GPUs");
   }
   const CudaRopeArgs<CudaType<T>> args{.rows = x.rows,
                                        .batch = x.batch,
                                        .heads = x.heads,
                                        .dim = x.dim,
+                                       .first = first,
+                                       .pairs = frequencies.pairs(),
                                        .row_stride = x.row_stride,
                                        .batch_stride = x.batch_stride,
                                        .x = CudaData<T>(x),
                                        .positions = CudaData<int64_t>(positions),
-                                       .theta = theta,
-                                       .inverse = direction == RopeDirection::kInverse};
+                                       .radians = frequencies.radians.data(),
+                                       .scale = static_cast<float>(frequencies.scale),
+                                       .inverse = direction == RopeDirection::kGradient};
   return CudaStatus("rope", CudaRope(args, ctx.stream()));
 }
 
-template absl::Status Rope<float>(CudaTag, Context&, ConstTensorRef, double, RopeDirection, HeadsRef);
-template absl::Status Rope<BFloat16>(CudaTag, Context&, ConstTensorRef, double, RopeDirection, HeadsRef);
+#define ANNULUS_INSTANTIATE(T)                                                                            \
+  template absl::Status Rope<T>(CudaTag, Context&, ConstTensorRef, const RopeFrequencies&, RopeDirection, \
+                                HeadsRef, int64_t)
+ANNULUS_INSTANTIATE(float);
+ANNULUS_INSTANTIATE(BFloat16);
+#undef ANNULUS_INSTANTIATE
 
 }  // namespace annulus::kernels

@@ -7,10 +7,10 @@
 namespace annulus::kernels {
 
 template <typename T>
-absl::Status Rope(CpuTag, Context& ctx, ConstTensorRef positions, double theta, RopeDirection direction,
-                  HeadsRef x);
+absl::Status Rope(CpuTag, Context& ctx, ConstTensorRef positions, const RopeFrequencies& frequencies,
+                  RopeDirection direction, HeadsRef x, int64_t first);
 template <typename T>
-absl::Status Rope(CudaTag, Context& ctx, ConstTensorRef positions, double theta, RopeDirection direction,
-                  HeadsRef x);
+absl::Status Rope(CudaTag, Context& ctx, ConstTensorRef positions, const RopeFrequencies& frequencies,
+                  RopeDirection direction, HeadsRef x, int64_t first);
 
 }  // namespace annulus::kernels

@@ -16,7 +16,8 @@
 #include "annulus/ops/columns.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/ops/linear.h"
-#include "annulus/ops/rope.h"
+#include "model_rope.h"
+#include "timed_attention.h"
 
 namespace annulus {
 namespace {
@@ -46,7 +47,7 @@ class AttentionMixer : public SequenceMixer {
  public:
   explicit AttentionMixer(const MixerArgs& args)
       : recompute_(args.recompute),
-        rope_theta_(args.branch_spec().rope_theta),
+        rope_(RopeOf(args.spec, args.branch_spec(), args.spec.head_dim)),
         shape_(ShapeOf(args)),
         layer_(args.layer),
         kv_layer_(args.layer - static_cast<size_t>(args.branch_spec().kv_layers_back)),
@@ -96,7 +97,7 @@ class AttentionMixer : public SequenceMixer {
     const TensorRef dq = ctx.scratch.Allocate(x.dtype(), now.q.shape());
     const TensorRef dkv = ctx.scratch.Allocate(x.dtype(), now.kv.shape());
     ANNULUS_RETURN_IF_ERROR(AttendBackward(ctx, step, now, dout, dq, dkv));
-    ANNULUS_RETURN_IF_ERROR(ApplyRope(ctx, step, RopeDirection::kInverse, dq, shape_.heads));
+    ANNULUS_RETURN_IF_ERROR(ApplyRope(ctx, step, RopeDirection::kGradient, dq, shape_.heads));
     return ProjectBackward(ctx, step, all_x, dq, dkv, dx);
   }
 
@@ -158,9 +159,8 @@ class AttentionMixer : public SequenceMixer {
 
   absl::Status ApplyRope(Context& ctx, ModelStep& step, RopeDirection direction, TensorRef x,
                          int64_t heads) const {
-    if (!rope_theta_.has_value()) return absl::OkStatus();
-    return Rope(ctx, step.geometry.Positions(ctx), *rope_theta_, direction,
-                HeadsOf(x, 0, heads, shape_.head_dim));
+    if (!rope_.has_value()) return absl::OkStatus();
+    return Rope(ctx, step.geometry.Positions(ctx), *rope_, direction, HeadsOf(x, 0, heads, shape_.head_dim));
   }
 
   absl::Status ProjectQ(Context& ctx, ModelStep& step, ConstTensorRef x, TensorRef q) const {
@@ -190,7 +190,7 @@ class AttentionMixer : public SequenceMixer {
     const TensorRef partial = step.tensor.Partial(ctx, dx);
     ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dq, wq_, Write::kOverwrite, partial));
     if (!takes()) {
-      ANNULUS_RETURN_IF_ERROR(ApplyRope(ctx, step, RopeDirection::kInverse, dkv, shape_.kv_heads));
+      ANNULUS_RETURN_IF_ERROR(ApplyRope(ctx, step, RopeDirection::kGradient, dkv, shape_.kv_heads));
     }
     for (const KvWeight& weight : kv_weights_) {
       ANNULUS_RETURN_IF_ERROR(
@@ -205,14 +205,14 @@ class AttentionMixer : public SequenceMixer {
   }
 
   absl::Status Attend(Context& ctx, ModelStep& step, const Activations& to) const {
-    return Timed(ctx, step, Pass::kForward, [&] {
+    return Timed(ctx, step, shape_.window, Pass::kForward, [&] {
       return ContextAttentionForward(ctx, step.geometry, shape_,
                                      {.q = to.q, .kv = to.kv, .out = to.out, .lse = to.lse}, &step.stats);
     });
   }
   absl::Status AttendBackward(Context& ctx, ModelStep& step, const Activations& now, TensorRef dout,
                               TensorRef dq, TensorRef dkv) const {
-    return Timed(ctx, step, Pass::kBackward, [&] {
+    return Timed(ctx, step, shape_.window, Pass::kBackward, [&] {
       return ContextAttentionBackward(
           ctx, step.geometry, shape_,
           {.q = now.q, .kv = now.kv, .out = now.out, .lse = now.lse, .dout = dout, .dq = dq, .dkv = dkv},
@@ -220,18 +220,8 @@ class AttentionMixer : public SequenceMixer {
     });
   }
 
-  template <typename Fn>
-  absl::Status Timed(Context& ctx, ModelStep& step, Pass pass, Fn&& attend) const {
-    if (step.clocks == nullptr) return attend();
-    SpanClock& clock = step.clocks->Of(shape_.window, pass);
-    clock.Begin(ctx.stream());
-    const absl::Status status = attend();
-    clock.End(ctx.stream());
-    return status;
-  }
-
   Recompute recompute_;
-  std::optional<double> rope_theta_;
+  std::optional<RopeFrequencies> rope_;
   ContextAttentionShape shape_;
   size_t layer_, kv_layer_;
   bool taken_from_;

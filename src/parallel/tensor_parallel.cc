@@ -1,5 +1,7 @@
 #include "annulus/parallel/tensor_parallel.h"
 
+#include <map>
+
 #include "annulus/ops/elementwise.h"
 
 namespace annulus {
@@ -26,12 +28,30 @@ absl::StatusOr<ConstTensorRef> PendingTokens::Finish(Context& ctx) {
   return all_;
 }
 
+struct TensorParallel::Shared {
+  std::vector<std::weak_ptr<Request>> under_way;
+  std::map<int, TensorParallel> neighbours;  // by size
+};
+
 TensorParallel::TensorParallel(Communicator tp) : comm_(std::move(tp)) {
-  if (comm_.size() > 1) under_way_ = std::make_shared<std::vector<std::weak_ptr<Request>>>();
+  if (comm_.size() > 1) shared_ = std::make_shared<Shared>();
 }
 
-int TensorParallel::rank() const { return under_way_ ? comm_.rank() : 0; }
-int TensorParallel::size() const { return under_way_ ? comm_.size() : 1; }
+int TensorParallel::rank() const { return shared_ ? comm_.rank() : 0; }
+int TensorParallel::size() const { return shared_ ? comm_.size() : 1; }
+
+absl::StatusOr<TensorParallel> TensorParallel::Neighbours(int size) const {
+  ANNULUS_CHECK(size > 0 && this->size() % size == 0) << size << " of " << this->size() << " ranks";
+  if (size == this->size()) return *this;
+  if (size == 1) return TensorParallel();
+  std::map<int, TensorParallel>& made = shared_->neighbours;
+  if (made.count(size) == 0) {
+    Communicator comm = comm_;
+    ANNULUS_ASSIGN_OR_RETURN(Communicator group, comm.Split(rank() / size, rank()));
+    made.emplace(size, TensorParallel(std::move(group)));
+  }
+  return made.at(size);
+}
 
 std::shared_ptr<Request> TensorParallel::Watch(Request request) const {
   const auto wait_and_delete = [](Request* dropped) {
@@ -39,16 +59,18 @@ std::shared_ptr<Request> TensorParallel::Watch(Request request) const {
     delete dropped;
   };
   std::shared_ptr<Request> shared(new Request(std::move(request)), wait_and_delete);
-  std::erase_if(*under_way_, [](const auto& other) { return other.expired(); });
-  under_way_->push_back(shared);
+  std::vector<std::weak_ptr<Request>>& under_way = shared_->under_way;
+  std::erase_if(under_way, [](const auto& other) { return other.expired(); });
+  under_way.push_back(shared);
   return shared;
 }
 
 void TensorParallel::Poll(const Context& ctx) const {
   // On a GPU completion is not a matter of polling, and a completed request could no longer be waited for in
   // the order of the stream.
-  if (!under_way_ || ctx.device.kind != DeviceKind::kCpu) return;
-  for (const std::weak_ptr<Request>& watched : *under_way_) {
+  if (!shared_ || ctx.device.kind != DeviceKind::kCpu) return;
+  for (const auto& [size, group] : shared_->neighbours) group.Poll(ctx);
+  for (const std::weak_ptr<Request>& watched : shared_->under_way) {
     const std::shared_ptr<Request> request = watched.lock();
     // An error shows again where the request is waited for.
     if (request != nullptr && !request->done()) (void)request->Test();

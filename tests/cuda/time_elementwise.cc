@@ -1,6 +1,7 @@
 // Times of what is bound by memory, as a share of the speed at which the device copies. Bytes are those that
 // have to move: each input read once, each output written once.
 
+#include "annulus/ops/rope.h"
 #include "cuda/harness.h"
 #include "kernels/adamw/adamw_cuda.h"
 #include "kernels/attention/attention_merge_cuda.h"
@@ -122,14 +123,17 @@ void TimeRopeOf(const std::string& name, int64_t rows, int64_t heads, int64_t co
   std::vector<int64_t> at(static_cast<size_t>(rows));
   for (size_t i = 0; i < at.size(); ++i) at[i] = static_cast<int64_t>(i) * 8;
   const Uploaded<int64_t> positions(at);
+  const RopeFrequencies frequencies = MakeRopeFrequencies(1e4, 128);
   Time("rope bf16, " + name, 4 * static_cast<double>(rows * heads * 128), [&] {
     return CudaRope<Bf16>({.rows = rows,
                            .heads = heads,
                            .dim = 128,
+                           .pairs = frequencies.pairs(),
                            .row_stride = columns,
                            .batch_stride = columns,
                            .x = x.data(),
-                           .positions = positions.data()},
+                           .positions = positions.data(),
+                           .radians = frequencies.radians.data()},
                           g_stream);
   });
 }

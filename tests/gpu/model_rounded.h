@@ -125,7 +125,8 @@ class RoundedDecoder {
     if (!theta.has_value()) return;
     const ConstTensorRef positions = model_.geometry().Positions(ctx_);
     const auto rotate = [&](TensorRef x, int64_t heads) {
-      ANNULUS_CHECK_OK(Rope(ctx_, positions, *theta, direction, HeadsOf(x, 0, heads, spec_.head_dim)));
+      ANNULUS_CHECK_OK(Rope(ctx_, positions, MakeRopeFrequencies(*theta, spec_.head_dim), direction,
+                            HeadsOf(x, 0, heads, spec_.head_dim)));
       Stored(x);
     };
     rotate(q, spec_.heads);
@@ -161,7 +162,7 @@ class RoundedDecoder {
                                                .dkv = dkv},
                                               &stats));
     Stored(dq), Stored(dkv);
-    Rotate(i, RopeDirection::kInverse, dq, dkv);
+    Rotate(i, RopeDirection::kGradient, dq, dkv);
     const TensorRef dx = New(layer.normed.shape());
     LinearBackward(dq, layer.normed, Of(prefix + "q.weight"), Write::kOverwrite, dx);
     LinearBackward(dkv, layer.normed, Of(prefix + "k.weight", prefix + "v.weight"), Write::kAccumulate, dx);

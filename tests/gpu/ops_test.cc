@@ -272,9 +272,10 @@ auto RopeOps(const RopeShape& s) {
   return [=, values = Normal<T>(s.rows * s.batch * columns, "x")](auto& run) -> Outputs {
     const TensorRef rows = run.Of({s.rows}, positions);
     Outputs outputs;
-    for (const RopeDirection direction : {RopeDirection::kForward, RopeDirection::kInverse}) {
+    for (const RopeDirection direction : {RopeDirection::kForward, RopeDirection::kGradient}) {
       const TensorRef x = run.In({s.rows, s.batch, columns}, values);
-      ANNULUS_CHECK_OK(Rope(run.ctx, rows, 500000, direction, HeadsOf(x, s.first, s.heads, s.dim)));
+      ANNULUS_CHECK_OK(Rope(run.ctx, rows, MakeRopeFrequencies(500000, s.dim), direction,
+                            HeadsOf(x, s.first, s.heads, s.dim)));
       outputs.push_back(run.Rounded(x));  // with what lies around the heads
     }
     return outputs;
@@ -348,7 +349,8 @@ TYPED_TEST(GpuOps, OnlyEnqueueOnTheirStream) {
           AdamWUpdate(ctx, {.lr = 0.1}, {wide, wide, wide, wide, scale, y}), EmbeddingForward(ctx, ids, x, y),
           EmbeddingBackward(ctx, ids, y, wide), RmsNormForward(ctx, x, w, 1e-5, y),
           RmsNormBackward(ctx, x, w, y, 1e-5, z, dw), SwigluForward(ctx, x, h), SwigluBackward(ctx, x, h, y),
-          Rope(ctx, positions, 1e4, RopeDirection::kForward, HeadsOf(heads, 0, 2, d / 2))}) {
+          Rope(ctx, positions, MakeRopeFrequencies(1e4, d / 2), RopeDirection::kForward,
+               HeadsOf(heads, 0, 2, d / 2))}) {
       EXPECT_TRUE(status.ok()) << status;
     }
   };
@@ -379,8 +381,9 @@ TEST(GpuArguments, AreRefusedByName) {
   ExpectRefused(EmbeddingBackward(ctx, ids, half, half), kInvalid,
                 "embedding.dtable=bf16[4, 8] on cuda:0: expected f32[4, 8] on cuda:0");
   const TensorRef long_heads = run.Out({1, 1, 1024}), positions = run.Of({1}, std::vector<int64_t>(1));
-  ExpectRefused(Rope(ctx, positions, 1e4, RopeDirection::kForward, HeadsOf(long_heads, 0, 1, 1024)), kInvalid,
-                "rope.head_dim=1024: expected at most 512 on GPUs");
+  ExpectRefused(Rope(ctx, positions, MakeRopeFrequencies(1e4, 1024), RopeDirection::kForward,
+                     HeadsOf(long_heads, 0, 1, 1024)),
+                kInvalid, "rope.pairs=512: expected at most 256 on GPUs");
 }
 
 }  // namespace

@@ -53,6 +53,10 @@ class TensorParallel {
   int size() const;
   const Communicator& comm() const { return comm_; }  // none for TensorParallel()
 
+  // The group of `size` neighbouring ranks, from a multiple of it on, that this one belongs to; this group
+  // for all of them. Made at first use: collective then.
+  absl::StatusOr<TensorParallel> Neighbours(int size) const;
+
   // x: [tokens / size, columns] of every rank -> [tokens, columns], in memory of ctx.scratch; x on one rank.
   absl::StatusOr<PendingTokens> StartGather(Context& ctx, ConstTensorRef x) const;
   absl::StatusOr<ConstTensorRef> Gather(Context& ctx, ConstTensorRef x) const;
@@ -75,10 +79,11 @@ class TensorParallel {
   void Poll(const Context& ctx) const;
 
  private:
+  struct Shared;  // by all copies
   std::shared_ptr<Request> Watch(Request request) const;
 
   Communicator comm_;
-  std::shared_ptr<std::vector<std::weak_ptr<Request>>> under_way_;  // null with one rank
+  std::shared_ptr<Shared> shared_;  // null with one rank
 };
 
 }  // namespace annulus
