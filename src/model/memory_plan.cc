@@ -25,8 +25,11 @@ struct BranchBytes {
   int64_t elementwise = 0;  // activations, norms, convolutions, chunk states
   int64_t output = 0;       // of attention
   int64_t temporaries = 0;  // of backward, to its end
-  int64_t momentary = 0;    // of backward, given back before the gradient of the input is computed
-  int64_t slots = 0;        // of the exchange
+  // One after the other, on top of those:
+  int64_t attention = 0;  // beside the buffers of its exchange
+  int64_t momentary = 0;
+  int64_t last = 0;
+  int64_t slots = 0;  // of the exchange
 };
 
 // A layer with a sequence of states.
@@ -100,34 +103,44 @@ class Planner {
   }
   int64_t Temporaries(const BranchBytes& bytes) const {
     const int64_t all = bytes.always + bytes.products + bytes.elementwise + bytes.output;
-    // Of all of the group's tokens: x and the gradient of y; later a summand of the gradient of x.
-    const int64_t gathered = inputs_.tp > 1 ? Compute(spec_.d_model) : 0;
     const int64_t slots = inputs_.exchange == ExchangeMemory::kWorkspace ? bytes.slots : 0;
-    return all - Kept(bytes) + bytes.temporaries + 2 * gathered + std::max(gathered, bytes.momentary + slots);
+    return all - Kept(bytes) + bytes.temporaries +
+           std::max({bytes.attention + slots, bytes.momentary, bytes.last});
+  }
+
+  // With x and the gradient of y of all of the group's tokens, and at last a summand of the gradient of x.
+  BranchBytes Gathering(BranchBytes bytes) const {
+    if (inputs_.tp == 1) return bytes;
+    bytes.temporaries += 2 * Compute(spec_.d_model);
+    bytes.last = Compute(spec_.d_model);
+    return bytes;
   }
 
   BranchBytes BytesOf(const BranchSpec& branch) const {
     switch (branch.kind) {
       case BranchKind::kAttention:
-        return Attention(branch);
+        return Gathering(Attention(branch));
       case BranchKind::kLatentAttention:
         return Latent(branch);
       case BranchKind::kMamba:
-        return Mamba();
+        return Gathering(Mamba());
       case BranchKind::kLightning:
-        return Lightning();
+        return Gathering(Lightning());
       case BranchKind::kBased:
-        return Based();
+        return Gathering(Based());
       case BranchKind::kDeltaNet:
-        return DeltaNet();
+        return Gathering(DeltaNet());
       case BranchKind::kMlp:
-        return Mlp();
+        return Gathering(Mlp());
     }
     return {};
   }
 
-  // Two of what travels and four of its gradients.
-  int64_t SlotBytes(int64_t columns) const { return 2 * Compute(columns) + 4 * Sums(columns); }
+  // Two of what travels and four of its gradients; with two ranks there is but one to come and go.
+  int64_t SlotBytes(int64_t columns) const {
+    const int64_t peers = std::min<int64_t>(inputs_.cp - 1, 2);
+    return peers * (Compute(columns) + 2 * Sums(columns));
+  }
 
   BranchBytes Mlp() const {
     const int64_t inner = spec_.d_ff / inputs_.tp;
@@ -143,30 +156,45 @@ class Planner {
     BranchBytes bytes;
     bytes.products = Compute(branch.kv_layers_back > 0 ? q : q + kv);
     bytes.output = Compute(q) + Sums(heads);
-    bytes.temporaries = Compute(2 * q + kv);                  // dout, dq, dkv
-    bytes.momentary = Sums(heads);                            // delta
-    if (accum_ != element_) bytes.momentary += Sums(q + kv);  // of dq and dkv over blocks
+    bytes.temporaries = Compute(2 * q + kv);  // dout, dq, dkv
+    bytes.attention = BackwardSums(heads, q + kv);
     bytes.slots = SlotBytes(kv);
     return bytes;
   }
 
-  // Keys and values are expanded for one block at a time, at most those of this rank's own tokens.
+  // Of an attention's backward: delta, and dq and dkv summed over blocks.
+  int64_t BackwardSums(int64_t heads, int64_t columns) const {
+    return Sums(heads) + (accum_ != element_ ? Sums(columns) : 0);
+  }
+
+  // Latents are gathered instead of x. Queries of a head group are gathered and their gradients summed where
+  // it has several ranks; keys and values are expanded for one branch at a time.
   BranchBytes Latent(const BranchSpec& branch) const {
     const LatentSpec& latent = spec_.latent;
     const LatentShard mesh =
         LatentShardOf({.rank = 0, .size = static_cast<int>(inputs_.tp)}, branch.latent_groups);
-    const int64_t heads = latent.heads / mesh.head_groups, here = branch.latent_groups / mesh.latent_groups;
-    const int64_t q = heads * (latent.nope_dim + latent.rope_dim), v = heads * latent.v_dim;
-    const int64_t columns = latent.kv_rank / branch.latent_groups * here + latent.rope_dim;
+    const bool shared = mesh.latent_groups > 1;
+    const int64_t heads = latent.heads / mesh.head_groups, own = latent.heads / inputs_.tp;
+    const int64_t here = branch.latent_groups / mesh.latent_groups;
+    const int64_t dim = latent.nope_dim + latent.rope_dim, q = heads * dim, v = heads * latent.v_dim;
+    const int64_t packed = latent.q_rank + latent.kv_rank + latent.rope_dim;
+    const int64_t whole_x = latent.q_rank == 0 ? spec_.d_model : 0;  // queries are projected from it
     BranchBytes bytes;
-    bytes.products = Compute(latent.q_rank + q + latent.kv_rank + latent.rope_dim);
-    bytes.elementwise = Compute(latent.q_rank + columns);
+    bytes.products = Compute(q) + Compute(packed) / inputs_.tp;
+    bytes.elementwise = Compute(packed) / inputs_.tp;
     bytes.output = here * (Compute(v) + Sums(heads));
-    // Expanded keys and values with their gradients; gradients of outputs, queries and latents; delta.
+    if (branch.latent_groups > 1) bytes.output += Compute(own * latent.v_dim);  // the mean over branches
+    // Gradients of the mean, of packed latents, of queries and of the shared key part.
     bytes.temporaries =
-        2 * Compute(q + v) + Compute(v + 2 * q + latent.q_rank + columns) + Sums(heads + columns);
-    if (accum_ != element_) bytes.temporaries += Sums(2 * q + v);
-    bytes.slots = SlotBytes(columns);
+        Compute(own * latent.v_dim + q) + Compute(packed) / inputs_.tp + Sums(latent.rope_dim);
+    if (shared) bytes.temporaries += Compute(v) + (KeepsProducts(inputs_.recompute) ? 0 : Compute(own * dim));
+    if (inputs_.tp > 1) bytes.temporaries += Compute(spec_.d_model + whole_x + 2 * packed);
+    const int64_t of_branch = 2 * Compute(q + v) + (here > 1 ? Compute(q) : 0);
+    bytes.attention = of_branch + BackwardSums(heads, 2 * q + v);
+    bytes.momentary = of_branch + Compute(heads * (latent.nope_dim + latent.v_dim));
+    bytes.last = inputs_.tp > 1 ? Compute(whole_x) : 0;
+    if (shared) bytes.last = Compute(own * dim) + std::max(Compute(q), bytes.last);
+    bytes.slots = SlotBytes(q + v);
     return bytes;
   }
 

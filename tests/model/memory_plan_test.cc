@@ -39,6 +39,7 @@ ModelSpec AlignedSpec(absl::string_view pattern, int64_t vocab) {
   EXPECT_TRUE(parsed.ok()) << parsed.status();
   ModelSpec spec = SmallSpec(parsed->layers);
   spec.vocab_size = vocab;
+  spec.latent = {.heads = 4, .q_rank = 8, .kv_rank = 16, .nope_dim = 6, .rope_dim = 4, .v_dim = 5};
   spec.mamba = {.heads = 8, .head_dim = 8, .state = 16, .groups = 4, .conv = 5, .chunk = 32};
   spec.lightning = {.heads = 8, .key_dim = 8, .value_dim = 16, .chunk = 32};
   spec.based = {.heads = 8, .key_dim = 3, .value_dim = 15, .chunk = 32};
@@ -61,8 +62,8 @@ MemoryPlan PlanOf(const ModelSpec& spec, const MeshRun& run) {
 // What the plan leaves out: tiles of an attention kernel, 128 queries by 128 keys; of a scan, a chunk's
 // scores with the operands of a head and their gradients, under half of this.
 int64_t MostOfKernels(const ModelSpec& spec) {
-  const int64_t attention = 128 * (3 * spec.head_dim + 2 * 128) * 4, scan = 64 << 10;
-  return Uses(spec, BranchKind::kAttention) ? attention : scan;
+  const int64_t attention = 128 * (3 * std::max<int64_t>(spec.head_dim, 10) + 2 * 128) * 4, scan = 64 << 10;
+  return Uses(spec, BranchKind::kAttention) || Uses(spec, BranchKind::kLatentAttention) ? attention : scan;
 }
 
 struct MemoryCase {
@@ -98,7 +99,8 @@ TEST_P(Memory, PlanIsWhatTrainingHolds) {
 INSTANTIATE_TEST_SUITE_P(Plans, Memory,
                          ::testing::Values(MemoryCase{"A"}, MemoryCase{"A", 512}, MemoryCase{"-"},
                                            MemoryCase{"(A -)^2"}, MemoryCase{"M"}, MemoryCase{"L"},
-                                           MemoryCase{"B"}, MemoryCase{"G"}, MemoryCase{"A+- A"},
+                                           MemoryCase{"B"}, MemoryCase{"G"}, MemoryCase{"T"},
+                                           MemoryCase{"T{g=2}"}, MemoryCase{"T{g=4}"}, MemoryCase{"A+- A"},
                                            MemoryCase{"A+M{combine=mean-norm} -"},
                                            MemoryCase{"A{tie=a} M{tie=m} A{tie=a} M{tie=m}"}),
                          NameOf);
@@ -120,7 +122,8 @@ TEST(MemoryOfLayers, KeysAndValuesForLaterLayersAreKept) {
 TEST(MemoryOfLayers, BuffersThatTheExchangeKeepsAreNoTemporaries) {
   const ModelSpec spec = SmallSpec({Attention(0), Mlp()});
   const auto plan = [&](ExchangeMemory exchange) {
-    return PlanMemory(spec, {.dtype = DType::kF32, .local_tokens = 512, .shards = 4, .exchange = exchange});
+    return PlanMemory(
+        spec, {.dtype = DType::kF32, .local_tokens = 512, .cp = 4, .shards = 4, .exchange = exchange});
   };
   const MemoryPlan none = plan(ExchangeMemory::kNone), own = plan(ExchangeMemory::kOwn),
                    shared = plan(ExchangeMemory::kWorkspace);
@@ -131,7 +134,7 @@ TEST(MemoryOfLayers, BuffersThatTheExchangeKeepsAreNoTemporaries) {
   EXPECT_GE(own.total(), shared.total());
   EXPECT_EQ(own.total(), none.total() + own.exchange);
   const ModelSpec mlp = SmallSpec({Mlp()});
-  EXPECT_EQ(PlanMemory(mlp, {.local_tokens = 512, .exchange = ExchangeMemory::kOwn}).exchange, 0);
+  EXPECT_EQ(PlanMemory(mlp, {.local_tokens = 512, .cp = 4, .exchange = ExchangeMemory::kOwn}).exchange, 0);
 }
 
 // Gradients in turns and in memory of their own, with the part of the sums that the optimizer then keeps.
