@@ -1,9 +1,65 @@
 #include "kernels/common/recurrent_cuda.h"
 #include "kernels/ssd/ssd_cuda.h"
 #include "kernels/ssd/ssd_kernels.h"
+#include "kernels/ssd/ssd_mma.h"
 
 namespace annulus::kernels {
 namespace {
+
+constexpr int64_t kUnitBytes = 16;  // of an access of the kernels for tensor cores
+
+bool OnUnits(const void* p) { return reinterpret_cast<uintptr_t>(p) % kUnitBytes == 0; }
+bool OnUnits(const ConstHeadsRef& x) {
+  const int64_t unit = kUnitBytes / SizeOf(x.dtype);
+  return OnUnits(x.data) && (x.rows <= 1 || x.row_stride % unit == 0) &&
+         (x.batch <= 1 || x.batch_stride % unit == 0);
+}
+
+// Whether the kernels for tensor cores take the scan. The four calls of a scan must agree, for these keep
+// states in a form of their own: what decides is known to all of them.
+template <typename U>
+bool OnTensorCores(const CudaSsd<U>& args, const TensorRef& states) {
+  if constexpr (std::is_same_v<U, __nv_bfloat16>) return MmaSsdKnows(args) && OnUnits(states.raw());
+  return false;
+}
+
+// x itself, or a copy in scratch memory that lies on units.
+absl::StatusOr<ConstHeadsRef> InUnits(Context& ctx, const ConstHeadsRef& x) {
+  if (OnUnits(x)) return x;
+  const HeadsRef copy =
+      HeadsOf(ctx.scratch.Allocate(x.dtype, {x.rows, x.batch, x.heads * x.dim}), 0, x.heads, x.dim);
+  const RowsShape shape{.rows = x.rows, .batch = x.batch, .columns = x.heads * x.dim};
+  ANNULUS_RETURN_IF_ERROR(
+      CudaStatus("ssd copy", CudaCastRows<__nv_bfloat16, __nv_bfloat16>(
+                                 shape, HeadRows<BFloat16>(x), HeadRows<BFloat16>(copy), ctx.stream())));
+  return ConstHeadsRef(copy);
+}
+
+// An output that lies on units: `to` itself or scratch memory, which Finish copies to it.
+class OutputInUnits {
+ public:
+  OutputInUnits(Context& ctx, const HeadsRef& to) : to_(to), own_(to) {
+    if (OnUnits(ConstHeadsRef(to))) return;
+    own_ =
+        HeadsOf(ctx.scratch.Allocate(to.dtype, {to.rows, to.batch, to.heads * to.dim}), 0, to.heads, to.dim);
+  }
+  StridedRows<__nv_bfloat16> rows() const { return HeadRows<BFloat16>(own_); }
+  absl::Status Finish(Context& ctx) const {
+    if (own_.data == to_.data) return absl::OkStatus();
+    const RowsShape shape{.rows = to_.rows, .batch = to_.batch, .columns = to_.heads * to_.dim};
+    return CudaStatus(
+        "ssd copy", CudaCastRows<__nv_bfloat16, __nv_bfloat16>(shape, HeadRows<BFloat16>(ConstHeadsRef(own_)),
+                                                               HeadRows<BFloat16>(to_), ctx.stream()));
+  }
+
+ private:
+  HeadsRef to_, own_;
+};
+
+absl::Status CheckOnUnits(absl::string_view name, const TensorRef& states) {
+  if (OnUnits(states.raw())) return absl::OkStatus();
+  return Invalid(name, ": expected to lie on ", kUnitBytes, " bytes, as ssd.states does");
+}
 
 template <typename T>
 absl::StatusOr<CudaSsd<CudaType<T>>> ArgsOf(const Ssd& ssd) {
@@ -33,8 +89,43 @@ CudaSsdSummary SummaryOf(const SegmentSummary& summary) {
 }
 
 template <typename U>
-void* Scratch(Context& ctx, const CudaSsd<U>& ssd) {
+void* PlainScratch(Context& ctx, const CudaSsd<U>& ssd) {
   return ctx.scratch.Allocate(DType::kU8, {PlainSsdScratchBytes(ssd)}).raw();
+}
+
+// The scan with its inputs on units.
+absl::StatusOr<CudaSsd<__nv_bfloat16>> MmaArgsOf(Context& ctx, Ssd ssd) {
+  ANNULUS_ASSIGN_OR_RETURN(ssd.x, InUnits(ctx, ssd.x));
+  ANNULUS_ASSIGN_OR_RETURN(ssd.b, InUnits(ctx, ssd.b));
+  ANNULUS_ASSIGN_OR_RETURN(ssd.c, InUnits(ctx, ssd.c));
+  return ArgsOf<BFloat16>(ssd);
+}
+
+absl::Status MmaForward(Context& ctx, const Ssd& ssd, const ConstTensorRef& initial, const SsdStates& states,
+                        const HeadsRef& y) {
+  ANNULUS_ASSIGN_OR_RETURN(const auto args, MmaArgsOf(ctx, ssd));
+  const OutputInUnits to(ctx, y);
+  ANNULUS_RETURN_IF_ERROR(CudaStatus(
+      "ssd forward", MmaSsdForward(args, CudaDataOrNull<float>(initial),
+                                   StatesOf(states.states, states.decays), to.rows(), ctx.stream())));
+  return to.Finish(ctx);
+}
+
+absl::Status MmaBackward(Context& ctx, const Ssd& ssd, const SsdBackwardStates& in,
+                         CudaSsdGradients<__nv_bfloat16> gates, const SsdGradients& out) {
+  ANNULUS_RETURN_IF_ERROR(CheckOnUnits("ssd.gradients", in.gradients));
+  ANNULUS_ASSIGN_OR_RETURN(const auto args, MmaArgsOf(ctx, ssd));
+  ANNULUS_ASSIGN_OR_RETURN(const ConstHeadsRef dy, InUnits(ctx, in.dy));
+  const OutputInUnits dx(ctx, out.dx), db(ctx, out.db), dc(ctx, out.dc);
+  gates.dy = HeadRows<BFloat16>(dy);
+  gates.dx = dx.rows(), gates.db = db.rows(), gates.dc = dc.rows();
+  void* scratch = ctx.scratch.Allocate(DType::kU8, {MmaSsdBackwardScratchBytes(args)}).raw();
+  ANNULUS_RETURN_IF_ERROR(CudaStatus(
+      "ssd backward", MmaSsdBackward(args, StatesOf(in.states.states, in.states.decays),
+                                     CudaData<float>(in.gradients), gates, scratch, ctx.stream())));
+  ANNULUS_RETURN_IF_ERROR(dx.Finish(ctx));
+  ANNULUS_RETURN_IF_ERROR(db.Finish(ctx));
+  return dc.Finish(ctx);
 }
 
 }  // namespace
@@ -43,10 +134,14 @@ template <typename T>
 absl::Status SsdChunkStates(CudaTag, Context& ctx, const Ssd& ssd, const SsdStates& states,
                             const SegmentSummary& summary) {
   ANNULUS_ASSIGN_OR_RETURN(const auto args, ArgsOf<T>(ssd));
+  const CudaSsdStates to = StatesOf(states.states, states.decays);
   ArenaScope scope(ctx.scratch);
+  if (OnTensorCores(args, states.states)) {
+    ANNULUS_ASSIGN_OR_RETURN(const auto mma, MmaArgsOf(ctx, ssd));
+    return CudaStatus("ssd chunk states", MmaSsdChunkStates(mma, to, SummaryOf(summary), ctx.stream()));
+  }
   return CudaStatus("ssd chunk states",
-                    PlainSsdChunkStates(args, StatesOf(states.states, states.decays), SummaryOf(summary),
-                                        Scratch(ctx, args), ctx.stream()));
+                    PlainSsdChunkStates(args, to, SummaryOf(summary), PlainScratch(ctx, args), ctx.stream()));
 }
 
 template <typename T>
@@ -54,20 +149,29 @@ absl::Status SsdForward(CudaTag, Context& ctx, const Ssd& ssd, ConstTensorRef in
                         const SsdStates& states, HeadsRef y) {
   ANNULUS_ASSIGN_OR_RETURN(const auto args, ArgsOf<T>(ssd));
   ArenaScope scope(ctx.scratch);
+  if (OnTensorCores(args, states.states)) return MmaForward(ctx, ssd, initial, states, y);
   return CudaStatus("ssd forward", PlainSsdForward(args, CudaDataOrNull<float>(initial),
                                                    StatesOf(states.states, states.decays), HeadRows<T>(y),
-                                                   Scratch(ctx, args), ctx.stream()));
+                                                   PlainScratch(ctx, args), ctx.stream()));
 }
 
 template <typename T>
 absl::Status SsdBackwardChunkStates(CudaTag, Context& ctx, const Ssd& ssd, const SsdBackwardStates& in,
                                     const SegmentSummary& summary) {
   ANNULUS_ASSIGN_OR_RETURN(const auto args, ArgsOf<T>(ssd));
+  const CudaSsdStates to = StatesOf(in.gradients, in.states.decays);
   ArenaScope scope(ctx.scratch);
-  return CudaStatus(
-      "ssd backward chunk states",
-      PlainSsdBackwardChunkStates(args, HeadRows<T>(in.dy), StatesOf(in.gradients, in.states.decays),
-                                  SummaryOf(summary), Scratch(ctx, args), ctx.stream()));
+  if (OnTensorCores(args, in.states.states)) {
+    ANNULUS_RETURN_IF_ERROR(CheckOnUnits("ssd.gradients", in.gradients));
+    ANNULUS_ASSIGN_OR_RETURN(const auto mma, MmaArgsOf(ctx, ssd));
+    ANNULUS_ASSIGN_OR_RETURN(const ConstHeadsRef dy, InUnits(ctx, in.dy));
+    return CudaStatus(
+        "ssd backward chunk states",
+        MmaSsdBackwardChunkStates(mma, HeadRows<BFloat16>(dy), to, SummaryOf(summary), ctx.stream()));
+  }
+  return CudaStatus("ssd backward chunk states",
+                    PlainSsdBackwardChunkStates(args, HeadRows<T>(in.dy), to, SummaryOf(summary),
+                                                PlainScratch(ctx, args), ctx.stream()));
 }
 
 template <typename T>
@@ -83,9 +187,12 @@ absl::Status SsdBackward(CudaTag, Context& ctx, const Ssd& ssd, const SsdBackwar
                                          .ddt = ssd.dt.defined() ? CudaData<float>(out.ddt) : nullptr,
                                          .da = CudaData<float>(out.da),
                                          .dskip = ssd.skip.defined() ? CudaData<float>(out.dskip) : nullptr};
-  return CudaStatus("ssd backward",
-                    PlainSsdBackward(args, StatesOf(in.states.states, in.states.decays),
-                                     CudaData<float>(in.gradients), to, Scratch(ctx, args), ctx.stream()));
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (OnTensorCores(args, in.states.states)) return MmaBackward(ctx, ssd, in, to, out);
+  }
+  return CudaStatus("ssd backward", PlainSsdBackward(args, StatesOf(in.states.states, in.states.decays),
+                                                     CudaData<float>(in.gradients), to,
+                                                     PlainScratch(ctx, args), ctx.stream()));
 }
 
 #define ANNULUS_INSTANTIATE(T)                                                                             \
