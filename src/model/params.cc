@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "annulus/base/random.h"
 
 namespace annulus {
@@ -67,6 +68,15 @@ std::string Fingerprint(const ParamTable& table) {
   }
   std::sort(lines.begin(), lines.end());
   return absl::StrJoin(lines, "");
+}
+
+bool SameParameters(absl::string_view a, absl::string_view b) {
+  const auto lines = [](absl::string_view text) {
+    std::vector<absl::string_view> all = absl::StrSplit(text, '\n');
+    std::sort(all.begin(), all.end());
+    return all;
+  };
+  return lines(a) == lines(b);
 }
 
 namespace {

@@ -297,7 +297,7 @@ absl::Status Trainer::Save(const std::string& directory, const std::string& conf
 absl::Status Trainer::CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const {
   const CheckpointMeta& meta = checkpoint.meta();
   const std::string fingerprint = Fingerprint(params_.table());
-  if (meta.model_fingerprint != fingerprint) {
+  if (!SameParameters(meta.model_fingerprint, fingerprint)) {
     return Invalid(checkpoint.path(), ": holds another model; its parameters are\n", meta.model_fingerprint,
                    "expected those of the configured model\n", fingerprint);
   }

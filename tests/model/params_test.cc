@@ -226,5 +226,11 @@ TEST(Initialize, DistributionsOfStateSpaceLayers) {
                 [](double x) { return std::log(std::log1p(std::exp(x)) / 1e-3) / std::log(100.0); });
 }
 
+TEST(Fingerprint, OfTheSameParametersInAnyOrder) {
+  EXPECT_TRUE(SameParameters("a [1]\nb [2, 3]\n", "b [2, 3]\na [1]\n"));
+  EXPECT_FALSE(SameParameters("a [1]\nb [2, 3]\n", "b [2, 3]\na [2]\n"));
+  EXPECT_FALSE(SameParameters("a [1]\nb [2, 3]\n", "b [2, 3]\n"));
+}
+
 }  // namespace
 }  // namespace annulus::testing

@@ -96,6 +96,8 @@ ParamTable BuildParamTable(const ModelSpec& spec, TensorShard shard = {});
 // "name [logical shape]" of every parameter, a line each, sorted: equal for models that can read each other's
 // checkpoints, whatever the number of ranks.
 std::string Fingerprint(const ParamTable& table);
+// Whether two fingerprints are of the same parameters, in whatever order: older ones are not sorted.
+bool SameParameters(absl::string_view a, absl::string_view b);
 
 // Initial values of local elements [begin, begin + n) of a parameter, from (seed, name, index in the whole
 // parameter): the same whatever the number of ranks.   out: n values of f32 or f64
