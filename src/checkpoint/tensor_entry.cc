@@ -9,11 +9,12 @@
 namespace annulus {
 namespace {
 
-constexpr std::array kReadable = {DType::kF64, DType::kF32, DType::kI64, DType::kI32, DType::kU8};
+constexpr std::array kReadable = {DType::kF64, DType::kF32, DType::kBF16,
+                                  DType::kI64, DType::kI32, DType::kU8};
 
 // The other types of safetensors 0.5.
-constexpr std::array<absl::string_view, 10> kRefused = {"BOOL", "I8",  "F8_E5M2", "F8_E4M3", "I16",
-                                                        "U16",  "F16", "BF16",    "U32",     "U64"};
+constexpr std::array<absl::string_view, 9> kRefused = {"BOOL", "I8",  "F8_E5M2", "F8_E4M3", "I16",
+                                                       "U16",  "F16", "U32",     "U64"};
 
 absl::StatusOr<DType> DTypeFromJson(const nlohmann::json& value, absl::string_view where) {
   ANNULUS_ASSIGN_OR_RETURN(const std::string name, AsString(value, absl::StrCat(where, ": dtype")));
@@ -21,7 +22,7 @@ absl::StatusOr<DType> DTypeFromJson(const nlohmann::json& value, absl::string_vi
     if (SafetensorsName(dtype) == name) return dtype;
   const bool standard = std::find(kRefused.begin(), kRefused.end(), name) != kRefused.end();
   return Invalid(where, ": dtype=", standard ? name : ToJsonText(value, -1).value().substr(0, 60),
-                 standard ? " is not supported" : " is unknown", ": expected F64, F32, I64, I32 or U8");
+                 standard ? " is not supported" : " is unknown", ": expected F64, F32, BF16, I64, I32 or U8");
 }
 
 }  // namespace

@@ -173,8 +173,8 @@ TEST_F(ForgeryTest, FilesAndTensorsMustBeThoseOfTheManifest) {
       },
       "holds no tensor: expected \"zz\" F32 [2] (manifest)");
   ExpectRefused([](json& m) { m["files"][0]["tensors"][0]["shape"] = {1}; }, "(manifest)");
-  ExpectRefused([](json& m) { m["files"][0]["tensors"][0]["dtype"] = "BF16"; },
-                "dtype=BF16 is not supported");
+  ExpectRefused([](json& m) { m["files"][0]["tensors"][0]["dtype"] = "F16"; },
+                "dtype=F16 is not supported");
   ExpectRefused([](json& m) { m["files"][1]["tensors"].push_back(m["files"][0]["tensors"][0]); },
                 "is in shard-00000.safetensors and in shard-00001.safetensors");
 }

@@ -26,7 +26,8 @@ const std::vector<Layer>& Layers() {
       {"model", 4, {"include/annulus/model", "src/model"}},
       {"train",
        5,
-       {"include/annulus/train", "src/config", "src/data", "src/optim", "src/checkpoint", "src/trainer"}},
+       {"include/annulus/train", "src/config", "src/data", "src/optim", "src/checkpoint", "src/hf",
+        "src/trainer"}},
       {"app", 6, {"launch", "src/study"}},
   };
   return layers;
@@ -47,7 +48,7 @@ const std::vector<ThirdParty>& ThirdParties() {
       {"cblas\\.h|openblas_config\\.h", {"kernels", "launch"}},
       {"mpi\\.h|nccl\\.h", {"comm"}},
       {"google/protobuf/.*|.*\\.pb\\.h", {"src/config"}},
-      {"nlohmann/.*", {"src/checkpoint", "src/config", "src/trainer", "src/study", "launch"}},
+      {"nlohmann/.*", {"src/checkpoint", "src/config", "src/hf", "src/trainer", "src/study", "launch"}},
   };
   return rules;
 }

@@ -1,0 +1,33 @@
+#pragma once
+
+// Fields of the config.json of each class that stand for a field of ModelSpec, and those whose value our
+// models fix. Tables: export writes what import reads.
+
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "tensor_names.h"
+
+namespace annulus {
+
+struct HfField {
+  const char* name;
+  std::function<nlohmann::json(const ModelSpec&)> get;
+  std::function<void(const nlohmann::json&, ModelSpec*)> set;
+  enum class Type { kCount, kNumber, kBool } type = Type::kCount;
+  // Where it is absent or null. Empty: it must be there.
+  std::function<nlohmann::json(const ModelSpec&)> absent = {};
+};
+
+// In the order in which they are read.
+const std::vector<HfField>& FieldsOf(HfClass of);
+
+struct HfFixed {
+  const char* name;
+  nlohmann::json value;   // that our models need
+  nlohmann::json absent;  // what the class takes where there is none
+};
+const std::vector<HfFixed>& FixedOf(HfClass of);
+
+}  // namespace annulus

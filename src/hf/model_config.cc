@@ -1,0 +1,444 @@
+#include "model_config.h"
+
+#include <cmath>
+#include <limits>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
+#include "checkpoint/strict_json.h"
+#include "config_fields.h"
+#include "rope_config.h"
+
+namespace annulus {
+namespace {
+
+using nlohmann::json;
+
+constexpr int kConfigDepth = 16;
+constexpr char kInfinity[] = "Infinity";  // as Python writes it, without quotes
+constexpr int64_t kAbsentLength = 2048;   // classes without positions name no length
+
+const std::pair<BranchKind, char> kNemotronLetters[] = {
+    {BranchKind::kMamba, 'M'}, {BranchKind::kAttention, '*'}, {BranchKind::kMlp, '-'}};
+// Names of the same in layers_block_type: of today and of before.
+struct BlockType {
+  const char* name;
+  char letter;
+};
+constexpr BlockType kBlockTypes[] = {
+    {"linear_attention", 'M'}, {"mamba", 'M'}, {"full_attention", '*'}, {"attention", '*'}, {"mlp", '-'}};
+
+bool HasTimeStepLimit(HfClass of) {
+  return of == HfClass::kMamba2 || of == HfClass::kNemotronH || of == HfClass::kFalconH1 ||
+         of == HfClass::kAnnulus;
+}
+
+absl::Status Unexpected(absl::string_view field, const json& value, absl::string_view expected) {
+  return Invalid("config.json: ", field, "=", value.dump(-1, ' ', true, json::error_handler_t::replace),
+                 ": expected ", expected);
+}
+
+// ---- what fits
+
+std::string Letters(const LayerSpec& layer) {
+  return absl::StrJoin(layer.branches, "+", [](std::string* out, const BranchSpec& branch) {
+    out->push_back(static_cast<char>(branch.kind));
+  });
+}
+
+std::string Letters(const HfLayout::Layer& layer) {
+  const char* separator = layer.takes == HfLayout::Takes::kAll ? "+" : " or ";
+  return absl::StrJoin(layer.branches, separator, [](std::string* out, const HfLayout::Place& place) {
+    out->push_back(static_cast<char>(place.kind));
+  });
+}
+
+bool Takes(const HfLayout::Layer& here, const LayerSpec& layer) {
+  for (const BranchSpec& branch : layer.branches) {
+    bool known = false;
+    for (const HfLayout::Place& place : here.branches) known = known || place.kind == branch.kind;
+    if (!known) return false;
+  }
+  switch (here.takes) {
+    case HfLayout::Takes::kAll:
+      return layer.branches.size() == here.branches.size();
+    case HfLayout::Takes::kOne:
+      return layer.branches.size() == 1;
+    case HfLayout::Takes::kSome:
+      return true;
+  }
+  return false;
+}
+
+class Finder {
+ public:
+  Finder(HfClass of, const ModelSpec& spec) : of_(of), spec_(spec), layout_(LayoutOf(of)) {}
+
+  std::string Find() {
+    for (size_t i = 0; i < spec_.layers.size() && lines_.empty(); ++i) CheckLayer(i);
+    const size_t together = layout_.block.size();
+    if (spec_.layers.size() % together != 0) {
+      Add("its layers come in groups of ", together, ", and there are ", spec_.layers.size());
+    }
+    if (spec_.meta_tokens > 0) Add("it has no meta tokens");
+    CheckWidths();
+    return absl::StrJoin(lines_, "\n");
+  }
+
+ private:
+  template <typename... Args>
+  void Add(const Args&... args) {
+    lines_.push_back(absl::StrCat(layout_.architecture, ": ", args...));
+  }
+
+  void CheckLayer(size_t i) {
+    const LayerSpec& layer = spec_.layers[i];
+    const HfLayout::Layer& here = layout_.block[i % layout_.block.size()];
+    const std::string where = absl::StrCat("layer ", i, " is ", Letters(layer));
+    if (!Takes(here, layer)) return Add(where, ": it has ", Letters(here), " there");
+    if (layer.combine != Combine::kSum) return Add(where, " with combine=mean-norm: it only adds up");
+    const bool general = of_ == HfClass::kAnnulus;
+    for (const BranchSpec& branch : layer.branches) {
+      if (branch.kv_layers_back > 0) Add(where, " with kv=@-", branch.kv_layers_back, ": it shares none");
+      if (!branch.tie.empty()) Add(where, " with tie=", branch.tie, ": it ties no layers");
+      if (branch.latent_groups > 1 && !general) Add(where, " with g=", branch.latent_groups, ": it has g=1");
+      if (branch.window > 0 && !general) Add(where, " with w=", branch.window, ": it has no windows");
+      CheckRope(where, branch);
+    }
+  }
+  void CheckRope(const std::string& where, const BranchSpec& branch) {
+    const bool attends = branch.kind == BranchKind::kAttention || branch.kind == BranchKind::kLatentAttention;
+    if (!attends || of_ == HfClass::kAnnulus) return;
+    if (of_ == HfClass::kNemotronH) {
+      if (branch.rope_theta.has_value()) Add(where, " with rotary positions: it has none");
+    } else if (!branch.rope_theta.has_value()) {
+      Add(where, " without positions: it has rotary ones");
+    } else if (theta_.has_value() && *theta_ != *branch.rope_theta) {
+      Add(where, " with a rotary base of its own: it has one for all");
+    } else {
+      theta_ = branch.rope_theta;
+    }
+  }
+  void CheckWidths() {
+    const bool gated = spec_.activation == Activation::kSwiglu;
+    const MambaSpec& mamba = spec_.mamba;
+    if (Uses(spec_, BranchKind::kMlp) && of_ != HfClass::kAnnulus && gated == (of_ == HfClass::kNemotronH)) {
+      Add("mlp.activation is ", gated ? "SWIGLU" : "RELU_SQUARED", ": it has the other");
+    }
+    if (of_ == HfClass::kNemotronH && spec_.tied_head) Add("tied_head: its head is its own");
+    if (of_ == HfClass::kNemotronH && mamba.dt_max > 0) Add("mamba.dt_max: it has no upper limit");
+    if (of_ == HfClass::kLlama && spec_.heads > 0 && spec_.d_model % spec_.heads != 0) {
+      Add("d_model=", spec_.d_model, " is no multiple of attention.heads=", spec_.heads);
+    }
+    if (of_ == HfClass::kMamba2 && mamba.heads * mamba.head_dim % spec_.d_model != 0) {
+      Add("mamba.heads * mamba.head_dim is no multiple of d_model");
+    }
+  }
+
+  HfClass of_;
+  const ModelSpec& spec_;
+  const HfLayout& layout_;
+  std::optional<double> theta_;
+  std::vector<std::string> lines_;
+};
+
+// ---- export
+
+json LayerJson(const LayerSpec& layer) {
+  json branches = json::array();
+  for (const BranchSpec& branch : layer.branches) {
+    json to = {{"kind", Name(branch.kind)}};
+    if (branch.kind == BranchKind::kAttention || branch.kind == BranchKind::kLatentAttention) {
+      to["window"] = branch.window;
+      to["rope_theta"] = branch.rope_theta.has_value() ? json(*branch.rope_theta) : json();
+    }
+    if (branch.kind == BranchKind::kLatentAttention) to["latent_groups"] = branch.latent_groups;
+    branches.push_back(std::move(to));
+  }
+  return branches;
+}
+
+void WriteOwn(HfClass of, const ModelSpec& spec, json* to) {
+  json& config = *to;
+  const int64_t inner = spec.mamba.heads * spec.mamba.head_dim;
+  switch (of) {
+    case HfClass::kLlama:
+      break;
+    case HfClass::kDeepseekV3:
+      config["num_key_value_heads"] = spec.latent.heads;
+      config["first_k_dense_replace"] = spec.layers.size() / 2;  // no experts
+      config["num_nextn_predict_layers"] = 0;
+      config["rope_interleave"] = false;
+      break;
+    case HfClass::kMamba2:
+      config["expand"] = inner / spec.d_model;
+      break;
+    case HfClass::kNemotronH: {
+      std::string letters;
+      for (const LayerSpec& layer : spec.layers) {
+        for (const auto& [kind, letter] : kNemotronLetters) {
+          if (layer.branches[0].kind == kind) letters += letter;
+        }
+      }
+      config["hybrid_override_pattern"] = letters;
+      break;
+    }
+    case HfClass::kFalconH1:
+      config["mamba_d_ssm"] = inner;
+      break;
+    case HfClass::kAnnulus:
+      config["hidden_act"] = spec.activation == Activation::kSwiglu ? "silu" : "relu2";
+      config["layers"] = json::array();
+      for (const LayerSpec& layer : spec.layers) config["layers"].push_back(LayerJson(layer));
+      config["auto_map"] = {{"AutoConfig", "modeling_annulus.AnnulusConfig"},
+                            {"AutoModelForCausalLM", "modeling_annulus.AnnulusForCausalLM"}};
+      break;
+  }
+}
+
+// ---- import
+
+absl::Status ReadField(const HfField& field, const json& config, ModelSpec* spec) {
+  const json value = config.value(field.name, json());
+  if (value.is_null()) {
+    if (!field.absent) return Invalid("config.json: ", field.name, ": missing");
+    field.set(field.absent(*spec), spec);
+    return absl::OkStatus();
+  }
+  switch (field.type) {
+    case HfField::Type::kCount:
+      ANNULUS_RETURN_IF_ERROR(AsCount(value, absl::StrCat("config.json: ", field.name)).status());
+      break;
+    case HfField::Type::kNumber:
+      if (!value.is_number()) return Unexpected(field.name, value, "a number");
+      break;
+    case HfField::Type::kBool:
+      if (!value.is_boolean()) return Unexpected(field.name, value, "true or false");
+      break;
+  }
+  field.set(value, spec);
+  return absl::OkStatus();
+}
+
+absl::Status CheckFixed(HfClass of, const json& config) {
+  for (const HfFixed& fixed : FixedOf(of)) {
+    const json found = config.value(fixed.name, json());
+    const json& value = found.is_null() ? fixed.absent : found;
+    if (value != fixed.value) return Unexpected(fixed.name, value, fixed.value.dump());
+  }
+  return absl::OkStatus();
+}
+
+// A number of seconds that may be infinite: a string then, or {"__float__": "Infinity"}.
+absl::StatusOr<double> TimeStep(json value) {
+  if (value.is_object()) value = value.value("__float__", json());
+  if (value == json(kInfinity)) return std::numeric_limits<double>::infinity();
+  if (!value.is_number()) return Unexpected("time_step_limit", value, "numbers");
+  return value.get<double>();
+}
+
+absl::Status ReadTimeStepLimit(const json& config, MambaSpec* mamba) {
+  const json limit = config.value("time_step_limit", json());
+  if (limit.is_null()) return absl::OkStatus();
+  if (!limit.is_array() || limit.size() != 2) return Unexpected("time_step_limit", limit, "two numbers");
+  ANNULUS_ASSIGN_OR_RETURN(mamba->dt_min, TimeStep(limit[0]));
+  ANNULUS_ASSIGN_OR_RETURN(const double most, TimeStep(limit[1]));
+  mamba->dt_max = std::isinf(most) ? 0 : most;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<LayerSpec> ReadLayer(const json& branches) {
+  if (!branches.is_array()) return Unexpected("layers", branches, "a list of branches each");
+  LayerSpec layer;
+  for (const json& from : branches) {
+    const HfLayout::Layer& known = LayoutOf(HfClass::kAnnulus).block[0];
+    BranchSpec branch;
+    bool found = false;
+    for (const HfLayout::Place& place : known.branches) {
+      if (!from.is_object() || from.value("kind", json()) != json(Name(place.kind))) continue;
+      branch.kind = place.kind, found = true;
+    }
+    if (!found) return Unexpected("layers", from, "a branch with its kind");
+    const json theta = from.value("rope_theta", json());
+    if (theta.is_number()) branch.rope_theta = theta.get<double>();
+    ANNULUS_ASSIGN_OR_RETURN(branch.window, AsCount(from.value("window", json(0u)), "config.json: window"));
+    ANNULUS_ASSIGN_OR_RETURN(branch.latent_groups,
+                             AsCount(from.value("latent_groups", json(1u)), "config.json: latent_groups"));
+    layer.branches.push_back(std::move(branch));
+  }
+  return layer;
+}
+
+absl::StatusOr<std::string> NemotronLetters(const json& config) {
+  const json types = config.value("layers_block_type", config.value("layer_types", json()));
+  if (types.is_null())
+    return AsString(config.value("hybrid_override_pattern", json()), "config.json: hybrid_override_pattern");
+  if (!types.is_array()) return Unexpected("layers_block_type", types, "a list");
+  std::string letters;
+  for (const json& type : types) {
+    const size_t before = letters.size();
+    for (const BlockType& known : kBlockTypes) {
+      if (type == json(known.name)) letters += known.letter;
+    }
+    if (letters.size() == before) return Unexpected("layers_block_type", type, "mamba, attention or mlp");
+  }
+  return letters;
+}
+
+absl::StatusOr<std::vector<LayerSpec>> ReadLayers(HfClass of, const json& config,
+                                                  std::optional<double> rope_theta) {
+  std::vector<LayerSpec> layers;
+  if (of == HfClass::kAnnulus) {
+    const json given = config.value("layers", json());
+    if (!given.is_array()) return Unexpected("layers", given, "a list");
+    for (const json& branches : given) {
+      ANNULUS_ASSIGN_OR_RETURN(layers.emplace_back(), ReadLayer(branches));
+    }
+    return layers;
+  }
+  if (of == HfClass::kNemotronH) {
+    ANNULUS_ASSIGN_OR_RETURN(const std::string letters, NemotronLetters(config));
+    for (const char letter : letters) {
+      const size_t before = layers.size();
+      for (const auto& [kind, known] : kNemotronLetters) {
+        if (letter == known) layers.push_back({.branches = {{.kind = kind}}});
+      }
+      if (layers.size() == before) {
+        return Unexpected("hybrid_override_pattern", letters,
+                          "layers M, * and - (experts are not supported)");
+      }
+    }
+    return layers;
+  }
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t blocks, AsCount(config.value("num_hidden_layers", json()),
+                                                         "config.json: num_hidden_layers"));
+  constexpr int64_t kMostBlocks = 100000;
+  if (blocks > kMostBlocks) return Unexpected("num_hidden_layers", blocks, "at most 100000");
+  for (int64_t i = 0; i < blocks; ++i) {
+    for (const HfLayout::Layer& from : LayoutOf(of).block) {
+      LayerSpec layer;
+      for (const HfLayout::Place& place : from.branches) {
+        const bool attends =
+            place.kind == BranchKind::kAttention || place.kind == BranchKind::kLatentAttention;
+        layer.branches.push_back(
+            {.kind = place.kind, .rope_theta = attends ? rope_theta : std::optional<double>()});
+      }
+      layers.push_back(std::move(layer));
+    }
+  }
+  return layers;
+}
+
+absl::Status ReadOwn(const json& config, HfConfig* to) {
+  ModelSpec& spec = to->spec;
+  const auto layers = static_cast<int64_t>(spec.layers.size());
+  switch (to->of) {
+    case HfClass::kNemotronH:
+      spec.activation = Activation::kReluSquared;
+      break;
+    case HfClass::kDeepseekV3: {
+      const json dense = config.value("first_k_dense_replace", json(3u));
+      if (!dense.is_number_unsigned() || dense.get<int64_t>() < layers / 2) {
+        return Unexpected(
+            "first_k_dense_replace", dense,
+            absl::StrCat("at least num_hidden_layers=", layers / 2, ": experts are not supported"));
+      }
+      to->pairs = config.value("rope_interleave", json(true)) == json(false) ? RopePairs::kHalves
+                                                                             : RopePairs::kInterleaved;
+      break;
+    }
+    case HfClass::kAnnulus: {
+      const json act = config.value("hidden_act", json());
+      if (act != json("silu") && act != json("relu2")) return Unexpected("hidden_act", act, "silu or relu2");
+      spec.activation = act == json("silu") ? Activation::kSwiglu : Activation::kReluSquared;
+      break;
+    }
+    default:
+      break;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<HfClass> ClassOf(const json& config) {
+  std::vector<std::string> known;
+  const json given = config.value("architectures", json::array());
+  for (const HfClass of : kHfClasses) {
+    known.push_back(LayoutOf(of).architecture);
+    if (given.is_array() && given.size() == 1 && given[0] == json(known.back())) return of;
+  }
+  return Unexpected("architectures", given, absl::StrCat("one of ", absl::StrJoin(known, ", ")));
+}
+
+}  // namespace
+
+std::string Misfits(HfClass of, const ModelSpec& spec) { return Finder(of, spec).Find(); }
+
+json HfConfigOf(HfClass of, const ModelSpec& spec, int64_t max_length) {
+  const HfLayout& layout = LayoutOf(of);
+  json config = {{"architectures", {layout.architecture}},
+                 {"model_type", layout.model_type},
+                 {"num_hidden_layers", spec.layers.size() / layout.block.size()},
+                 {"max_position_embeddings", max_length},
+                 {"bos_token_id", nullptr},
+                 {"eos_token_id", nullptr},
+                 {"pad_token_id", nullptr}};
+  for (const HfField& field : FieldsOf(of)) config[field.name] = field.get(spec);
+  for (const HfFixed& fixed : FixedOf(of)) config[fixed.name] = fixed.value;
+  WriteRope(of, spec, &config);
+  WriteOwn(of, spec, &config);
+  if (HasTimeStepLimit(of)) {
+    config["time_step_limit"] = {json(spec.mamba.dt_min),
+                                 spec.mamba.dt_max > 0 ? json(spec.mamba.dt_max) : json(kInfinity)};
+  }
+  return config;
+}
+
+absl::StatusOr<HfConfig> ReadHfConfig(const json& config) {
+  if (!config.is_object()) return Invalid("config.json: expected an object");
+  HfConfig read;
+  ANNULUS_ASSIGN_OR_RETURN(read.of, ClassOf(config));
+  for (const HfField& field : FieldsOf(read.of)) {
+    ANNULUS_RETURN_IF_ERROR(ReadField(field, config, &read.spec));
+  }
+  ANNULUS_RETURN_IF_ERROR(CheckFixed(read.of, config));
+  ANNULUS_ASSIGN_OR_RETURN(read.max_length, AsCount(config.value("max_position_embeddings",
+                                                                 json(static_cast<uint64_t>(kAbsentLength))),
+                                                    "config.json: max_position_embeddings"));
+  ANNULUS_ASSIGN_OR_RETURN(const std::optional<double> theta, ReadRope(read.of, config, &read.spec));
+  if (HasTimeStepLimit(read.of) && read.of != HfClass::kNemotronH) {
+    ANNULUS_RETURN_IF_ERROR(ReadTimeStepLimit(config, &read.spec.mamba));
+  }
+  ANNULUS_ASSIGN_OR_RETURN(read.spec.layers, ReadLayers(read.of, config, theta));
+  ANNULUS_RETURN_IF_ERROR(ReadOwn(config, &read));
+  ANNULUS_RETURN_IF_ERROR(Prefixed(Validate(read.spec), "config.json: "));
+  if (const std::string misfits = Misfits(read.of, read.spec); !misfits.empty()) return Invalid(misfits);
+  return read;
+}
+
+std::string PythonJsonText(const json& value) {
+  return absl::StrReplaceAll(value.dump(2, ' ', true, json::error_handler_t::replace),
+                             {{absl::StrCat("\"", kInfinity, "\""), kInfinity}}) +
+         "\n";
+}
+
+absl::StatusOr<json> ParsePythonJson(absl::string_view text) {
+  std::string standard;
+  bool in_string = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const absl::string_view rest = text.substr(i);
+    if (!in_string && absl::StartsWith(rest, kInfinity)) {
+      absl::StrAppend(&standard, "\"", kInfinity, "\"");
+      i += sizeof(kInfinity) - 2;
+      continue;
+    }
+    if (in_string && text[i] == '\\' && i + 1 < text.size())
+      standard += text[i++];
+    else if (text[i] == '"')
+      in_string = !in_string;
+    standard += text[i];
+  }
+  return ParseStrictJson(standard, kConfigDepth);
+}
+
+}  // namespace annulus

@@ -1,0 +1,114 @@
+#include "rope_config.h"
+
+#include "checkpoint/strict_json.h"
+
+namespace annulus {
+namespace {
+
+using nlohmann::json;
+
+constexpr double kLlamaTheta = 10000.0;  // of the class, in configurations older than the field
+
+struct Number {
+  const char* name;
+  double RopeScaling::* of;
+  std::optional<double> absent;
+};
+const std::vector<Number>& NumbersOf(RopeScalingKind kind) {
+  static const std::vector<Number> llama3 = {
+      {"factor", &RopeScaling::factor, {}},
+      {"original_max_position_embeddings", &RopeScaling::original_length, {}},
+      {"low_freq_factor", &RopeScaling::low_freq_factor, {}},
+      {"high_freq_factor", &RopeScaling::high_freq_factor, {}}};
+  static const std::vector<Number> yarn = {
+      {"factor", &RopeScaling::factor, {}},
+      {"original_max_position_embeddings", &RopeScaling::original_length, {}},
+      {"beta_fast", &RopeScaling::beta_fast, 32},
+      {"beta_slow", &RopeScaling::beta_slow, 1},
+      {"mscale", &RopeScaling::mscale, 0},
+      {"mscale_all_dim", &RopeScaling::mscale_all_dim, 0}};
+  return kind == RopeScalingKind::kLlama3 ? llama3 : yarn;
+}
+
+absl::Status Unexpected(absl::string_view field, const json& value, absl::string_view expected) {
+  return Invalid("config.json: ", field, "=", value.dump(-1, ' ', true, json::error_handler_t::replace),
+                 ": expected ", expected);
+}
+
+json NumberJson(double value) {
+  const auto whole = static_cast<int64_t>(value);
+  return static_cast<double>(whole) == value ? json(whole) : json(value);
+}
+
+absl::Status ReadScaling(const json& from, RopeScaling* scaling) {
+  const json type = from.value("rope_type", from.value("type", json("default")));
+  if (type == json("default")) return absl::OkStatus();
+  if (type != json("llama3") && type != json("yarn")) {
+    return Unexpected("rope_type", type, "default, llama3 or yarn");
+  }
+  scaling->kind = type == json("yarn") ? RopeScalingKind::kYarn : RopeScalingKind::kLlama3;
+  for (const Number& number : NumbersOf(scaling->kind)) {
+    json value = from.value(number.name, json());
+    if (value.is_null() && number.absent.has_value()) value = *number.absent;
+    if (!value.is_number()) return Unexpected(number.name, value, "a number");
+    scaling->*number.of = value.get<double>();
+  }
+  if (scaling->kind == RopeScalingKind::kLlama3) return absl::OkStatus();
+  if (const json factor = from.value("attention_factor", json()); !factor.is_null()) {
+    return Unexpected("attention_factor", factor, "none: it follows from mscale and mscale_all_dim");
+  }
+  if (const json truncate = from.value("truncate", json(true)); truncate != json(true)) {
+    return Unexpected("truncate", truncate, "true");
+  }
+  // With one of the two alone, Transformers scales rotations as if mscale were 1.
+  if (scaling->mscale_all_dim == 0) scaling->mscale = 1;
+  if (scaling->mscale == 0)
+    return Unexpected("mscale", from.value("mscale", json()), "a number beside mscale_all_dim");
+  return absl::OkStatus();
+}
+
+json ScalingJson(const RopeScaling& scaling) {
+  if (scaling.kind == RopeScalingKind::kNone) return json();
+  json to = {{"rope_type", scaling.kind == RopeScalingKind::kYarn ? "yarn" : "llama3"}};
+  for (const Number& number : NumbersOf(scaling.kind)) to[number.name] = NumberJson(scaling.*number.of);
+  return to;
+}
+
+bool HasOneTheta(HfClass of) {
+  return of == HfClass::kLlama || of == HfClass::kDeepseekV3 || of == HfClass::kFalconH1;
+}
+
+std::optional<double> FirstTheta(const ModelSpec& spec) {
+  for (const LayerSpec& layer : spec.layers) {
+    for (const BranchSpec& branch : layer.branches) {
+      if (branch.rope_theta.has_value()) return branch.rope_theta;
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+void WriteRope(HfClass of, const ModelSpec& spec, json* config) {
+  if (HasOneTheta(of)) (*config)["rope_theta"] = FirstTheta(spec).value();
+  if (HasOneTheta(of) || of == HfClass::kAnnulus) (*config)["rope_scaling"] = ScalingJson(spec.rope_scaling);
+}
+
+absl::StatusOr<std::optional<double>> ReadRope(HfClass of, const json& config, ModelSpec* spec) {
+  if (!HasOneTheta(of) && of != HfClass::kAnnulus) return std::optional<double>();
+  json parameters = config.value("rope_parameters", json());
+  if (parameters.is_null()) parameters = config.value("rope_scaling", json());
+  if (parameters.is_null()) parameters = json::object();
+  if (!parameters.is_object()) return Unexpected("rope_parameters", parameters, "an object");
+  ANNULUS_RETURN_IF_ERROR(ReadScaling(parameters, &spec->rope_scaling));
+  if (!HasOneTheta(of)) return std::optional<double>();
+  json theta = parameters.value("rope_theta", config.value("rope_theta", json()));
+  if (theta.is_null() && of == HfClass::kLlama) theta = kLlamaTheta;
+  if (!theta.is_number()) return Unexpected("rope_theta", theta, "a number");
+  if (const json partial = parameters.value("partial_rotary_factor", json(1.0)); partial != json(1.0)) {
+    return Unexpected("partial_rotary_factor", partial, "1");
+  }
+  return std::optional<double>(theta.get<double>());
+}
+
+}  // namespace annulus

@@ -1,0 +1,229 @@
+// Export and import undo each other, bit for bit; folders that are damaged or of another kind are refused
+// with what is wrong.
+
+#include "absl/strings/str_replace.h"
+#include "annulus/train/config.h"
+#include "hf/hf_testing.h"
+
+namespace annulus::testing {
+namespace {
+
+class RoundTrip : public ::testing::TestWithParam<std::string> {
+ protected:
+  RoundTrip() : golden_(ReadGolden(GetParam())) { WriteGoldenFolder(golden_, directory_.path() + "/from"); }
+  HfFolder Open(const std::string& name) const {
+    absl::StatusOr<HfFolder> folder = HfFolder::Open(directory_.path() + "/" + name);
+    ANNULUS_CHECK(folder.ok()) << folder.status();
+    return *std::move(folder);
+  }
+  std::string Path(const std::string& name) const { return directory_.path() + "/" + name; }
+
+  const TemporaryDirectory directory_;
+  const Json golden_;
+};
+
+TEST_P(RoundTrip, IsExact) {
+  const HfFolder from = Open("from");
+  const ImportedParameters imported(from);
+  const HfExport to{.directory = Path("to"), .dtype = DType::kF64, .max_length = from.max_length()};
+  ASSERT_TRUE(ExportHuggingFace(from.spec(), imported.finder(), to).ok());
+  const HfFolder again = Open("to");
+  EXPECT_EQ(again.architecture(), from.architecture());
+  EXPECT_EQ(again.spec(), from.spec());
+  EXPECT_EQ(again.max_length(), from.max_length());
+  EXPECT_EQ(Difference(ImportedParameters(again), imported), "");
+
+  // The tensors are those of Transformers, by name, shape and contents.
+  if (GetParam() == "deepseek_v3") return;  // its rotations are laid out in another way
+  const auto want = SafetensorsFile::Open(Path("from/model.safetensors"));
+  const auto got = SafetensorsFile::Open(Path("to/model.safetensors"));
+  ASSERT_TRUE(want.ok() && got.ok());
+  ASSERT_EQ(got->tensors().size(), want->tensors().size());
+  for (size_t i = 0; i < want->tensors().size(); ++i) {
+    const NamedTensor &a = got->tensors()[i], &b = want->tensors()[i];
+    EXPECT_EQ(a.name, b.name);
+    ASSERT_EQ(a.tensor.shape(), b.tensor.shape()) << a.name;
+    EXPECT_EQ(std::memcmp(a.tensor.raw(), b.tensor.raw(), static_cast<size_t>(b.tensor.bytes())), 0)
+        << a.name;
+  }
+}
+
+TEST_P(RoundTrip, HoldsInSeveralFiles) {
+  const HfFolder from = Open("from");
+  const ImportedParameters imported(from);
+  const HfExport to{.directory = Path("to"), .dtype = DType::kF64, .shard_bytes = 20000};
+  ASSERT_TRUE(ExportHuggingFace(from.spec(), imported.finder(), to).ok());
+  EXPECT_FALSE(Exists(Path("to/model.safetensors")));
+  EXPECT_TRUE(Exists(Path("to/model.safetensors.index.json")));
+  EXPECT_GT(Names(Path("to")).size(), 4u);
+  EXPECT_EQ(Difference(ImportedParameters(Open("to")), imported), "");
+}
+
+TEST_P(RoundTrip, RoundsToBfloat16Once) {
+  const HfFolder from = Open("from");
+  const ImportedParameters imported(from);
+  ASSERT_TRUE(
+      ExportHuggingFace(from.spec(), imported.finder(), {.directory = Path("to"), .dtype = DType::kBF16})
+          .ok());
+  const HfFolder again = Open("to");
+  for (const ParamInfo& info : imported.params().table().params) {
+    const absl::StatusOr<Tensor> value = again.Read(info, DType::kF32);
+    ASSERT_TRUE(value.ok()) << value.status();
+    const bool wide =
+        EndsWith(info.name, "a_log") || EndsWith(info.name, ".d") || EndsWith(info.name, "dt_bias");
+    const double* want = imported.Of(info.name).data<double>();
+    for (int64_t i = 0; i < info.logical.elements(); ++i) {
+      const auto single = static_cast<float>(want[i]);
+      ASSERT_EQ(value->ref().data<float>()[i], wide ? single : ToFloat(ToBFloat16(single))) << info.name;
+    }
+  }
+}
+
+// The text of an imported model's configuration stands for the same model.
+TEST_P(RoundTrip, HoldsForTheConfiguration) {
+  const HfFolder from = Open("from");
+  const std::string text =
+      absl::StrCat("name: \"a\" seed: 1\n", ModelText(from.spec()),
+                   "data { train { text { path: \"t\" } } validation_fraction: 0.1 ",
+                   "seq_len: 8 }\noptim { adamw { lr: 1e-3 } steps: 1 sequences_per_step: 1 }\n");
+  const absl::StatusOr<ResolvedConfig> config = LoadConfig("a.textproto", text, {});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->spec.model, from.spec()) << text;
+}
+
+INSTANTIATE_TEST_SUITE_P(Classes, RoundTrip, ::testing::ValuesIn(GoldenCases()),
+                         [](const auto& test) { return test.param; });
+
+// ---- refusals
+
+class Refusal : public ::testing::Test {
+ protected:
+  // What opening the Llama folder says once `change` has changed its config.json.
+  std::string OfConfig(const std::function<void(Json&)>& change, const std::string& name = "llama") const {
+    Json golden = ReadGolden(name);
+    change(golden["config"]);
+    WriteGoldenFolder(golden, directory_.path());
+    return Message();
+  }
+  std::string Message() const {
+    const absl::Status status = HfFolder::Open(directory_.path()).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+    return absl::StrReplaceAll(status.message(),
+                               {{directory_.path() + "/", ""}, {directory_.path() + ": ", ""}});
+  }
+  const TemporaryDirectory directory_;
+};
+
+TEST_F(Refusal, NamesFieldValueAndExpectation) {
+  EXPECT_EQ(OfConfig([](Json& c) { c["architectures"] = {"GPT2LMHeadModel"}; }),
+            "config.json: architectures=[\"GPT2LMHeadModel\"]: expected one of LlamaForCausalLM, "
+            "DeepseekV3ForCausalLM, Mamba2ForCausalLM, NemotronHForCausalLM, FalconH1ForCausalLM, "
+            "AnnulusForCausalLM");
+  EXPECT_EQ(OfConfig([](Json& c) { c.erase("hidden_size"); }), "config.json: hidden_size: missing");
+  EXPECT_EQ(OfConfig([](Json& c) { c["hidden_size"] = -1; }),
+            "config.json: hidden_size=-1: expected an integer from 0 to 2^63 - 1");
+  EXPECT_EQ(OfConfig([](Json& c) { c["attention_bias"] = true; }),
+            "config.json: attention_bias=true: expected false");
+  EXPECT_EQ(OfConfig([](Json& c) { c["rope_parameters"]["rope_type"] = "longrope"; }),
+            "config.json: rope_type=\"longrope\": expected default, llama3 or yarn");
+  EXPECT_EQ(
+      OfConfig([](Json& c) { c["num_key_value_heads"] = 3; }),
+      "config.json: model.attention.heads=4: expected a multiple of model.attention.kv_heads=3 (nearest "
+      "valid value 3 or 6)");
+  EXPECT_EQ(OfConfig([](Json& c) { c["mamba_norm_before_gate"] = true; }, "falcon_h1"),
+            "config.json: mamba_norm_before_gate=true: expected false");
+  EXPECT_EQ(OfConfig([](Json& c) { c["ssm_multipliers"][2] = 0.5; }, "falcon_h1"),
+            "config.json: ssm_multipliers=[1.0,1.0,0.5,1.0,1.0]: expected [1.0,1.0,1.0,1.0,1.0]");
+  EXPECT_EQ(OfConfig([](Json& c) { c["first_k_dense_replace"] = 1; }, "deepseek_v3"),
+            "config.json: first_k_dense_replace=1: expected at least num_hidden_layers=2: experts are not "
+            "supported");
+  EXPECT_EQ(OfConfig([](Json& c) { c["layers_block_type"][1] = "moe"; }, "nemotron_h"),
+            "config.json: layers_block_type=\"moe\": expected mamba, attention or mlp");
+}
+
+TEST_F(Refusal, NamesTheTensor) {
+  Json golden = ReadGolden("llama");
+  golden["tensors"][2]["shape"] = {31};
+  WriteGoldenFolder(golden, directory_.path());
+  const std::string name = golden["tensors"][2]["name"];
+  EXPECT_EQ(Message(), absl::StrCat("tensor \"", name, "\" is f64 [31]: expected bf16, f32 or f64 [32]"));
+
+  golden = ReadGolden("llama");
+  golden["tensors"][2]["name"] = "model.layers.0.other";
+  WriteGoldenFolder(golden, directory_.path());
+  const absl::Status missing = HfFolder::Open(directory_.path()).status();
+  EXPECT_EQ(missing.code(), absl::StatusCode::kNotFound) << missing;
+  EXPECT_NE(missing.message().find(absl::StrCat("tensor \"", name, "\"")), std::string::npos) << missing;
+
+  golden = ReadGolden("llama");
+  golden["tensors"].push_back({{"name", "model.layers.0.self_attn.q_proj.bias"}, {"shape", {48}}});
+  WriteGoldenFolder(golden, directory_.path());
+  EXPECT_EQ(Message(), "tensor \"model.layers.0.self_attn.q_proj.bias\" has no place in a LlamaForCausalLM");
+}
+
+TEST_F(Refusal, OfAModelThatNoClassCanHold) {
+  const auto spec_of = [](const std::string& pattern) {
+    ModelSpec spec{.d_model = 16, .vocab_size = 20, .heads = 2, .kv_heads = 1, .head_dim = 8, .d_ff = 24};
+    spec.latent = {.heads = 2, .kv_rank = 8, .nope_dim = 4, .rope_dim = 2, .v_dim = 4};
+    spec.mamba = {.heads = 4, .head_dim = 8, .state = 4};
+    spec.lightning = {.heads = 2, .key_dim = 8, .value_dim = 8};
+    Pattern parsed = ParsePattern(pattern, {}).value();
+    spec.layers = std::move(parsed.layers), spec.meta_tokens = parsed.meta_tokens;
+    return spec;
+  };
+  const auto architecture = [&](const std::string& pattern) { return HfArchitecture(spec_of(pattern)); };
+  EXPECT_EQ(architecture("(A -)^2").value(), "LlamaForCausalLM");
+  EXPECT_EQ(architecture("(T -)^2").value(), "DeepseekV3ForCausalLM");
+  EXPECT_EQ(architecture("M^3").value(), "Mamba2ForCausalLM");
+  EXPECT_EQ(architecture("(M+A -)^2").value(), "FalconH1ForCausalLM");
+  EXPECT_EQ(architecture("(M -)^3 T -").value(), "AnnulusForCausalLM");
+  EXPECT_EQ(architecture("(T{g=2} -)^2").value(), "AnnulusForCausalLM");
+  EXPECT_EQ(architecture("(A{w=8} -)^2").value(), "AnnulusForCausalLM");
+  ModelSpec nemotron = spec_of("M - M A{rope=none} -");
+  EXPECT_EQ(HfArchitecture(nemotron).value(), "AnnulusForCausalLM");
+  nemotron.activation = Activation::kReluSquared;
+  nemotron.tied_head = false;
+  EXPECT_EQ(HfArchitecture(nemotron).value(), "NemotronHForCausalLM");
+
+  const std::string general =
+      "no class of Transformers can hold this model; the most general one falls short by\n";
+  EXPECT_EQ(architecture("A - L -").status().message(),
+            general + "AnnulusForCausalLM: layer 2 is L: it has A or T or M or - there");
+  EXPECT_EQ(architecture("meta=3 A -").status().message(),
+            general + "AnnulusForCausalLM: it has no meta tokens");
+  EXPECT_EQ(architecture("(A{tie=a} -)^2").status().message(),
+            general + "AnnulusForCausalLM: layer 0 is A with tie=a: it ties no layers");
+}
+
+// Patterns are written as they are read.
+TEST(PatternTextTest, ReadsBackAsTheSamePattern) {
+  for (const std::string pattern :
+       {"(A -)^4", "A", "M - M - M A - M -", "((M -)^3 T{g=2} -)^2", "(M+A{w=128,combine=mean-norm} -)^3",
+        "meta=4 (A{rope=none} -)^2", "(A{w=8} -)^3 A{rope=none} -", "A - A{kv=@-2} - A{rope=500} -",
+        "(M+A{tie=a} -)^3", "(T{g=4,w=7} -)^2 T{rope=99.5}", "L - B - G -"}) {
+    const PatternDefaults defaults{.window = 0, .rope_theta = 10000.0, .latent_rope_theta = 10000.0};
+    const Pattern want = ParsePattern(pattern, defaults).value();
+    ModelSpec spec;
+    spec.layers = want.layers, spec.meta_tokens = want.meta_tokens;
+    std::optional<double> theta[2];
+    const BranchKind kinds[] = {BranchKind::kAttention, BranchKind::kLatentAttention};
+    for (int k = 0; k < 2; ++k) {  // defaults are those of the first layer of the kind
+      for (auto layer = spec.layers.rbegin(); layer != spec.layers.rend(); ++layer) {
+        for (const BranchSpec& branch : layer->branches) {
+          if (branch.kind == kinds[k]) theta[k] = branch.rope_theta;
+        }
+      }
+    }
+    const absl::StatusOr<Pattern> got =
+        ParsePattern(PatternText(spec), {.window = 0, .rope_theta = theta[0], .latent_rope_theta = theta[1]});
+    ASSERT_TRUE(got.ok()) << PatternText(spec) << ": " << got.status();
+    EXPECT_EQ(got->layers, want.layers) << pattern << " as " << PatternText(spec);
+    EXPECT_EQ(got->meta_tokens, want.meta_tokens);
+  }
+  ModelSpec spec;
+  spec.layers = ParsePattern("A - A - A - A -", {}).value().layers;
+  EXPECT_EQ(PatternText(spec), "(A -)^4");
+}
+
+}  // namespace
+}  // namespace annulus::testing
