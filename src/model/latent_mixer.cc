@@ -10,14 +10,14 @@
 // heads of its head group over the branches of its latent group, and gets the sum over branches for its own
 // heads back (head_group.h).
 //
-// Keys and values are expanded from the latents by each pass anew: they are many times as large.
+// Keys and values are expanded from the latents by each pass anew, for they are many times as large; where a
+// sequence is split, by each rank that the latents come to (annulus/parallel/context_attention.h).
 
 #include <cmath>
 
 #include "annulus/model/mixer.h"
 #include "annulus/ops/columns.h"
 #include "annulus/ops/elementwise.h"
-#include "annulus/ops/latent_kv.h"
 #include "annulus/ops/linear.h"
 #include "head_group.h"
 #include "latent_projection.h"
@@ -33,6 +33,21 @@ double SoftmaxScale(const ModelSpec& spec) {
   return m * m / std::sqrt(static_cast<double>(spec.latent.nope_dim + spec.latent.rope_dim));
 }
 
+ContextAttentionShape ShapeOf(const MixerArgs& args) {
+  const LatentSpec& latent = args.spec.latent;
+  const int64_t groups = args.branch_spec().latent_groups;
+  return {.heads = latent.heads / LatentShardOf(args.shard, groups).head_groups,
+          .kv_heads = 1,
+          .head_dim = latent.nope_dim + latent.rope_dim,
+          .v_head_dim = latent.v_dim,
+          .window = args.branch_spec().window,
+          .scale = SoftmaxScale(args.spec),
+          .latent = LatentShape{.columns = latent.kv_rank / groups,
+                                .nope = latent.nope_dim,
+                                .rope = latent.rope_dim,
+                                .v = latent.v_dim}};
+}
+
 class LatentMixer : public SequenceMixer {
  public:
   explicit LatentMixer(const MixerArgs& args)
@@ -41,17 +56,8 @@ class LatentMixer : public SequenceMixer {
         mesh_(LatentShardOf(args.shard, args.branch_spec().latent_groups)),
         groups_(args.branch_spec().latent_groups),
         own_heads_(args.spec.latent.heads / args.shard.size),
-        heads_{.heads = args.spec.latent.heads / mesh_.head_groups,
-               .nope = args.spec.latent.nope_dim,
-               .rope = args.spec.latent.rope_dim,
-               .v = args.spec.latent.v_dim},
-        rope_(RopeOf(args.spec, args.branch_spec(), heads_.rope)),
-        shape_{.heads = heads_.heads,
-               .kv_heads = heads_.heads,
-               .head_dim = heads_.k_dim(),
-               .v_head_dim = heads_.v,
-               .window = args.branch_spec().window,
-               .scale = SoftmaxScale(args.spec)} {
+        rope_(RopeOf(args.spec, args.branch_spec(), args.spec.latent.rope_dim)),
+        shape_(ShapeOf(args)) {
     const ParamTable& table = args.params.table();
     const int q_up = table.IndexOf(args.prefix() + "q_up.weight");
     const int o = table.IndexOf(args.prefix() + "o.weight");
@@ -155,7 +161,7 @@ class LatentMixer : public SequenceMixer {
     return arena.Allocate(x.dtype(), {x.dim(0), projection_.columns()});
   }
   TensorRef AllocateQ(Arena& arena, const ModelStep& step) const {
-    return arena.Allocate(o_.dtype(), {step.rows(), step.batch(), heads_.heads * heads_.k_dim()});
+    return arena.Allocate(o_.dtype(), {step.rows(), step.batch(), shape_.heads * shape_.head_dim});
   }
   bool MeanIsOutput() const { return groups_ == 1; }
   void AllocateOutput(Arena& arena, const ModelStep& step, Activations* to) const {
@@ -163,10 +169,10 @@ class LatentMixer : public SequenceMixer {
       return arena.Allocate(dtype, {step.rows(), step.batch(), columns});
     };
     for (size_t b = 0; b < branches_.size(); ++b) {
-      to->outputs.push_back({.out = allocate(o_.dtype(), heads_.heads * heads_.v),
-                             .lse = allocate(AccumOf(o_.dtype()), heads_.heads)});
+      to->outputs.push_back({.out = allocate(o_.dtype(), shape_.heads * shape_.v_head_dim),
+                             .lse = allocate(AccumOf(o_.dtype()), shape_.heads)});
     }
-    to->mean = MeanIsOutput() ? to->outputs[0].out : allocate(o_.dtype(), own_heads_ * heads_.v);
+    to->mean = MeanIsOutput() ? to->outputs[0].out : allocate(o_.dtype(), own_heads_ * shape_.v_head_dim);
   }
 
   absl::StatusOr<Gathered> GatherLatents(Context& ctx, ModelStep& step, ConstTensorRef x,
@@ -187,7 +193,7 @@ class LatentMixer : public SequenceMixer {
   absl::Status Rotate(Context& ctx, ModelStep& step, RopeDirection direction, TensorRef q) const {
     if (!rope_.has_value()) return absl::OkStatus();
     return Rope(ctx, step.geometry.Positions(ctx), *rope_, direction,
-                HeadsOf(q, 0, own_heads_, heads_.k_dim()), heads_.nope);
+                HeadsOf(q, 0, own_heads_, shape_.head_dim), shape_.latent->nope);
   }
 
   absl::Status ProjectQueries(Context& ctx, ModelStep& step, const Gathered& all, Activations* now) const {
@@ -195,7 +201,7 @@ class LatentMixer : public SequenceMixer {
     if (whole && !now->q.defined()) now->q = AllocateQ(ctx.scratch, step);
     const TensorRef own =
         whole ? now->q
-              : ctx.scratch.Allocate(o_.dtype(), {step.rows(), step.batch(), own_heads_ * heads_.k_dim()});
+              : ctx.scratch.Allocate(o_.dtype(), {step.rows(), step.batch(), own_heads_ * shape_.head_dim});
     ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, all.query_input, q_up_, Write::kOverwrite, own));
     ANNULUS_RETURN_IF_ERROR(Rotate(ctx, step, RopeDirection::kForward, own));
     if (whole) return absl::OkStatus();
@@ -205,31 +211,32 @@ class LatentMixer : public SequenceMixer {
     return absl::OkStatus();
   }
 
-  ConstMatrixRef LatentOf(const Gathered& all, const Branch& branch) const {
-    return ConstMatrixRef(all.packed).Cols(branch.column, branch.column + projection_.width());
+  // The branch's latents with the shared key part behind them, [rows, batch, columns + rope] in ctx.scratch.
+  absl::StatusOr<TensorRef> LatentsOf(Context& ctx, ModelStep& step, const Gathered& all,
+                                      const Branch& branch) const {
+    const int64_t width = projection_.width();
+    const TensorRef latents =
+        ctx.scratch.Allocate(o_.dtype(), {step.rows(), step.batch(), shape_.latent->row()});
+    const ColumnRun runs[] = {{.from = branch.column, .to = 0, .columns = width},
+                              {.from = projection_.RopeBegin(), .to = width, .columns = shape_.latent->rope}};
+    ANNULUS_RETURN_IF_ERROR(MoveColumns(ctx, WithBatch(step, all.packed), runs, Write::kOverwrite, latents));
+    return latents;
   }
-
-  // Keys and values of the head group, [rows, batch, heads * (k_dim + v)] in ctx.scratch.
-  absl::StatusOr<TensorRef> Expand(Context& ctx, ModelStep& step, const Gathered& all,
-                                   const Branch& branch) const {
-    const TensorRef kv = ctx.scratch.Allocate(o_.dtype(), {step.rows(), step.batch(), heads_.kv_columns()});
-    ArenaScope scope(ctx.scratch);
-    const TensorRef up = ctx.scratch.Allocate(o_.dtype(), {step.tokens(), heads_.up_columns()});
-    ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, LatentOf(all, branch), branch.kv_up, Write::kOverwrite, up));
-    const ConstMatrixRef k_rope =
-        ConstMatrixRef(all.packed).Cols(projection_.RopeBegin(), projection_.columns());
-    ANNULUS_RETURN_IF_ERROR(PackLatentKv(ctx, heads_, up, k_rope, kv));
-    return kv;
+  template <typename Ref>
+  static Ref WithBatch(const ModelStep& step, const Ref& x) {
+    return x.Reshaped({step.rows(), step.batch(), x.dim(1)});
   }
 
   absl::Status Attend(Context& ctx, ModelStep& step, const Gathered& all, Activations* now) const {
     for (size_t b = 0; b < branches_.size(); ++b) {
       ArenaScope scope(ctx.scratch);
       const Output& to = now->outputs[b];
-      ANNULUS_ASSIGN_OR_RETURN(const TensorRef kv, Expand(ctx, step, all, branches_[b]));
+      ANNULUS_ASSIGN_OR_RETURN(const TensorRef latents, LatentsOf(ctx, step, all, branches_[b]));
       ANNULUS_RETURN_IF_ERROR(Timed(ctx, step, shape_.window, Pass::kForward, [&] {
-        return ContextAttentionForward(ctx, step.geometry, shape_,
-                                       {.q = now->q, .kv = kv, .out = to.out, .lse = to.lse}, &step.stats);
+        return ContextAttentionForward(
+            ctx, step.geometry, shape_,
+            {.q = now->q, .kv = latents, .out = to.out, .lse = to.lse, .latent = {.up = branches_[b].kv_up}},
+            &step.stats);
       }));
     }
     return MeanIsOutput() ? absl::OkStatus() : Average(ctx, step, *now);
@@ -258,7 +265,7 @@ class LatentMixer : public SequenceMixer {
     ANNULUS_ASSIGN_OR_RETURN(const TensorRef dout, GatherHeads(ctx, step, mesh_.latent_groups, dmean));
     const DType accum = AccumOf(o_.dtype());
     const TensorRef dq = ctx.scratch.Allocate(o_.dtype(), now.q.shape());
-    const TensorRef dk_rope = ctx.scratch.Allocate(accum, {step.tokens(), heads_.rope});
+    const TensorRef dk_rope = ctx.scratch.Allocate(accum, {step.rows(), step.batch(), shape_.latent->rope});
     if (branches_.size() < static_cast<size_t>(groups_)) ANNULUS_RETURN_IF_ERROR(Zero(ctx, dpacked));
     for (size_t b = 0; b < branches_.size(); ++b) {
       ArenaScope scope(ctx.scratch);
@@ -266,10 +273,9 @@ class LatentMixer : public SequenceMixer {
       ANNULUS_RETURN_IF_ERROR(BranchBackward(ctx, step, all, now, b, dout, dq_b, dk_rope, dpacked));
       if (b > 0) ANNULUS_RETURN_IF_ERROR(AddInPlace(ctx, dq_b, dq));
     }
-    const ColumnRun run{.from = 0, .to = projection_.RopeBegin(), .columns = heads_.rope};
-    ANNULUS_RETURN_IF_ERROR(MoveColumns(ctx, dk_rope.Reshaped({step.tokens(), 1, heads_.rope}), {&run, 1},
-                                        Write::kOverwrite,
-                                        dpacked.Reshaped({step.tokens(), 1, dpacked.dim(1)})));
+    const ColumnRun run{.from = 0, .to = projection_.RopeBegin(), .columns = dk_rope.dim(2)};
+    ANNULUS_RETURN_IF_ERROR(
+        MoveColumns(ctx, dk_rope, {&run, 1}, Write::kOverwrite, WithBatch(step, dpacked)));
     ANNULUS_ASSIGN_OR_RETURN(const TensorRef own, SumHeads(ctx, step, mesh_.latent_groups, dq));
     ANNULUS_RETURN_IF_ERROR(Rotate(ctx, step, RopeDirection::kGradient, own));
     return own;
@@ -279,25 +285,26 @@ class LatentMixer : public SequenceMixer {
                               size_t b, TensorRef dout, TensorRef dq, TensorRef dk_rope,
                               TensorRef dpacked) const {
     const Branch& branch = branches_[b];
-    ANNULUS_ASSIGN_OR_RETURN(const TensorRef kv, Expand(ctx, step, all, branch));
-    const TensorRef dkv = ctx.scratch.Allocate(kv.dtype(), kv.shape());
+    ANNULUS_ASSIGN_OR_RETURN(const TensorRef latents, LatentsOf(ctx, step, all, branch));
+    const TensorRef dlatents = ctx.scratch.Allocate(dk_rope.dtype(), latents.shape());
     ANNULUS_RETURN_IF_ERROR(Timed(ctx, step, shape_.window, Pass::kBackward, [&] {
       return ContextAttentionBackward(ctx, step.geometry, shape_,
                                       {.q = now.q,
-                                       .kv = kv,
+                                       .kv = latents,
                                        .out = now.outputs[b].out,
                                        .lse = now.outputs[b].lse,
                                        .dout = dout,
                                        .dq = dq,
-                                       .dkv = dkv},
+                                       .dkv = dlatents,
+                                       .latent = {.up = branch.kv_up, .dup = branch.dkv_up}},
                                       &step.stats);
     }));
-    const TensorRef dup = ctx.scratch.Allocate(kv.dtype(), {step.tokens(), heads_.up_columns()});
+    const int64_t width = projection_.width();
+    const ColumnRun latent{.from = 0, .to = branch.column, .columns = width};
+    const ColumnRun rope{.from = width, .to = 0, .columns = dk_rope.dim(2)};
     const Write write = b == 0 ? Write::kOverwrite : Write::kAccumulate;
-    ANNULUS_RETURN_IF_ERROR(UnpackLatentKvGradient(ctx, heads_, dkv, dup, write, dk_rope));
-    const MatrixRef columns = MatrixRef(dpacked).Cols(branch.column, branch.column + projection_.width());
-    ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dup, branch.kv_up, Write::kOverwrite, columns));
-    return LinearBackwardWeight(ctx, dup, LatentOf(all, branch), branch.dkv_up);
+    ANNULUS_RETURN_IF_ERROR(MoveColumns(ctx, dlatents, {&rope, 1}, write, dk_rope));
+    return MoveColumns(ctx, dlatents, {&latent, 1}, Write::kOverwrite, WithBatch(step, dpacked));
   }
 
   Recompute recompute_;
@@ -305,9 +312,8 @@ class LatentMixer : public SequenceMixer {
   LatentShard mesh_;
   int64_t groups_;  // branches of the latent on all ranks
   int64_t own_heads_;
-  LatentHeads heads_;  // of the head group
   std::optional<RopeFrequencies> rope_;
-  ContextAttentionShape shape_;
+  ContextAttentionShape shape_;  // of the head group, for one branch
   TensorRef q_up_, dq_up_, o_, do_;
   std::vector<Branch> branches_;  // here
   Activations saved_;             // of the forward in flight

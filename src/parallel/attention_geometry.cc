@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "annulus/device/transfer.h"
+#include "plan_cost.h"
 
 namespace annulus {
 namespace {
@@ -54,7 +55,20 @@ absl::Status ChooseByTime(const AttentionCase& layer, Pass pass, const PlanOptio
   return absl::OkStatus();
 }
 
+AttentionGeometry::Key KeyOf(const AttentionCase& layer, Pass pass) {
+  return {layer.window,     layer.heads,
+          layer.kv_heads,   layer.head_dim,
+          layer.v_head_dim, layer.latent ? layer.latent->columns : 0,
+          layer.dtype,      pass};
+}
+
 }  // namespace
+
+ContextAttentionShape Expanded(ContextAttentionShape shape) {
+  shape.kv_heads = shape.heads;
+  shape.latent.reset();
+  return shape;
+}
 
 AttentionGeometry::AttentionGeometry(SequenceLayout layout, Communicator cp, ExchangeOptions options)
     : layout_(layout), cp_(std::move(cp)), options_(std::move(options)) {
@@ -65,7 +79,7 @@ void AttentionGeometry::SetBatch(SequenceBatch sequences) {
   const bool same_size = sequences_.batch == sequences.batch && sequences_.lengths == sequences.lengths &&
                          sequences_.visibility == sequences.visibility &&
                          sequences_.document_starts.empty() == sequences.document_starts.empty();
-  if (!same_size) choices_.clear();
+  if (!same_size) choices_.clear(), exchanges_latents_.clear();
   if (!same_size || !sequences.document_starts.empty()) {
     for (auto& [key, schedule] : schedules_) spare_bounds_.push_back(std::move(schedule.bounds));
     schedules_.clear();
@@ -131,33 +145,66 @@ void AttentionGeometry::MakeCalls(Context& ctx, Schedule* schedule) {
     schedule->results[static_cast<size_t>(rank.slots[s].payload)] = HomeResultOf(plan, rank, s);
   }
   // Decided for the group, whose ranks meet in the exchange.
-  const bool alone = std::all_of(plan.ranks.begin(), plan.ranks.end(),
-                                 [](const RankPlan& each) { return each.steps.size() == 1; });
-  schedule->whole = alone && schedule->calls[0].size() == 1 &&
+  schedule->alone = std::all_of(plan.ranks.begin(), plan.ranks.end(),
+                                [](const RankPlan& each) { return each.steps.size() == 1; });
+  schedule->whole = schedule->alone && schedule->calls[0].size() == 1 &&
                     schedule->calls[0][0].q_rows == RowRange{0, layout_.local_rows()};
 }
 
-absl::StatusOr<const AttentionGeometry::Schedule*> AttentionGeometry::ScheduleFor(
-    Context& ctx, const ContextAttentionShape& shape, DType dtype, Pass pass) {
-  const Key key{shape.window, shape.heads, shape.kv_heads, shape.head_dim, shape.v_head_dim, dtype, pass};
-  if (const auto found = schedules_.find(key); found != schedules_.end()) return &found->second;
-  AttentionCase layer{.layout = layout_,
-                      .sequences = sequences_,
-                      .heads = shape.heads,
-                      .kv_heads = shape.kv_heads,
-                      .head_dim = shape.head_dim,
-                      .v_head_dim = shape.v_head_dim,
-                      .window = shape.window,
-                      .device = ctx.device.kind,
-                      .dtype = dtype,
-                      .determinism = ctx.determinism};
+AttentionCase AttentionGeometry::CaseOf(const Context& ctx, const ContextAttentionShape& shape,
+                                        DType dtype) const {
+  return {.layout = layout_,
+          .sequences = sequences_,
+          .heads = shape.heads,
+          .kv_heads = shape.kv_heads,
+          .head_dim = shape.head_dim,
+          .v_head_dim = shape.v_head_dim,
+          .window = shape.window,
+          .device = ctx.device.kind,
+          .dtype = dtype,
+          .determinism = ctx.determinism,
+          .latent = shape.latent};
+}
+
+absl::StatusOr<const AttentionGeometry::Choice*> AttentionGeometry::ChoiceFor(const AttentionCase& layer,
+                                                                              Pass pass) {
+  const Key key = KeyOf(layer, pass);
   if (choices_.count(key) == 0) {
     ANNULUS_ASSIGN_OR_RETURN(Choice choice, Choose(layer, pass));
     choices_.emplace(key, std::move(choice));
   }
+  return &choices_.at(key);
+}
+
+absl::StatusOr<bool> AttentionGeometry::ExchangesLatents(Context& ctx, const ContextAttentionShape& shape,
+                                                         DType dtype, Pass pass) {
+  if (cp_.size() == 1 || options_.latents == LatentExchange::kExpanded) return false;
+  if (options_.latents == LatentExchange::kLatent || options_.machine.attention.empty()) return true;
+  const AttentionCase layer = CaseOf(ctx, shape, dtype);
+  const Key key = KeyOf(layer, pass);
+  if (const auto known = exchanges_latents_.find(key); known != exchanges_latents_.end())
+    return known->second;
+  const absl::StatusOr<const Choice*> latent = ChoiceFor(layer, pass),
+                                      expanded = ChoiceFor(CaseOf(ctx, Expanded(shape), dtype), pass);
+  if (!latent.ok() && !expanded.ok()) return latent.status();
+  bool latents = latent.ok();
+  if (latent.ok() && expanded.ok() && (*latent)->predicted && (*expanded)->predicted) {
+    const double at_home = ExpansionSeconds(layer, pass, layout_.local_rows(), shape.heads, options_.machine);
+    latents = (*latent)->predicted->seconds <= (*expanded)->predicted->seconds + at_home;
+  }
+  exchanges_latents_.emplace(key, latents);
+  return latents;
+}
+
+absl::StatusOr<const AttentionGeometry::Schedule*> AttentionGeometry::ScheduleFor(
+    Context& ctx, const ContextAttentionShape& shape, DType dtype, Pass pass) {
+  AttentionCase layer = CaseOf(ctx, shape, dtype);
+  const Key key = KeyOf(layer, pass);
+  if (const auto found = schedules_.find(key); found != schedules_.end()) return &found->second;
+  ANNULUS_ASSIGN_OR_RETURN(const Choice* choice, ChoiceFor(layer, pass));
   layer.sequences.lengths.clear();
   layer.sequences.document_starts.clear();
-  Schedule schedule{.layer = std::move(layer), .choice = choices_.at(key)};
+  Schedule schedule{.layer = std::move(layer), .choice = *choice};
   ANNULUS_RETURN_IF_ERROR(Build(pass, &schedule));
   MakeCalls(ctx, &schedule);
   return &schedules_.emplace(key, std::move(schedule)).first->second;

@@ -23,7 +23,8 @@ absl::Status Finish(Context& ctx, TensorRef home, TensorRef result) {
 }
 
 absl::Status Exchange(Context& ctx, AttentionGeometry& geometry, const Schedule& schedule, double scale,
-                      const std::function<SlotMemory(Payload)>& home, ExchangeStats* stats) {
+                      const LatentWeights& latent, const std::function<SlotMemory(Payload)>& home,
+                      ExchangeStats* stats) {
   const AttentionCase& layer = schedule.layer;
   ANNULUS_ASSIGN_OR_RETURN(ExchangeTransport * transport, geometry.Transport(ctx, schedule.choice.transport));
   const SlotSource source{.home = home, .fields = [&](const SlotSpec& slot) {
@@ -32,9 +33,47 @@ absl::Status Exchange(Context& ctx, AttentionGeometry& geometry, const Schedule&
                           }};
   ExchangeBinding binding;
   ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport->Slots(ctx, schedule.plan, source));
-  PlanCompute compute(ctx, schedule, scale, geometry.cp().rank(), binding.slots);
+  PlanCompute compute(ctx, schedule, scale, geometry.cp().rank(), binding.slots, latent);
   binding.compute = [&](const Step& step) { return compute.Run(step); };
   return transport->Execute(ctx, schedule.plan, binding, stats);
+}
+
+// ---- Latents ------------------------------------------------------------------------------------
+
+// Latents that are not exchanged, or exchanged with nobody, are expanded before.
+absl::StatusOr<bool> ExpandsAtHome(Context& ctx, AttentionGeometry& geometry,
+                                   const ContextAttentionShape& shape, DType dtype, Pass pass) {
+  if (!shape.latent.has_value()) return false;
+  ANNULUS_ASSIGN_OR_RETURN(const bool exchanged, geometry.ExchangesLatents(ctx, shape, dtype, pass));
+  if (!exchanged) return true;
+  ANNULUS_ASSIGN_OR_RETURN(const Schedule* schedule, geometry.ScheduleFor(ctx, shape, dtype, pass));
+  return schedule->alone;
+}
+
+TensorRef AllocateKv(Context& ctx, const ContextAttentionShape& shape, const TensorRef& q) {
+  return ctx.scratch.Allocate(q.dtype(),
+                              {q.dim(0), q.dim(1), shape.heads * (shape.head_dim + shape.v_head_dim)});
+}
+
+absl::Status ForwardExpanded(Context& ctx, AttentionGeometry& geometry, const ContextAttentionShape& shape,
+                             const ContextAttentionForwardArgs& args, ExchangeStats* stats) {
+  ArenaScope scope(ctx.scratch);
+  const TensorRef kv = AllocateKv(ctx, shape, args.q);
+  ANNULUS_RETURN_IF_ERROR(ExpandLatents(ctx, *shape.latent, args.latent, args.kv, kv));
+  ContextAttentionForwardArgs expanded = args;
+  expanded.kv = kv;
+  return ContextAttentionForward(ctx, geometry, Expanded(shape), expanded, stats);
+}
+
+absl::Status BackwardExpanded(Context& ctx, AttentionGeometry& geometry, const ContextAttentionShape& shape,
+                              const ContextAttentionBackwardArgs& args, ExchangeStats* stats) {
+  ArenaScope scope(ctx.scratch);
+  ContextAttentionBackwardArgs expanded = args;
+  expanded.kv = AllocateKv(ctx, shape, args.q), expanded.dkv = AllocateKv(ctx, shape, args.q);
+  ANNULUS_RETURN_IF_ERROR(ExpandLatents(ctx, *shape.latent, args.latent, args.kv, expanded.kv));
+  ANNULUS_RETURN_IF_ERROR(ContextAttentionBackward(ctx, geometry, Expanded(shape), expanded, stats));
+  return ExpandLatentsBackward(ctx, *shape.latent, args.latent, args.kv, expanded.dkv, Write::kOverwrite,
+                               args.dkv);
 }
 
 }  // namespace
@@ -42,6 +81,9 @@ absl::Status Exchange(Context& ctx, AttentionGeometry& geometry, const Schedule&
 absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
                                      const ContextAttentionShape& shape,
                                      const ContextAttentionForwardArgs& args, ExchangeStats* stats) {
+  ANNULUS_ASSIGN_OR_RETURN(const bool at_home,
+                           ExpandsAtHome(ctx, geometry, shape, args.q.dtype(), Pass::kForward));
+  if (at_home) return ForwardExpanded(ctx, geometry, shape, args, stats);
   ANNULUS_ASSIGN_OR_RETURN(const Schedule* schedule,
                            geometry.ScheduleFor(ctx, shape, args.q.dtype(), Pass::kForward));
   const AttentionCase& layer = schedule->layer;
@@ -49,7 +91,7 @@ absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
   ArenaScope scope(ctx.scratch);
   if (schedule->whole) {
     const AttentionBlock block = BlockOf(schedule->calls[0][0], schedule->bounds, layer, shape.scale,
-                                         AllHeadsOf(layer), args.q, args.kv);
+                                         AllHeadsOf(layer), args.q, {.kv = args.kv, .heads = layer.kv_heads});
     return AttentionForwardWhole(ctx, block, heads_of(args.out), args.lse);
   }
   const TensorRef out = HomeMemory(ctx, *schedule, Payload::kOutput, args.out);
@@ -64,13 +106,16 @@ absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
     if (payload == Payload::kKv) return {{args.kv}};
     return {{out, args.lse}};
   };
-  ANNULUS_RETURN_IF_ERROR(Exchange(ctx, geometry, *schedule, shape.scale, home, stats));
+  ANNULUS_RETURN_IF_ERROR(Exchange(ctx, geometry, *schedule, shape.scale, args.latent, home, stats));
   return Finish(ctx, out, args.out);
 }
 
 absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
                                       const ContextAttentionShape& shape,
                                       const ContextAttentionBackwardArgs& args, ExchangeStats* stats) {
+  ANNULUS_ASSIGN_OR_RETURN(const bool at_home,
+                           ExpandsAtHome(ctx, geometry, shape, args.q.dtype(), Pass::kBackward));
+  if (at_home) return BackwardExpanded(ctx, geometry, shape, args, stats);
   ANNULUS_ASSIGN_OR_RETURN(const Schedule* schedule,
                            geometry.ScheduleFor(ctx, shape, args.q.dtype(), Pass::kBackward));
   const AttentionCase& layer = schedule->layer;
@@ -83,9 +128,10 @@ absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
     // Keys that no query sees get no gradient from the call.
     if (call.keys.size() < args.kv.dim(0)) ANNULUS_RETURN_IF_ERROR(Zero(ctx, args.dkv));
     const HeadGroup all = AllHeadsOf(layer);
-    const KvHeads dkv = SplitKv(layer, all, args.dkv, call.keys);
+    const KvHeads dkv = SplitKv(layer, {.kv = args.dkv, .heads = layer.kv_heads}, call.keys);
     return AttentionBackwardWhole(ctx,
-                                  BlockOf(call, schedule->bounds, layer, shape.scale, all, args.q, args.kv),
+                                  BlockOf(call, schedule->bounds, layer, shape.scale, all, args.q,
+                                          {.kv = args.kv, .heads = layer.kv_heads}),
                                   {.out = heads_of(args.out),
                                    .dout = heads_of(args.dout),
                                    .lse = args.lse,
@@ -106,7 +152,7 @@ absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
     if (BackwardReadsOutput(layer)) query.fields.push_back(args.out);
     return query;
   };
-  ANNULUS_RETURN_IF_ERROR(Exchange(ctx, geometry, *schedule, shape.scale, home, stats));
+  ANNULUS_RETURN_IF_ERROR(Exchange(ctx, geometry, *schedule, shape.scale, args.latent, home, stats));
   ANNULUS_RETURN_IF_ERROR(Finish(ctx, dq, args.dq));
   return Finish(ctx, dkv, args.dkv);
 }

@@ -14,6 +14,22 @@ bool IsAll(const std::vector<RowRange>& rows, const RowRange& of_call) {
   return rows == std::vector<RowRange>{of_call};
 }
 
+// Rows of the KV slot that the calls read: ascending and apart.
+std::vector<RowRange> KeyRows(const std::vector<AttendCall>& calls) {
+  std::vector<RowRange> all;
+  for (const AttendCall& call : calls) all.push_back(call.keys);
+  std::sort(all.begin(), all.end(), [](const RowRange& a, const RowRange& b) { return a.begin < b.begin; });
+  std::vector<RowRange> apart;
+  for (const RowRange& rows : all) {
+    if (apart.empty() || rows.begin > apart.back().end) {
+      apart.push_back(rows);
+    } else {
+      apart.back().end = std::max(apart.back().end, rows.end);
+    }
+  }
+  return apart;
+}
+
 }  // namespace
 
 Accumulator::Accumulator(Context& ctx, TensorRef result, std::vector<RowRange> rows)
@@ -41,15 +57,15 @@ absl::Status Accumulator::Finish() {
   return absl::OkStatus();
 }
 
-KvHeads SplitKv(const AttentionCase& layer, const HeadGroup& group, TensorRef kv, const RowRange& rows) {
-  const auto heads = static_cast<int64_t>(group.kv_heads.size());
-  return {HeadsOf(kv, 0, heads, layer.head_dim).Rows(rows.begin, rows.end),
-          HeadsOf(kv, heads * layer.head_dim, heads, layer.v_head_dim).Rows(rows.begin, rows.end)};
+KvHeads SplitKv(const AttentionCase& layer, const KvRows& kv, const RowRange& rows) {
+  const int64_t begin = rows.begin - kv.first, end = rows.end - kv.first;
+  return {HeadsOf(kv.kv, 0, kv.heads, layer.head_dim).Rows(begin, end),
+          HeadsOf(kv.kv, kv.heads * layer.head_dim, kv.heads, layer.v_head_dim).Rows(begin, end)};
 }
 
 AttentionBlock BlockOf(const AttendCall& call, const DeviceBounds& bounds, const AttentionCase& layer,
-                       double scale, const HeadGroup& group, TensorRef q, TensorRef kv) {
-  const KvHeads keys = SplitKv(layer, group, kv, call.keys);
+                       double scale, const HeadGroup& group, TensorRef q, const KvRows& kv) {
+  const KvHeads keys = SplitKv(layer, kv, call.keys);
   return {.q = HeadsOf(q, 0, group.q_heads(), layer.head_dim).Rows(call.q_rows.begin, call.q_rows.end),
           .k = keys.k,
           .v = keys.v,
@@ -60,21 +76,23 @@ AttentionBlock BlockOf(const AttendCall& call, const DeviceBounds& bounds, const
 }
 
 PlanCompute::PlanCompute(Context& ctx, const AttentionGeometry::Schedule& schedule, double scale, int cp_rank,
-                         const std::vector<SlotMemory>& slots)
+                         const std::vector<SlotMemory>& slots, const LatentWeights& latent)
     : ctx_(ctx),
       schedule_(schedule),
       layer_(schedule.layer),
       scale_(scale),
       plan_(schedule.plan),
       rank_(schedule.plan.ranks[static_cast<size_t>(cp_rank)]),
-      slots_(slots) {}
+      slots_(slots),
+      latent_(latent) {}
 
 absl::Status PlanCompute::Run(const Step& step) {
   ArenaScope scope(ctx_.scratch);
   switch (step.kind) {
     case StepKind::kAttend: {
       const auto& calls = schedule_.calls[static_cast<size_t>(&step - rank_.steps.data())];
-      return plan_.pass == Pass::kForward ? Forward(step.attend, calls) : Backward(step.attend, calls);
+      if (plan_.pass == Pass::kForward) return Forward(step.attend, calls);
+      return layer_.latent.has_value() ? LatentBackward(step.attend, calls) : Backward(step.attend, calls);
     }
     case StepKind::kCopy:
       return Move(step, Write::kOverwrite);
@@ -99,9 +117,32 @@ RowRange PlanCompute::RowsOf(int slot, const Step& step) const {
   return {begin, begin + step.rows.rows.size()};
 }
 
+LatentWeights PlanCompute::WeightsOf(const HeadGroup& group) const {
+  return latent_.Heads(*layer_.latent, group.q_begin, group.q_end);
+}
+
+absl::StatusOr<KvRows> PlanCompute::KeysOf(const Attend& attend, const std::vector<AttendCall>& calls) {
+  const HeadGroup group = GroupOf(attend.q_slot);
+  const TensorRef slot = Field(attend.kv_slot, 0);
+  if (!layer_.latent.has_value()) {
+    return KvRows{.kv = slot, .heads = static_cast<int64_t>(group.kv_heads.size())};
+  }
+  const std::vector<RowRange> rows = KeyRows(calls);
+  const int64_t first = rows.empty() ? 0 : rows.front().begin, end = rows.empty() ? 0 : rows.back().end;
+  const int64_t columns = group.q_heads() * (layer_.head_dim + layer_.v_head_dim);
+  const TensorRef kv = ctx_.scratch.Allocate(slot.dtype(), {end - first, slot.dim(1), columns});
+  for (const RowRange& range : rows) {
+    ANNULUS_RETURN_IF_ERROR(ExpandLatents(ctx_, *layer_.latent, WeightsOf(group),
+                                          slot.Rows(range.begin, range.end),
+                                          kv.Rows(range.begin - first, range.end - first)));
+  }
+  return KvRows{.kv = kv, .heads = group.q_heads(), .first = first};
+}
+
 absl::Status PlanCompute::Forward(const Attend& attend, const std::vector<AttendCall>& calls) {
   const HeadGroup group = GroupOf(attend.q_slot);
-  const TensorRef q = Field(attend.q_slot, query_field::kQ), kv = Field(attend.kv_slot, 0);
+  const TensorRef q = Field(attend.q_slot, query_field::kQ);
+  ANNULUS_ASSIGN_OR_RETURN(const KvRows kv, KeysOf(attend, calls));
   const TensorRef result = Field(attend.q_result, output_field::kOut),
                   lse = Field(attend.q_result, output_field::kLse);
   const std::vector<RowRange> rows = RowsInSlot(plan_, SpecOf(attend.q_result), attend.q_rows);
@@ -153,6 +194,7 @@ AttentionGradients PlanCompute::GradientsOf(const Attend& attend, const AttendCa
 absl::Status PlanCompute::Backward(const Attend& attend, const std::vector<AttendCall>& calls) {
   const HeadGroup group = GroupOf(attend.q_slot);
   const TensorRef q = Field(attend.q_slot, query_field::kQ), kv = Field(attend.kv_slot, 0);
+  const auto kv_heads = static_cast<int64_t>(group.kv_heads.size());
   const TensorRef q_result = Field(attend.q_result, 0), kv_result = Field(attend.kv_result, 0);
   const std::vector<RowRange> q_rows = RowsInSlot(plan_, SpecOf(attend.q_result), attend.q_rows),
                               kv_rows = RowsInSlot(plan_, SpecOf(attend.kv_result), attend.kv_rows);
@@ -164,9 +206,10 @@ absl::Status PlanCompute::Backward(const Attend& attend, const std::vector<Atten
   const auto run = [&](const AttendCall& call, AttentionGradients gradients, const TensorRef& dq,
                        const TensorRef& dkv, const RowRange& dkv_rows, auto* op) {
     gradients.dq = HeadsOf(dq, 0, group.q_heads(), layer_.head_dim);
-    const KvHeads dkv_heads = SplitKv(layer_, group, dkv, dkv_rows);
+    const KvHeads dkv_heads = SplitKv(layer_, {.kv = dkv, .heads = kv_heads}, dkv_rows);
     gradients.dk = dkv_heads.k, gradients.dv = dkv_heads.v;
-    return op(ctx_, BlockOf(call, schedule_.bounds, layer_, scale_, group, q, kv), gradients);
+    const KvRows keys{.kv = kv, .heads = kv_heads};
+    return op(ctx_, BlockOf(call, schedule_.bounds, layer_, scale_, group, q, keys), gradients);
   };
   const bool kv_at_once = kv_overwrite && calls.size() == 1 && IsAll(kv_rows, calls[0].keys);
   if (q_overwrite && kv_at_once && IsAll(q_rows, calls[0].q_rows) && q_result.dtype() == q.dtype() &&
@@ -186,6 +229,43 @@ absl::Status PlanCompute::Backward(const Attend& attend, const std::vector<Atten
   }
   ANNULUS_RETURN_IF_ERROR(dq.Finish());
   return dkv.Finish();
+}
+
+// Keys and values have gradients in scratch memory for the time of the step: they go back through the
+// expansion.
+absl::Status PlanCompute::LatentBackward(const Attend& attend, const std::vector<AttendCall>& calls) {
+  const HeadGroup group = GroupOf(attend.q_slot);
+  const TensorRef q = Field(attend.q_slot, query_field::kQ), latents = Field(attend.kv_slot, 0);
+  const TensorRef dlatents = Field(attend.kv_result, 0);
+  const std::vector<RowRange> key_rows = KeyRows(calls);
+  if (attend.kv_write == ResultWrite::kOverwrite) {
+    for (const RowRange& rows : RowsInSlot(plan_, SpecOf(attend.kv_result), attend.kv_rows))
+      ANNULUS_RETURN_IF_ERROR(Zero(ctx_, dlatents.Rows(rows.begin, rows.end)));
+  }
+  Accumulator dq(ctx_, Field(attend.q_result, 0), RowsInSlot(plan_, SpecOf(attend.q_result), attend.q_rows));
+  if (attend.q_write == ResultWrite::kOverwrite) ANNULUS_RETURN_IF_ERROR(dq.Zero());
+  ANNULUS_ASSIGN_OR_RETURN(const KvRows kv, KeysOf(attend, calls));
+  const KvRows dkv{.kv = ctx_.scratch.Allocate(AccumOf(kv.kv.dtype()), kv.kv.shape()),
+                   .heads = kv.heads,
+                   .first = kv.first};
+  const bool at_once = calls.size() == 1;
+  if (!at_once) ANNULUS_RETURN_IF_ERROR(Zero(ctx_, dkv.kv));
+  for (const AttendCall& call : calls) {
+    AttentionGradients gradients = GradientsOf(attend, call);
+    if (at_once) gradients.kv_write = Write::kOverwrite;
+    gradients.dq = HeadsOf(dq.Rows(call.q_rows), 0, group.q_heads(), layer_.head_dim);
+    const KvHeads of_call = SplitKv(layer_, dkv, call.keys);
+    gradients.dk = of_call.k, gradients.dv = of_call.v;
+    ANNULUS_RETURN_IF_ERROR(
+        AttentionBackward(ctx_, BlockOf(call, schedule_.bounds, layer_, scale_, group, q, kv), gradients));
+  }
+  for (const RowRange& rows : key_rows) {
+    ANNULUS_RETURN_IF_ERROR(ExpandLatentsBackward(ctx_, *layer_.latent, WeightsOf(group),
+                                                  latents.Rows(rows.begin, rows.end),
+                                                  dkv.kv.Rows(rows.begin - dkv.first, rows.end - dkv.first),
+                                                  Write::kAccumulate, dlatents.Rows(rows.begin, rows.end)));
+  }
+  return dq.Finish();
 }
 
 absl::Status PlanCompute::Move(const Step& step, Write write) {

@@ -29,23 +29,31 @@ class Accumulator {
   int64_t offset_ = 0;  // row of the result at which memory_ begins
 };
 
-// The call's operands: queries of the one tensor, keys of the other, both with the heads of the group.
-//   q: [rows, batch, heads * head_dim]   kv: [rows, batch, kv_heads * (head_dim + v_head_dim)], keys first
-AttentionBlock BlockOf(const AttendCall& call, const DeviceBounds& bounds, const AttentionCase& layer,
-                       double scale, const HeadGroup& group, TensorRef q, TensorRef kv);
+// Keys and values of a group of heads, or their gradients: [rows, batch, heads * (head_dim + v_head_dim)],
+// keys first.
+struct KvRows {
+  TensorRef kv;
+  int64_t heads = 0;
+  int64_t first = 0;  // the row of the slot that is the first of kv
+};
 
-// Keys and values of a KV tensor, or their gradients, in rows `rows`.
+// The call's operands: queries of the one tensor, keys of the other, both with the heads of the group.
+//   q: [rows, batch, heads * head_dim]
+AttentionBlock BlockOf(const AttendCall& call, const DeviceBounds& bounds, const AttentionCase& layer,
+                       double scale, const HeadGroup& group, TensorRef q, const KvRows& kv);
+
+// In rows `rows` of the slot.
 struct KvHeads {
   HeadsRef k, v;
 };
-KvHeads SplitKv(const AttentionCase& layer, const HeadGroup& group, TensorRef kv, const RowRange& rows);
+KvHeads SplitKv(const AttentionCase& layer, const KvRows& kv, const RowRange& rows);
 
 // One run of one rank's part of a plan.
 class PlanCompute {
  public:
-  // `schedule` and `slots` outlive it.
+  // `schedule` and `slots` outlive it. latent: where the layer has latents.
   PlanCompute(Context& ctx, const AttentionGeometry::Schedule& schedule, double scale, int cp_rank,
-              const std::vector<SlotMemory>& slots);
+              const std::vector<SlotMemory>& slots, const LatentWeights& latent);
 
   // A step of schedule.plan.
   absl::Status Run(const Step& step);
@@ -57,8 +65,13 @@ class PlanCompute {
   // The rows of a kCopy or kReduce, in one of its slots.
   RowRange RowsOf(int slot, const Step& step) const;
 
+  // Keys and values of the step's calls; expanded in ctx.scratch where they came as latents.
+  absl::StatusOr<KvRows> KeysOf(const Attend& attend, const std::vector<AttendCall>& calls);
+  LatentWeights WeightsOf(const HeadGroup& group) const;
+
   absl::Status Forward(const Attend& attend, const std::vector<AttendCall>& calls);
   absl::Status Backward(const Attend& attend, const std::vector<AttendCall>& calls);
+  absl::Status LatentBackward(const Attend& attend, const std::vector<AttendCall>& calls);
   AttentionGradients GradientsOf(const Attend& attend, const AttendCall& call) const;
   absl::Status Move(const Step& step, Write write);
   absl::Status Merge(const Step& step);
@@ -70,6 +83,7 @@ class PlanCompute {
   const ExchangePlan& plan_;
   const RankPlan& rank_;
   const std::vector<SlotMemory>& slots_;
+  LatentWeights latent_;
 };
 
 }  // namespace annulus

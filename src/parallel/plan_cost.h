@@ -25,6 +25,11 @@ class RowBytes {
   std::map<Key, int64_t> bytes_;
 };
 
+// Of expanding the latents of so many rows for so many heads of a layer with latents; backward also of what
+// their gradients take. The product runs at the rate of the layer's attention on full blocks.
+double ExpansionSeconds(const AttentionCase& layer, Pass pass, int64_t rows, int64_t heads,
+                        const MachineProfile& machine);
+
 // [rank][step], 0 for transfers. What the layer does to its own tensors before and after the exchange is
 // counted with a rank's first and last computing step.
 std::vector<std::vector<double>> ComputeSecondsOf(const AttentionCase& layer, const ExchangePlan& plan,

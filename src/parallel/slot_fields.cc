@@ -22,8 +22,8 @@ std::vector<Field> FieldsOfPayload(const AttentionCase& layer, Pass pass, Payloa
   const DType compute = layer.dtype, accum = AccumOf(layer.dtype);
   const Section q{HeadsOfGroup::kQuery, layer.head_dim}, v{HeadsOfGroup::kQuery, layer.v_head_dim},
       statistic{HeadsOfGroup::kQuery, 1};
-  const std::vector<Section> kv = {{HeadsOfGroup::kKv, layer.head_dim},
-                                   {HeadsOfGroup::kKv, layer.v_head_dim}};
+  std::vector<Section> kv = {{HeadsOfGroup::kKv, layer.head_dim}, {HeadsOfGroup::kKv, layer.v_head_dim}};
+  if (layer.latent.has_value()) kv = {{HeadsOfGroup::kKv, layer.latent->row()}};
   switch (payload) {
     case Payload::kQuery: {
       if (pass == Pass::kForward) return {{compute, {q}}};
@@ -39,7 +39,7 @@ std::vector<Field> FieldsOfPayload(const AttentionCase& layer, Pass pass, Payloa
     case Payload::kQueryGrad:
       return {{result, {q}}};
     case Payload::kKvGrad:
-      return {{result, kv}};
+      return {{layer.latent.has_value() ? accum : result, kv}};
   }
   return {};
 }
@@ -79,6 +79,10 @@ bool BackwardReadsOutput(const AttentionCase& layer) {
                                   .determinism = layer.determinism}) == AttentionKernel::kCudnn;
   };
   return by_library(MaskShape::kFull) || by_library(MaskShape::kCausal) || by_library(MaskShape::kGeneral);
+}
+
+int64_t KvColumns(const AttentionCase& layer) {
+  return layer.latent.has_value() ? layer.latent->row() : layer.head_dim + layer.v_head_dim;
 }
 
 HeadGroup AllHeadsOf(const AttentionCase& layer) {

@@ -8,6 +8,8 @@
 //   kOutput    out, lse
 //   kQueryGrad dq
 //   kKvGrad    dkv: as kv
+//
+// A layer with latents: kKv and kKvGrad hold those, of one KV head; the gradient in the accumulator dtype.
 
 #include "annulus/ops/columns.h"
 #include "annulus/parallel/choose_plan.h"
@@ -24,6 +26,9 @@ enum { kOut, kLse };
 
 // Whether some kernel of the layer's backward reads its output.
 bool BackwardReadsOutput(const AttentionCase& layer);
+
+// Columns of a KV head's keys and values, or of the latents in their place.
+int64_t KvColumns(const AttentionCase& layer);
 
 HeadGroup GroupOf(const AttentionCase& layer, const ExchangePlan& plan, const SlotSpec& slot);
 

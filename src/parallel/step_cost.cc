@@ -107,7 +107,7 @@ class StepCost {
     const int64_t rows = plan_.problem.block_rows;
     if (payload == Payload::kOutput) return Elements(rows, layer_.heads, layer_.v_head_dim);
     if (payload == Payload::kQueryGrad) return Elements(rows, layer_.heads, layer_.head_dim);
-    return Elements(rows, layer_.kv_heads, layer_.head_dim + layer_.v_head_dim);
+    return Elements(rows, layer_.kv_heads, KvColumns(layer_));
   }
   static bool AddedTo(const RankPlan& rank, int slot) {
     return std::any_of(rank.steps.begin(), rank.steps.end(), [&](const Step& step) {
@@ -186,8 +186,13 @@ class StepCost {
       const auto kv_heads = static_cast<int64_t>(group.kv_heads.size());
       seconds += AroundSeconds(q, group.q_heads(), forward ? layer_.v_head_dim : layer_.head_dim, true);
       if (kv.slot >= 0) {
-        seconds += AroundSeconds(kv, kv_heads, layer_.head_dim + layer_.v_head_dim, !kv.at_once);
+        seconds += AroundSeconds(kv, kv_heads, KvColumns(layer_), !kv.at_once);
       }
+    }
+    if (layer_.latent.has_value()) {
+      int64_t keys = 0;
+      for (const AttendCall& call : calls) keys += call.keys.size();
+      seconds += ExpansionSeconds(layer_, plan_.pass, keys, group.q_heads(), machine_);
     }
     const std::vector<double> pairs = PairsOf(attend, calls);
     for (size_t i = 0; i < calls.size(); ++i) {
@@ -248,7 +253,8 @@ class StepCost {
   // The library's results are its own: passes add them up, or write them where nothing is yet. Other kernels
   // add.
   double AddSeconds(const AttendCall& call, const HeadGroup& group, bool kv_at_once) const {
-    const auto kv_heads = static_cast<int64_t>(group.kv_heads.size());
+    const auto kv_heads =
+        layer_.latent.has_value() ? group.q_heads() : static_cast<int64_t>(group.kv_heads.size());
     const bool library = KernelOf(call) == AttentionKernel::kCudnn;
     const double add = library ? compute_bytes_ + 2 * accum_bytes_ : 0;
     const double kv = !kv_at_once ? add : library ? compute_bytes_ + accum_bytes_ : accum_bytes_;
@@ -277,6 +283,32 @@ class StepCost {
 double FlopsPerPair(Pass pass, int64_t head_dim, int64_t v_head_dim) {
   const int64_t products = pass == Pass::kForward ? head_dim + v_head_dim : 3 * head_dim + 2 * v_head_dim;
   return 2.0 * static_cast<double>(products);
+}
+
+double ExpansionSeconds(const AttentionCase& layer, Pass pass, int64_t rows, int64_t heads,
+                        const MachineProfile& machine) {
+  const LatentShape& latent = *layer.latent;
+  const double tokens = static_cast<double>(rows * layer.sequences.batch);
+  const double expanded = tokens * static_cast<double>(heads * (latent.nope + latent.v));
+  const double keys_and_values = tokens * static_cast<double>(heads * (layer.head_dim + layer.v_head_dim));
+  const CallCase attention{.kernel = ChooseAttentionKernel({.device = layer.device,
+                                                            .dtype = layer.dtype,
+                                                            .dim = layer.head_dim,
+                                                            .v_dim = layer.v_head_dim,
+                                                            .mask_shape = MaskShape::kFull,
+                                                            .determinism = layer.determinism}),
+                           .pass = Pass::kForward,
+                           .shape = MaskShape::kFull,
+                           .head_dim = layer.head_dim,
+                           .v_head_dim = layer.v_head_dim};
+  const double flops = 2 * expanded * static_cast<double>(latent.columns);
+  const double per_pair = FlopsPerPair(attention.pass, attention.head_dim, attention.v_head_dim);
+  const double product = flops / per_pair / PairRate(machine, attention, flops / per_pair);
+  const double bytes = (expanded + keys_and_values) * static_cast<double>(SizeOf(layer.dtype));
+  const double pack = bytes / RateAt(machine.copy, bytes);
+  // Backward: the expansion again, and the gradients of latents and of the up-projection.
+  const int products = pass == Pass::kForward ? 1 : 3, packs = pass == Pass::kForward ? 1 : 2;
+  return products * product + packs * pack + (products + packs) * machine.launch_seconds;
 }
 
 std::vector<std::vector<double>> ComputeSecondsOf(const AttentionCase& layer, const ExchangePlan& plan,

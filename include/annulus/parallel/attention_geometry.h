@@ -31,6 +31,7 @@ struct ExchangeOptions {
   MachineProfile machine = {};                                    // unknown without rates of attention
   LinkThrottle throttle = {};
   int64_t buffer_bytes = 0;  // that chosen plans may take on a rank; 0: no limit
+  LatentExchange latents = LatentExchange::kAuto;
 };
 
 struct ContextAttentionShape {
@@ -39,7 +40,12 @@ struct ContextAttentionShape {
   int64_t v_head_dim = 0;
   int64_t window = 0;  // keys that a query sees; 0: all
   double scale = 1.0;
+  // Keys and values are given as latents; kv_heads is 1.
+  std::optional<LatentShape> latent = {};
 };
+
+// Of the same layer, with keys and values in place of latents.
+ContextAttentionShape Expanded(ContextAttentionShape shape);
 
 class AttentionGeometry {
  public:
@@ -68,14 +74,21 @@ class AttentionGeometry {
     std::vector<std::vector<AttendCall>> calls = {};  // of this rank, by step
     DeviceBounds bounds = {};                         // of these
     std::array<HomeResult, kPayloads> results = {};   // by payload
+    bool alone = false;  // every rank of the group computes in one step: nothing is sent
     bool whole = false;  // one call with all keys that this rank's queries see: nothing is carried or sent
   };
   // Built, and agreed on by the group, at first use: collective then.
   absl::StatusOr<const Schedule*> ScheduleFor(Context& ctx, const ContextAttentionShape& shape, DType dtype,
                                               Pass pass);
 
-  // Of layers of one shape: window, heads, KV heads, dims of heads and values, dtype; and pass.
-  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, DType, Pass>;
+  // Whether a pass of latent attention moves latents between ranks; else keys and values, expanded at home.
+  // Decided by the group at first use: collective then.
+  absl::StatusOr<bool> ExchangesLatents(Context& ctx, const ContextAttentionShape& shape, DType dtype,
+                                        Pass pass);
+
+  // Of layers of one shape: window, heads, KV heads, dims of heads and values, columns of the latent (0:
+  // none), dtype; and pass.
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, DType, Pass>;
   // Those of the batch that have been used.
   const std::map<Key, Schedule>& schedules() const { return schedules_; }
 
@@ -93,6 +106,8 @@ class AttentionGeometry {
   int64_t exchange_bytes() const;  // of memory that transports keep on the device
 
  private:
+  AttentionCase CaseOf(const Context& ctx, const ContextAttentionShape& shape, DType dtype) const;
+  absl::StatusOr<const Choice*> ChoiceFor(const AttentionCase& layer, Pass pass);
   absl::StatusOr<Choice> Choose(const AttentionCase& layer, Pass pass);
   absl::Status Build(Pass pass, Schedule* schedule);
   void MakeCalls(Context& ctx, Schedule* schedule);
@@ -106,6 +121,7 @@ class AttentionGeometry {
   Tensor ages_;
   bool ages_known_ = false;  // of the current batch
   std::map<Key, Choice> choices_;
+  std::map<Key, bool> exchanges_latents_;
   std::map<Key, Schedule> schedules_;
   std::vector<DeviceBounds> spare_bounds_;  // of batches before: document masks change with every batch
 };

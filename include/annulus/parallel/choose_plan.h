@@ -10,6 +10,7 @@
 
 #include "annulus/comm/exchange_build.h"
 #include "annulus/comm/exchange_simulate.h"
+#include "annulus/parallel/latent_expansion.h"
 #include "annulus/parallel/machine_profile.h"
 #include "annulus/parallel/mask.h"
 #include "annulus/parallel/sequence_layout.h"
@@ -25,6 +26,8 @@ struct AttentionCase {
   DeviceKind device = DeviceKind::kCpu;
   DType dtype = DType::kF32;
   Determinism determinism = Determinism::kOff;
+  // KV slots hold latents, as one KV head, and head_dim and v_head_dim are those of the expanded heads.
+  std::optional<LatentShape> latent = {};
 };
 
 // What may be chosen from.

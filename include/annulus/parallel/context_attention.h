@@ -10,9 +10,12 @@ namespace annulus {
 // All tensors in the compute dtype but for lse, in the accumulator dtype. Results are overwritten.
 //   q: [rows, batch, heads * head_dim]     kv: [rows, batch, kv_heads * (head_dim + v_head_dim)], keys first
 //   out: [rows, batch, heads * v_head_dim]    lse: [rows, batch, heads]
+// Where shape.latent is given:
+//   kv: [rows, batch, columns + rope], latents (latent_expansion.h)   dkv: the same, accumulator dtype
 struct ContextAttentionForwardArgs {
   TensorRef q, kv;
   TensorRef out, lse;
+  LatentWeights latent = {};  // of all heads, where keys and values are given as latents
 };
 absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
                                      const ContextAttentionShape& shape,
@@ -22,6 +25,7 @@ absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
 struct ContextAttentionBackwardArgs {
   TensorRef q, kv, out, lse, dout;
   TensorRef dq, dkv;
+  LatentWeights latent = {};  // as in forward; its gradient is added to
 };
 absl::Status ContextAttentionBackward(Context& ctx, AttentionGeometry& geometry,
                                       const ContextAttentionShape& shape,
