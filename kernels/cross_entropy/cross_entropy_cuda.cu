@@ -6,6 +6,9 @@
 //   copy of the slice, its (max, sum) by warps -> to every CTA of the row -> cluster barrier
 //   -> (max, sum) of the row -> gradient of the slice
 //
+// Of a part of the vocabulary the first three steps end with the row's stats, and a second kernel copies the
+// slice again for the gradient: 4 bytes more.
+//
 // After the barrier every logit of the row is on chip, so a narrower gradient may overwrite any of them. What
 // takes time besides memory is what a row waits for: so all copies of a slice are under way at once, sums are
 // sent before the barrier, not fetched behind it, and the row's target is waited for last.
@@ -114,6 +117,15 @@ __device__ SumExp LoadSlice(const float* row, const Slice& slice, Logits* kept) 
   return sum;
 }
 
+// The copy alone.
+__device__ void CopySlice(const float* row, const Slice& slice, Logits* kept) {
+  ForEachVector(slice.begin, slice.end, [&](int64_t vector) {
+    CopyAsync16(SharedAddress(kept + (vector - slice.begin)), row + vector * N);
+  });
+  CopyAsyncCommit();
+  CopyAsyncWait<0>();
+}
+
 // The total of the row from the sums of its warps, in every thread.
 __device__ SumExp RowTotal(const SumExp (&sums)[kMaxCluster][kWarps], int ranks) {
   SumExp total;
@@ -151,9 +163,15 @@ __device__ void WriteSlice(const Logits* logits, const Slice& slice, const RowGr
   });
 }
 
-enum class Part { kLoss, kLossAndGradient };
+// Which logit of a row is its token's target; -1: in another part, or not counted.
+__device__ int32_t TargetInRow(const CudaCrossEntropyArgs& args, int64_t t) {
+  const int64_t target = args.targets[t] - args.begin;
+  return target < args.vocab ? static_cast<int32_t>(max(target, int64_t{-1})) : -1;
+}
 
-template <typename Grad, Part kPart>
+enum class Result { kLoss, kLossAndGradient, kStats };
+
+template <typename Grad, Result kResult>
 __global__ void __launch_bounds__(kThreads, 3) RowKernel(const CudaCrossEntropyArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ SumExp sums[kMaxCluster][kWarps];  // of the whole row
@@ -165,22 +183,28 @@ __global__ void __launch_bounds__(kThreads, 3) RowKernel(const CudaCrossEntropyA
   float* row = args.logits + t * args.stride;
   Grad* gradient = reinterpret_cast<Grad*>(row);
   const Slice slice = SliceOf(args.vocab, (args.vocab + N - 1) / N, rank, ranks);
-  const int32_t target = args.targets[t];
+  const int32_t target = TargetInRow(args, t);
   const SumExp sum = WarpMerge(LoadSlice(row, slice, kept));
   const float target_logit = row[max(target, 0)];  // before the barrier, so before any gradient
   const int lane = threadIdx.x % 32;
   cluster.barrier_wait(std::move(started));  // memory of others exists
   if (lane < ranks) *cluster.map_shared_rank(&sums[rank][threadIdx.x / 32], lane) = sum;
   cluster.sync();
-  if (target < 0) {
-    if (kPart == Part::kLossAndGradient) ZeroSlice(slice, gradient);
+  if (kResult != Result::kStats && target < 0) {
+    if (kResult == Result::kLossAndGradient) ZeroSlice(slice, gradient);
     if (rank == 0 && threadIdx.x == 0) args.row_loss[t] = 0;
     return;
   }
   const SumExp total = RowTotal(sums, ranks);
+  if constexpr (kResult == Result::kStats) {
+    if (rank != 0 || threadIdx.x != 0) return;
+    args.stats[2 * t] = (total.maximum + log2f(total.sum)) / kLog2E;
+    args.stats[2 * t + 1] = target < 0 ? 0.0f : target_logit;
+    return;
+  }
   const float log2_gap = total.maximum + log2f(total.sum) - target_logit * kLog2E;
   if (rank == 0 && threadIdx.x == 0) args.row_loss[t] = log2_gap / kLog2E;
-  if constexpr (kPart == Part::kLossAndGradient) {
+  if constexpr (kResult == Result::kLossAndGradient) {
     const auto scale = static_cast<float>(args.scale);
     WriteSlice(kept, slice,
                {.log2_maximum = total.maximum,
@@ -191,10 +215,53 @@ __global__ void __launch_bounds__(kThreads, 3) RowKernel(const CudaCrossEntropyA
   }
 }
 
-__global__ void __launch_bounds__(kThreads) AddSumKernel(const float* x, int64_t count, double* total) {
+// The gradient of a part's slice from the stats of the whole row.
+template <typename Grad>
+__global__ void __launch_bounds__(kThreads, 3) GradientKernel(const CudaCrossEntropyArgs args) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto* kept = reinterpret_cast<Logits*>(memory);
+  const cg::cluster_group cluster = cg::this_cluster();
+  const auto rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
+  const int64_t t = blockIdx.x / static_cast<uint32_t>(ranks);
+  float* row = args.logits + t * args.stride;
+  Grad* gradient = reinterpret_cast<Grad*>(row);
+  const Slice slice = SliceOf(args.vocab, (args.vocab + N - 1) / N, rank, ranks);
+  const int32_t target = TargetInRow(args, t);
+  const float target_logit = row[max(target, 0)];
+  CopySlice(row, slice, kept);
+  cluster.sync();  // every logit of the row is on chip
+  if (args.targets[t] < 0) return ZeroSlice(slice, gradient);
+  const auto scale = static_cast<float>(args.scale);
+  const float log2_sum = args.stats[2 * t] * kLog2E;
+  WriteSlice(kept, slice,
+             {.log2_maximum = log2_sum,
+              .factor = scale,
+              .target = target,
+              .of_target = scale * (Exp2(fmaf(target_logit, kLog2E, -log2_sum)) - 1.0f)},
+             gradient);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    MergeKernel(const float* parts, int64_t count, int64_t tokens, float* stats) {
+  const int64_t t = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (t >= tokens) return;
+  const auto part = [&](int64_t p) { return parts + 2 * (p * tokens + t); };
+  SumExp total;
+  float target = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    total.Merge({part(p)[0] * kLog2E, 1});
+    target += part(p)[1];
+  }
+  stats[2 * t] = (total.maximum + log2f(total.sum)) / kLog2E;
+  stats[2 * t + 1] = target;
+}
+
+// *total += the sum of value(i) for i in [0, count).
+template <typename Value>
+__device__ void AddSum(int64_t count, const Value& value, double* total) {
   __shared__ double warp_sum[kThreads / 32];
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += x[i];
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += value(i);
   sum = WarpSum(sum);
   if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = sum;
   __syncthreads();
@@ -204,6 +271,18 @@ __global__ void __launch_bounds__(kThreads) AddSumKernel(const float* x, int64_t
   *total += sum;
 }
 
+__global__ void __launch_bounds__(kThreads) AddSumKernel(const float* x, int64_t count, double* total) {
+  AddSum(count, [&](int64_t i) { return x[i]; }, total);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    AddLossOfStatsKernel(const float* stats, const int32_t* targets, int64_t count, double* total) {
+  const auto loss = [&](int64_t t) {
+    return targets[t] < 0 ? 0.0 : static_cast<double>(stats[2 * t]) - static_cast<double>(stats[2 * t + 1]);
+  };
+  AddSum(count, loss, total);
+}
+
 // CTAs of a row: a power of two.
 int ClusterOf(int64_t row_bytes) {
   int ranks = 1;
@@ -211,8 +290,9 @@ int ClusterOf(int64_t row_bytes) {
   return ranks;
 }
 
-template <typename Grad, Part kPart>
-cudaError_t Launch(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
+// One of the kernels of rows.
+cudaError_t Launch(void (*kernel)(CudaCrossEntropyArgs), const CudaCrossEntropyArgs& args,
+                   cudaStream_t stream) {
   const int64_t vectors = CeilDiv(args.vocab, N);
   const int ranks = ClusterOf(vectors * kVectorBytes);
   const int64_t slice_bytes = CeilDiv(vectors, ranks) * kVectorBytes;
@@ -221,7 +301,6 @@ cudaError_t Launch(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   if (args.tokens == 0) return cudaSuccess;
-  const auto kernel = RowKernel<Grad, kPart>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(slice_bytes));
   if (error != cudaSuccess) return error;
@@ -242,10 +321,32 @@ cudaError_t Launch(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
 
 template <typename Grad>
 cudaError_t CudaCrossEntropy(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
-  return Launch<Grad, Part::kLossAndGradient>(args, stream);
+  return Launch(RowKernel<Grad, Result::kLossAndGradient>, args, stream);
 }
 cudaError_t CudaCrossEntropyLoss(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
-  return Launch<float, Part::kLoss>(args, stream);
+  return Launch(RowKernel<float, Result::kLoss>, args, stream);
+}
+cudaError_t CudaCrossEntropyStats(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
+  return Launch(RowKernel<float, Result::kStats>, args, stream);
+}
+template <typename Grad>
+cudaError_t CudaCrossEntropyGradient(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
+  return Launch(GradientKernel<Grad>, args, stream);
+}
+
+cudaError_t CudaAddLossOfStats(const float* stats, const int32_t* targets, int64_t tokens, double* sum,
+                               cudaStream_t stream) {
+  AddLossOfStatsKernel<<<1, kThreads, 0, stream>>>(stats, targets, tokens, sum);
+  return cudaGetLastError();
+}
+
+cudaError_t CudaMergeVocabularyStats(const float* parts, int64_t count, int64_t tokens, float* stats,
+                                     cudaStream_t stream) {
+  const int64_t blocks = CeilDiv(tokens, kThreads);
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  if (blocks == 0) return cudaSuccess;
+  MergeKernel<<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(parts, count, tokens, stats);
+  return cudaGetLastError();
 }
 
 cudaError_t CudaAddSum(const float* x, int64_t count, double* sum, cudaStream_t stream) {
@@ -255,5 +356,7 @@ cudaError_t CudaAddSum(const float* x, int64_t count, double* sum, cudaStream_t 
 
 template cudaError_t CudaCrossEntropy<float>(const CudaCrossEntropyArgs&, cudaStream_t);
 template cudaError_t CudaCrossEntropy<__nv_bfloat16>(const CudaCrossEntropyArgs&, cudaStream_t);
+template cudaError_t CudaCrossEntropyGradient<float>(const CudaCrossEntropyArgs&, cudaStream_t);
+template cudaError_t CudaCrossEntropyGradient<__nv_bfloat16>(const CudaCrossEntropyArgs&, cudaStream_t);
 
 }  // namespace annulus::kernels

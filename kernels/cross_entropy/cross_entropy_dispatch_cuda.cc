@@ -2,6 +2,7 @@
 
 #include "kernels/common/cuda_call.h"
 #include "kernels/common/cuda_libraries.h"
+#include "kernels/cross_entropy/cross_entropy_cuda.h"
 #include "kernels/cross_entropy/cross_entropy_kernels.h"
 #include "kernels/cross_entropy/linear_cross_entropy_cuda.h"
 
@@ -19,7 +20,13 @@ absl::Status LinearCrossEntropy(CudaTag, Context& ctx, const annulus::LinearCros
       .x = CudaData<T>(args.x),
       .w = CudaData<T>(args.w),
       .targets = CudaData<int32_t>(args.targets),
-      .loss = CudaData<double>(loss)};
+      .loss = CudaData<double>(loss),
+      .begin = args.part.begin};
+  if (args.part.combine) {
+    launch.combine = [&](float* stats, int64_t rows) {
+      return args.part.combine(TensorRef(stats, DType::kF32, ctx.device, {rows, 2}));
+    };
+  }
   if (gradients != nullptr) {
     launch.scale = gradients->scale;
     launch.dx = CudaData<T>(gradients->dx);
@@ -29,6 +36,12 @@ absl::Status LinearCrossEntropy(CudaTag, Context& ctx, const annulus::LinearCros
   ArenaScope scope(ctx.scratch);
   launch.scratch = ctx.scratch.Allocate(DType::kU8, {CudaLinearCrossEntropyScratchBytes(launch)}).raw();
   return CudaLinearCrossEntropy(LibrariesOf(ctx).Linear(ctx), launch);
+}
+
+absl::Status MergeVocabularyStats(CudaTag, Context& ctx, ConstTensorRef parts, TensorRef stats) {
+  return CudaStatus("merged stats of a vocabulary",
+                    CudaMergeVocabularyStats(CudaData<float>(parts), parts.dim(0), stats.dim(0),
+                                             CudaData<float>(stats), ctx.stream()));
 }
 
 template absl::Status LinearCrossEntropy<float>(CudaTag, Context&, const annulus::LinearCrossEntropy&,

@@ -3,6 +3,8 @@
 // Output projection and cross-entropy on CUDA in chunks of tokens (annulus/ops/cross_entropy.h). Logits are
 // f32, which loses nothing before the log-sum-exp; their gradient is rounded once to the operands' type.
 
+#include <functional>
+
 #include "kernels/linear/linear_cuda.h"
 
 namespace annulus::kernels {
@@ -22,6 +24,10 @@ struct CudaLinearCrossEntropyArgs {
   void* dx = nullptr;                // [tokens, d]
   float* dw = nullptr;               // [vocab, d]
   double* loss = nullptr;            // device scalar
+  // Of a part of the vocabulary: its first target, and what replaces the stats of a chunk by those of the whole,
+  // [rows, 2] on the device.
+  int64_t begin = 0;
+  std::function<absl::Status(float* stats, int64_t rows)> combine = {};
   void* scratch = nullptr;           // on 256 bytes, of the size asked for below
 };
 absl::Status CudaLinearCrossEntropy(const CudaLinearCall& call, const CudaLinearCrossEntropyArgs& args);

@@ -1,9 +1,9 @@
 #pragma once
 
-// What "naive" means for a model in bf16: the decoder of one CPU rank, written out op by op in f64, with
-// every tensor that a bf16 model stores rounded to bf16 as it is stored. Inside of ops nothing is rounded:
-// sums, softmax, logits and gradients of parameters stay in f64. Without rounding it is the model of
-// tests/model.
+// What "naive" means for a model of attention and MLPs in bf16: the decoder of one CPU rank, written out op
+// by op in f64, with every tensor that a bf16 model stores rounded to bf16 as it is stored. Inside of ops
+// nothing is rounded: sums, softmax, logits and gradients of parameters stay in f64. Without rounding it is
+// the model of tests/model.
 //
 //   const Outcome naive = TrainRounded(spec, batch, {.fill = ...}, Rounding::kBFloat16);
 
@@ -50,8 +50,7 @@ class RoundedDecoder {
     }
     ANNULUS_CHECK_OK(EmbeddingBackward(ctx_, slice.tokens, Tokens(gradient), Of("embed.weight").dw));
     for (size_t i = 0; i < params_.table().params.size(); ++i) {
-      outcome.names.push_back(params_.table().params[i].name);
-      outcome.gradients.push_back(Doubles(params_.Grad(static_cast<int>(i))));
+      outcome.gradients[params_.table().params[i].name] = Doubles(params_.Grad(static_cast<int>(i)));
     }
     return outcome;
   }
@@ -68,7 +67,8 @@ class RoundedDecoder {
 
   static std::string Prefix(size_t layer) { return absl::StrCat("layers.", layer, "."); }
   static TensorRef Tokens(TensorRef t) { return t.Reshaped({t.dim(0) * t.dim(1), t.dim(2)}); }
-  bool IsAttention(size_t layer) const { return spec_.layers[layer].kind == LayerKind::kAttention; }
+  const BranchSpec& BranchOf(size_t layer) const { return spec_.layers[layer].branches[0]; }
+  bool IsAttention(size_t layer) const { return BranchOf(layer).kind == BranchKind::kAttention; }
   // A parameter, or adjacent ones as one matrix, as the model has them.
   Weights Of(const std::string& first, const std::string& last) const {
     const int begin = params_.table().IndexOf(first), end = params_.table().IndexOf(last);
@@ -117,11 +117,11 @@ class RoundedDecoder {
             .kv_heads = spec_.kv_heads,
             .head_dim = spec_.head_dim,
             .v_head_dim = spec_.head_dim,
-            .window = spec_.layers[layer].window,
+            .window = BranchOf(layer).window,
             .scale = 1.0 / std::sqrt(static_cast<double>(spec_.head_dim))};
   }
   void Rotate(size_t layer, RopeDirection direction, TensorRef q, TensorRef kv) {
-    const std::optional<double> theta = spec_.layers[layer].rope_theta;
+    const std::optional<double> theta = BranchOf(layer).rope_theta;
     if (!theta.has_value()) return;
     const ConstTensorRef positions = model_.geometry().Positions(ctx_);
     const auto rotate = [&](TensorRef x, int64_t heads) {

@@ -7,6 +7,7 @@
 #include "annulus/ops/adamw.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/ops/embedding.h"
+#include "annulus/ops/relu_squared.h"
 #include "annulus/ops/rms_norm.h"
 #include "annulus/ops/rope.h"
 #include "annulus/ops/swiglu.h"
@@ -165,14 +166,15 @@ struct EmbeddingShape {
   int64_t tokens, d, vocab;
 };
 
-// A third of the tokens are the same.
+// A third of the tokens are the same. Every `absent`th, if any, is of another rank.
 template <typename T>
-auto EmbeddingOps(const EmbeddingShape& s) {
+auto EmbeddingOps(const EmbeddingShape& s, int64_t absent = 0) {
   const RandomStream random(7, "tokens");
   std::vector<int32_t> tokens;
   for (int64_t t = 0; t < s.tokens; ++t) {
     const auto draw = random.Below(static_cast<uint64_t>(t), static_cast<uint64_t>(s.vocab));
-    tokens.push_back(t % 3 == 0 ? 0 : static_cast<int32_t>(draw));
+    const bool elsewhere = absent > 0 && t % absent == absent - 1;
+    tokens.push_back(elsewhere ? -1 : t % 3 == 0 ? 0 : static_cast<int32_t>(draw));
   }
   return [=, table = Normal<T>(s.vocab * s.d, "table"), dy = Normal<T>(s.tokens * s.d, "dy"),
           before = Normal<float>(s.vocab * s.d, "dtable")](auto& run) -> Outputs {
@@ -203,6 +205,20 @@ TYPED_TEST(GpuOps, EmbeddingAtSize) {
     const auto ops = EmbeddingOps<TypeParam>(s);
     ExpectOnGpu<TypeParam>(ops);
     ExpectSameBitsTwice<TypeParam>(ops);
+  }
+}
+
+// From all tokens to a few, so that whole pieces of the grouped tokens are missing.
+TYPED_TEST(GpuOps, EmbeddingOfAPartOfTheVocabulary) {
+  for (const int64_t absent : {1, 2, 5}) {
+    for (const EmbeddingShape& s :
+         {EmbeddingShape{1, 8, 3}, EmbeddingShape{33, 12, 50}, EmbeddingShape{129, 264, 9},
+          EmbeddingShape{600, 1032, 3}, EmbeddingShape{1100, 8, 70000}}) {
+      SCOPED_TRACE(absl::StrCat(s.tokens, " ", s.d, " ", s.vocab, " without every ", absent));
+      const auto ops = EmbeddingOps<TypeParam>(s, absent);
+      ExpectOnGpu<TypeParam>(ops);
+      ExpectSameBitsTwice<TypeParam>(ops);
+    }
   }
 }
 
@@ -319,6 +335,34 @@ TYPED_TEST(GpuOps, SwigluEdges) {
 }
 
 TYPED_TEST(GpuOps, SwigluAtSize) { ExpectOnGpu<TypeParam>(SwigluOps<TypeParam>(131, 14336)); }
+
+template <typename T>
+auto ReluSquaredOps(int64_t tokens, int64_t d) {
+  return [=, in = Normal<T>(tokens * d, "x", 4), dh = Normal<T>(tokens * d, "dh")](auto& run) -> Outputs {
+    const TensorRef x = run.In({tokens, d}, in), h = run.Out({tokens, d}), gradient = run.In({tokens, d}, dh);
+    ANNULUS_CHECK_OK(ReluSquaredForward(run.ctx, x, h));
+    ANNULUS_CHECK_OK(ReluSquaredBackward(run.ctx, x, gradient, gradient));
+    return {run.Rounded(h), run.Rounded(gradient)};
+  };
+}
+
+TYPED_TEST(GpuOps, ReluSquaredEdges) {
+  for (const auto& [tokens, d] : std::vector<std::pair<int64_t, int64_t>>{
+           {0, 64}, {3, 0}, {1, 1}, {5, 7}, {4, 8}, {9, 255}, {3, 1024}, {2, 2056}}) {
+    SCOPED_TRACE(absl::StrCat(tokens, " ", d));
+    ExpectOnGpu<TypeParam>(ReluSquaredOps<TypeParam>(tokens, d));
+  }
+}
+
+TYPED_TEST(GpuOps, ReluSquaredAtSize) { ExpectOnGpu<TypeParam>(ReluSquaredOps<TypeParam>(131, 14336)); }
+
+TYPED_TEST(GpuOps, ReluSquaredKeepsNan) {
+  ExpectOnGpu<TypeParam>([&](auto& run) -> Outputs {
+    const TensorRef x = run.In({1, 3}, {kNan, -kInfinity, 0x1p60}), h = run.Out({1, 3});
+    ANNULUS_CHECK_OK(ReluSquaredForward(run.ctx, x, h));
+    return {run.Rounded(h)};
+  });
+}
 
 TYPED_TEST(GpuOps, SwigluOfExtremeGates) {
   const double large = 0x1p125;

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "annulus/ops/cross_entropy.h"
+#include "annulus/ops/elementwise.h"
 #include "annulus/ops/linear.h"
 #include "gpu/gpu_harness.h"
 #include "ops/reference.h"
@@ -174,26 +175,36 @@ struct LossProblem {
   std::vector<int32_t> targets;
 };
 
-// In bf16 the gradient of the logits is rounded before the products with it.
-Outputs NaiveLoss(const LossProblem<BFloat16>& p) {
+struct NaiveGradients {
+  std::vector<double> dx, dw;  // dw: of the whole vocabulary
+};
+
+// The share in the gradients of targets [begin, end). In bf16 the gradient of the logits is rounded before
+// the products with it.
+NaiveGradients NaiveGradientsOf(const LossProblem<BFloat16>& p, int64_t begin, int64_t end) {
   const LossShape& s = p.shape;
-  Outputs naive = NaiveOf<BFloat16>(p);
-  std::vector<double> dx(p.x.size()), dw = p.dw;
+  NaiveGradients naive{.dx = std::vector<double>(p.x.size()), .dw = p.dw};
   for (int64_t t = 0; t < s.tokens; ++t) {
     const int32_t target = p.targets[static_cast<size_t>(t)];
     if (target < 0) continue;
     const auto probability = reference::SoftmaxAndLogSum(p.x, p.w, {s.tokens, s.d, s.vocab}, t);
-    for (int64_t v = 0; v < s.vocab; ++v) {
+    for (int64_t v = begin; v < end; ++v) {
       const double exact = kLossScale * (probability[static_cast<size_t>(v)] - (v == target ? 1 : 0));
       const double dlogit = ToDouble(FromDouble<BFloat16>(exact));
       for (int64_t i = 0; i < s.d; ++i) {
-        dx[At(t, i, s.d)] += dlogit * p.w[At(v, i, s.d)];
-        dw[At(v, i, s.d)] += dlogit * p.x[At(t, i, s.d)];
+        naive.dx[At(t, i, s.d)] += dlogit * p.w[At(v, i, s.d)];
+        naive.dw[At(v, i, s.d)] += dlogit * p.x[At(t, i, s.d)];
       }
     }
   }
-  naive[0].values = Rounded<BFloat16>(dx);
-  naive[1].values = Rounded<float>(dw);
+  return naive;
+}
+
+Outputs NaiveLoss(const LossProblem<BFloat16>& p) {
+  Outputs naive = NaiveOf<BFloat16>(p);
+  const NaiveGradients gradients = NaiveGradientsOf(p, 0, p.shape.vocab);
+  naive[0].values = Rounded<BFloat16>(gradients.dx);
+  naive[1].values = Rounded<float>(gradients.dw);
   return naive;
 }
 Outputs NaiveLoss(const LossProblem<float>& p) { return NaiveOf<float>(p); }
@@ -231,6 +242,94 @@ TYPED_TEST(GpuProducts, LossAtSize) {
   ExpectSameBitsTwice<TypeParam>(LossProblem<TypeParam>({100, 64, 50257, 32}));
 }
 
+// Parts of the vocabulary, one after the other: a first round writes their stats down, a second combines
+// them.
+template <typename T>
+struct PartsProblem {
+  LossProblem<T> whole;
+  std::vector<int64_t> begins;  // of the parts, and the end of the last
+
+  // For each part its summand of dx, its rows of dw, the loss with gradients and the loss alone.
+  Outputs operator()(auto& run) const {
+    std::vector<std::vector<Tensor>> stats(parts());  // by part, by chunk
+    for (size_t p = 0; p < parts(); ++p) {
+      RunPart(run, p, [&](TensorRef own) {
+        stats[p].emplace_back(run.ctx.device, own.dtype(), own.shape());
+        return Copy(run.ctx, own, stats[p].back().ref());
+      });
+    }
+    Outputs outputs;
+    for (size_t p = 0; p < parts(); ++p) {
+      size_t call = 0;  // two passes over the same chunks
+      const Outputs of_part = RunPart(run, p, [&](TensorRef own) {
+        const size_t chunk = call++ % (stats[p].size() / 2);
+        const int64_t rows = own.dim(0), count = static_cast<int64_t>(parts());
+        const Tensor all(run.ctx.device, own.dtype(), {count * rows, 2});
+        for (int64_t q = 0; q < count; ++q) {
+          const TensorRef of = stats[static_cast<size_t>(q)][chunk].ref();
+          ANNULUS_CHECK_OK(Copy(run.ctx, of, all.ref().Rows(q * rows, (q + 1) * rows)));
+        }
+        return MergeVocabularyStats(run.ctx, all.ref().Reshaped({count, rows, 2}), own);
+      });
+      outputs.insert(outputs.end(), of_part.begin(), of_part.end());
+    }
+    return outputs;
+  }
+  size_t parts() const { return begins.size() - 1; }
+
+ private:
+  Outputs RunPart(auto& run, size_t p, const std::function<absl::Status(TensorRef)>& combine) const {
+    const LossShape& s = whole.shape;
+    const int64_t rows = begins[p + 1] - begins[p];
+    const auto rows_of = [&](const std::vector<double>& all) {
+      return std::vector<double>(all.begin() + begins[p] * s.d, all.begin() + begins[p + 1] * s.d);
+    };
+    const TensorRef xs = run.In({s.tokens, s.d}, whole.x), ws = run.In({rows, s.d}, rows_of(whole.w)),
+                    ids = run.Of({s.tokens}, whole.targets), dxs = run.Out({s.tokens, s.d}),
+                    dws = run.InAccum({rows, s.d}, rows_of(whole.dw)), loss = run.Scalar(0.5),
+                    alone = run.Scalar(0.5);
+    const LinearCrossEntropy args{.x = xs,
+                                  .w = ws,
+                                  .targets = ids,
+                                  .chunk_tokens = s.chunk,
+                                  .part = {.begin = begins[p], .combine = combine}};
+    ANNULUS_CHECK_OK(
+        LinearCrossEntropyForwardBackward(run.ctx, args, {.scale = kLossScale, .dx = dxs, .dw = dws}, loss));
+    ANNULUS_CHECK_OK(LinearCrossEntropyForward(run.ctx, args, alone));
+    const double norm = 20 * static_cast<double>(s.tokens);
+    return {run.Rounded(dxs, 1), run.Summed(dws, MaxAbs(whole.x)), run.SummedInDouble(loss, norm),
+            run.SummedInDouble(alone, norm)};
+  }
+};
+
+Outputs NaiveParts(const PartsProblem<float>& p) { return NaiveOf<float>(p); }
+Outputs NaiveParts(const PartsProblem<BFloat16>& p) {
+  Outputs naive = NaiveOf<BFloat16>(p);
+  const int64_t d = p.whole.shape.d;
+  for (size_t part = 0; part < p.parts(); ++part) {
+    const int64_t begin = p.begins[part], end = p.begins[part + 1];
+    const NaiveGradients gradients = NaiveGradientsOf(p.whole, begin, end);
+    naive[4 * part].values = Rounded<BFloat16>(gradients.dx);
+    naive[4 * part + 1].values =
+        Rounded<float>({gradients.dw.begin() + begin * d, gradients.dw.begin() + end * d});
+  }
+  return naive;
+}
+
+TYPED_TEST(GpuProducts, LossOfPartsOfTheVocabulary) {
+  const std::pair<LossShape, std::vector<int64_t>> cases[] = {{{7, 8, 17, 8}, {0, 17}},
+                                                              {{33, 24, 517, 8}, {0, 259, 517}},
+                                                              {{9, 8, 64, 2}, {0, 1, 2, 64}},
+                                                              {{100, 64, 1000, 32}, {0, 333, 667, 1000}},
+                                                              {{3, 8, 112643, 8}, {0, 28161, 56322, 112643}}};
+  for (const auto& [shape, begins] : cases) {
+    SCOPED_TRACE(absl::StrCat(shape.tokens, " ", shape.d, " ", shape.vocab));
+    const PartsProblem<TypeParam> problem{LossProblem<TypeParam>(shape), begins};
+    ExpectOnGpu<TypeParam>(problem, NaiveParts(problem));
+    ExpectSameBitsTwice<TypeParam>(problem);
+  }
+}
+
 // exp of these logits overflows; one token is all but certain, the other hopeless.
 TYPED_TEST(GpuProducts, LargeLogitsDoNotOverflow) {
   OpRun<TypeParam> run(kGpu);
@@ -266,6 +365,12 @@ TYPED_TEST(GpuProducts, LossScratchIsWhatItIsSaidToBe) {
     ANNULUS_CHECK_OK(LinearCrossEntropyForward(run.ctx, {.x = x, .w = w, .targets = targets}, loss));
     EXPECT_EQ(run.ctx.scratch.high_water_bytes(),
               LinearCrossEntropyScratchBytes(DeviceKind::kCuda, DTypeOf<TypeParam>(), tokens, vocab));
+    const VocabularyPart part{.begin = 0, .combine = [](TensorRef) { return absl::OkStatus(); }};
+    ANNULUS_CHECK_OK(
+        LinearCrossEntropyForward(run.ctx, {.x = x, .w = w, .targets = targets, .part = part}, loss));
+    EXPECT_EQ(run.ctx.scratch.high_water_bytes(),
+              LinearCrossEntropyScratchBytes(DeviceKind::kCuda, DTypeOf<TypeParam>(), tokens, vocab,
+                                             VocabularyHeld::kPart));
   }
 }
 
