@@ -69,6 +69,11 @@ void BindExchange(const Section& exchange, ExchangeSpec* out) {
                                   {"NCCL", TransportChoice::kNccl},
                                   {"COPY_ENGINE", TransportChoice::kCopyEngine}},
                                  &out->transport);
+  exchange.Enum<LatentExchange>("latent",
+                                {{"AUTO", LatentExchange::kAuto},
+                                 {"LATENT", LatentExchange::kLatent},
+                                 {"EXPANDED", LatentExchange::kExpanded}},
+                                &out->latent);
   exchange.Real("throttle_gb_per_second", Presence::kOptional, kRate, &out->throttle_gb_per_second);
   exchange.Real("buffer_gib", Presence::kOptional, kGib, &out->buffer_gib);
   if (exchange.Has("profile")) {

@@ -152,6 +152,7 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
   options.available = std::move(available);
   options.transport = TransportOf(exchange.transport);
   options.machine = std::move(machine);
+  options.latents = exchange.latent;
   options.throttle = {.bytes_per_second = exchange.throttle_gb_per_second * 1e9};
   options.buffer_bytes = static_cast<int64_t>(exchange.buffer_gib * static_cast<double>(int64_t{1} << 30));
   return options;

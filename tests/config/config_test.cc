@@ -33,6 +33,7 @@ data {
 parallel { dp: 2 cp: 3 tp: 1 layout: STRIPED exchange {
   plan: KV_RING transport: HOST direction: TOWARD_HIGHER parts: 2 buffers: 3
   output_width: COMPUTE throttle_gb_per_second: 2.5 buffer_gib: 0.5 profile: "m.textproto"
+  latent: EXPANDED
   forward { plan: ULYSSES direction: FEWEST_ROWS head_split: 3 }
   backward { plan: DOUBLE_RING direction: FEWEST_ROWS inner: 3 buffers: 2 }
 } }
@@ -90,7 +91,8 @@ TEST(Config, EveryFieldReachesTheSpec) {
       .plan = PlanName::kUlysses, .head_split = 3, .parts = 2, .buffers = 3, .output_width = Width::kCompute};
   const PassPlanSpec backward{
       .plan = PlanName::kDoubleRing, .inner = 3, .parts = 2, .buffers = 2, .output_width = Width::kCompute};
-  want.parallel.exchange = {ring, forward, backward, TransportChoice::kHost, 2.5, 0.5, "m.textproto"};
+  want.parallel.exchange = {ring, forward, backward,      TransportChoice::kHost,
+                            2.5,  0.5,     "m.textproto", LatentExchange::kExpanded};
   want.optim = {0.1, 0.8, 0.7, 1e-9, 0.0, 0.0, {ScheduleKind::kWarmupStableDecay, 3, 4, 0.5}, 9, 12, 3};
   want.checkpoint = {5, 7};
   want.eval = {2, 6};

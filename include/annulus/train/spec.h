@@ -10,6 +10,7 @@
 
 #include "annulus/comm/exchange_build.h"
 #include "annulus/model/spec.h"
+#include "annulus/parallel/latent_expansion.h"
 #include "annulus/parallel/sequence_layout.h"
 
 namespace annulus {
@@ -97,6 +98,7 @@ struct ExchangeSpec {
   double throttle_gb_per_second = 0;  // 0 = as fast as the links are
   double buffer_gib = 0;              // that a plan may take on a rank; 0 = no limit
   std::string profile;                // file of a machine profile; empty = an assumed one
+  LatentExchange latent = LatentExchange::kAuto;
   const PassPlanSpec& Of(Pass pass) const {
     const std::optional<PassPlanSpec>& own = pass == Pass::kForward ? forward : backward;
     return own.has_value() ? *own : both;
