@@ -1,8 +1,8 @@
 #pragma once
 
 // CUDA kernels of annulus/ops/cross_entropy.h: from one chunk's logits to its loss and, in place, their
-// gradient. Of a part of the vocabulary in two steps, between which the stats of all parts are combined. Clusters
-// of CTAs: compute capability 9.0 or newer.
+// gradient. Of a part of the vocabulary in two steps, between which the stats of all parts are combined.
+// Clusters of CTAs: compute capability 9.0 or newer.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -33,7 +33,8 @@ cudaError_t CudaCrossEntropy(const CudaCrossEntropyArgs& args, cudaStream_t stre
 // The losses alone; logits stay.
 cudaError_t CudaCrossEntropyLoss(const CudaCrossEntropyArgs& args, cudaStream_t stream);
 
-// Of a part: stats[t] = log sum exp(logits[t]) and the target's logit, 0 where it is in another part; logits stay.
+// Of a part: stats[t] = log sum exp(logits[t]) and the target's logit, 0 where it is in another part; logits
+// stay.
 cudaError_t CudaCrossEntropyStats(const CudaCrossEntropyArgs& args, cudaStream_t stream);
 // Of a part, with the whole vocabulary's stats: the row becomes its gradient.
 template <typename Grad>

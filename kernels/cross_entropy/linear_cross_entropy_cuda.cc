@@ -84,13 +84,12 @@ absl::Status CudaLinearCrossEntropy(const CudaLinearCall& call, const CudaLinear
   const int64_t x_row_bytes = args.d * SizeOf(args.operands);
   for (int64_t begin = 0; begin < args.tokens; begin += layout.chunk_rows) {
     char* const scratch = static_cast<char*>(args.scratch);
-    const Chunk chunk{
-        .begin = begin,
-        .rows = std::min(layout.chunk_rows, args.tokens - begin),
-        .stride = layout.stride,
-        .logits = reinterpret_cast<float*>(scratch + layout.losses_bytes + layout.stats_bytes),
-        .losses = reinterpret_cast<float*>(scratch),
-        .stats = reinterpret_cast<float*>(scratch + layout.losses_bytes)};
+    const Chunk chunk{.begin = begin,
+                      .rows = std::min(layout.chunk_rows, args.tokens - begin),
+                      .stride = layout.stride,
+                      .logits = reinterpret_cast<float*>(scratch + layout.losses_bytes + layout.stats_bytes),
+                      .losses = reinterpret_cast<float*>(scratch),
+                      .stats = reinterpret_cast<float*>(scratch + layout.losses_bytes)};
     const CudaLinearShape shape{.tokens = chunk.rows, .in = args.d, .out = args.vocab};
     const CudaMatrix x{Rows(args.x, begin, x_row_bytes), args.d}, w{args.w, args.d};
     ANNULUS_RETURN_IF_ERROR(CudaLinearForward(call, {.shape = shape,

@@ -24,11 +24,11 @@ struct CudaLinearCrossEntropyArgs {
   void* dx = nullptr;                // [tokens, d]
   float* dw = nullptr;               // [vocab, d]
   double* loss = nullptr;            // device scalar
-  // Of a part of the vocabulary: its first target, and what replaces the stats of a chunk by those of the whole,
-  // [rows, 2] on the device.
+  // Of a part of the vocabulary: its first target, and what replaces the stats of a chunk by those of the
+  // whole, [rows, 2] on the device.
   int64_t begin = 0;
   std::function<absl::Status(float* stats, int64_t rows)> combine = {};
-  void* scratch = nullptr;           // on 256 bytes, of the size asked for below
+  void* scratch = nullptr;  // on 256 bytes, of the size asked for below
 };
 absl::Status CudaLinearCrossEntropy(const CudaLinearCall& call, const CudaLinearCrossEntropyArgs& args);
 int64_t CudaLinearCrossEntropyScratchBytes(const CudaLinearCrossEntropyArgs& args);
