@@ -65,10 +65,34 @@ std::vector<SourceSpec> BindSources(const Section& data, const std::string& name
   return out;
 }
 
+std::vector<annulus::RecallTask> BindTasks(const Section& recall, const std::string& name) {
+  std::vector<annulus::RecallTask> out;
+  for (const Section& task : recall.Children(name)) {
+    annulus::RecallTask& bound = out.emplace_back();
+    task.Int("length", Presence::kRequired, kSeqLen, &bound.length);
+    task.Int("pairs", Presence::kRequired, kSeqLen, &bound.pairs);
+  }
+  return out;
+}
+
+RecallSpec BindRecall(const Section& recall) {
+  RecallSpec out;
+  out.tasks = BindTasks(recall, "task");
+  if (out.tasks.empty()) {
+    recall.provenance()->Missing(recall.PathOf("task"), "at least one, such as task { length: 64 pairs: 4 }");
+  }
+  out.validation_tasks = BindTasks(recall, "validation_task");
+  recall.Int("train_sequences", Presence::kOptional, {1, kCount.high}, &out.train_sequences);
+  recall.Int("validation_sequences", Presence::kOptional, kCount, &out.validation_sequences);
+  return out;
+}
+
 void BindData(const Section& data, DataSpec* out) {
   out->train = BindSources(data, "train");
   out->validation = BindSources(data, "validation");
-  if (data.Children("train").empty()) {
+  if (data.Has("recall")) {
+    out->recall = BindRecall(data.Child("recall"));
+  } else if (data.Children("train").empty()) {
     data.provenance()->Missing(data.PathOf("train"),
                                "at least one source, such as train { text { path: \"...\" } }");
   }
@@ -179,6 +203,7 @@ void BindSections(const Section& root, RunSpec* spec) {
   const Section eval = root.Child("eval");
   eval.Int("every_steps", Presence::kOptional, kCount, &spec->eval.every_steps);
   eval.Int("sequences", Presence::kOptional, kCount, &spec->eval.sequences);
+  eval.Bool("accuracy", &spec->eval.accuracy);
   const Section sample = root.Child("sample");
   sample.String("prompt", Presence::kOptional, &spec->sample.prompt);
   sample.Int("tokens", Presence::kOptional, {0, 1 << 24}, &spec->sample.tokens);

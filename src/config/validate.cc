@@ -34,16 +34,67 @@ void CheckSchedule(const OptimSpec& optim, std::vector<std::string>* findings) {
   }
 }
 
+// A pair takes two places, and each query two more.
+void CheckTasks(const std::vector<annulus::RecallTask>& tasks, absl::string_view name, const RunSpec& spec,
+                std::vector<std::string>* findings) {
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const auto [length, pairs] = tasks[i];
+    if (length < 1 || pairs < 1) continue;  // refused on their own
+    const std::string path = absl::StrCat("data.recall.", name, "[", i, "].");
+    if (length > spec.data.seq_len) {
+      findings->push_back(absl::StrCat(path, "length=", length, ": expected at most data.seq_len=",
+                                       spec.data.seq_len, " (nearest valid value ", spec.data.seq_len, ")"));
+    }
+    if (pairs > length / 4) {
+      findings->push_back(
+          absl::StrCat(path, "pairs=", pairs, ": expected at most a fourth of length=", length,
+                       length < 4 ? "" : absl::StrCat(" (nearest valid value ", length / 4, ")")));
+    } else if (spec.model.vocab_size > 0 && pairs > spec.model.vocab_size / 2 - 1) {
+      findings->push_back(
+          absl::StrCat(path, "pairs=", pairs, ": expected at most the ",
+                       std::max<int64_t>(0, spec.model.vocab_size / 2 - 1),
+                       " keys in the lower half of model.vocab_size=", spec.model.vocab_size));
+    }
+  }
+}
+
+// Sequences are made or read, not both.
+void CheckRecall(const RunSpec& spec, std::vector<std::string>* findings) {
+  const DataSpec& data = spec.data;
+  if (!data.recall.has_value()) return;
+  for (const auto& [name, sources] : {std::pair("train", &data.train), {"validation", &data.validation}}) {
+    if (sources->empty()) continue;
+    findings->push_back(absl::StrCat("data.", name, ": expected none, since data.recall is given"));
+  }
+  if (data.validation_fraction > 0) {
+    findings->push_back(absl::StrCat("data.validation_fraction=", data.validation_fraction,
+                                     ": expected 0, since data.recall is given (nearest valid value 0)"));
+  }
+  if (data.packing != Packing::kStream) {
+    findings->push_back(
+        "data.packing=DOCUMENTS: expected STREAM, since data.recall is given (nearest valid "
+        "value STREAM)");
+  }
+  CheckTasks(data.recall->tasks, "task", spec, findings);
+  CheckTasks(data.recall->validation_tasks, "validation_task", spec, findings);
+}
+
+bool HasValidation(const DataSpec& data) {
+  if (data.recall.has_value()) return data.recall->validation_sequences > 0;
+  return !data.validation.empty() || data.validation_fraction > 0;
+}
+
 void CheckData(const RunSpec& spec, std::vector<std::string>* findings) {
   const DataSpec& data = spec.data;
   if (!data.validation.empty() && data.validation_fraction > 0) {
     findings->push_back(absl::StrCat("data.validation_fraction=", data.validation_fraction,
                                      ": expected 0, since data.validation is given (nearest valid value 0)"));
   }
-  if (spec.eval.every_steps > 0 && data.validation.empty() && data.validation_fraction == 0) {
-    findings->push_back(absl::StrCat("eval.every_steps=", spec.eval.every_steps,
-                                     ": expected data.validation or data.validation_fraction to evaluate on "
-                                     "(nearest valid value 0)"));
+  if (spec.eval.every_steps > 0 && !HasValidation(data)) {
+    findings->push_back(absl::StrCat("eval.every_steps=", spec.eval.every_steps, ": expected ",
+                                     data.recall.has_value() ? "data.recall.validation_sequences"
+                                                             : "data.validation or data.validation_fraction",
+                                     " to evaluate on (nearest valid value 0)"));
   }
   const auto check_starts = [&](const std::vector<SourceSpec>& sources, absl::string_view name) {
     for (size_t i = 0; i < sources.size(); ++i) {
@@ -134,6 +185,7 @@ std::vector<std::string> CheckRun(const RunSpec& spec, std::optional<int64_t> wo
   CheckDevice(spec, &findings);
   CheckExchange(spec.parallel, &findings);
   CheckData(spec, &findings);
+  CheckRecall(spec, &findings);
   CheckSchedule(spec.optim, &findings);
   if (spec.sample.tokens > 0 && spec.model.vocab_size > 0 && spec.model.vocab_size < 256) {
     findings.push_back(absl::StrCat("sample.tokens=", spec.sample.tokens,

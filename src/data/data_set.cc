@@ -17,7 +17,6 @@
 namespace annulus {
 namespace {
 
-
 // Part of every fingerprint: raise it when the same files and spec start to give other sequences.
 constexpr uint64_t kSamplingVersion = 1;
 
@@ -90,7 +89,8 @@ class MixedDataSet final : public DataSet {
 };
 
 absl::Status CheckSpec(const DataSpec& spec, int64_t vocab_size) {
-  if (spec.train.empty() && !spec.recall.has_value()) return Invalid("data.train: expected at least one source");
+  if (spec.train.empty() && !spec.recall.has_value())
+    return Invalid("data.train: expected at least one source");
   if (spec.seq_len < 1 || spec.seq_len > kMaxSeqLen) {
     return Invalid("data.seq_len=", spec.seq_len, ": expected 1 to ", kMaxSeqLen);
   }

@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <limits>
 
+#include "annulus/base/check.h"
 #include "annulus/base/hash.h"
 #include "annulus/base/random.h"
 
@@ -57,11 +58,16 @@ class RecallDataSet final : public DataSet {
       : recall_(*spec.recall), seq_len_(spec.seq_len), seed_(seed), vocab_size_(vocab_size) {}
 
   absl::StatusOr<Sequence> Train(int64_t sequence) const override {
-    return Make("data/recall/train", sequence % recall_.train_sequences);
+    if (sequence < 0) return OutOfRange("training", sequence, std::numeric_limits<int64_t>::max());
+    return Make("data/recall/train", recall_.tasks, sequence % recall_.train_sequences);
   }
   int64_t validation_sequences() const override { return recall_.validation_sequences; }
   absl::StatusOr<Sequence> Validation(int64_t sequence) const override {
-    return Make("data/recall/validation", sequence);
+    if (sequence < 0 || sequence >= recall_.validation_sequences) {
+      return OutOfRange("validation", sequence, recall_.validation_sequences);
+    }
+    const bool own = !recall_.validation_tasks.empty();
+    return Make("data/recall/validation", own ? recall_.validation_tasks : recall_.tasks, sequence);
   }
   int64_t train_tokens() const override { return recall_.train_sequences * seq_len_; }
   int64_t validation_tokens() const override { return recall_.validation_sequences * seq_len_; }
@@ -79,9 +85,14 @@ class RecallDataSet final : public DataSet {
   }
 
  private:
+  static absl::Status OutOfRange(absl::string_view split, int64_t sequence, int64_t count) {
+    return absl::OutOfRangeError(
+        absl::StrCat(split, " sequence=", sequence, ": expected at least 0 and below ", count));
+  }
+
   // Tasks take turns.
-  Sequence Make(const std::string& stream, int64_t index) const {
-    const RecallTask& task = recall_.tasks[static_cast<size_t>(index) % recall_.tasks.size()];
+  Sequence Make(const std::string& stream, const std::vector<RecallTask>& tasks, int64_t index) const {
+    const RecallTask& task = tasks[static_cast<size_t>(index) % tasks.size()];
     Draws draws(seed_, absl::StrCat(stream, "/", index));
     Sequence sequence{.tokens = std::vector<int32_t>(static_cast<size_t>(seq_len_)),
                       .targets = std::vector<int32_t>(static_cast<size_t>(seq_len_), kIgnoredTarget),
@@ -107,29 +118,15 @@ class RecallDataSet final : public DataSet {
   int64_t vocab_size_;
 };
 
-absl::Status CheckTask(const RecallTask& task, int64_t seq_len, int64_t vocab_size) {
-  if (task.length < 1 || task.length > seq_len) {
-    return Invalid("data.recall.task.length=", task.length, ": expected 1 to data.seq_len=", seq_len);
-  }
-  // Two places for each pair and two for each query.
-  if (task.pairs < 1 || 4 * task.pairs > task.length) {
-    return Invalid("data.recall.task.pairs=", task.pairs, ": expected 1 to a fourth of length=", task.length);
-  }
-  if (task.pairs > vocab_size / 2 - 1) {
-    return Invalid("data.recall.task.pairs=", task.pairs,
-                   ": expected at most half of model.vocab_size=", vocab_size,
-                   " less one, the keys there are");
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<DataSet>> MakeRecallDataSet(const DataSpec& spec, uint64_t seed,
-                                                           int64_t vocab_size) {
-  if (spec.recall->tasks.empty()) return Invalid("data.recall.task: expected at least one");
-  for (const RecallTask& task : spec.recall->tasks) {
-    ANNULUS_RETURN_IF_ERROR(CheckTask(task, spec.seq_len, vocab_size));
+std::unique_ptr<DataSet> MakeRecallDataSet(const DataSpec& spec, uint64_t seed, int64_t vocab_size) {
+  ANNULUS_CHECK(!spec.recall->tasks.empty() && spec.recall->train_sequences > 0) << "data.recall.task";
+  for (const std::vector<RecallTask>* tasks : {&spec.recall->tasks, &spec.recall->validation_tasks}) {
+    for (const auto& [length, pairs] : *tasks) {
+      ANNULUS_CHECK(length <= spec.seq_len && pairs > 0 && pairs <= length / 4 && pairs < vocab_size / 2)
+          << "length " << length << " pairs " << pairs;
+    }
   }
   return std::make_unique<RecallDataSet>(spec, seed, vocab_size);
 }

@@ -3,8 +3,8 @@
 // Multi-query associative recall (Arora et al., 2023): key-value pairs, then keys again at random places,
 // each to be answered by its value. Made, not read: sequence n is a function of (spec, seed, n).
 //
-//   k1 v1 k2 v2 .. kn vn | . . k2 . . . k1 . . .       counted targets: v2 at the second k2, v1 at the second
-//   k1
+//   k1 v1 k2 v2 .. kn vn | . . k2 . . . k1 . . .
+//   counted targets: v2 at the second k2, v1 at the second k1
 //
 // Keys are from [1, V / 2), values from [V / 2, V), both without repetition; the other places hold random
 // tokens. A query stands 2 g places behind the pairs, where the gaps g are drawn without replacement with
@@ -14,8 +14,7 @@
 
 namespace annulus {
 
-// InvalidArgument names a field of data.recall that does not fit.
-absl::StatusOr<std::unique_ptr<DataSet>> MakeRecallDataSet(const DataSpec& spec, uint64_t seed,
-                                                           int64_t vocab_size);
+// spec.recall has been checked (train/config.h): its tasks fit into seq_len and vocabulary.
+std::unique_ptr<DataSet> MakeRecallDataSet(const DataSpec& spec, uint64_t seed, int64_t vocab_size);
 
 }  // namespace annulus

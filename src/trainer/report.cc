@@ -191,7 +191,13 @@ nlohmann::ordered_json AttentionJson(const std::vector<AttentionReport>& reports
 
 }  // namespace
 
-std::string MetricsJson(const StepReport& report, std::optional<double> val_loss) {
+std::string EvaluationText(const Evaluation& evaluation) {
+  std::string text = absl::StrFormat("validation loss %.4f nats per token", evaluation.loss);
+  if (evaluation.accuracy.has_value()) absl::StrAppendFormat(&text, ", accuracy %.4f", *evaluation.accuracy);
+  return text;
+}
+
+std::string MetricsJson(const StepReport& report, const std::optional<Evaluation>& evaluation) {
   nlohmann::ordered_json json;
   json["step"] = report.step;
   json["loss"] = Number(report.loss);
@@ -215,7 +221,10 @@ std::string MetricsJson(const StepReport& report, std::optional<double> val_loss
   if (report.throttle_gb_per_second > 0) json["throttle_gb_per_second"] = report.throttle_gb_per_second;
   json["memory_bytes"] = MemoryJson(report);
   if (report.skipped) json["skipped"] = true;
-  if (val_loss.has_value()) json["val_loss"] = Number(*val_loss);
+  if (evaluation.has_value()) {
+    json["val_loss"] = Number(evaluation->loss);
+    if (evaluation->accuracy.has_value()) json["val_accuracy"] = *evaluation->accuracy;
+  }
   return json.dump() + "\n";
 }
 

@@ -90,7 +90,8 @@ class TrainingRun {
   absl::StatusOr<StepReport> OneStep();
   absl::Status Finish(const StepReport& report);
   std::string HeldText(const StepReport& report) const;
-  absl::Status WriteLogs(const StepReport& report, const std::string& line, std::optional<double> val_loss);
+  absl::Status WriteLogs(const StepReport& report, const std::string& line,
+                         const std::optional<Evaluation>& evaluation);
   absl::Status Save(int64_t keep);
   absl::Status SaveBefore(const absl::Status& error);
   absl::Status PrintSample();
@@ -222,12 +223,12 @@ absl::Status TrainingRun::Finish(const StepReport& report) {
   }
   attention_.Add(report);
   if (report.step == first_step_ + 1) console_.Line(HeldText(report));
-  std::optional<double> val_loss;
+  std::optional<Evaluation> evaluation;
   if (evaluate) {
-    ANNULUS_ASSIGN_OR_RETURN(val_loss, trainer_.Evaluate(*data_, [this] { heart_.Beat(); }));
-    console_.Line(absl::StrFormat("step %d: validation loss %.4f nats per token", report.step, *val_loss));
+    ANNULUS_ASSIGN_OR_RETURN(evaluation, trainer_.Evaluate(*data_, [this] { heart_.Beat(); }));
+    console_.Line(absl::StrCat("step ", report.step, ": ", EvaluationText(*evaluation)));
   }
-  return mesh_.world.AgreeOk(WriteLogs(report, line, val_loss));
+  return mesh_.world.AgreeOk(WriteLogs(report, line, evaluation));
 }
 
 // With the first step everything has been allocated.
@@ -242,11 +243,11 @@ std::string TrainingRun::HeldText(const StepReport& report) const {
 }
 
 absl::Status TrainingRun::WriteLogs(const StepReport& report, const std::string& line,
-                                    std::optional<double> val_loss) {
+                                    const std::optional<Evaluation>& evaluation) {
   ANNULUS_RETURN_IF_ERROR(log_.Write(absl::StrCat(UtcNow("%H:%M:%S "), line, "\n")));
   if (!IsRoot()) return absl::OkStatus();
   ANNULUS_ASSIGN_OR_RETURN(LineFile metrics, LineFile::Append(directory_.path + "/metrics.jsonl"));
-  return metrics.Write(MetricsJson(report, val_loss));
+  return metrics.Write(MetricsJson(report, evaluation));
 }
 
 absl::StatusOr<bool> TrainingRun::StopAgreed() {

@@ -248,40 +248,6 @@ std::vector<AttentionReport> Trainer::AttentionReports() {
   return reports;
 }
 
-absl::StatusOr<double> Trainer::Evaluate(const DataSet& data, const std::function<void()>& progress) {
-  const TraceRange range("evaluation");
-  int64_t sequences = data.validation_sequences();
-  if (spec_.eval.sequences > 0) sequences = std::min(sequences, spec_.eval.sequences);
-  double counted = 0;
-  ANNULUS_RETURN_IF_ERROR(Zero(ctx_, stats_.ref()));
-  const auto run = [&]() -> absl::Status {
-    ANNULUS_RETURN_IF_ERROR(optimizer_.WaitForParameters());
-    std::vector<Sequence> pending;
-    for (int64_t i = mesh_.at.dp; i < sequences; i += mesh_.shape.dp) {
-      ANNULUS_ASSIGN_OR_RETURN(Sequence sequence, data.Validation(i));
-      pending.push_back(std::move(sequence));
-      if (static_cast<int64_t>(pending.size()) < spec_.optim.micro_batch && i + mesh_.shape.dp < sequences)
-        continue;
-      const MicroBatch micro = MakeMicroBatch(pending, spec_, layout(), mesh_.at.cp);
-      pending.clear();
-      geometry_.SetBatch(micro.sequences);
-      ModelStep step{.geometry = geometry_, .tensor = tensor_};
-      ArenaScope scope(ctx_.scratch);
-      ANNULUS_RETURN_IF_ERROR(decoder_.Loss(ctx_, step, UploadTokens(micro), {}, stats_.ref().Rows(1, 2)));
-      // Every cp rank knows the count of the whole sequences; one of them reports it.
-      if (mesh_.at.cp == 0) counted += static_cast<double>(micro.counted_tokens);
-      progress();
-    }
-    return absl::OkStatus();
-  };
-  ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(run()));
-  stats_read_.Start(ctx_, stats_.ref());
-  double sums[2] = {stats_read_.Wait()[1], counted};
-  ANNULUS_RETURN_IF_ERROR(mesh_.dp_cp.AllReduce(TensorRef(sums, DType::kF64, Device{}, {2}), ReduceOp::kSum));
-  if (sums[1] == 0) return mesh_.world.AgreeOk(Invalid("validation split: no token is counted in the loss"));
-  return sums[0] / sums[1];
-}
-
 absl::Status Trainer::Save(const std::string& directory, const std::string& config, uint64_t data_fingerprint,
                            int64_t keep) {
   CheckpointMeta meta{.step = step_,
@@ -305,6 +271,7 @@ absl::Status Trainer::CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fi
     return Invalid(checkpoint.path(), ": optim.steps=", spec_.optim.steps, ": expected at least ", meta.step,
                    ", the steps that the checkpoint has done");
   }
+  if (meta.step == 0) return absl::OkStatus();  // nothing has been read yet: data and seed may be any
   if (meta.seed != spec_.seed) {
     return Invalid(checkpoint.path(), ": seed=", spec_.seed, ": expected ", meta.seed,
                    ", the checkpoint's, or the data would be read in another order");

@@ -20,8 +20,11 @@ std::string MemoryText(const MemoryPlan& memory);
 // "step 120/2000 6% | loss 2.913 | gnorm 0.71 | 1,482 ms | 88.4k tok/s (11.05k/rank) | ... | ETA 46m"
 std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, double eta_seconds);
 
+// "validation loss 1.2345 nats per token, accuracy 0.9876"
+std::string EvaluationText(const Evaluation& evaluation);
+
 // One line of metrics.jsonl. Numbers that are not finite are written as strings ("nan", "inf").
-std::string MetricsJson(const StepReport& report, std::optional<double> val_loss);
+std::string MetricsJson(const StepReport& report, const std::optional<Evaluation>& evaluation);
 
 // The plan of each pass of attention, and why: "attention (all keys) forward: ..."
 std::vector<std::string> PlanLines(const StepReport& report);

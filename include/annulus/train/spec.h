@@ -42,8 +42,9 @@ struct RecallTask {
   friend bool operator==(const RecallTask&, const RecallTask&) = default;
 };
 struct RecallSpec {
-  std::vector<RecallTask> tasks;     // sequences take them in turns
-  int64_t train_sequences = 100000;  // then they repeat
+  std::vector<RecallTask> tasks;             // sequences take them in turns
+  std::vector<RecallTask> validation_tasks;  // empty: those of training
+  int64_t train_sequences = 100000;          // then they repeat
   int64_t validation_sequences = 1000;
   friend bool operator==(const RecallSpec&, const RecallSpec&) = default;
 };
@@ -150,6 +151,7 @@ struct CheckpointSpec {
 struct EvalSpec {
   int64_t every_steps = 0;  // 0 = only at the end
   int64_t sequences = 0;    // taken from the start of the validation split; 0 = all of it
+  bool accuracy = false;    // also the share of counted targets that are the model's first choice
   friend bool operator==(const EvalSpec&, const EvalSpec&) = default;
 };
 

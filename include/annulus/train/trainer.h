@@ -54,6 +54,13 @@ struct StepReport {
   std::vector<AttentionReport> attention = {};
 };
 
+// Means over the counted tokens of the validation split.
+struct Evaluation {
+  double loss = 0;  // nats
+  // Share of tokens whose target has the largest logit, alone; only with spec.eval.accuracy.
+  std::optional<double> accuracy = {};
+};
+
 class Trainer {
  public:
   // The spec has been validated for mesh.shape, whose communicators are for tensors on ctx.device; both
@@ -69,9 +76,9 @@ class Trainer {
   // stop.
   absl::StatusOr<StepReport> Step(const Batch& batch, double data_seconds);
 
-  // Mean loss in nats per counted token over the validation split, or its first spec.eval.sequences.
+  // Over the validation split, or its first spec.eval.sequences.
   // `progress` is called after each micro-batch. Collective.
-  absl::StatusOr<double> Evaluate(const DataSet& data, const std::function<void()>& progress = [] {});
+  absl::StatusOr<Evaluation> Evaluate(const DataSet& data, const std::function<void()>& progress = [] {});
 
   // Before parameters are read outside of the trainer: they may still be on their way.
   absl::Status WaitForParameters() { return optimizer_.WaitForParameters(); }
@@ -89,6 +96,7 @@ class Trainer {
  private:
   TokenSlice UploadTokens(const MicroBatch& micro);  // into ctx_.scratch
   absl::Status ForwardBackward(const Batch& batch, double loss_scale);
+  absl::StatusOr<int64_t> CountHits(const MicroBatch& micro, const TokenSlice& slice);
   absl::Status CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const;
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
   std::vector<AttentionReport> AttentionReports();
