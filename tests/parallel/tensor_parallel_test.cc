@@ -53,6 +53,24 @@ TEST(TensorParallel, GathersTokensInOrderOfRanks) {
   });
 }
 
+// Ranks 0 1 | 2 3 of four: each pair gathers its own.
+TEST(TensorParallel, NeighboursAreAGroup) {
+  OnGroups([](TensorParallel& tensor, Context& ctx) {
+    const Tensor all = Integers("x", {2 * tensor.size(), kColumns});
+    for (int size = 1; size <= tensor.size(); ++size) {
+      if (tensor.size() % size != 0) continue;
+      for (int time = 0; time < 2; ++time) {  // made, and found again
+        const TensorParallel group = tensor.Neighbours(size).value();
+        EXPECT_EQ(group.size(), size);
+        EXPECT_EQ(group.rank(), tensor.rank() % size);
+        const int first = tensor.rank() / size * size;
+        const ConstTensorRef gathered = group.Gather(ctx, Share(all, tensor.rank(), tensor.size())).value();
+        EXPECT_EQ(Values(gathered), Values(all.ref().Rows(2 * first, 2 * (first + size))));
+      }
+    }
+  });
+}
+
 TEST(TensorParallel, SumsAreScatteredAndAdded) {
   OnGroups([](TensorParallel& tensor, Context& ctx) {
     const int size = tensor.size();
