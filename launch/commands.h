@@ -63,5 +63,8 @@ Command SampleCommand();
 Command DoctorCommand();
 Command BenchCommand();
 Command CalibrateCommand();
+Command ExportCommand();
+Command ImportCommand();
+Command ConvertCommand();
 
 }  // namespace annulus

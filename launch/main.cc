@@ -12,7 +12,8 @@ namespace {
 
 std::vector<Command> Commands() {
   return {TrainCommand(),  CheckCommand(), PlanCommand(),     SampleCommand(),
-          DoctorCommand(), BenchCommand(), CalibrateCommand()};
+          DoctorCommand(), BenchCommand(), CalibrateCommand(), ExportCommand(),
+          ImportCommand(), ConvertCommand()};
 }
 
 bool IsHelp(const std::string& arg) { return arg == "--help" || arg == "-h"; }

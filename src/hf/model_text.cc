@@ -137,4 +137,11 @@ std::string ModelText(const ModelSpec& spec) {
                       "\n  tied_head: ", spec.tied_head ? "true" : "false", "\n}\n");
 }
 
+std::string ModelOverride(const ModelSpec& spec) {
+  std::string text = ModelText(spec);
+  text.erase(0, text.find('{'));
+  text.erase(text.rfind('}') + 1);
+  return "model=" + text;
+}
+
 }  // namespace annulus

@@ -57,9 +57,10 @@ class HfFolder {
   std::unique_ptr<Contents> contents_;
 };
 
-// The section `model { ... }` of a configuration. LoadConfig gives the same spec; attributes that the pattern
-// language has no word for are an InvalidArgument.
+// The section `model { ... }` of a configuration; LoadConfig gives the same spec.
 std::string ModelText(const ModelSpec& spec);
+// The same as an override of LoadConfig, in place of the model of another run.
+std::string ModelOverride(const ModelSpec& spec);
 std::string PatternText(const ModelSpec& spec);
 
 }  // namespace annulus
