@@ -5,8 +5,8 @@
 // sequence.
 //
 // Tokens are ordered (row, batch item) with row = this cp rank's local row. Between mixers the ranks of a
-// tensor-parallel group split them evenly in that order: x and y of a mixer are [tokens / tp, d_model]. A mixer
-// gathers what it needs and returns sums over the group (annulus/parallel/tensor_parallel.h).
+// tensor-parallel group split them evenly in that order: x and y of a mixer are [tokens / tp, d_model]. A
+// mixer gathers what it needs and returns sums over the group (annulus/parallel/tensor_parallel.h).
 
 #include <map>
 #include <memory>
@@ -34,16 +34,17 @@ class AttentionClocks {
 
 // Keys and values that later layers attend to as well (kv_layers_back); in ctx.saved.
 struct SharedKv {
-  TensorRef kv;   // [rows, batch, 2 kv_heads * head_dim] of this tp rank's heads
-  TensorRef dkv;  // accumulator dtype; consumers, which come first in backward, add to it. Zeroed by the owner
+  TensorRef kv;  // [rows, batch, 2 kv_heads * head_dim] of this tp rank's heads
+  TensorRef
+      dkv;  // accumulator dtype; consumers, which come first in backward, add to it. Zeroed by the owner
 };
 
 // What all layers of one pass share.
 struct ModelStep {
   AttentionGeometry& geometry;
-  ExchangeStats stats = {};           // added to
-  AttentionClocks* clocks = nullptr;  // null: nothing is timed
-  TensorParallel tensor = {};         // one rank
+  ExchangeStats stats = {};                   // added to
+  AttentionClocks* clocks = nullptr;          // null: nothing is timed
+  TensorParallel tensor = {};                 // one rank
   std::map<size_t, SharedKv> shared_kv = {};  // by the layer that owns them
 
   int64_t rows() const { return geometry.layout().local_rows(); }
