@@ -218,6 +218,7 @@ class CopyEngineTransport : public StreamTransport {
     const Step& step = run.step(s);
     const StreamHandle ready = StreamOf(LaneFor(kReady, lane));
     Await(run, s, ready);
+    Start(run, s, ready);
     return flags_.Write(ready, Ready(step.peer, cp_.rank(), step.message), count_);
   }
 
@@ -234,6 +235,7 @@ class CopyEngineTransport : public StreamTransport {
     const StreamHandle stream = StreamOf(lane);
     Await(run, s, stream);
     ANNULUS_RETURN_IF_ERROR(flags_.Wait(stream, Ready(cp_.rank(), step.peer, step.message), count_));
+    Start(run, s, stream);
     if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Take(stream, lane, step.peer, run.BytesOf(s)));
     ANNULUS_RETURN_IF_ERROR(CopyRows(run, s, stream));
     if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Hold(stream, lane));

@@ -165,8 +165,8 @@ class Picture {
     Text(8, kTitleY, "n",
          absl::StrCat(note_, note_.empty() ? "" : ": ", plan_.name, ", ",
                       plan_.pass == Pass::kForward ? "forward" : "backward", ", ", plan_.ranks.size(),
-                      " ranks: ", TimeText(simulation_.makespan), ", at most ", TimeText(exposed),
-                      " exposed"));
+                      " ranks: ", Name(simulation_.source), " ", TimeText(simulation_.makespan), ", at most ",
+                      TimeText(exposed), " exposed"));
   }
 
   // Of what was drawn.

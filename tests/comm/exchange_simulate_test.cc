@@ -371,7 +371,7 @@ TEST(Timeline, ShowsWhatIsComputedAndWhatArrives) {
   ExchangeCost cost = made.Cost();
   cost.link_bytes_per_second = [](int, int) { return 4.0; };
   EXPECT_EQ(Timeline(made.plan, Simulate(made.plan, cost), 25),
-            "by hand, forward: 2500.000 ms; a letter is a block, '*' several, '.' waits to compute, '+' adds "
+            "by hand, forward: predicted 2500.000 ms; a letter is a block, '*' several, '.' waits to compute, '+' adds "
             "results up, '~' copies\n"
             "rank 0   on queries |00000.....11111111       |  exposed 1000.000 ms\n"
             "         queries in |1111111111               |\n"
