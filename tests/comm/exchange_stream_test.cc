@@ -84,7 +84,7 @@ TEST_P(Streams, RecordEveryStep) {
         ASSERT_TRUE(testing::RunToy(ctx, transport, plan, &rank, &stats).ok());
         const absl::StatusOr<Simulation> measured = clock.Take(plan, comm);
         ASSERT_TRUE(measured.ok()) << measured.status();
-        testing::CheckMeasured(plan, *measured, /*slack=*/1e-9);
+        testing::CheckMeasured(plan, *measured);
         EXPECT_EQ(measured->bytes_sent[static_cast<size_t>(comm.rank())], stats.bytes_sent);
       }
     }

@@ -49,7 +49,7 @@ class ThrottledRing {
     EXPECT_TRUE(measured.ok()) << measured.status();
     if (!measured.ok()) return {};
     EXPECT_EQ(measured->bytes_sent[static_cast<size_t>(world.rank())], stats.bytes_sent);
-    CheckMeasured(plan_, *measured, /*slack=*/1e-9);
+    CheckMeasured(plan_, *measured);
     CheckDurations(*measured);
     return *std::move(measured);
   }
