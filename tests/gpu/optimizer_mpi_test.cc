@@ -8,28 +8,11 @@
 
 #include "annulus/comm/gpu_communicator.h"
 #include "annulus/device/gpu.h"
-#include "annulus/device/transfer.h"
-#include "annulus/ops/elementwise.h"
-#include "annulus/train/optimizer.h"
 #include "support/mpi_main.h"
+#include "support/optimizer_step.h"
 
 namespace annulus::testing {
 namespace {
-
-// Buckets of many sizes: their shards start at no round address.
-ModelSpec SmallSpec() {
-  const LayerSpec attention{LayerKind::kAttention, 0, 100.0}, mlp{LayerKind::kMlp, 0, std::nullopt};
-  return {.d_model = 20,
-          .vocab_size = 51,
-          .heads = 2,
-          .kv_heads = 1,
-          .head_dim = 10,
-          .d_ff = 30,
-          .norm_eps = 1e-5,
-          .init_stddev = 0.02,
-          .tied_head = false,
-          .layers = {attention, mlp, attention, mlp, attention, mlp, attention}};
-}
 
 Device ThisGpu() {
   ANNULUS_CHECK(GpuCount() > 0) << "this test needs a GPU: " << WhyNoGpu();
@@ -66,27 +49,14 @@ std::vector<Case> Cases() {
   return cases;
 }
 
-// Makes every bucket's gradient as a backward pass does, and starts its reduction.
 void Reduce(Context& ctx, ParamStore& params, ShardedAdamW& optimizer) {
-  for (int bucket = params.buckets() - 1; bucket >= 0; --bucket) {
-    ANNULUS_CHECK_OK(optimizer.PrepareGradients(bucket));
+  ReduceBackward(params, optimizer, [&](int bucket) {
     const int64_t elements = params.table().bucket_elements[static_cast<size_t>(bucket)];
     std::vector<float> host;
     for (int64_t i = 0; i < elements; ++i) host.push_back(GradientAt(bucket, i, World().rank()));
     const TensorRef grads = params.BucketGrads(bucket).Rows(0, elements);
     Upload(ctx, host.data(), grads.bytes(), grads);
-    ANNULUS_CHECK_OK(optimizer.StartReduce(bucket));
-  }
-}
-
-double Norm(Context& ctx, ShardedAdamW& optimizer, Communicator group) {
-  const Tensor squares(ctx.device, DType::kF64, {1});
-  ANNULUS_CHECK_OK(Zero(ctx, squares.ref()));
-  ANNULUS_CHECK_OK(optimizer.FinishReduce(squares.ref()));
-  ANNULUS_CHECK_OK(group.AllReduce(squares.ref(), ReduceOp::kSum));
-  double sum = 0;
-  Download(ctx, squares.ref(), &sum);
-  return std::sqrt(sum);
+  });
 }
 
 // After the first update with beta1 = 0.5 the first moment is half of the gradient, exactly.
@@ -117,7 +87,7 @@ TEST(GpuOptimizer, ReducesUpdatesAndIsGathered) {
                                       << (c.memory == GradientMemory::kAll ? "all" : "turns"));
     Context ctx(ThisGpu());
     Communicator group = WithGpu(World(), c.link, ctx).value();
-    ParamStore params(ctx.device, c.dtype, BuildParamTable(SmallSpec()), group.size(), c.memory);
+    ParamStore params(ctx.device, c.dtype, BuildParamTable(SmallDecoder(4, 4)), group.size(), c.memory);
     OptimSpec spec;
     spec.beta1 = 0.5, spec.beta2 = 0.5, spec.eps = 1e-3;
     ShardedAdamW optimizer(ctx, spec, params, group);
@@ -128,11 +98,7 @@ TEST(GpuOptimizer, ReducesUpdatesAndIsGathered) {
       for (int64_t i = 0; i < params.table().bucket_elements[static_cast<size_t>(bucket)]; ++i)
         squares += double{SumAt(bucket, i)} * SumAt(bucket, i);
     }
-    EXPECT_DOUBLE_EQ(Norm(ctx, optimizer, group), std::sqrt(squares));
-    const double one = 1;
-    const Tensor scale(ctx.device, DType::kF64, {1});
-    Upload(ctx, &one, sizeof(one), scale.ref());
-    ANNULUS_CHECK_OK(optimizer.Update(1, 1e-3, scale.ref()));
+    EXPECT_DOUBLE_EQ(FinishStep(ctx, optimizer, {.group = group, .lr = 1e-3}), std::sqrt(squares));
 
     // The least first: what it takes of the scratch memory is all that has been taken of it.
     constexpr int64_t kPieceBytes = 1000;
