@@ -97,6 +97,20 @@ absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec
   return o;
 }
 
+AttentionCase CaseOf(const Bench& bench, const SequenceLayout& layout, const SequenceBatch& sequences,
+                     const ContextAttentionShape& shape) {
+  return {.layout = layout,
+          .sequences = sequences,
+          .heads = shape.heads,
+          .kv_heads = shape.kv_heads,
+          .head_dim = shape.head_dim,
+          .v_head_dim = shape.v_head_dim,
+          .window = shape.window,
+          .device = bench.ctx().device.kind,
+          .dtype = bench.dtype(),
+          .determinism = bench.ctx().determinism};
+}
+
 ExchangeOptions ExchangeFor(const Bench& bench, const ContextAttentionShape& shape) {
   RunSpec spec = bench.spec;
   spec.model.heads = shape.heads;

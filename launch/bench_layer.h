@@ -23,6 +23,10 @@ struct LayerOptions {
 std::vector<absl::string_view> LayerOptionNames();
 absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec);
 
+// The layer as plans are predicted for it.
+AttentionCase CaseOf(const Bench& bench, const SequenceLayout& layout, const SequenceBatch& sequences,
+                     const ContextAttentionShape& shape);
+
 // Exchange options of the spec for layers of this shape.
 ExchangeOptions ExchangeFor(const Bench& bench, const ContextAttentionShape& shape);
 

@@ -58,18 +58,7 @@ class PlanRuns {
     return absl::OkStatus();
   }
 
-  AttentionCase layer_case() const {
-    return {.layout = layout_,
-            .sequences = sequences_,
-            .heads = shape_.heads,
-            .kv_heads = shape_.kv_heads,
-            .head_dim = shape_.head_dim,
-            .v_head_dim = shape_.v_head_dim,
-            .window = shape_.window,
-            .device = bench_.ctx().device.kind,
-            .dtype = bench_.dtype(),
-            .determinism = bench_.ctx().determinism};
-  }
+  AttentionCase layer_case() const { return CaseOf(bench_, layout_, sequences_, shape_); }
 
   // Of a plan that can be, on its transport: both passes. Collective.
   absl::Status Measure(const PlanCandidate& plan, PlanResult* forward, PlanResult* backward) {

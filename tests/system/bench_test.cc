@@ -108,6 +108,38 @@ TEST_F(BenchTest, ExchangeMovesEachSizeAskedFor) {
   EXPECT_GT(results[0]["one_way_gb_per_second"], 0.0);
 }
 
+// Both passes as predicted and as measured, and drawn; throttled links take the time of their bytes.
+TEST_F(BenchTest, TimelineMeasuresTheChosenPlan) {
+  const auto results =
+      Results({"timeline", "--length", "256", "--heads", "2", "--dim", "16", "--mask", "full", "--choice",
+               "bidirectional_kv_ring", "--throttle", "0.01", "--svg", "timeline.svg"});
+  ASSERT_EQ(results.size(), 2u);
+  // Half of 256 tokens of K and V, two heads of 16 in f32, from each rank to the other.
+  const double link_ms = 128 * 2 * 2 * 16 * 4 / 0.01e9 * 1e3;
+  for (const nlohmann::json& r : results) {
+    SCOPED_TRACE(r.dump());
+    EXPECT_EQ(r["pass"], &r == &results[0] ? "forward" : "backward");
+    EXPECT_EQ(r["plan"], "bidirectional_kv_ring");
+    EXPECT_EQ(r["transport"], "host");
+    for (const char* source : {"predicted", "measured"}) {
+      const nlohmann::json& times = r[source];
+      EXPECT_GE(times["ms"], 0.999 * link_ms);
+      EXPECT_GE(times["shorter_way_ms"], 0.999 * link_ms);
+      EXPECT_GT(times["both_ways_ms"], 0.0);
+      EXPECT_GE(times["shorter_way_ms"], times["both_ways_ms"]);
+      EXPECT_GE(times["transfers_ms"], times["under_compute_ms"]);
+      EXPECT_GE(times["ms"], times["exposed_ms"]);
+    }
+  }
+  const std::string svg = Contents(folder_.path() + "/timeline.svg");
+  for (const char* drawn : {"forward, 2 ranks: predicted ", "forward, 2 ranks: measured ",
+                            "backward, 2 ranks: predicted ", "backward, 2 ranks: measured "}) {
+    EXPECT_TRUE(
+        absl::StrContains(svg, absl::StrCat("LINKS THROTTLED to 0.01 GB/s: bidirectional_kv_ring, ", drawn)))
+        << drawn;
+  }
+}
+
 TEST_F(BenchTest, StepTrainsWithoutTheData) {
   std::filesystem::remove(folder_.path() + "/text.txt");
   const auto results = Results({"step", "--config", "c.textproto"});
@@ -118,15 +150,17 @@ TEST_F(BenchTest, StepTrainsWithoutTheData) {
 }
 
 TEST_F(BenchTest, ErrorsAreSaidOnce) {
-  EXPECT_TRUE(
-      absl::StrContains(Run(2, {"memory"}).err, "expected one of gemm, attention, plans, exchange, step"));
+  EXPECT_TRUE(absl::StrContains(Run(2, {"memory"}).err,
+                                "expected one of gemm, attention, plans, timeline, exchange, step"));
   EXPECT_EQ(ErrorLines(Run(2, {"gemm", "--m", "0"})),
             (Strings{"error: --m=0: expected an integer of at least 1"}));
-  const JobResult alone = Run(1, {"exchange"});
-  EXPECT_NE(alone.exit_code, 0);
-  EXPECT_EQ(ErrorLines(alone),
-            (Strings{"error: ranks=1: expected at least 2 (launch/mpirun -n 2 annulus bench "
-                     "exchange)"}));
+  for (const char* what : {"exchange", "timeline"}) {
+    const JobResult alone = Run(1, {what});
+    EXPECT_NE(alone.exit_code, 0);
+    EXPECT_EQ(ErrorLines(alone),
+              (Strings{absl::StrCat("error: ranks=1: expected at least 2 (launch/mpirun -n 2 annulus bench ",
+                                    what, ")")}));
+  }
 }
 
 // Whatever is wrong with the options is said by name, with what was expected, and nothing is measured.
