@@ -16,6 +16,7 @@
 #include "annulus/parallel/attend_calls.h"
 #include "annulus/parallel/choose_plan.h"
 #include "annulus/parallel/device_bounds.h"
+#include "annulus/parallel/exchange_transports.h"
 #include "annulus/parallel/machine_profile.h"
 #include "annulus/parallel/mask.h"
 
@@ -31,7 +32,9 @@ struct ExchangeOptions {
   MachineProfile machine = {};                                    // unknown without rates of attention
   LinkThrottle throttle = {};
   int64_t buffer_bytes = 0;  // that chosen plans may take on a rank; 0: no limit
+  std::vector<int> forward_parts = {}, backward_parts = {};  // PlanOptions::parts
 };
+PlanOptions PlanOptionsOf(const ExchangeOptions& options, Pass pass);
 
 struct ContextAttentionShape {
   int64_t heads = 0, kv_heads = 0;
@@ -43,7 +46,9 @@ struct ContextAttentionShape {
 
 class AttentionGeometry {
  public:
-  AttentionGeometry(SequenceLayout layout, Communicator cp, ExchangeOptions options = {});
+  // `transports`: those of the same group at the options' throttle, to share; null: its own.
+  AttentionGeometry(SequenceLayout layout, Communicator cp, ExchangeOptions options = {},
+                    std::shared_ptr<ExchangeTransports> transports = nullptr);
 
   // Starts a new batch. Without documents plans are the same for every batch of the same size, and are kept.
   // With documents they are built anew, but what was chosen for the first batch stays chosen.
@@ -85,10 +90,12 @@ class AttentionGeometry {
   Communicator& cp() { return cp_; }
   ConstTensorRef Positions(Context& ctx);  // i64, global, of this rank's rows
   // Made at first use: collective then.
-  absl::StatusOr<ExchangeTransport*> Transport(Context& ctx, TransportKind kind);
+  absl::StatusOr<ExchangeTransport*> Transport(Context& ctx, TransportKind kind) {
+    return transports_->Of(ctx, kind);
+  }
   // All that plans may use. Collective.
   absl::StatusOr<std::vector<ExchangeTransport*>> Transports(Context& ctx);
-  int64_t exchange_bytes() const;  // of memory that transports keep on the device
+  int64_t exchange_bytes() const { return transports_->device_bytes(); }
 
  private:
   absl::StatusOr<Choice> Choose(const AttentionCase& layer, Pass pass);
@@ -98,7 +105,7 @@ class AttentionGeometry {
   SequenceLayout layout_;
   Communicator cp_;
   ExchangeOptions options_;
-  std::map<TransportKind, std::unique_ptr<ExchangeTransport>> transports_;
+  std::shared_ptr<ExchangeTransports> transports_;
   SequenceBatch sequences_;
   Tensor positions_;
   std::map<Key, Choice> choices_;
