@@ -3,7 +3,7 @@
 
 #include <chrono>
 
-#include "annulus/comm/communicator.h"
+#include "annulus/comm/forwarding_backend.h"
 
 namespace annulus {
 namespace {
@@ -39,54 +39,38 @@ class DelayedRequest : public RequestState {
   Request header_, data_;
 };
 
-class DelayComm : public CommBackend {
+class DelayComm : public ForwardingBackend {
  public:
   DelayComm(Communicator inner, Communicator headers, int64_t delay_ns)
-      : inner_(std::move(inner)), headers_(std::move(headers)), delay_ns_(delay_ns) {}
+      : ForwardingBackend(std::move(inner)), headers_(std::move(headers)), delay_ns_(delay_ns) {}
 
   static absl::StatusOr<std::shared_ptr<DelayComm>> Create(Communicator inner, int64_t delay_ns) {
     ANNULUS_ASSIGN_OR_RETURN(Communicator headers, inner.Split(0, inner.rank()));
     return std::make_shared<DelayComm>(std::move(inner), std::move(headers), delay_ns);
   }
 
-  int rank() const override { return inner_.rank(); }
-  int size() const override { return inner_.size(); }
-
   absl::StatusOr<Request> Send(ConstTensorRef data, int peer, int tag) override {
     auto state = std::make_unique<DelayedRequest>(DelayedRequest::Side::kSend, delay_ns_);
     ANNULUS_ASSIGN_OR_RETURN(Request header, headers_.Send(state->header(), peer, tag));
-    ANNULUS_ASSIGN_OR_RETURN(Request body, inner_.Send(data, peer, tag));
+    ANNULUS_ASSIGN_OR_RETURN(Request body, inner().Send(data, peer, tag));
     state->Track(std::move(header), std::move(body));
     return Request(std::move(state));
   }
   absl::StatusOr<Request> Receive(TensorRef data, int peer, int tag) override {
     auto state = std::make_unique<DelayedRequest>(DelayedRequest::Side::kReceive, delay_ns_);
     ANNULUS_ASSIGN_OR_RETURN(Request header, headers_.Receive(state->header(), peer, tag));
-    ANNULUS_ASSIGN_OR_RETURN(Request body, inner_.Receive(data, peer, tag));
+    ANNULUS_ASSIGN_OR_RETURN(Request body, inner().Receive(data, peer, tag));
     state->Track(std::move(header), std::move(body));
     return Request(std::move(state));
   }
-  absl::StatusOr<Request> AllReduce(TensorRef data, ReduceOp op) override {
-    return inner_.IAllReduce(data, op);
-  }
-  absl::StatusOr<Request> ReduceScatter(ConstTensorRef in, TensorRef out) override {
-    return inner_.IReduceScatter(in, out);
-  }
-  absl::StatusOr<Request> AllGather(ConstTensorRef in, TensorRef out) override {
-    return inner_.IAllGather(in, out);
-  }
-  absl::StatusOr<Request> Broadcast(TensorRef data, int root) override {
-    return inner_.IBroadcast(data, root);
-  }
   absl::StatusOr<std::shared_ptr<CommBackend>> Split(int color, int key) override {
-    ANNULUS_ASSIGN_OR_RETURN(Communicator inner, inner_.Split(color, key));
-    ANNULUS_ASSIGN_OR_RETURN(std::shared_ptr<DelayComm> group, Create(std::move(inner), delay_ns_));
+    ANNULUS_ASSIGN_OR_RETURN(Communicator part, inner().Split(color, key));
+    ANNULUS_ASSIGN_OR_RETURN(std::shared_ptr<DelayComm> group, Create(std::move(part), delay_ns_));
     return std::shared_ptr<CommBackend>(std::move(group));
   }
-  std::shared_ptr<CommProgress> progress() const override { return inner_.progress(); }
 
  private:
-  Communicator inner_, headers_;
+  Communicator headers_;
   const int64_t delay_ns_;
 };
 

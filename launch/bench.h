@@ -61,6 +61,8 @@ struct BenchKind {
 BenchKind GemmBench();
 BenchKind AttentionBench();
 BenchKind PlansBench();
+BenchKind AutoBench();
+BenchKind TimelineBench();
 BenchKind ExchangeBench();
 BenchKind StepBench();
 

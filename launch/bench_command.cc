@@ -51,12 +51,13 @@ struct PlannedBench {
 
 // All that can be said without a device.
 absl::StatusOr<PlannedBench> PlanBench(const Arguments& arguments, int world) {
-  const BenchKind kinds[] = {GemmBench(), AttentionBench(), PlansBench(), ExchangeBench(), StepBench()};
+  const BenchKind kinds[] = {GemmBench(),     AttentionBench(), PlansBench(), AutoBench(),
+                             TimelineBench(), ExchangeBench(),  StepBench()};
   const auto kind = std::find_if(std::begin(kinds), std::end(kinds),
                                  [&](const BenchKind& k) { return arguments.operand() == k.name; });
   if (kind == std::end(kinds)) {
     return Invalid("annulus bench ", arguments.operand(),
-                   ": expected one of gemm, attention, plans, exchange, step");
+                   ": expected one of gemm, attention, plans, auto, timeline, exchange, step");
   }
   ANNULUS_RETURN_IF_ERROR(CheckBenchOptions(*kind, arguments));
   PlannedBench planned;
@@ -87,28 +88,40 @@ Command BenchCommand() {
   return {
       {"bench",
        "WHAT",
-       "measures gemm, attention, plans, exchange or step, beside the ceiling of each",
+       "measures gemm, attention, plans, auto, timeline, exchange or step, beside the ceiling of each",
        {{"--json", Option::Takes::kNothing, "", "one JSON object a result"},
         {"--repeats", Option::Takes::kValue, "N", "timed runs, of which the median counts (default 10)"},
         {"--m", Option::Takes::kValue, "M", "gemm: rows (default 8192, on CPUs 1024); --n, --k: default M"},
         {"--n", Option::Takes::kValue, "N", "gemm: columns"},
         {"--k", Option::Takes::kValue, "K", "gemm: inner size"},
-        {"--heads", Option::Takes::kValue, "H", "attention, plans: query heads (default 16)"},
-        {"--kv_heads", Option::Takes::kValue, "H", "attention, plans: KV heads (default: heads)"},
-        {"--dim", Option::Takes::kValue, "D", "attention, plans: head dim (default 128)"},
-        {"--v_dim", Option::Takes::kValue, "D", "attention, plans: head dim of values (default: dim)"},
-        {"--length", Option::Takes::kValue, "S", "attention, plans: tokens over all ranks (default 32768)"},
+        {"--heads", Option::Takes::kValue, "H",
+         "attention, plans, timeline: query heads (default 16); auto: H/KV,... (default 16/16,16/4,16/1)"},
+        {"--lengths", Option::Takes::kValue, "S,...", "auto: in place of --length (default 8192,32768)"},
+        {"--masks", Option::Takes::kValue, "MASK,...",
+         "auto: in place of --mask, of causal, full and documents (default all)"},
+        {"--throttles", Option::Takes::kValue, "GB/S,...",
+         "auto: in place of --throttle; 0 is full speed (default 0)"},
+        {"--all", Option::Takes::kNothing, "", "auto: times plans that are predicted far slower, too"},
+        {"--kv_heads", Option::Takes::kValue, "H", "attention, plans, timeline: KV heads (default: heads)"},
+        {"--dim", Option::Takes::kValue, "D", "attention, plans, auto, timeline: head dim (default 128)"},
+        {"--v_dim", Option::Takes::kValue, "D",
+         "attention, plans, auto, timeline: head dim of values (default: dim)"},
+        {"--length", Option::Takes::kValue, "S",
+         "attention, plans, timeline: tokens over all ranks (default 32768)"},
         {"--mask", Option::Takes::kValue, "MASK",
-         "attention, plans: causal (default), full, window or documents"},
+         "attention, plans, timeline: causal (default), full, window or documents"},
         {"--window", Option::Takes::kValue, "W",
-         "attention, plans: keys that a query sees with --mask window"},
+         "attention, plans, timeline: keys that a query sees with --mask window"},
         {"--document_length", Option::Takes::kValue, "L",
-         "attention, plans: mean length of the packed documents of --mask documents"},
-        {"--choice", Option::Takes::kValue, "NAME", "plans: only this one of those that it lists"},
-        {"--profile", Option::Takes::kValue, "FILE", "plans: machine profile that they are predicted by"},
+         "mean length of packed documents (auto: default an eighth of the length)"},
+        {"--choice", Option::Takes::kValue, "NAME",
+         "plans, timeline: only this one of those that bench plans lists"},
+        {"--profile", Option::Takes::kValue, "FILE", "machine profile that plans are predicted by"},
         {"--transport", Option::Takes::kValue, "T", "BEST, HOST, NCCL or COPY_ENGINE"},
         {"--throttle", Option::Takes::kValue, "GB/S", "artificial rate of each link"},
-        {"--svg", Option::Takes::kValue, "FILE", "plans: draws the timelines of the fastest"},
+        {"--svg", Option::Takes::kValue, "FILE",
+         "plans: draws the timelines of the fastest, as predicted; timeline: of both passes, as measured, "
+         "too"},
         {"--bytes", Option::Takes::kValue, "B", "exchange: of a message (default: 1, 4, 16, 64 and 128 MiB)"},
         {"--config", Option::Takes::kValue, "FILE", "step: the configuration; its data is not read"},
         {"--set", Option::Takes::kValue, "PATH=VALUE",

@@ -26,7 +26,7 @@ std::vector<int64_t> PackedDocuments(uint64_t seed, int64_t length, int64_t mean
   return starts;
 }
 
-absl::StatusOr<ContextAttentionShape> ShapeOf(const Arguments& arguments, const RunSpec& spec) {
+absl::StatusOr<ContextAttentionShape> ShapeOf(const Arguments& arguments) {
   ContextAttentionShape shape;
   ANNULUS_ASSIGN_OR_RETURN(shape.heads, arguments.PositiveInt("--heads", 16));
   ANNULUS_ASSIGN_OR_RETURN(shape.kv_heads, arguments.PositiveInt("--kv_heads", shape.heads));
@@ -35,13 +35,6 @@ absl::StatusOr<ContextAttentionShape> ShapeOf(const Arguments& arguments, const 
   shape.scale = 1 / std::sqrt(static_cast<double>(shape.head_dim));
   if (shape.heads % shape.kv_heads != 0) {
     return Invalid("--kv_heads=", shape.kv_heads, ": expected a divisor of --heads=", shape.heads);
-  }
-  const DeviceKind device = DeviceKindOf(spec.device);
-  if (!AttentionSupports(device, DTypeOf(spec.compute), shape.head_dim, shape.v_head_dim)) {
-    const bool bf16 = spec.compute == ComputeType::kBF16;
-    return Invalid("--dim=", shape.head_dim, " --v_dim=", shape.v_head_dim, ": expected ",
-                   bf16 ? "64/64, 128/128 or 192/128 with compute=BF16 (--set compute=F32 takes more)"
-                        : "at most 256 on GPUs");
   }
   return shape;
 }
@@ -83,18 +76,49 @@ std::vector<absl::string_view> LayerOptionNames() {
 
 absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec) {
   LayerOptions o;
-  ANNULUS_ASSIGN_OR_RETURN(o.shape, ShapeOf(arguments, spec));
+  ANNULUS_ASSIGN_OR_RETURN(o.shape, ShapeOf(arguments));
   ANNULUS_ASSIGN_OR_RETURN(const int64_t length, arguments.PositiveInt("--length", 32768));
   ANNULUS_RETURN_IF_ERROR(ReadMask(arguments, &o));
-  ANNULUS_RETURN_IF_ERROR(
-      CheckBenchTensor("--length, --heads, --dim", {length, o.shape.heads, o.shape.head_dim}));
-  ANNULUS_RETURN_IF_ERROR(
-      CheckBenchTensor("--length, --heads, --v_dim", {length, o.shape.heads, o.shape.v_head_dim}));
-  o.sequences.lengths = {length};
-  if (o.document_length > 0) {
-    o.sequences.document_starts = {PackedDocuments(spec.seed, length, o.document_length)};
-  }
+  ANNULUS_RETURN_IF_ERROR(CheckLayer(o.shape, length, "--length", spec));
+  o.sequences = PackedSequence(spec.seed, length, o.document_length, o.sequences.visibility);
   return o;
+}
+
+absl::Status CheckLayer(const ContextAttentionShape& shape, int64_t length, absl::string_view length_option,
+                        const RunSpec& spec) {
+  const DeviceKind device = DeviceKindOf(spec.device);
+  if (!AttentionSupports(device, DTypeOf(spec.compute), shape.head_dim, shape.v_head_dim)) {
+    const bool bf16 = spec.compute == ComputeType::kBF16;
+    return Invalid("--dim=", shape.head_dim, " --v_dim=", shape.v_head_dim, ": expected ",
+                   bf16 ? "64/64, 128/128 or 192/128 with compute=BF16 (--set compute=F32 takes more)"
+                        : "at most 256 on GPUs");
+  }
+  ANNULUS_RETURN_IF_ERROR(CheckBenchTensor(absl::StrCat(length_option, ", --heads, --dim"),
+                                           {length, shape.heads, shape.head_dim}));
+  return CheckBenchTensor(absl::StrCat(length_option, ", --heads, --v_dim"),
+                          {length, shape.heads, shape.v_head_dim});
+}
+
+SequenceBatch PackedSequence(uint64_t seed, int64_t length, int64_t document_length, Visibility visibility) {
+  SequenceBatch sequences{.batch = 1, .lengths = {length}, .document_starts = {}, .visibility = visibility};
+  if (document_length > 0) {
+    sequences.document_starts = {PackedDocuments(seed, length, document_length)};
+  }
+  return sequences;
+}
+
+AttentionCase CaseOf(const Bench& bench, const SequenceLayout& layout, const SequenceBatch& sequences,
+                     const ContextAttentionShape& shape) {
+  return {.layout = layout,
+          .sequences = sequences,
+          .heads = shape.heads,
+          .kv_heads = shape.kv_heads,
+          .head_dim = shape.head_dim,
+          .v_head_dim = shape.v_head_dim,
+          .window = shape.window,
+          .device = bench.ctx().device.kind,
+          .dtype = bench.dtype(),
+          .determinism = bench.ctx().determinism};
 }
 
 ExchangeOptions ExchangeFor(const Bench& bench, const ContextAttentionShape& shape) {

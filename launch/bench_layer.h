@@ -23,6 +23,18 @@ struct LayerOptions {
 std::vector<absl::string_view> LayerOptionNames();
 absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec);
 
+// Refuses heads that there are no kernels for, and tensors whose bytes could not be counted. `length_option`
+// is what the length was given by.
+absl::Status CheckLayer(const ContextAttentionShape& shape, int64_t length, absl::string_view length_option,
+                        const RunSpec& spec);
+
+// One sequence, of documents of this mean length packed one behind the other; 0 without.
+SequenceBatch PackedSequence(uint64_t seed, int64_t length, int64_t document_length, Visibility visibility);
+
+// The layer as plans are predicted for it.
+AttentionCase CaseOf(const Bench& bench, const SequenceLayout& layout, const SequenceBatch& sequences,
+                     const ContextAttentionShape& shape);
+
 // Exchange options of the spec for layers of this shape.
 ExchangeOptions ExchangeFor(const Bench& bench, const ContextAttentionShape& shape);
 

@@ -32,7 +32,9 @@ class PlanRuns {
         shape_(shape),
         sequences_(std::move(sequences)),
         layout_(bench.spec.parallel.layout, sequences_.lengths[0], bench.machine.mesh.shape.cp),
-        layer_(bench, shape) {}
+        layer_(bench, shape),
+        transports_(
+            std::make_shared<ExchangeTransports>(bench.machine.mesh.cp, bench.machine.exchange.throttle)) {}
 
   // The layer, and what one rank makes of it.
   absl::Status Make() {
@@ -58,25 +60,14 @@ class PlanRuns {
     return absl::OkStatus();
   }
 
-  AttentionCase layer_case() const {
-    return {.layout = layout_,
-            .sequences = sequences_,
-            .heads = shape_.heads,
-            .kv_heads = shape_.kv_heads,
-            .head_dim = shape_.head_dim,
-            .v_head_dim = shape_.v_head_dim,
-            .window = shape_.window,
-            .device = bench_.ctx().device.kind,
-            .dtype = bench_.dtype(),
-            .determinism = bench_.ctx().determinism};
-  }
+  AttentionCase layer_case() const { return CaseOf(bench_, layout_, sequences_, shape_); }
 
   // Of a plan that can be, on its transport: both passes. Collective.
   absl::Status Measure(const PlanCandidate& plan, PlanResult* forward, PlanResult* backward) {
     ExchangeOptions options = ExchangeFor(bench_, shape_);
     options.forward = {plan.choice}, options.backward = {plan.choice};
     options.transport = plan.transport;
-    AttentionGeometry geometry(layout_, bench_.machine.mesh.cp, options);
+    AttentionGeometry geometry(layout_, bench_.machine.mesh.cp, options, transports_);
     geometry.SetBatch(sequences_);
     ANNULUS_RETURN_IF_ERROR(MeasurePass([&](ExchangeStats* stats) { return layer_.Forward(geometry, stats); },
                                         {{layer_.out(), reference_[0]}}, forward));
@@ -142,6 +133,7 @@ class PlanRuns {
   SequenceBatch sequences_;
   SequenceLayout layout_;
   BenchLayer layer_;
+  const std::shared_ptr<ExchangeTransports> transports_;  // of all plans
   std::vector<TensorRef> reference_;  // of this rank's rows: output, gradients of queries and of KV
 };
 
@@ -189,12 +181,13 @@ void PrintTable(const Bench& bench, const PlannedPass& planned, const std::vecto
   const PlanResult& fastest = results.front();
   const auto chosen = std::min_element(results.begin(), results.end(), [](const auto& a, const auto& b) {
     const auto key = [](const PlanResult& r) {
-      return std::pair(!r.candidate.refused.ok(), r.candidate.seconds);
+      return std::tuple(!r.candidate.refused.ok(), !r.candidate.simulated, r.candidate.seconds);
     };
     return key(a) < key(b);
   });
-  std::printf("fastest %s; AUTO takes %s, %.0f%% slower\n\n", fastest.candidate.name.c_str(),
-              chosen->candidate.name.c_str(), 100 * (chosen->seconds / fastest.seconds - 1));
+  std::printf("sent, waited: of the rank with most\nfastest %s; AUTO takes %s, %.0f%% slower\n\n",
+              fastest.candidate.name.c_str(), chosen->candidate.name.c_str(),
+              100 * (chosen->seconds / fastest.seconds - 1));
 }
 
 // Those that can be, fastest first.
@@ -232,9 +225,10 @@ absl::Status Run(Bench& bench, const LayerOptions& o) {
   Communicator world = bench.machine.mesh.world;
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(plans.Make()));
 
+  const std::string& shown = passes[0].candidates[passes[0].shown].name;
   std::vector<std::vector<PlanResult>> results(passes.size());
   for (const PlanCandidate& forward : passes[0].candidates) {
-    if (bench.arguments.Has("--choice") && forward.name != bench.arguments.Last("--choice", "")) continue;
+    if (bench.arguments.Has("--choice") && forward.name != shown) continue;
     const auto backward = std::find_if(
         passes[1].candidates.begin(), passes[1].candidates.end(), [&](const PlanCandidate& candidate) {
           return candidate.choice == forward.choice && candidate.transport == forward.transport;

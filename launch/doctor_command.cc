@@ -14,6 +14,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "annulus/base/file.h"
+#include "annulus/comm/exchange_transport.h"
 #include "annulus/comm/gpu_communicator.h"
 #include "annulus/device/gpu.h"
 #include "annulus/ops/attention.h"
@@ -90,6 +91,22 @@ void DescribeGpus() {
   }
 }
 
+// Which ways of exchanging attention blocks ranks on this host have.
+std::string TransportsText() {
+  const std::string host = absl::StrCat(Name(TransportKind::kHost), " (MPI)"),
+                    nccl(Name(TransportKind::kNccl)), copies(Name(TransportKind::kCopyEngine));
+  if (GpuCount() == 0) return absl::StrCat(host, "; ", nccl, " and ", copies, " need GPUs: ", WhyNoGpu());
+  for (int from = 0; from < GpuCount(); ++from) {
+    for (int to = 0; to < GpuCount(); ++to) {
+      const absl::StatusOr<bool> maps = GpuMaps(from, to);
+      if (maps.ok() && *maps) continue;
+      return absl::StrCat(host, ", ", nccl, " for ranks with a GPU each; no ", copies, ": gpu ", from,
+                          " cannot map the memory of gpu ", to);
+    }
+  }
+  return absl::StrCat(host, ", ", copies, ", ", nccl, " for ranks with a GPU each");
+}
+
 absl::Status Run(const Arguments&, const std::string&) {
   int missing = 0;
   utsname system{};
@@ -107,6 +124,7 @@ absl::Status Run(const Arguments&, const std::string&) {
                     openblas_get_num_threads(), " threads (launch/mpirun sets OPENBLAS_NUM_THREADS=1)"));
   if (!CheckMpirun()) ++missing;
   DescribeGpus();
+  Item("exchange", TransportsText());
   char directory[4096] = {};
   const bool writable = getcwd(directory, sizeof(directory)) != nullptr && access(directory, W_OK) == 0;
   Item("directory",

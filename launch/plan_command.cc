@@ -61,8 +61,8 @@ nlohmann::ordered_json CandidateJson(const PlanCandidate& candidate) {
     json["refused"] = std::string(candidate.refused.message());
     return json;
   }
-  json["predicted_seconds"] = candidate.seconds;
-  json["predicted_exposed_seconds"] = candidate.exposed_seconds;
+  json[candidate.simulated ? "predicted_seconds" : "predicted_seconds_at_least"] = candidate.seconds;
+  if (candidate.simulated) json["predicted_exposed_seconds"] = candidate.exposed_seconds;
   json["bytes_sent"] = candidate.bytes_sent;
   json["buffer_bytes"] = candidate.buffer_bytes;
   return json;
@@ -75,7 +75,7 @@ nlohmann::ordered_json PassJson(const RunSpec& spec, const PlannedPass& planned)
                                  {"pass", Name(planned.pass)},
                                  {"plan", shown.name},
                                  {"transport", std::string(Name(shown.transport))},
-                                 {"why", WhyItWon(planned.candidates)},
+                                 {"why", WhyShown(planned)},
                                  {"hash", HashOf(planned.plan)},
                                  {"bytes_sent_per_rank", planned.simulation.bytes_sent},
                                  {"kernel_calls", KernelsOf(spec, planned)},
@@ -97,6 +97,14 @@ struct Planned {
   std::vector<PlannedPass> passes;
 };
 
+// Of the plans shown; layers take turns.
+int64_t BufferBytesOf(const Planned& planned) {
+  int64_t most = 0;
+  for (const PlannedPass& pass : planned.passes)
+    most = std::max(most, pass.candidates[pass.shown].buffer_bytes);
+  return most;
+}
+
 std::string Json(const Planned& planned) {
   const RunSpec& spec = planned.spec;
   const FlopsPerToken flops = TrainingFlops(spec.model, spec.data.seq_len);
@@ -108,6 +116,7 @@ std::string Json(const Planned& planned) {
   json["mesh"] = {{"dp", spec.parallel.dp}, {"cp", spec.parallel.cp}, {"tp", spec.parallel.tp}};
   for (const MemoryPlan::Part& part : memory.parts()) json["memory_bytes_per_rank"][part.name] = part.bytes;
   json["memory_bytes_per_rank"]["total"] = memory.total();
+  json["exchange_buffer_bytes_per_rank"] = BufferBytesOf(planned);
   json["machine"] = {{"device", planned.machine.device},
                      {"measured", planned.machine.measured},
                      {"ranks", planned.machine.ranks}};
@@ -140,6 +149,10 @@ void PrintCosts(const RunSpec& spec) {
 
 void Print(const Planned& planned) {
   PrintCosts(planned.spec);
+  if (planned.spec.parallel.cp > 1) {
+    std::printf("exchange buffers  %s on a rank, of the plans below (memory counts those of a KV ring)\n",
+                FormatBytes(static_cast<double>(BufferBytesOf(planned))).c_str());
+  }
   std::printf("machine           %s\n", planned.machine_text.c_str());
   if (!planned.batch.note.empty()) std::printf("documents         %s\n", planned.batch.note.c_str());
   for (const PlannedPass& pass : planned.passes) {
@@ -198,7 +211,8 @@ Command PlanCommand() {
             {"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field; repeatable"},
             {"--profile", Option::Takes::kValue, "FILE",
              "machine profile of annulus calibrate (default: parallel.exchange.profile, else assumed)"},
-            {"--choice", Option::Takes::kValue, "NAME", "shows this plan of the tables, not the fastest"},
+            {"--choice", Option::Takes::kValue, "NAME",
+             "shows this plan of the tables, or the first of this kind, not the fastest"},
             {"--svg", Option::Takes::kValue, "FILE", "draws the timelines of the plans shown"}}},
           Run};
 }

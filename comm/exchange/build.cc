@@ -28,6 +28,10 @@ constexpr KindTraits kTraits[kPlanKinds] = {
 };
 const KindTraits& TraitsOf(PlanKind kind) { return kTraits[static_cast<size_t>(kind)]; }
 
+std::string HeadsText(const PlanChoice& choice) {
+  return choice.head_split > 1 ? absl::StrCat(", heads over ", choice.head_split, " ranks") : "";
+}
+
 int64_t RowsOfAll(const ExchangePlan& plan) {
   int64_t rows = 0;
   for (int r = 0; r < static_cast<int>(plan.ranks.size()); ++r) {
@@ -74,6 +78,7 @@ absl::Status CheckChoice(const ExchangeProblem& problem, const PlanChoice& choic
 const char* Name(PlanKind kind) { return TraitsOf(kind).name; }
 
 std::string NameOf(const PlanChoice& choice, int ranks) {
+  if (ranks == 1) return kNoExchange;
   if (choice.head_split == ranks && ranks > 1) return "ulysses";
   const KindTraits& traits = TraitsOf(choice.kind);
   std::string name = traits.name;
@@ -84,8 +89,7 @@ std::string NameOf(const PlanChoice& choice, int ranks) {
   if (choice.parts > 1 && traits.reads_parts) name += absl::StrCat(", ", choice.parts, " parts");
   if (choice.buffers > 2) name += absl::StrCat(", ", choice.buffers, " buffers");
   if (traits.moves_queries && choice.output_width == Width::kCompute) name += ", rounded outputs";
-  if (choice.head_split > 1) name += absl::StrCat(", heads over ", choice.head_split, " ranks");
-  return name;
+  return name + HeadsText(choice);
 }
 
 int ChunkParts(const PlanChoice& choice) {
@@ -101,11 +105,14 @@ absl::StatusOr<ExchangePlan> BuildPlan(const ExchangeProblem& problem, Pass pass
     unsplit.head_split = 1;
     return BuildUnsplit(between, pass, unsplit);
   });
-  plan.name = NameOf(choice, problem.ranks);
+  // The plan between places knows which way round it goes.
+  plan.name = choice.head_split == problem.ranks ? NameOf(choice, problem.ranks)
+                                                 : absl::StrCat(plan.name, HeadsText(choice));
   return plan;
 }
 
 std::vector<PlanChoice> AllChoices(int ranks, int64_t heads) {
+  if (ranks == 1) return {{}};  // all are the same: nothing is exchanged
   std::vector<PlanChoice> choices;
   for (int split = 1; split <= ranks; ++split) {
     if (ranks % split != 0 || split > heads) continue;

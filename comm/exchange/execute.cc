@@ -5,6 +5,7 @@
 #include <map>
 
 #include "../backoff.h"
+#include "annulus/comm/exchange_timeline.h"
 #include "binding.h"
 #include "plan_text.h"
 
@@ -33,11 +34,13 @@ class ProgressScope {
 
 class Executor {
  public:
-  Executor(Context& ctx, const ExchangePlan& plan, Communicator& cp, const ExchangeBinding& binding)
+  Executor(Context& ctx, const ExchangePlan& plan, Communicator& cp, const ExchangeBinding& binding,
+           StepClock* clock)
       : ctx_(ctx),
         plan_(plan),
         cp_(cp),
         binding_(binding),
+        clock_(clock),
         rank_(plan.ranks[static_cast<size_t>(cp.rank())]) {
     const size_t count = rank_.steps.size();
     waits_for_.resize(count);
@@ -57,6 +60,7 @@ class Executor {
   }
 
   absl::Status Run(ExchangeStats* stats) {
+    if (clock_ != nullptr) clock_->BeginRun(rank_.steps.size(), ctx_.stream());
     const ProgressScope progress(ctx_, [this] { Advance(); });
     for (const size_t s : compute_) {
       WaitUntil([&] { return waits_for_[s] == 0; }, stats);
@@ -65,6 +69,7 @@ class Executor {
     }
     WaitUntil([&] { return completed_ == rank_.steps.size(); }, stats);
     stats->bytes_sent += bytes_sent_;
+    if (clock_ != nullptr) clock_->EndRun(bytes_sent_, ctx_.stream());
     return status_;
   }
 
@@ -97,7 +102,9 @@ class Executor {
     if (!status_.ok()) return;
     const std::string text = StepText(plan_, cp_.rank(), s);
     if (!on_gpu()) ctx_.recorder.Note("compute", text, nullptr);
+    if (clock_ != nullptr) clock_->Begin(s, ctx_.stream());
     status_ = Prefixed(binding_.compute(rank_.steps[s]), text + ": ");
+    if (clock_ != nullptr) clock_->End(s, ctx_.stream());
     if (on_gpu()) ctx_.recorder.Note("compute", text, ctx_.stream());
   }
 
@@ -125,7 +132,10 @@ class Executor {
       if (transfer.fields.empty()) ended.push_back(transfer.step);
     }
     std::erase_if(running_, [](const Running& transfer) { return transfer.fields.empty(); });
-    for (const size_t s : ended) Complete(s);
+    for (const size_t s : ended) {
+      if (clock_ != nullptr) clock_->End(s, nullptr);
+      Complete(s);
+    }
     StartTransfers();
   }
 
@@ -136,6 +146,7 @@ class Executor {
       const RowRange rows = RowsInSlot(plan_, cp_.rank(), step);
       Running transfer{.step = s, .fields = {}};
       int tag = tags_[s];
+      if (clock_ != nullptr) clock_->Begin(s, nullptr);
       for (const TensorRef& field : SlotOf(step).fields) {
         const TensorRef part = field.Rows(rows.begin, rows.end);
         const bool sends = step.kind == StepKind::kSend;
@@ -167,6 +178,7 @@ class Executor {
   const ExchangePlan& plan_;
   Communicator& cp_;
   const ExchangeBinding& binding_;
+  StepClock* const clock_;  // null: nothing is recorded
   const RankPlan& rank_;
   std::vector<size_t> waits_for_;             // by step: how many steps it still waits for
   std::vector<std::vector<size_t>> waiters_;  // by step
@@ -184,7 +196,7 @@ class Executor {
 absl::Status ExecuteByHost(Context& ctx, const ExchangePlan& plan, Communicator& cp,
                            const ExchangeBinding& binding, ExchangeStats* stats) {
   CheckBinding(plan, cp.rank(), cp.size(), binding);
-  return Executor(ctx, plan, cp, binding).Run(stats);
+  return Executor(ctx, plan, cp, binding, stats->clock).Run(stats);
 }
 
 }  // namespace annulus

@@ -212,9 +212,13 @@ class SplitRank {
   };
   std::vector<Part> PartsOf(const BlockRows& rows) const {
     std::vector<Part> parts;
-    for (size_t k = 0; k < s_.between.chunk.size(); ++k) {
-      const Chunk& joined = s_.between.problem.chunks[k];
-      if (joined.owner != rows.block || joined.rows.empty() || !Overlap(joined.rows, rows.rows)) continue;
+    const std::vector<Chunk>& chunks = s_.between.problem.chunks;  // in order of their owners
+    const auto first = std::lower_bound(chunks.begin(), chunks.end(), rows.block,
+                                        [](const Chunk& chunk, int block) { return chunk.owner < block; });
+    for (auto k = static_cast<size_t>(first - chunks.begin()); k < chunks.size(); ++k) {
+      const Chunk& joined = chunks[k];
+      if (joined.owner != rows.block) break;
+      if (joined.rows.empty() || !Overlap(joined.rows, rows.rows)) continue;
       const Chunk& chunk = s_.problem.chunks[s_.between.chunk[k]];
       const int64_t shift = chunk.rows.begin - joined.rows.begin;
       parts.push_back({s_.between.chunk[k],

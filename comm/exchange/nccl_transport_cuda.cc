@@ -90,6 +90,7 @@ class NcclTransport : public StreamTransport {
         ANNULUS_RETURN_IF_ERROR(hold_->Take(stream, lane, link, run.BytesOf(s)));
       }
     }
+    for (const int s : round.steps) Start(run, s, stream);
     ANNULUS_RETURN_IF_ERROR(InGroup(comms_[lane], [&]() -> absl::Status {
       for (const int s : round.steps) ANNULUS_RETURN_IF_ERROR(Enqueue(run, s, comms_[lane], stream));
       return absl::OkStatus();

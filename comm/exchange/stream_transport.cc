@@ -1,5 +1,6 @@
 #include "stream_transport.h"
 
+#include "annulus/comm/exchange_timeline.h"
 #include "annulus/device/trace.h"
 #include "binding.h"
 #include "plan_text.h"
@@ -26,10 +27,12 @@ absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, co
   const Run run{.ctx = ctx,
                 .plan = PlanOf(plan),
                 .rank = plan.ranks[static_cast<size_t>(cp_.rank())],
-                .binding = binding};
+                .binding = binding,
+                .clock = stats->clock};
   while (events_.size() < run.plan.rank.steps.size()) events_.emplace_back(device_);
   ++run_;
   begin_.Record(ctx.stream());
+  if (run.clock != nullptr) run.clock->BeginRun(run.rank.steps.size(), ctx.stream());
   ANNULUS_RETURN_IF_ERROR(Begin(run));
   // After an error the transfers go on, so that no other rank hangs; computing does not.
   absl::Status status;
@@ -47,16 +50,22 @@ absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, co
     }
   }
   AwaitLanes(run);
+  int64_t bytes_sent = 0;
   for (size_t s = 0; s < run.plan.rank.steps.size(); ++s) {
     const bool sends = run.plan.rank.steps[s].kind == StepKind::kSend;
-    if (sends) stats->bytes_sent += run.BytesOf(static_cast<int>(s));
+    if (sends) bytes_sent += run.BytesOf(static_cast<int>(s));
   }
+  stats->bytes_sent += bytes_sent;
+  if (run.clock != nullptr) run.clock->EndRun(bytes_sent, ctx.stream());
   return status;
 }
 
 absl::Status StreamTransport::Compute(const Run& run, int s) {
-  const std::string& text = run.plan.texts[static_cast<size_t>(s)];
+  const size_t step = static_cast<size_t>(s);
+  const std::string& text = run.plan.texts[step];
+  if (run.clock != nullptr) run.clock->Begin(step, run.ctx.stream());
   const absl::Status status = run.binding.compute(run.step(s));
+  if (run.clock != nullptr) run.clock->End(step, run.ctx.stream());
   run.ctx.recorder.Note("compute", text, run.ctx.stream());
   return Prefixed(status, absl::StrCat(text, ": "));
 }
@@ -80,8 +89,13 @@ void StreamTransport::Await(const Run& run, int s, StreamHandle stream) {
   for (const int before : run.step(s).after) events_[static_cast<size_t>(before)].Hold(stream);
 }
 
+void StreamTransport::Start(const Run& run, int s, StreamHandle stream) const {
+  if (run.clock != nullptr) run.clock->Begin(static_cast<size_t>(s), stream);
+}
+
 void StreamTransport::Complete(const Run& run, int s, size_t lane) {
   TransferLane& on = *lanes_[lane];
+  if (run.clock != nullptr) run.clock->End(static_cast<size_t>(s), on.stream.handle());
   on.unmarked = run.plan.is_awaited[static_cast<size_t>(s)] ? -1 : s;
   if (on.unmarked >= 0) return;
   events_[static_cast<size_t>(s)].Record(on.stream.handle());

@@ -47,6 +47,7 @@ class StreamTransport : public ExchangeTransport {
     const StreamPlan& plan;
     const RankPlan& rank;  // the caller's own, whose steps the binding knows
     const ExchangeBinding& binding;
+    StepClock* const clock;  // null: nothing is recorded
     const Step& step(int s) const { return rank.steps[static_cast<size_t>(s)]; }
     const SlotMemory& SlotOf(int s) const { return binding.slots[static_cast<size_t>(step(s).slot)]; }
     // What a transfer moves of one field of its slot.
@@ -66,6 +67,8 @@ class StreamTransport : public ExchangeTransport {
   StreamHandle StreamOf(size_t lane);
   // `stream` goes on once all steps that step s comes after are complete.
   void Await(const Run& run, int s, StreamHandle stream);
+  // Step s, a transfer, begins with what is enqueued on the stream next.
+  void Start(const Run& run, int s, StreamHandle stream) const;
   // Step s is complete with what is enqueued on the lane's stream. An event and a note for the recorder hold
   // the stream up by about 3 us, so a step that no other waits for has neither, unless it is the last of its
   // lane: in a report, a lane that is stuck in such steps waits for the last of them.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "annulus/comm/forwarding_backend.h"
+
 namespace annulus {
 namespace {
 
@@ -85,25 +87,22 @@ class ThrottledSend : public RequestState {
   Request requested_, ended_, data_;
 };
 
-class ThrottledComm : public CommBackend {
+class ThrottledComm : public ForwardingBackend {
  public:
   static absl::StatusOr<std::shared_ptr<CommBackend>> Create(Communicator inner, double bytes_per_second) {
     auto comm = std::make_shared<ThrottledComm>(std::move(inner), bytes_per_second);
-    Communicator& group = comm->inner_;
+    Communicator& group = comm->inner();
     ANNULUS_ASSIGN_OR_RETURN(comm->requests_, group.Split(0, group.rank()));
     ANNULUS_ASSIGN_OR_RETURN(comm->ends_, group.Split(0, group.rank()));
     for (int r = 0; r < group.size(); ++r) comm->link_free_ns_.push_back(std::make_shared<int64_t>(0));
     return std::shared_ptr<CommBackend>(std::move(comm));
   }
   ThrottledComm(Communicator inner, double bytes_per_second)
-      : inner_(std::move(inner)), bytes_per_second_(bytes_per_second) {}
-
-  int rank() const override { return inner_.rank(); }
-  int size() const override { return inner_.size(); }
+      : ForwardingBackend(std::move(inner)), bytes_per_second_(bytes_per_second) {}
 
   absl::StatusOr<Request> Send(ConstTensorRef data, int peer, int tag) override {
     const double seconds = static_cast<double>(data.bytes()) / bytes_per_second_;
-    return ThrottledSend::Start(requests_, {.inner = inner_,
+    return ThrottledSend::Start(requests_, {.inner = inner(),
                                             .ends = ends_,
                                             .data = data,
                                             .peer = peer,
@@ -112,30 +111,15 @@ class ThrottledComm : public CommBackend {
                                             .link_free_ns = link_free_ns_[static_cast<size_t>(peer)]});
   }
   absl::StatusOr<Request> Receive(TensorRef data, int peer, int tag) override {
-    return ThrottledReceive::Start(requests_, ends_, inner_, data, peer, tag);
-  }
-  absl::StatusOr<Request> AllReduce(TensorRef data, ReduceOp op) override {
-    return inner_.IAllReduce(data, op);
-  }
-  absl::StatusOr<Request> ReduceScatter(ConstTensorRef in, TensorRef out) override {
-    return inner_.IReduceScatter(in, out);
-  }
-  absl::StatusOr<Request> AllGather(ConstTensorRef in, TensorRef out) override {
-    return inner_.IAllGather(in, out);
-  }
-  absl::StatusOr<Request> Broadcast(TensorRef data, int root) override {
-    return inner_.IBroadcast(data, root);
+    return ThrottledReceive::Start(requests_, ends_, inner(), data, peer, tag);
   }
   absl::StatusOr<std::shared_ptr<CommBackend>> Split(int color, int key) override {
-    ANNULUS_ASSIGN_OR_RETURN(Communicator part, inner_.Split(color, key));
+    ANNULUS_ASSIGN_OR_RETURN(Communicator part, inner().Split(color, key));
     return Create(std::move(part), bytes_per_second_);
   }
-  std::shared_ptr<CommProgress> progress() const override { return inner_.progress(); }
-  absl::Status Health() override { return inner_.Health(); }
-  void Abort() override { inner_.Abort(); }
 
  private:
-  Communicator inner_, requests_, ends_;
+  Communicator requests_, ends_;
   const double bytes_per_second_;
   std::vector<std::shared_ptr<int64_t>> link_free_ns_;  // by peer
 };

@@ -101,12 +101,15 @@ Lane ArrivalLane(const Lane& blank, const RankPlan& rank, const std::vector<Step
 
 }  // namespace
 
+const char* Name(TimeSource source) { return source == TimeSource::kPredicted ? "predicted" : "measured"; }
+
 std::string Timeline(const ExchangePlan& plan, const Simulation& simulation, int columns) {
   ANNULUS_CHECK(columns >= 1) << "columns " << columns;
   std::string text = absl::StrFormat(
-      "%s, %s: %.3f ms; a letter is a block, '*' several, '.' waits to compute, '+' adds results up, '~' "
+      "%s, %s: %s %.3f ms; a letter is a block, '*' several, '.' waits to compute, '+' adds results up, '~' "
       "copies\n",
-      plan.name, plan.pass == Pass::kForward ? "forward" : "backward", simulation.makespan * 1e3);
+      plan.name, plan.pass == Pass::kForward ? "forward" : "backward", Name(simulation.source),
+      simulation.makespan * 1e3);
   const Content content = ContentOf(plan);
   for (size_t r = 0; r < plan.ranks.size(); ++r) {
     const Lane blank(simulation.makespan, columns);

@@ -1,8 +1,10 @@
 // From left to right: names of ranks and lanes, then time. A lane has as many rows as messages overlap in it,
-// up to a few.
+// up to a few. Of many ranks' plans, whose bars are no wider than pixels, those of a row that are alike are
+// one shape: the file stays below a megabyte.
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <set>
 
 #include "absl/strings/str_format.h"
@@ -17,11 +19,11 @@ namespace {
 constexpr double kLeft = 128, kPlot = 1080, kRight = 16;
 constexpr double kTitleY = 22, kLegendY = 46, kAxisY = 68, kFirstRankY = 76;
 constexpr double kComputeHeight = 16, kArrivalHeight = 12, kLaneGap = 2, kRankGap = 10;
-constexpr double kRowHeight = 10;    // where a lane has several
-constexpr double kShortest = 0.4;    // width of a bar
-constexpr double kLetterWidth = 6;   // of labels
-constexpr size_t kMostRows = 4;      // of one lane
-constexpr size_t kManyBars = 20000;  // whose titles name their steps without telling them
+constexpr double kRowHeight = 10;   // where a lane has several
+constexpr double kShortest = 0.4;   // width of a bar
+constexpr double kLetterWidth = 6;  // of labels
+constexpr size_t kMostRows = 4;     // of one lane
+constexpr size_t kManyBars = 6000;  // of a plan: then bars have no titles and labels
 
 // Bars are strokes as wide as their row; their colors go by class, so that two schemes can share them.
 constexpr char kStyle[] = R"(<style>
@@ -165,8 +167,8 @@ class Picture {
     Text(8, kTitleY, "n",
          absl::StrCat(note_, note_.empty() ? "" : ": ", plan_.name, ", ",
                       plan_.pass == Pass::kForward ? "forward" : "backward", ", ", plan_.ranks.size(),
-                      " ranks: ", TimeText(simulation_.makespan), ", at most ", TimeText(exposed),
-                      " exposed"));
+                      " ranks: ", Name(simulation_.source), " ", TimeText(simulation_.makespan), ", at most ",
+                      TimeText(exposed), " exposed"));
   }
 
   // Of what was drawn.
@@ -210,7 +212,7 @@ class Picture {
       (computes ? computing
        : result ? results
                 : operands)
-          .push_back({timing, LookOf(rank, step), TitleOf(r, s), LabelOf(step)});
+          .push_back({timing, LookOf(rank, step), TitleOf(r, s), many_bars_ ? "" : LabelOf(step)});
     }
     AddWaits(r, &computing);
     Text(8, y + kComputeHeight - 4, "n", absl::StrCat("rank ", r));
@@ -221,8 +223,7 @@ class Picture {
   }
 
   std::string TitleOf(size_t r, size_t s) const {
-    if (!many_bars_) return StepText(plan_, static_cast<int>(r), s);
-    return absl::StrCat("rank ", r, " step ", s, ", ", LabelOf(plan_.ranks[r].steps[s]));
+    return many_bars_ ? "" : StepText(plan_, static_cast<int>(r), s);
   }
 
   // Where the rank has begun its part, has not ended it and does not compute.
@@ -253,7 +254,11 @@ class Picture {
     for (const std::vector<Bar>& row : rows) {
       absl::StrAppendFormat(&svg_, "<g transform=\"translate(%.0f %.1f)\" stroke-width=\"%.0f\">\n", kLeft,
                             y + row_height / 2, row_height);
-      for (const Bar& bar : row) DrawBar(bar);
+      if (many_bars_) {
+        DrawManyBars(row);
+      } else {
+        for (const Bar& bar : row) DrawBar(bar);
+      }
       svg_ += "</g>\n";
       y += row_height;
     }
@@ -272,6 +277,34 @@ class Picture {
     if (bar.label.empty() || text_width > width) return;
     const bool on_dark = bar.look.style == std::string("attend");
     Text(x + (width - text_width) / 2, 3.2, on_dark ? "b on" : "b", bar.label);
+  }
+
+  // Whole pixels; what touches is one.
+  void DrawManyBars(const std::vector<Bar>& row) {
+    struct Shape {
+      std::string path;
+      int64_t begin = 0, end = -1;  // not yet in the path
+    };
+    std::map<std::string, Shape> shapes;  // by style
+    const auto close = [](Shape* shape) {
+      if (shape->end > shape->begin)
+        absl::StrAppend(&shape->path, "M", shape->begin, " 0h", shape->end - shape->begin);
+    };
+    for (const Bar& bar : row) {
+      seen_.insert({bar.look.style, bar.look.name});
+      Shape& shape = shapes[bar.look.style];
+      const auto begin = static_cast<int64_t>(std::floor(bar.timing.start * scale_));
+      const auto end = std::max(begin + 1, static_cast<int64_t>(std::floor(bar.timing.end * scale_)));
+      if (begin > shape.end) {
+        close(&shape);
+        shape.begin = begin;
+      }
+      shape.end = std::max(shape.end, end);
+    }
+    for (auto& [style, shape] : shapes) {
+      close(&shape);
+      absl::StrAppend(&svg_, "<path class=\"", style, "\" d=\"", shape.path, "\"/>\n");
+    }
   }
 
   const ExchangePlan& plan_;

@@ -89,15 +89,31 @@ absl::Status CheckGradients(const Context& ctx, const AttentionBlock& block, con
   return CheckHeadsAre("attention.dv", g.dv, {dtype, v.rows, v.batch, v.heads, v.dim});
 }
 
-}  // namespace
+absl::Status CheckSum(const Context& ctx, const AttentionPartial& partial) {
+  if (ctx.device.kind != DeviceKind::kCpu) return Invalid("attention.sum: expected none but on CPUs");
+  return CheckTensor(ctx, "attention.sum", partial.sum, partial.lse.dtype(), partial.lse.shape());
+}
 
-absl::Status ResetPartial(Context& ctx, const AttentionPartial& partial) {
+absl::Status CheckPartial(const Context& ctx, const AttentionPartial& partial) {
   const ConstHeadsRef out = partial.out;
   ANNULUS_RETURN_IF_ERROR(CheckHeads(ctx, "attention.out", out));
   ANNULUS_RETURN_IF_ERROR(
       CheckHeadsAre("attention.out", out, {AccumOf(out.dtype), out.rows, out.batch, out.heads, out.dim}));
   ANNULUS_RETURN_IF_ERROR(CheckTensor(ctx, "attention.lse", partial.lse, out.dtype, StatShape(out)));
+  return partial.has_sum() ? CheckSum(ctx, partial) : absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status ResetPartial(Context& ctx, const AttentionPartial& partial) {
+  ANNULUS_RETURN_IF_ERROR(CheckPartial(ctx, partial));
   return VisitDevice(ctx, [&](auto device) { return kernels::ResetPartial(device, ctx, partial); });
+}
+
+absl::Status FinishPartial(Context& ctx, const AttentionPartial& partial) {
+  ANNULUS_RETURN_IF_ERROR(CheckPartial(ctx, partial));
+  ANNULUS_RETURN_IF_ERROR(CheckSum(ctx, partial));
+  return kernels::FinishPartial(CpuTag{}, ctx, partial);
 }
 
 absl::Status MergePartials(Context& ctx, const PartialMerge& m) {
@@ -109,6 +125,11 @@ absl::Status MergePartials(Context& ctx, const PartialMerge& m) {
   ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("merge.lse", m.lse, expected(1)));
   ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("merge.into_out", m.into_out, expected(m.out.dim)));
   ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("merge.into_lse", m.into_lse, expected(1)));
+  if (m.has_sums()) {
+    if (ctx.device.kind != DeviceKind::kCpu) return Invalid("merge.sum: expected none but on CPUs");
+    ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("merge.sum", m.sum, expected(1)));
+    ANNULUS_RETURN_IF_ERROR(CheckHeadsAre("merge.into_sum", m.into_sum, expected(1)));
+  }
   return VisitKernel(ctx, m.out.dtype,
                      [&]<class T>(auto device) { return kernels::MergePartials<T>(device, ctx, m); });
 }
@@ -116,6 +137,7 @@ absl::Status MergePartials(Context& ctx, const PartialMerge& m) {
 absl::Status AttentionForward(Context& ctx, const AttentionBlock& block, const AttentionPartial& partial) {
   ANNULUS_RETURN_IF_ERROR(CheckBlock(ctx, block));
   ANNULUS_RETURN_IF_ERROR(CheckOutput(ctx, block, AccumOf(block.q.dtype), partial.out, partial.lse));
+  if (partial.has_sum()) ANNULUS_RETURN_IF_ERROR(CheckSum(ctx, partial));
   return VisitKernel(ctx, block.q.dtype, [&]<class T>(auto device) {
     return kernels::AttentionForward<T>(device, ctx, block, partial);
   });

@@ -1,6 +1,6 @@
 // Forward of block attention: per query tile an online softmax over key tiles (Milakov and Gimelshein, 2018)
-// that starts from the carry. A previous partial (O, LSE) is the state (acc, m, l) = (O, LSE, 1): its sum of
-// exp(s - LSE) is one by the definition of LSE.
+// that starts from the carry. A previous partial is the state (acc, m, l) itself where it has a sum; (O, LSE)
+// is the state (O, LSE, 1), because the sum of exp(s - LSE) is one by the definition of LSE.
 
 #include <cmath>
 
@@ -13,6 +13,15 @@ namespace {
 
 template <typename T>
 constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
+
+// From sums relative to exp(*lse): sum > 0 of the weights, and of the values in out[dim].
+template <typename T>
+void Normalize(T sum, int64_t dim, T* out, T* lse) {
+  const T inverse = T{1} / sum;
+#pragma omp simd
+  for (int64_t i = 0; i < dim; ++i) out[i] *= inverse;
+  *lse += std::log(sum);
+}
 
 template <typename T>
 class ForwardTiles {
@@ -36,14 +45,15 @@ class ForwardTiles {
 
  private:
   void Load(const QueryTile& tile) {
-    const T* lse = partial_.lse.template data<T>();
+    const T *lse = partial_.lse.template data<T>(), *sum = Sums();
     for (int64_t r = 0; r < tile.rows; ++r) {
       const T* out = TileRows<T>(partial_.out, tile) + r * partial_.out.row_stride;
       for (int64_t h = 0; h < tile.group; ++h) {
         const int64_t m = r * tile.group + h;
-        max_[m] = lse[StatIndex(block_.q, tile, r) + h];
+        const int64_t stat = StatIndex(block_.q, tile, r) + h;
+        max_[m] = lse[stat];
         const bool no_keys_yet = max_[m] == kMinusInfinity<T>;
-        sum_[m] = no_keys_yet ? T{0} : T{1};
+        sum_[m] = no_keys_yet ? T{0} : sum == nullptr ? T{1} : sum[stat];
         if (no_keys_yet) {
           std::fill_n(acc_ + m * v_dim_, v_dim_, T{0});
         } else {
@@ -96,21 +106,25 @@ class ForwardTiles {
 
   // Rows that saw no key of the block are not written: they keep their bits.
   void Store(const QueryTile& tile, const KeyRange* ranges) {
-    T* lse = partial_.lse.template data<T>();
+    T *lse = partial_.lse.template data<T>(), *sum = Sums();
     for (int64_t r = 0; r < tile.rows; ++r) {
       if (ranges[r].empty()) continue;
       T* out = TileRows<T>(partial_.out, tile) + r * partial_.out.row_stride;
       for (int64_t h = 0; h < tile.group; ++h) {
-        const int64_t m = r * tile.group + h;
-        const T inverse = T{1} / sum_[m];
-        const T* acc = acc_ + m * v_dim_;
+        const int64_t m = r * tile.group + h, stat = StatIndex(block_.q, tile, r) + h;
         T* to = out + h * v_dim_;
-#pragma omp simd
-        for (int64_t i = 0; i < v_dim_; ++i) to[i] = acc[i] * inverse;
-        lse[StatIndex(block_.q, tile, r) + h] = max_[m] + std::log(sum_[m]);
+        std::copy_n(acc_ + m * v_dim_, v_dim_, to);
+        lse[stat] = max_[m];
+        if (sum == nullptr) {
+          Normalize(sum_[m], v_dim_, to, &lse[stat]);
+        } else {
+          sum[stat] = sum_[m];
+        }
       }
     }
   }
+
+  T* Sums() const { return partial_.has_sum() ? partial_.sum.template data<T>() : nullptr; }
 
   Context& ctx_;
   const AttentionBlock& block_;
@@ -136,30 +150,55 @@ absl::Status ResetPartial(CpuTag, Context& ctx, const AttentionPartial& partial)
       ZeroHeads<T>(out.Rows(row, std::min(row + rows, out.rows)));
     }
     std::fill_n(partial.lse.data<T>(), partial.lse.elements(), kMinusInfinity<T>);
+    if (partial.has_sum()) std::fill_n(partial.sum.data<T>(), partial.sum.elements(), T{0});
+    return absl::OkStatus();
+  });
+}
+
+absl::Status FinishPartial(CpuTag, Context& ctx, const AttentionPartial& partial) {
+  return VisitFloat(partial.out.dtype, [&]<class T>() {
+    const HeadsRef& out = partial.out;
+    T* lse = partial.lse.data<T>();
+    const T* sum = partial.sum.data<T>();
+    for (int64_t row = 0; row < out.rows; ++row) {
+      for (int64_t item = 0; item < out.batch; ++item) {
+        for (int64_t head = 0; head < out.heads; ++head, ++lse, ++sum) {
+          if (*sum > 0) Normalize(*sum, out.dim, out.At<T>(item, head) + row * out.row_stride, lse);
+        }
+      }
+      ctx.Poll();
+    }
     return absl::OkStatus();
   });
 }
 
 template <typename T>
 absl::Status MergePartials(CpuTag, Context& ctx, const PartialMerge& m) {
+  const auto at = [](const auto& x, int64_t row, int64_t item, int64_t head) {
+    return x.template At<T>(item, head) + row * x.row_stride;
+  };
   for (int64_t row = 0; row < m.out.rows; ++row) {
     for (int64_t item = 0; item < m.out.batch; ++item) {
       for (int64_t head = 0; head < m.out.heads; ++head) {
-        const T lse = *(m.lse.At<T>(item, head) + row * m.lse.row_stride);
-        T& into_lse = *(m.into_lse.At<T>(item, head) + row * m.into_lse.row_stride);
-        const T* out = m.out.At<T>(item, head) + row * m.out.row_stride;
-        T* into = m.into_out.At<T>(item, head) + row * m.into_out.row_stride;
+        const T lse = *at(m.lse, row, item, head), *out = at(m.out, row, item, head);
+        T &into_lse = *at(m.into_lse, row, item, head), *into = at(m.into_out, row, item, head);
+        // A normalised result is one of sum 1.
+        const T sum = m.has_sums() ? *at(m.sum, row, item, head) : T{1};
+        T normalised = 1;
+        T& into_sum = m.has_sums() ? *at(m.into_sum, row, item, head) : normalised;
         if (lse == kMinusInfinity<T> || into_lse == kMinusInfinity<T>) {
           if (into_lse != kMinusInfinity<T>) continue;
-          for (int64_t i = 0; i < m.out.dim; ++i) into[i] = lse == kMinusInfinity<T> ? T{0} : out[i];
-          into_lse = lse;
+          const bool empty = lse == kMinusInfinity<T>;
+          for (int64_t i = 0; i < m.out.dim; ++i) into[i] = empty ? T{0} : out[i];
+          into_lse = lse, into_sum = empty ? T{0} : sum;
           continue;
         }
         const T top = std::max(lse, into_lse);
         const T added = std::exp(lse - top), kept = std::exp(into_lse - top);
-        const T by_added = added / (added + kept), by_kept = kept / (added + kept);
-        for (int64_t i = 0; i < m.out.dim; ++i) into[i] = by_kept * into[i] + by_added * out[i];
-        into_lse = top + std::log(added + kept);
+        for (int64_t i = 0; i < m.out.dim; ++i) into[i] = kept * into[i] + added * out[i];
+        into_sum = kept * into_sum + added * sum;
+        into_lse = top;
+        if (!m.has_sums()) Normalize(into_sum, m.out.dim, into, &into_lse);
       }
     }
     ctx.Poll();
@@ -181,7 +220,7 @@ absl::Status AttentionForward(CpuTag, Context& ctx, const AttentionBlock& block,
 template <typename T>
 absl::Status AttentionForwardWhole(CpuTag device, Context& ctx, const AttentionBlock& block, HeadsRef out,
                                    TensorRef lse) {
-  const AttentionPartial partial{out, lse};
+  const AttentionPartial partial{.out = out, .lse = lse};
   ANNULUS_RETURN_IF_ERROR(ResetPartial(device, ctx, partial));
   return AttentionForward<T>(device, ctx, block, partial);
 }

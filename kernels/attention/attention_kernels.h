@@ -14,6 +14,7 @@ constexpr bool TensorCoreDims(int64_t dim, int64_t v_dim) {
 AttentionKernel KernelFor(const Context& ctx, const AttentionBlock& block);
 
 absl::Status ResetPartial(CpuTag, Context& ctx, const AttentionPartial& partial);
+absl::Status FinishPartial(CpuTag, Context& ctx, const AttentionPartial& partial);
 template <typename T>
 absl::Status MergePartials(CpuTag, Context& ctx, const PartialMerge& merge);
 template <typename T>

@@ -1,95 +1,118 @@
 // Floor of a merge, bytes per element of O: 2 or 4 for the block, 8 for the carry; LSE adds 12 per row and
 // head.
 
+#include <bit>
+
 #include "kernels/attention/attention_merge_cuda.h"
 #include "kernels/common/vector.cuh"
 
 namespace annulus::kernels {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kN = 4;  // elements a thread: 16 bytes of the carry
 constexpr uint32_t kWarp = 32;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kN = 4;       // elements of a vector: 16 bytes of the carry
+constexpr int kUnroll = 4;  // vectors of a lane, all in flight
+constexpr uint32_t kWarpElements = kWarp * kUnroll * kN;
 
 template <typename T>
 __device__ T* At(const CudaLse<T>& lse, int64_t row, int64_t item, int64_t head) {
   return lse.data + row * lse.row_stride + item * lse.batch_stride + head * lse.head_stride;
 }
+template <typename T>
+__device__ T* At(const CudaHeads<T>& x, int64_t row, int64_t item) {
+  return x.data + row * x.row_stride + item * x.batch_stride;
+}
 
-// Weights of block and carry in their sum.
+// Weights of block and carry in their sum. What has the weight 0 is not used, whatever the memory holds:
+// where LSE is -inf the output is defined as 0.
 struct Weights {
-  float lse, block = 1, carry = 0;
+  float lse, block, carry;
+
+  // Nothing to add: the carry's bits stay.
+  __device__ bool KeepCarry() const { return block == 0.0f && carry == 1.0f; }
+  __device__ float Merge(float of_block, float of_carry) const {
+    const float added = block == 0.0f ? 0.0f : block * of_block;
+    return carry == 0.0f ? added : fmaf(carry, of_carry, added);
+  }
 };
 __device__ Weights WeightsOf(float block_lse, float carry_lse) {
-  if (carry_lse == -INFINITY) return {.lse = block_lse};
-  const float top = fmaxf(carry_lse, block_lse);
-  const float a = expf(carry_lse - top), b = expf(block_lse - top);
-  return {.lse = top + logf(a + b), .block = b / (a + b), .carry = a / (a + b)};
+  if (block_lse == -INFINITY && carry_lse == -INFINITY) return {-INFINITY, 0, 0};
+  const float ratio = expf(-fabsf(block_lse - carry_lse));  // of the smaller sum to the larger; NaN stays NaN
+  const float larger = 1 / (1 + ratio), smaller = ratio * larger;
+  const bool block_leads = block_lse > carry_lse;
+  return {.lse = fmaxf(block_lse, carry_lse) + log1pf(ratio),
+          .block = block_leads ? larger : smaller,
+          .carry = block_leads ? smaller : larger};
 }
 
-// Where LSE is -inf the output is defined as 0, whatever the memory holds.
-__device__ float Merged(const Weights& weights, float block_lse, float block, float carry) {
-  const float added = block_lse == -INFINITY ? 0.0f : weights.block * block;
-  return weights.carry == 0.0f ? added : fmaf(weights.carry, carry, added);
-}
+// How heads are shared out: a warp takes `heads` neighbouring heads of a token, kWarpElements elements, and a
+// CTA the same heads of kWarps tokens, so that LSE of either order is read in runs.
+struct HeadGroups {
+  uint32_t heads, count;  // of a group; groups of a token
+  int vector_bits;        // log2 of the vectors of a head
+};
 
-// Nothing to add: the carry stays bit-identical.
-__device__ bool Stays(float block_lse, float carry_lse) {
-  return block_lse == -INFINITY && carry_lse != -INFINITY;
-}
-
-// A thread does one vector of kN elements: with few registers each and so all threads that fit on the device,
-// there are enough loads in flight. (Two vectors a thread: 85% of copy speed; four: 73%.) The vectors of a
-// head, a power of two of at most 32, are those of neighbouring threads of one warp.
+// Weights cost more than the sums that they are for, so a lane forms those of one head for the whole warp.
 template <typename Block>
-__global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ MergeBlockArgs<Block> args,
-                                                        uint32_t vectors, uint32_t vectors_per_row) {
-  const uint32_t vector = blockIdx.x * kThreads + threadIdx.x;
-  const bool inside = vector < vectors;
-  const uint32_t token = vector / vectors_per_row, column = vector % vectors_per_row * kN;
-  const uint32_t batch = static_cast<uint32_t>(args.batch), row = token / batch, item = token % batch;
-  const uint32_t dim = static_cast<uint32_t>(args.dim), head = column / dim;
-  float* const out = args.out.data + row * args.out.row_stride + item * args.out.batch_stride + column;
-  float* const lse = At(args.lse, row, item, head);
-  Pack<Block, kN> block = {};
-  Pack<float, kN> carry = {};
-  float block_lse = -INFINITY, carry_lse = -INFINITY;
-  if (inside) {
-    block_lse = *At(args.block_lse, row, item, head);
-    carry_lse = *lse;
-    block = LoadPack<kN>(args.block_out.data + row * args.block_out.row_stride +
-                         item * args.block_out.batch_stride + column);
-    carry = LoadPack<kN>(static_cast<const float*>(out));
+__global__ void __launch_bounds__(kThreads)
+    MergeKernel(const __grid_constant__ MergeBlockArgs<Block> args, HeadGroups groups) {
+  const uint32_t lane = threadIdx.x % kWarp, group = blockIdx.x % groups.count;
+  const int64_t token = int64_t{blockIdx.x / groups.count} * kWarps + threadIdx.x / kWarp;
+  if (token >= args.rows * args.batch) return;  // all of a warp
+  const auto batch = static_cast<uint32_t>(args.batch);
+  const uint32_t row = static_cast<uint32_t>(token) / batch, item = static_cast<uint32_t>(token) % batch;
+  const uint32_t first_head = group * groups.heads;
+  const uint32_t heads = min(groups.heads, static_cast<uint32_t>(args.heads) - first_head);
+  const int64_t first_column = first_head * args.dim + lane * kN;
+  const Block* const block_out = At(args.block_out, row, item) + first_column;
+  float* const out = At(args.out, row, item) + first_column;
+  const auto head_of = [&](int u) { return (u * kWarp + lane) >> groups.vector_bits; };
+
+  float block_lse = 0, carry_lse = 0;
+  if (lane < heads) {
+    block_lse = *At(args.block_lse, row, item, first_head + lane);
+    carry_lse = *At(args.lse, row, item, first_head + lane);
   }
-  __syncwarp();  // all threads of a head have read its LSE before one of them writes it
-  if (!inside || Stays(block_lse, carry_lse)) return;
-  const Weights weights = WeightsOf(block_lse, carry_lse);
-  float value[kN];
+  Pack<Block, kN> block[kUnroll];
+  Pack<float, kN> carry[kUnroll];
 #pragma unroll
-  for (int i = 0; i < kN; ++i) value[i] = Merged(weights, block_lse, block[i], carry[i]);
-  StorePack<kN>(PackOf<float>(value), out);
-  if (column % dim == 0) *lse = weights.lse;
+  for (int u = 0; u < kUnroll; ++u) {
+    if (head_of(u) >= heads) continue;
+    block[u] = LoadPack<kN>(block_out + u * kWarp * kN);
+    carry[u] = LoadPack<kN>(static_cast<const float*>(out + u * kWarp * kN));
+  }
+  const Weights own = WeightsOf(block_lse, carry_lse);
+  if (lane < heads && !own.KeepCarry()) *At(args.lse, row, item, first_head + lane) = own.lse;
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const Weights weights = {.lse = 0,
+                             .block = __shfl_sync(0xffffffffu, own.block, head_of(u)),
+                             .carry = __shfl_sync(0xffffffffu, own.carry, head_of(u))};
+    if (head_of(u) >= heads || weights.KeepCarry()) continue;
+    float value[kN];
+#pragma unroll
+    for (int i = 0; i < kN; ++i) value[i] = weights.Merge(block[u][i], carry[u][i]);
+    StorePack<kN>(PackOf<float>(value), out + u * kWarp * kN);
+  }
 }
 
 // Any dim and alignment: a warp does one head of one row.
 template <typename Block>
 __global__ void __launch_bounds__(kThreads)
     MergeAnyKernel(const __grid_constant__ MergeBlockArgs<Block> args) {
-  const int64_t stat = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t stat = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (stat >= args.rows * args.batch * args.heads) return;  // all of a warp
   const int64_t head = stat % args.heads, token = stat / args.heads;
   const int64_t row = token / args.batch, item = token % args.batch;
-  const Block* block = args.block_out.data + row * args.block_out.row_stride +
-                       item * args.block_out.batch_stride + head * args.dim;
-  float* const out =
-      args.out.data + row * args.out.row_stride + item * args.out.batch_stride + head * args.dim;
+  const Block* block = At(args.block_out, row, item) + head * args.dim;
+  float* const out = At(args.out, row, item) + head * args.dim;
   float* const lse = At(args.lse, row, item, head);
-  const float block_lse = *At(args.block_lse, row, item, head), carry_lse = *lse;
+  const Weights weights = WeightsOf(*At(args.block_lse, row, item, head), *lse);
   __syncwarp();  // all have read the LSE before it is written
-  if (Stays(block_lse, carry_lse)) return;
-  const Weights weights = WeightsOf(block_lse, carry_lse);
+  if (weights.KeepCarry()) return;
   for (int64_t i = threadIdx.x % kWarp; i < args.dim; i += kWarp) {
-    out[i] = Merged(weights, block_lse, ToFloat(block[i]), out[i]);
+    out[i] = weights.Merge(ToFloat(block[i]), out[i]);
   }
   if (threadIdx.x % kWarp == 0) *lse = weights.lse;
 }
@@ -124,17 +147,21 @@ bool Fits(const CudaHeads<T>& x) {
 
 template <typename Block>
 cudaError_t CudaMergeBlock(const MergeBlockArgs<Block>& args, cudaStream_t stream) {
-  const int64_t stats = args.rows * args.batch * args.heads, vectors = stats * args.dim / kN;
+  const int64_t tokens = args.rows * args.batch, stats = tokens * args.heads;
   if (stats == 0) return cudaSuccess;
-  const bool power_of_two = args.dim > 0 && (args.dim & (args.dim - 1)) == 0;
-  if (power_of_two && args.dim >= kN && args.dim <= int64_t{kWarp} * kN && Fits(args.block_out) &&
-      Fits(args.out) && vectors <= UINT32_MAX - kThreads) {
-    const auto blocks = static_cast<uint32_t>(CeilDiv(vectors, kThreads));
-    MergeKernel<<<blocks, kThreads, 0, stream>>>(args, static_cast<uint32_t>(vectors),
-                                                 static_cast<uint32_t>(args.heads * args.dim / kN));
+  const auto dim = static_cast<uint64_t>(args.dim);
+  if (std::has_single_bit(dim) && dim >= kWarpElements / kWarp && dim <= kWarpElements &&
+      Fits(args.block_out) && Fits(args.out)) {
+    HeadGroups groups = {.heads = static_cast<uint32_t>(kWarpElements / dim),
+                         .count = 0,
+                         .vector_bits = std::countr_zero(dim / kN)};
+    groups.count = static_cast<uint32_t>(CeilDiv(args.heads, groups.heads));
+    const int64_t blocks = CeilDiv(tokens, kWarps) * groups.count;
+    if (blocks > INT32_MAX || tokens > UINT32_MAX) return cudaErrorInvalidValue;
+    MergeKernel<<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(args, groups);
     return cudaGetLastError();
   }
-  const int64_t blocks = CeilDiv(stats, kThreads / kWarp);
+  const int64_t blocks = CeilDiv(stats, kWarps);
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   MergeAnyKernel<<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(args);
   return cudaGetLastError();

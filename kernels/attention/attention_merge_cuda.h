@@ -37,7 +37,7 @@ struct MergeBlockArgs {
   CudaHeads<float> out;
   CudaLse<float> lse;
 };
-// Block: float, __nv_bfloat16. At copy speed where dim is a power of two from 4 to 128 and rows are on 16
+// Block: float, __nv_bfloat16. At copy speed where dim is a power of two from 16 to 512 and rows are on 16
 // bytes.
 template <typename Block>
 cudaError_t CudaMergeBlock(const MergeBlockArgs<Block>& args, cudaStream_t stream);

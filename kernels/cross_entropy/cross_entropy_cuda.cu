@@ -3,17 +3,22 @@
 // would read again: at a vocabulary of 128K the rows in work do not fit in L2.) That is 1/12 of the time of
 // the three products at d = 4096.
 //
-//   copy of the slice, its (max, sum) by warps -> to every CTA of the row -> cluster barrier
-//   -> (max, sum) of the row -> gradient of the slice
+//   row t:   (max, sum) of the slice by warps -> to every CTA of the row -> cluster barrier -> (max, sum) of
+//            the row -> gradient of the slice
+//   row t+1:                                        its slice is copied in behind the gradient of row t
 //
-// Of a part of the vocabulary the first three steps end with the row's stats, and a second kernel copies the
-// slice again for the gradient: 4 bytes more.
+// Of a part of the vocabulary the row's (max, sum) becomes its stats, and a second kernel copies the slice
+// again for the gradient: 4 bytes more.
 //
-// After the barrier every logit of the row is on chip, so a narrower gradient may overwrite any of them. What
-// takes time besides memory is what a row waits for: so all copies of a slice are under way at once, sums are
-// sent before the barrier, not fetched behind it, and the row's target is waited for last.
+// After the barrier every logit of the row is on chip, so a narrower gradient may overwrite any of them. As
+// many clusters run as the device holds and each takes many rows: a cluster that starts waits for room in as
+// many CTAs at once, and then for memory. (With a cluster for every row, loss and gradient took 1-9% longer
+// on an H200.) Of copy speed that is 86-91% at vocabularies of 32K and 50K, 82% at 128K and 75% at 256K,
+// where only two dozen rows are at work at a time.
 
 #include <cooperative_groups.h>
+
+#include <bit>
 
 #include "kernels/common/async_copy.cuh"
 #include "kernels/common/exp2.cuh"
@@ -26,14 +31,13 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kMaxCluster = 8;  // portable
+constexpr int kPortableCluster = 8, kMaxCluster = 16;  // the latter on devices of compute capability 9.0
 // Two CTAs of an SM, three where slices are short: some load while another stores. (With shorter slices in
-// larger clusters rows wait for more of their CTAs: 72 KiB is 10% slower at a vocabulary of 50K.)
-constexpr int64_t kSliceBytes = 110 << 10;
+// larger clusters rows wait for more of their CTAs: 72 KiB is 12-18% slower.)
+constexpr int64_t kSliceBytes = 108 << 10;
 constexpr int N = 4;  // logits of a vector
 constexpr int64_t kVectorBytes = N * sizeof(float);
-static_assert(kCudaCrossEntropyMaxVocab * sizeof(float) <= kMaxCluster * (224 << 10),
-              "a CTA can have 227 KiB");
+static_assert(kCudaCrossEntropyMaxVocab * sizeof(float) <= kMaxCluster * (112 << 10), "what the header says");
 
 using Logits = Pack<float, N>;
 
@@ -88,43 +92,36 @@ __device__ void ForEachVector(int64_t begin, int64_t end, Use&& use) {
   for (int64_t vector = begin + threadIdx.x; vector < end; vector += kThreads) use(vector);
 }
 
-// Copies the slice to `kept` and sums it, the first half while the second is under way. A thread reads only
-// what it copied, here and for the gradient.
-__device__ SumExp LoadSlice(const float* row, const Slice& slice, Logits* kept) {
-  const int64_t passes = (slice.end - slice.begin + kThreads - 1) / kThreads;
-  const int64_t middle = min(slice.begin + passes / 2 * kThreads, slice.end);
-  const auto copy = [&](int64_t vector) {
-    CopyAsync16(SharedAddress(kept + (vector - slice.begin)), row + vector * N);
-  };
-  SumExp sum;
-  const auto add = [&](int64_t vector) {
-    Logits logits = kept[vector - slice.begin];
+// The slice of a row in shared memory, of the next row where this one is done with. A thread reads only what
+// it copied, so that it may ask for the next row's vector as soon as it has used this one's.
+struct Kept {
+  Logits* logits;
+  Slice slice;
+
+  __device__ const Logits& At(int64_t vector) const { return logits[vector - slice.begin]; }
+  __device__ void Ask(int64_t vector, const float* row) const {
+    CopyAsync16(SharedAddress(logits + (vector - slice.begin)), row + vector * N);
+  }
+  // -inf past the vocabulary.
+  __device__ Logits Inside(int64_t vector) const {
+    Logits pack = At(vector);
     const int64_t inside = slice.vocab - vector * N;
     if (inside < N) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) logits.value[i] = i < inside ? logits.value[i] : -INFINITY;
+      for (int i = 0; i < N; ++i) pack.value[i] = i < inside ? pack.value[i] : -INFINITY;
     }
-    sum.Add(logits);
-  };
-  ForEachVector(slice.begin, middle, copy);
-  CopyAsyncCommit();
-  ForEachVector(middle, slice.end, copy);
-  CopyAsyncCommit();
-  CopyAsyncWait<1>();
-  ForEachVector(slice.begin, middle, add);
-  CopyAsyncWait<0>();
-  ForEachVector(middle, slice.end, add);
-  return sum;
-}
-
-// The copy alone.
-__device__ void CopySlice(const float* row, const Slice& slice, Logits* kept) {
-  ForEachVector(slice.begin, slice.end, [&](int64_t vector) {
-    CopyAsync16(SharedAddress(kept + (vector - slice.begin)), row + vector * N);
-  });
-  CopyAsyncCommit();
-  CopyAsyncWait<0>();
-}
+    return pack;
+  }
+  // Calls use(vector) for this thread's share in two halves, each copied by a group of its own, the older one
+  // first: one is under way while the other is worked on.
+  template <typename Use>
+  __device__ void ForEachHalf(Use&& use) const {
+    const int64_t passes = (slice.end - slice.begin + kThreads - 1) / kThreads;
+    const int64_t middle = min(slice.begin + passes / 2 * kThreads, slice.end);
+    use(slice.begin, middle);
+    use(middle, slice.end);
+  }
+};
 
 // The total of the row from the sums of its warps, in every thread.
 __device__ SumExp RowTotal(const SumExp (&sums)[kMaxCluster][kWarps], int ranks) {
@@ -133,33 +130,36 @@ __device__ SumExp RowTotal(const SumExp (&sums)[kMaxCluster][kWarps], int ranks)
   return WarpMerge(total);
 }
 
-template <typename Grad>
-__device__ void ZeroSlice(const Slice& slice, Grad* gradient) {
-  const float zero[N] = {};
-  ForEachVector(slice.begin, slice.end,
-                [&](int64_t vector) { StorePack<N>(PackOf<Grad>(zero), gradient + vector * N); });
-}
-
 // What the gradient of a row is made of.
 struct RowGradient {
   float log2_maximum;  // of the logits, times log2(e)
   float factor;        // scale / sum
-  int32_t target;
-  float of_target;  // from the f32 probability, not from the rounded gradient
+  int32_t target;      // -1: of another part
+  float of_target;     // from the f32 probability, not from the rounded gradient
+  bool counted;        // else zero
 };
 
 template <typename Grad>
-__device__ void WriteSlice(const Logits* logits, const Slice& slice, const RowGradient& row, Grad* gradient) {
-  ForEachVector(slice.begin, slice.end, [&](int64_t vector) {
-    const Logits pack = logits[vector - slice.begin];
-    const auto target = static_cast<int32_t>(row.target - vector * N);
-    float value[N];
+__device__ void WriteVector(const Logits& logits, int64_t vector, const RowGradient& row, Grad* gradient) {
+  const auto target = static_cast<int32_t>(row.target - vector * N);
+  float value[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      value[i] = row.factor * Exp2(fmaf(pack[i], kLog2E, -row.log2_maximum));
-      if (i == target) value[i] = row.of_target;
-    }
-    StorePack<N>(PackOf<Grad>(value), gradient + vector * N);
+  for (int i = 0; i < N; ++i) {
+    value[i] = !row.counted ? 0.0f : row.factor * Exp2(fmaf(logits[i], kLog2E, -row.log2_maximum));
+    if (i == target) value[i] = row.of_target;
+  }
+  StorePack<N>(PackOf<Grad>(value), gradient + vector * N);
+}
+
+// Over the row's logits; asks for the next row's on the way.
+template <typename Grad>
+__device__ void WriteGradient(const Kept& kept, const RowGradient& of_row, float* row, const float* next) {
+  kept.ForEachHalf([&](int64_t begin, int64_t end) {
+    ForEachVector(begin, end, [&](int64_t vector) {
+      WriteVector(kept.At(vector), vector, of_row, reinterpret_cast<Grad*>(row));
+      if (next != nullptr) kept.Ask(vector, next);
+    });
+    CopyAsyncCommit();
   });
 }
 
@@ -171,74 +171,95 @@ __device__ int32_t TargetInRow(const CudaCrossEntropyArgs& args, int64_t t) {
 
 enum class Result { kLoss, kLossAndGradient, kStats };
 
+// A cluster takes every step-th row.
 template <typename Grad, Result kResult>
-__global__ void __launch_bounds__(kThreads, 3) RowKernel(const CudaCrossEntropyArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) RowKernel(const __grid_constant__ CudaCrossEntropyArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
-  __shared__ SumExp sums[kMaxCluster][kWarps];  // of the whole row
-  auto* kept = reinterpret_cast<Logits*>(memory);
+  __shared__ SumExp sums[2][kMaxCluster][kWarps];  // of the row; the next row's come while these are read
   const cg::cluster_group cluster = cg::this_cluster();
-  cg::cluster_group::arrival_token started = cluster.barrier_arrive();
   const auto rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
-  const int64_t t = blockIdx.x / static_cast<uint32_t>(ranks);
-  float* row = args.logits + t * args.stride;
-  Grad* gradient = reinterpret_cast<Grad*>(row);
-  const Slice slice = SliceOf(args.vocab, (args.vocab + N - 1) / N, rank, ranks);
-  const int32_t target = TargetInRow(args, t);
-  const SumExp sum = WarpMerge(LoadSlice(row, slice, kept));
-  const float target_logit = row[max(target, 0)];  // before the barrier, so before any gradient
+  const int64_t step = gridDim.x / static_cast<uint32_t>(ranks);
   const int lane = threadIdx.x % 32;
-  cluster.barrier_wait(std::move(started));  // memory of others exists
-  if (lane < ranks) *cluster.map_shared_rank(&sums[rank][threadIdx.x / 32], lane) = sum;
-  cluster.sync();
-  if (kResult != Result::kStats && target < 0) {
-    if (kResult == Result::kLossAndGradient) ZeroSlice(slice, gradient);
-    if (rank == 0 && threadIdx.x == 0) args.row_loss[t] = 0;
-    return;
-  }
-  const SumExp total = RowTotal(sums, ranks);
-  if constexpr (kResult == Result::kStats) {
-    if (rank != 0 || threadIdx.x != 0) return;
-    args.stats[2 * t] = (total.maximum + log2f(total.sum)) / kLog2E;
-    args.stats[2 * t + 1] = target < 0 ? 0.0f : target_logit;
-    return;
-  }
-  const float log2_gap = total.maximum + log2f(total.sum) - target_logit * kLog2E;
-  if (rank == 0 && threadIdx.x == 0) args.row_loss[t] = log2_gap / kLog2E;
-  if constexpr (kResult == Result::kLossAndGradient) {
-    const auto scale = static_cast<float>(args.scale);
-    WriteSlice(kept, slice,
-               {.log2_maximum = total.maximum,
-                .factor = scale / total.sum,
-                .target = target,
-                .of_target = scale * (Exp2(-log2_gap) - 1.0f)},
-               gradient);
+  const Slice slice = SliceOf(args.vocab, (args.vocab + N - 1) / N, rank, ranks);
+  const Kept kept{reinterpret_cast<Logits*>(memory), slice};
+  int64_t t = blockIdx.x / static_cast<uint32_t>(ranks);
+  kept.ForEachHalf([&](int64_t begin, int64_t end) {
+    ForEachVector(begin, end, [&](int64_t vector) { kept.Ask(vector, args.logits + t * args.stride); });
+    CopyAsyncCommit();
+  });
+  cluster.sync();  // memory of others exists
+  int32_t target = TargetInRow(args, t);
+  for (int turn = 0; t < args.tokens; t += step, turn ^= 1) {
+    float* const row = args.logits + t * args.stride;
+    const float* const next = t + step < args.tokens ? row + step * args.stride : nullptr;
+    const int32_t next_target = next == nullptr ? -1 : TargetInRow(args, t + step);
+    SumExp sum;
+    float target_logit = 0;
+    bool owner = rank == 0 && threadIdx.x == 0 && target < 0;  // of the row's result
+    kept.ForEachHalf([&](int64_t begin, int64_t end) {
+      CopyAsyncWait<1>();
+      ForEachVector(begin, end, [&](int64_t vector) {
+        const Logits logits = kept.Inside(vector);
+        sum.Add(logits);
+        if (target >= 0 && vector == target / N) {
+          owner = true;
+          target_logit = kept.At(vector).value[target % N];
+        }
+        if (kResult != Result::kLossAndGradient && next != nullptr) kept.Ask(vector, next);
+      });
+      CopyAsyncCommit();  // a group of no copies where the gradient is still to come
+    });
+    sum = WarpMerge(sum);
+    if (lane < ranks) *cluster.map_shared_rank(&sums[turn][rank][threadIdx.x / 32], lane) = sum;
+    cluster.sync();  // from here all logits of the row are on chip
+    const SumExp total = RowTotal(sums[turn], ranks);
+    const float log2_sum = total.maximum + log2f(total.sum), log2_gap = log2_sum - target_logit * kLog2E;
+    if constexpr (kResult == Result::kStats) {
+      if (owner) args.stats[2 * t] = log2_sum / kLog2E, args.stats[2 * t + 1] = target_logit;
+    } else if (owner) {
+      args.row_loss[t] = target < 0 ? 0 : log2_gap / kLog2E;
+    }
+    if constexpr (kResult == Result::kLossAndGradient) {
+      const auto scale = static_cast<float>(args.scale);
+      WriteGradient<Grad>(kept,
+                          {.log2_maximum = total.maximum,
+                           .factor = scale / total.sum,
+                           .target = target,
+                           .of_target = scale * (Exp2(-log2_gap) - 1.0f),
+                           .counted = target >= 0},
+                          row, next);
+    }
+    target = next_target;
   }
 }
 
 // The gradient of a part's slice from the stats of the whole row.
 template <typename Grad>
-__global__ void __launch_bounds__(kThreads, 3) GradientKernel(const CudaCrossEntropyArgs args) {
+__global__ void __launch_bounds__(kThreads, 3)
+    GradientKernel(const __grid_constant__ CudaCrossEntropyArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
-  auto* kept = reinterpret_cast<Logits*>(memory);
   const cg::cluster_group cluster = cg::this_cluster();
   const auto rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
-  const int64_t t = blockIdx.x / static_cast<uint32_t>(ranks);
-  float* row = args.logits + t * args.stride;
-  Grad* gradient = reinterpret_cast<Grad*>(row);
+  const int64_t step = gridDim.x / static_cast<uint32_t>(ranks);
   const Slice slice = SliceOf(args.vocab, (args.vocab + N - 1) / N, rank, ranks);
-  const int32_t target = TargetInRow(args, t);
-  const float target_logit = row[max(target, 0)];
-  CopySlice(row, slice, kept);
-  cluster.sync();  // every logit of the row is on chip
-  if (args.targets[t] < 0) return ZeroSlice(slice, gradient);
+  const Kept kept{reinterpret_cast<Logits*>(memory), slice};
   const auto scale = static_cast<float>(args.scale);
-  const float log2_sum = args.stats[2 * t] * kLog2E;
-  WriteSlice(kept, slice,
-             {.log2_maximum = log2_sum,
-              .factor = scale,
-              .target = target,
-              .of_target = scale * (Exp2(fmaf(target_logit, kLog2E, -log2_sum)) - 1.0f)},
-             gradient);
+  for (int64_t t = blockIdx.x / static_cast<uint32_t>(ranks); t < args.tokens; t += step) {
+    float* const row = args.logits + t * args.stride;
+    const int32_t target = TargetInRow(args, t);
+    const float target_logit = row[max(target, 0)], log2_sum = args.stats[2 * t] * kLog2E;
+    ForEachVector(slice.begin, slice.end, [&](int64_t vector) { kept.Ask(vector, row); });
+    CopyAsyncCommit();
+    CopyAsyncWait<0>();
+    cluster.sync();  // every logit of the row is on chip
+    WriteGradient<Grad>(kept,
+                        {.log2_maximum = log2_sum,
+                         .factor = scale,
+                         .target = target,
+                         .of_target = scale * (Exp2(fmaf(target_logit, kLog2E, -log2_sum)) - 1.0f),
+                         .counted = args.targets[t] >= 0},
+                        row, nullptr);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -283,11 +304,12 @@ __global__ void __launch_bounds__(kThreads)
   AddSum(count, loss, total);
 }
 
-// CTAs of a row: a power of two.
+// CTAs of a row: a power of two while it is portable (at a vocabulary of 128K eight are 2% faster than five),
+// then as few as hold it (at 256K ten, two an SM, are 10% faster than sixteen at the loss alone).
 int ClusterOf(int64_t row_bytes) {
-  int ranks = 1;
-  while (ranks < kMaxCluster && row_bytes > ranks * kSliceBytes) ranks *= 2;
-  return ranks;
+  const auto ranks = static_cast<uint64_t>(CeilDiv(row_bytes, kSliceBytes));
+  if (ranks <= kPortableCluster) return static_cast<int>(std::bit_ceil(ranks));
+  return static_cast<int>(std::min<uint64_t>(ranks, kMaxCluster));
 }
 
 // One of the kernels of rows.
@@ -301,8 +323,10 @@ cudaError_t Launch(void (*kernel)(CudaCrossEntropyArgs), const CudaCrossEntropyA
     return cudaErrorInvalidValue;
   }
   if (args.tokens == 0) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(slice_bytes));
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(slice_bytes));
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -314,6 +338,11 @@ cudaError_t Launch(void (*kernel)(CudaCrossEntropyArgs), const CudaCrossEntropyA
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
+  int clusters = 0;  // that the device has room for
+  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error != cudaSuccess) return error;
+  if (clusters == 0) return cudaErrorInvalidConfiguration;
+  config.gridDim.x = static_cast<uint32_t>(std::min<int64_t>(args.tokens, clusters) * ranks);
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -11,7 +11,7 @@
 
 namespace annulus::kernels {
 
-// A row lies in the shared memory of a cluster: 8 times 224 KiB.
+// A row lies in the shared memory of a cluster: 16 times 112 KiB.
 inline constexpr int64_t kCudaCrossEntropyMaxVocab = 458752;
 
 // row_loss[t] = log sum exp(logits[t]) - logits[t, target[t]];  the row becomes scale * (softmax - onehot) in

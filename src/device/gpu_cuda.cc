@@ -58,6 +58,14 @@ absl::StatusOr<GpuInfo> DescribeGpu(int index) {
   return info;
 }
 
+absl::StatusOr<bool> GpuMaps(int from, int to) {
+  for (const int index : {from, to}) ANNULUS_RETURN_IF_ERROR(CheckIndex(index));
+  if (from == to) return true;
+  int can = 0;
+  ANNULUS_RETURN_IF_ERROR(CudaStatus("cudaDeviceCanAccessPeer", cudaDeviceCanAccessPeer(&can, from, to)));
+  return can != 0;
+}
+
 absl::Status UseGpu(int index) {
   ANNULUS_RETURN_IF_ERROR(CheckIndex(index));
   return CudaStatus("cudaSetDevice", cudaSetDevice(index));

@@ -1,7 +1,9 @@
 #include "annulus/parallel/attend_calls.h"
 
 #include <algorithm>
+#include <map>
 #include <optional>
+#include <tuple>
 
 #include "annulus/base/check.h"
 
@@ -124,18 +126,21 @@ class CallMaker {
   std::optional<Rectangle> UnionOfAll() const {
     std::vector<int> q_chunks, kv_chunks;
     Rectangle all;
+    std::vector<PairKey> named;
     for (const BlockPair& pair : attend_.pairs) {
       all.pairs += pair.pairs;
+      named.push_back(KeyOf(pair));
       q_chunks.push_back(pair.q_chunk);
       kv_chunks.push_back(pair.kv_chunk);
     }
+    std::sort(named.begin(), named.end());
     for (std::vector<int>* chunks : {&q_chunks, &kv_chunks}) {
       std::sort(chunks->begin(), chunks->end());
       chunks->erase(std::unique(chunks->begin(), chunks->end()), chunks->end());
     }
     for (const int q : q_chunks) {
       for (const int kv : kv_chunks) {
-        if (!IsWhole(q, kv)) return std::nullopt;
+        if (!IsWhole(q, kv, named)) return std::nullopt;
       }
       all.q.push_back(RunOf(q_slot_, q, ChunkAt(q).rows));
     }
@@ -150,13 +155,17 @@ class CallMaker {
     return all;
   }
 
-  // Whether the step has all that the mask allows of this pair of chunks.
-  bool IsWhole(int q, int kv) const {
+  // Chunks of queries and of keys, and of which keys.
+  using PairKey = std::tuple<int, int, int64_t, int64_t>;
+  static PairKey KeyOf(const BlockPair& pair) {
+    return {pair.q_chunk, pair.kv_chunk, pair.keys.begin, pair.keys.end};
+  }
+
+  // Whether the step has all that the mask allows of this pair of chunks. `named`: its pairs, sorted.
+  bool IsWhole(int q, int kv, const std::vector<PairKey>& named) const {
     const RowRange& keys = plan_.problem.keys_of(static_cast<size_t>(q), static_cast<size_t>(kv));
     return keys.empty() ||
-           std::any_of(attend_.pairs.begin(), attend_.pairs.end(), [&](const BlockPair& pair) {
-             return pair.q_chunk == q && pair.kv_chunk == kv && pair.keys == keys;
-           });
+           std::binary_search(named.begin(), named.end(), PairKey{q, kv, keys.begin, keys.end});
   }
 
   // Around what the step needs of the chunk.
@@ -172,20 +181,65 @@ class CallMaker {
   }
 
   // Joins what shares one side and is next to each other on the other, where that makes no faster call
-  // slower.
+  // slower. Super-blocks of many ranks have thousands of parts, so what begins where one ends is looked up.
   void Merge(std::vector<Rectangle>* parts) const {
+    Corners corners;
+    for (size_t i = 0; i < parts->size(); ++i) corners.Add((*parts)[i], i);
+    std::vector<bool> gone(parts->size());
     for (bool merged = true; merged;) {
       merged = false;
       for (size_t i = 0; i < parts->size(); ++i) {
-        for (size_t j = 0; j < parts->size(); ++j) {
-          if (i == j || !MergeInto((*parts)[j], &(*parts)[i])) continue;
-          parts->erase(parts->begin() + static_cast<std::ptrdiff_t>(j));
+        Rectangle& part = (*parts)[i];
+        if (gone[i]) continue;
+        for (const size_t j : corners.NextTo(part)) {
+          const Rectangle before = part;
+          if (!MergeInto((*parts)[j], &part)) continue;
+          corners.Remove(before);
+          corners.Remove((*parts)[j]);
+          corners.Add(part, i);
+          gone[j] = true;
           merged = true;
           break;
         }
       }
     }
+    std::vector<Rectangle> left;
+    for (size_t i = 0; i < parts->size(); ++i) {
+      if (!gone[i]) left.push_back(std::move((*parts)[i]));
+    }
+    *parts = std::move(left);
   }
+
+  // Rectangles by where they begin. They are apart, so no two with the same range on one side begin in the
+  // same row of the other.
+  class Corners {
+   public:
+    void Add(const Rectangle& part, size_t number) {
+      const RowRange q = HullOf(part.q), keys = HullOf(part.keys);
+      by_q_[{q.begin, q.end, keys.begin}] = number;
+      by_keys_[{keys.begin, keys.end, q.begin}] = number;
+    }
+    void Remove(const Rectangle& part) {
+      const RowRange q = HullOf(part.q), keys = HullOf(part.keys);
+      by_q_.erase({q.begin, q.end, keys.begin});
+      by_keys_.erase({keys.begin, keys.end, q.begin});
+    }
+    // Those that begin where this one ends, in order of their numbers.
+    std::vector<size_t> NextTo(const Rectangle& part) const {
+      const RowRange q = HullOf(part.q), keys = HullOf(part.keys);
+      std::vector<size_t> numbers;
+      const auto along_keys = by_q_.find({q.begin, q.end, keys.end});
+      if (along_keys != by_q_.end()) numbers.push_back(along_keys->second);
+      const auto along_q = by_keys_.find({keys.begin, keys.end, q.end});
+      if (along_q != by_keys_.end()) numbers.push_back(along_q->second);
+      std::sort(numbers.begin(), numbers.end());
+      return numbers;
+    }
+
+   private:
+    using Place = std::tuple<int64_t, int64_t, int64_t>;  // range of one side, first row of the other
+    std::map<Place, size_t> by_q_, by_keys_;
+  };
 
   // `next` begins where `first` ends.
   bool MergeInto(const Rectangle& next, Rectangle* first) const {

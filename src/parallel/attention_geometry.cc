@@ -70,9 +70,26 @@ ContextAttentionShape Expanded(ContextAttentionShape shape) {
   return shape;
 }
 
-AttentionGeometry::AttentionGeometry(SequenceLayout layout, Communicator cp, ExchangeOptions options)
-    : layout_(layout), cp_(std::move(cp)), options_(std::move(options)) {
+PlanOptions PlanOptionsOf(const ExchangeOptions& options, Pass pass) {
+  const bool forward = pass == Pass::kForward;
+  return {.plans = forward ? options.forward : options.backward,
+          .transports = options.transport.has_value() ? std::vector<TransportKind>{*options.transport}
+                                                      : options.available,
+          .throttle = options.throttle,
+          .buffer_bytes = options.buffer_bytes,
+          .parts = forward ? options.forward_parts : options.backward_parts};
+}
+
+AttentionGeometry::AttentionGeometry(SequenceLayout layout, Communicator cp, ExchangeOptions options,
+                                     std::shared_ptr<ExchangeTransports> transports)
+    : layout_(layout),
+      cp_(std::move(cp)),
+      options_(std::move(options)),
+      transports_(transports != nullptr ? std::move(transports)
+                                        : std::make_shared<ExchangeTransports>(cp_, options_.throttle)) {
   ANNULUS_CHECK(!options_.available.empty() || options_.transport.has_value()) << "no transport";
+  ANNULUS_CHECK(transports_->throttle().bytes_per_second == options_.throttle.bytes_per_second)
+      << "transports at another rate";
 }
 
 void AttentionGeometry::SetBatch(SequenceBatch sequences) {
@@ -89,12 +106,7 @@ void AttentionGeometry::SetBatch(SequenceBatch sequences) {
 }
 
 absl::StatusOr<AttentionGeometry::Choice> AttentionGeometry::Choose(const AttentionCase& layer, Pass pass) {
-  const PlanOptions options{.plans = pass == Pass::kForward ? options_.forward : options_.backward,
-                            .transports = options_.transport.has_value()
-                                              ? std::vector<TransportKind>{*options_.transport}
-                                              : options_.available,
-                            .throttle = options_.throttle,
-                            .buffer_bytes = options_.buffer_bytes};
+  const PlanOptions options = PlanOptionsOf(options_, pass);
   Choice choice{.transport = options.transports.front()};
   if (cp_.size() == 1) return choice;
   if (!options.plans.empty()) choice.plan = options.plans.front();
@@ -238,14 +250,6 @@ ConstTensorRef AttentionGeometry::Ages(Context& ctx) {
   return ages_.ref();
 }
 
-absl::StatusOr<ExchangeTransport*> AttentionGeometry::Transport(Context& ctx, TransportKind kind) {
-  std::unique_ptr<ExchangeTransport>& transport = transports_[kind];
-  if (transport == nullptr) {
-    ANNULUS_ASSIGN_OR_RETURN(transport, MakeTransport(kind, cp_, ctx, options_.throttle));
-  }
-  return transport.get();
-}
-
 absl::StatusOr<std::vector<ExchangeTransport*>> AttentionGeometry::Transports(Context& ctx) {
   std::vector<TransportKind> kinds = options_.available;
   if (options_.transport.has_value()) kinds = {*options_.transport};
@@ -255,12 +259,6 @@ absl::StatusOr<std::vector<ExchangeTransport*>> AttentionGeometry::Transports(Co
     transports.push_back(transport);
   }
   return transports;
-}
-
-int64_t AttentionGeometry::exchange_bytes() const {
-  int64_t bytes = 0;
-  for (const auto& [kind, transport] : transports_) bytes += transport->device_bytes();
-  return bytes;
 }
 
 }  // namespace annulus

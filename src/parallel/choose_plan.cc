@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
+#include <numeric>
 #include <tuple>
 
 #include "absl/strings/str_format.h"
@@ -26,18 +28,63 @@ int64_t BufferBytesOf(const AttentionCase& layer, const ExchangePlan& plan) {
   return most;
 }
 
-// One choice on each transport.
+// "112.0 MiB"; "9 bytes"
+std::string BytesText(int64_t bytes) {
+  constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
+  if (bytes < kKiB) return absl::StrCat(bytes, " bytes");
+  const double count = static_cast<double>(bytes);
+  return bytes < kMiB ? absl::StrFormat("%.1f KiB", count / kKiB) : absl::StrFormat("%.1f MiB", count / kMiB);
+}
+
+// What a plan takes at least.
+struct Bound {
+  double seconds = 0;      // computing of a rank, or its bytes through what is narrowest
+  int64_t bytes_sent = 0;  // of the rank that sends most
+};
+Bound BoundOf(const ExchangePlan& plan, const std::vector<std::vector<double>>& compute_seconds,
+              const ExchangeCost& cost) {
+  const size_t ranks = plan.ranks.size();
+  std::vector<double> in(ranks);
+  Bound bound;
+  for (size_t r = 0; r < ranks; ++r) {
+    const RankPlan& rank = plan.ranks[r];
+    double out = 0;
+    std::vector<double> to(ranks);
+    for (const Step& step : rank.steps) {
+      if (step.kind != StepKind::kSend) continue;
+      const double bytes = static_cast<double>(step.rows.rows.size()) *
+                           cost.row_bytes(rank.slots[static_cast<size_t>(step.slot)]);
+      const auto peer = static_cast<size_t>(step.peer);
+      out += bytes, to[peer] += bytes, in[peer] += bytes;
+    }
+    const auto& seconds = compute_seconds[r];
+    bound.seconds = std::max(bound.seconds, std::accumulate(seconds.begin(), seconds.end(), 0.0));
+    bound.bytes_sent = std::max(bound.bytes_sent, static_cast<int64_t>(out));
+    bound.seconds = std::max(bound.seconds, out / cost.egress_bytes_per_second);
+    for (size_t peer = 0; peer < ranks; ++peer) {
+      if (to[peer] == 0) continue;
+      const double rate = cost.link_bytes_per_second(static_cast<int>(r), static_cast<int>(peer));
+      bound.seconds = std::max(bound.seconds, to[peer] / rate);
+    }
+  }
+  for (const double bytes : in)
+    bound.seconds = std::max(bound.seconds, bytes / cost.ingress_bytes_per_second);
+  return bound;
+}
+
+// Choices on each transport.
 class Pricing {
  public:
   Pricing(const AttentionCase& layer, Pass pass, const PlanOptions& options, const MachineProfile& machine)
       : layer_(layer), pass_(pass), options_(options), machine_(machine) {}
 
-  void Add(const PlanChoice& choice, std::vector<PlanCandidate>* candidates) {
+  enum class How { kSimulate, kBound };
+  void Add(const PlanChoice& choice, How how, std::vector<PlanCandidate>* candidates) {
     PlanCandidate candidate;
     candidate.choice = choice;
     candidate.name = NameOf(choice, layer_.layout.ranks());
     candidate.transport = options_.transports[0];
-    absl::StatusOr<ExchangePlan> plan = BuildPlan(ProblemOf(ChunkParts(choice)), pass_, choice);
+    const absl::StatusOr<ExchangePlan> plan = Build(choice);
     if (plan.ok()) {
       candidate.name = plan->name;
       candidate.buffer_bytes = BufferBytesOf(layer_, *plan);
@@ -53,15 +100,25 @@ class Pricing {
         candidate.refused = Invalid("machine profile of ", machine_.device,
                                     ": expected rates of messages by ", Name(transport));
       } else {
-        ExchangeCost cost = MessageCostOf(layer_, *plan, link, options_.throttle);
-        cost.compute_seconds = [&](int r, size_t s) { return seconds[static_cast<size_t>(r)][s]; };
-        Predict(Simulate(*plan, cost), &candidate);
+        Price(*plan, link, seconds, how, &candidate);
       }
       candidates->push_back(candidate);
     }
   }
 
+  // Of a candidate that was only bounded.
+  void Simulate(PlanCandidate* candidate) {
+    const absl::StatusOr<ExchangePlan> plan = Build(candidate->choice);
+    ANNULUS_CHECK(plan.ok()) << candidate->name << ": " << plan.status();
+    Price(*plan, FindLink(machine_, candidate->transport), ComputeSecondsOf(layer_, *plan, machine_),
+          How::kSimulate, candidate);
+  }
+
  private:
+  absl::StatusOr<ExchangePlan> Build(const PlanChoice& choice) {
+    return BuildPlan(ProblemOf(ChunkParts(choice)), pass_, choice);
+  }
+
   const ExchangeProblem& ProblemOf(int parts) {
     const auto known = problems_.find(parts);
     if (known != problems_.end()) return known->second;
@@ -72,20 +129,23 @@ class Pricing {
   absl::Status CheckBuffers(const PlanCandidate& candidate) const {
     if (options_.buffer_bytes == 0 || candidate.buffer_bytes <= options_.buffer_bytes)
       return absl::OkStatus();
-    constexpr double kMiB = 1 << 20;
     return absl::ResourceExhaustedError(
-        absl::StrFormat("%s: buffers of %.1f MiB on a rank: expected at most %.1f MiB", candidate.name,
-                        static_cast<double>(candidate.buffer_bytes) / kMiB,
-                        static_cast<double>(options_.buffer_bytes) / kMiB));
+        absl::StrCat(candidate.name, ": buffers of ", BytesText(candidate.buffer_bytes),
+                     " on a rank: expected at most ", BytesText(options_.buffer_bytes)));
   }
 
-  static void Predict(const Simulation& run, PlanCandidate* candidate) {
-    candidate->seconds = run.makespan;
-    std::vector<double> ends;
-    for (size_t r = 0; r < run.compute.size(); ++r) ends.push_back(run.compute[r] + run.exposed[r]);
-    const auto slowest = std::max_element(ends.begin(), ends.end()) - ends.begin();
-    candidate->exposed_seconds = run.exposed[static_cast<size_t>(slowest)];
-    candidate->bytes_sent = *std::max_element(run.bytes_sent.begin(), run.bytes_sent.end());
+  void Price(const ExchangePlan& plan, const LinkRate* link, const std::vector<std::vector<double>>& seconds,
+             How how, PlanCandidate* candidate) const {
+    ExchangeCost cost = MessageCostOf(layer_, plan, link, options_.throttle);
+    candidate->simulated = how == How::kSimulate;
+    if (!candidate->simulated) {
+      const Bound bound = BoundOf(plan, seconds, cost);
+      candidate->seconds = bound.seconds;
+      candidate->bytes_sent = bound.bytes_sent;
+      return;
+    }
+    cost.compute_seconds = [&](int r, size_t s) { return seconds[static_cast<size_t>(r)][s]; };
+    SetPredicted(annulus::Simulate(plan, cost), candidate);
   }
 
   const AttentionCase& layer_;
@@ -112,38 +172,110 @@ std::string Described(const PlanCandidate& candidate) {
                       ", ", Milliseconds(candidate.exposed_seconds), " exposed");
 }
 
+void Sort(std::vector<PlanCandidate>* candidates) {
+  const auto place = [](const PlanCandidate& c) {
+    return c.refused.ok() ? std::tuple(c.simulated ? 0 : 1, TimePlace(c), c.buffer_bytes, c.bytes_sent)
+                          : std::tuple(2, 0.0, int64_t{0}, int64_t{0});
+  };
+  std::stable_sort(candidates->begin(), candidates->end(),
+                   [&](const PlanCandidate& a, const PlanCandidate& b) { return place(a) < place(b); });
+}
+
+// ---- Many ranks ---------------------------------------------------------------------------------
+
+// Simulates in order of the bounds, until what is left cannot be faster by more than kWorthIt, or enough were
+// simulated of a group whose messages let nothing come near its bound.
+constexpr double kWorthIt = 0.01;
+constexpr int kMostSimulated = 32;
+
+void SimulateTheBest(Pricing* pricing, std::vector<PlanCandidate>* candidates) {
+  Sort(candidates);
+  double fastest = std::numeric_limits<double>::infinity();
+  int simulated = 0;
+  for (PlanCandidate& candidate : *candidates) {
+    const bool worth_it = candidate.refused.ok() && candidate.seconds < fastest * (1 - kWorthIt);
+    if (!worth_it || simulated == kMostSimulated) break;
+    pricing->Simulate(&candidate);
+    fastest = std::min(fastest, candidate.seconds);
+    ++simulated;
+  }
+  Sort(candidates);
+}
+
+// The fastest choices of a few kinds in more parts: the first of them are there earlier.
+constexpr size_t kKindsInParts = 3;
+
+void TryParts(const std::vector<int>& parts, Pricing* pricing, std::vector<PlanCandidate>* candidates) {
+  std::vector<PlanCandidate> tried;  // in one part
+  for (const PlanCandidate& candidate : *candidates) {
+    if (!candidate.refused.ok() || !candidate.simulated || tried.size() == kKindsInParts) break;
+    PlanChoice two = candidate.choice;
+    two.parts = 2;
+    const bool reads_parts = ChunkParts(two) != ChunkParts(candidate.choice);
+    const bool known = std::any_of(tried.begin(), tried.end(),
+                                   [&](const PlanCandidate& each) { return SameKind(each, candidate); });
+    if (reads_parts && !known) tried.push_back(candidate);
+  }
+  for (const PlanCandidate& candidate : tried) {
+    for (const int count : parts) {
+      PlanChoice choice = candidate.choice;
+      choice.parts = count;
+      pricing->Add(choice, Pricing::How::kSimulate, candidates);
+    }
+  }
+  Sort(candidates);
+}
+
 }  // namespace
+
+void SetPredicted(const Simulation& simulation, PlanCandidate* candidate) {
+  candidate->simulated = true;
+  candidate->seconds = simulation.makespan;
+  std::vector<double> ends;
+  for (size_t r = 0; r < simulation.compute.size(); ++r)
+    ends.push_back(simulation.compute[r] + simulation.exposed[r]);
+  const auto slowest = std::max_element(ends.begin(), ends.end()) - ends.begin();
+  candidate->exposed_seconds = simulation.exposed[static_cast<size_t>(slowest)];
+  candidate->bytes_sent = *std::max_element(simulation.bytes_sent.begin(), simulation.bytes_sent.end());
+}
 
 std::vector<PlanCandidate> RankPlans(const AttentionCase& layer, Pass pass, const PlanOptions& options,
                                      const MachineProfile& machine) {
   ANNULUS_CHECK(!options.transports.empty()) << "no transport to choose from";
   Pricing pricing(layer, pass, options, machine);
+  const int ranks = layer.layout.ranks();
   const std::vector<PlanChoice> plans =
-      options.plans.empty() ? AllChoices(layer.layout.ranks(), layer.heads) : options.plans;
+      options.plans.empty() ? AllChoices(ranks, layer.heads) : options.plans;
+  const bool many = ranks > kSimulateAllRanks && plans.size() > 1;
   std::vector<PlanCandidate> candidates;
-  for (const PlanChoice& choice : plans) pricing.Add(choice, &candidates);
-  const auto place = [](const PlanCandidate& c) {
-    return c.refused.ok() ? std::tuple(0, TimePlace(c), c.buffer_bytes, c.bytes_sent)
-                          : std::tuple(1, 0.0, int64_t{0}, int64_t{0});
-  };
-  std::stable_sort(candidates.begin(), candidates.end(),
-                   [&](const PlanCandidate& a, const PlanCandidate& b) { return place(a) < place(b); });
+  for (const PlanChoice& choice : plans)
+    pricing.Add(choice, many ? Pricing::How::kBound : Pricing::How::kSimulate, &candidates);
+  if (many) {
+    SimulateTheBest(&pricing, &candidates);
+    TryParts(options.parts, &pricing, &candidates);
+  } else {
+    Sort(&candidates);
+  }
   return candidates;
 }
 
 std::string WhyItWon(const std::vector<PlanCandidate>& ranked) {
   if (ranked.empty() || !ranked[0].refused.ok()) return "no plan can be";
   const PlanCandidate& won = ranked[0];
-  const auto other = std::find_if(ranked.begin(), ranked.end(), [&](const PlanCandidate& candidate) {
-    return candidate.refused.ok() && !SameKind(candidate, won);
-  });
-  if (other == ranked.end()) return absl::StrCat(Described(won), ": no other kind can be");
+  const auto is_other = [&](const PlanCandidate& candidate) { return !SameKind(candidate, won); };
+  const auto other = std::find_if(ranked.begin(), ranked.end(), is_other);
+  if (other == ranked.end()) return absl::StrCat(Described(won), ": the only kind that may be");
+  // The refused come last, and before them what was not simulated.
+  if (!other->refused.ok()) return absl::StrCat(Described(won), ": no other kind can be");
+  if (!other->simulated) return absl::StrCat(Described(won), ": others take about as long or longer");
   const double exposed = other->exposed_seconds - won.exposed_seconds;
   const double computed = other->seconds - won.seconds - exposed;
   std::string reason = absl::StrCat("which computes ", Milliseconds(computed), " longer");
   if (exposed > computed) reason = absl::StrCat("which exposes ", Milliseconds(exposed), " more");
   if (TimePlace(*other) == TimePlace(won)) {
-    reason = other->buffer_bytes > won.buffer_bytes ? "which needs more memory" : "which sends more";
+    reason = other->buffer_bytes > won.buffer_bytes ? "which needs more memory"
+             : other->bytes_sent > won.bytes_sent   ? "which sends more"
+                                                    : "which is as good";
   }
   return absl::StrCat(Described(won), "; next ", Described(*other), ", ", reason);
 }

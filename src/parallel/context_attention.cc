@@ -95,18 +95,25 @@ absl::Status ContextAttentionForward(Context& ctx, AttentionGeometry& geometry,
     return AttentionForwardWhole(ctx, block, heads_of(args.out), args.lse);
   }
   const TensorRef out = HomeMemory(ctx, *schedule, Payload::kOutput, args.out);
+  const TensorRef sum =
+      CarriesSums(layer) ? ctx.scratch.Allocate(args.lse.dtype(), args.lse.shape()) : TensorRef();
   if (EmptyBefore(*schedule, Payload::kOutput)) {
     ANNULUS_RETURN_IF_ERROR(Zero(ctx, out));
     // A partial result without columns: resets its LSE alone.
     const HeadsRef none = HeadsOf(args.lse, 0, shape.heads, 0);
-    ANNULUS_RETURN_IF_ERROR(ResetPartial(ctx, {.out = none, .lse = args.lse}));
+    ANNULUS_RETURN_IF_ERROR(ResetPartial(ctx, {.out = none, .lse = args.lse, .sum = sum}));
   }
   const auto home = [&](Payload payload) -> SlotMemory {
     if (payload == Payload::kQuery) return {{args.q}};
     if (payload == Payload::kKv) return {{args.kv}};
-    return {{out, args.lse}};
+    SlotMemory output{{out, args.lse}};
+    if (CarriesSums(layer)) output.fields.push_back(sum);
+    return output;
   };
   ANNULUS_RETURN_IF_ERROR(Exchange(ctx, geometry, *schedule, shape.scale, args.latent, home, stats));
+  if (CarriesSums(layer)) {
+    ANNULUS_RETURN_IF_ERROR(FinishPartial(ctx, {.out = heads_of(out), .lse = args.lse, .sum = sum}));
+  }
   return Finish(ctx, out, args.out);
 }
 

@@ -24,21 +24,31 @@ struct Seen {
   int64_t pairs = 0;
 };
 
-// Adds what the queries of `q` see, by chunk of keys. Each query's bounds are made once.
+// Adds what the queries of `q` see, by chunk of keys: once for those next to each other that see the same.
 void AddVisible(const LayoutChunk& q, const std::vector<LayoutChunk>& chunks, const SequenceBatch& sequences,
                 int64_t window, std::vector<Seen>* seen) {
-  for (int64_t i = 0; i < q.rows; ++i) {
-    for (int64_t item = 0; item < sequences.batch; ++item) {
-      const KeyRange keys = VisibleKeys(sequences, window, item, q.position + q.stride * i);
-      if (keys.lo >= keys.hi) continue;
-      for (size_t j = 0; j < chunks.size(); ++j) {
-        const RowRange rows = RowsIn(chunks[j], keys);
-        if (rows.empty()) continue;
-        RowRange& hull = (*seen)[j].hull;
-        hull = hull.empty() ? rows : RowRange{std::min(hull.begin, rows.begin), std::max(hull.end, rows.end)};
-        (*seen)[j].pairs += rows.size();
-      }
+  const auto add = [&](const KeyRange& keys, int64_t queries) {
+    if (keys.lo >= keys.hi) return;
+    for (size_t j = 0; j < chunks.size(); ++j) {
+      const RowRange rows = RowsIn(chunks[j], keys);
+      if (rows.empty()) continue;
+      RowRange& hull = (*seen)[j].hull;
+      hull = hull.empty() ? rows : RowRange{std::min(hull.begin, rows.begin), std::max(hull.end, rows.end)};
+      (*seen)[j].pairs += queries * rows.size();
     }
+  };
+  for (int64_t item = 0; item < sequences.batch; ++item) {
+    KeyRange same;
+    int64_t queries = 0;
+    for (int64_t i = 0; i < q.rows; ++i) {
+      const KeyRange keys = VisibleKeys(sequences, window, item, q.position + q.stride * i);
+      if (keys.lo != same.lo || keys.hi != same.hi) {
+        add(same, queries);
+        same = keys, queries = 0;
+      }
+      ++queries;
+    }
+    add(same, queries);
   }
 }
 

@@ -110,6 +110,11 @@ TensorRef PlanCompute::Field(int slot, int field) const {
   return slots_[static_cast<size_t>(slot)].fields[static_cast<size_t>(field)];
 }
 
+// Nothing where they are not carried.
+TensorRef PlanCompute::SumsOf(int output_slot) const {
+  return CarriesSums(layer_) ? Field(output_slot, output_field::kSum) : TensorRef();
+}
+
 HeadGroup PlanCompute::GroupOf(int slot) const { return annulus::GroupOf(layer_, plan_, SpecOf(slot)); }
 
 RowRange PlanCompute::RowsOf(int slot, const Step& step) const {
@@ -144,13 +149,14 @@ absl::Status PlanCompute::Forward(const Attend& attend, const std::vector<Attend
   const TensorRef q = Field(attend.q_slot, query_field::kQ);
   ANNULUS_ASSIGN_OR_RETURN(const KvRows kv, KeysOf(attend, calls));
   const TensorRef result = Field(attend.q_result, output_field::kOut),
-                  lse = Field(attend.q_result, output_field::kLse);
+                  lse = Field(attend.q_result, output_field::kLse), sum = SumsOf(attend.q_result);
   const std::vector<RowRange> rows = RowsInSlot(plan_, SpecOf(attend.q_result), attend.q_rows);
   const auto heads_of = [&](const TensorRef& out) {
     return HeadsOf(out, 0, group.q_heads(), layer_.v_head_dim);
   };
   const bool overwrite = attend.q_write == ResultWrite::kOverwrite;
-  if (overwrite && calls.size() == 1 && IsAll(rows, calls[0].q_rows) && result.dtype() == q.dtype()) {
+  if (overwrite && calls.size() == 1 && IsAll(rows, calls[0].q_rows) && result.dtype() == q.dtype() &&
+      !CarriesSums(layer_)) {
     const AttentionBlock block = BlockOf(calls[0], schedule_.bounds, layer_, scale_, group, q, kv);
     const RowRange& all = calls[0].q_rows;
     return AttentionForwardWhole(ctx_, block, heads_of(result.Rows(all.begin, all.end)),
@@ -159,7 +165,9 @@ absl::Status PlanCompute::Forward(const Attend& attend, const std::vector<Attend
   ANNULUS_CHECK(overwrite || result.dtype() == lse.dtype()) << plan_.name << ": adds to a rounded output";
   Accumulator out(ctx_, result, rows);
   const auto partial = [&](const RowRange& part) {
-    return AttentionPartial{.out = heads_of(out.Rows(part)), .lse = lse.Rows(part.begin, part.end)};
+    AttentionPartial of_part{.out = heads_of(out.Rows(part)), .lse = lse.Rows(part.begin, part.end)};
+    if (CarriesSums(layer_)) of_part.sum = sum.Rows(part.begin, part.end);
+    return of_part;
   };
   for (const RowRange& part : rows) {
     if (overwrite) ANNULUS_RETURN_IF_ERROR(ResetPartial(ctx_, partial(part)));
@@ -289,10 +297,15 @@ absl::Status PlanCompute::Merge(const Step& step) {
     const RowRange rows = RowsOf(slot, step);
     return HeadsOf(Field(slot, field), (begin - group.q_begin) * dim, heads, dim).Rows(rows.begin, rows.end);
   };
-  return MergePartials(ctx_, {.out = heads_of(step.slot, there, output_field::kOut, layer_.v_head_dim),
-                              .lse = heads_of(step.slot, there, output_field::kLse, 1),
-                              .into_out = heads_of(step.into, here, output_field::kOut, layer_.v_head_dim),
-                              .into_lse = heads_of(step.into, here, output_field::kLse, 1)});
+  PartialMerge merge{.out = heads_of(step.slot, there, output_field::kOut, layer_.v_head_dim),
+                     .lse = heads_of(step.slot, there, output_field::kLse, 1),
+                     .into_out = heads_of(step.into, here, output_field::kOut, layer_.v_head_dim),
+                     .into_lse = heads_of(step.into, here, output_field::kLse, 1)};
+  if (CarriesSums(layer_)) {
+    merge.sum = heads_of(step.slot, there, output_field::kSum, 1);
+    merge.into_sum = heads_of(step.into, here, output_field::kSum, 1);
+  }
+  return MergePartials(ctx_, merge);
 }
 
 }  // namespace annulus

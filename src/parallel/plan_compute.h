@@ -61,6 +61,7 @@ class PlanCompute {
  private:
   const SlotSpec& SpecOf(int slot) const { return rank_.slots[static_cast<size_t>(slot)]; }
   TensorRef Field(int slot, int field) const;
+  TensorRef SumsOf(int output_slot) const;
   HeadGroup GroupOf(int slot) const;
   // The rows of a kCopy or kReduce, in one of its slots.
   RowRange RowsOf(int slot, const Step& step) const;

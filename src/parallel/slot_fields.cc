@@ -34,8 +34,11 @@ std::vector<Field> FieldsOfPayload(const AttentionCase& layer, Pass pass, Payloa
     }
     case Payload::kKv:
       return {{compute, kv}};
-    case Payload::kOutput:
-      return {{result, {v}}, {accum, {statistic}}};
+    case Payload::kOutput: {
+      std::vector<Field> fields = {{result, {v}}, {accum, {statistic}}};
+      if (CarriesSums(layer)) fields.push_back({accum, {statistic}});
+      return fields;
+    }
     case Payload::kQueryGrad:
       return {{result, {q}}};
     case Payload::kKvGrad:
@@ -84,6 +87,8 @@ bool BackwardReadsOutput(const AttentionCase& layer) {
 int64_t KvColumns(const AttentionCase& layer) {
   return layer.latent.has_value() ? layer.latent->row() : layer.head_dim + layer.v_head_dim;
 }
+
+bool CarriesSums(const AttentionCase& layer) { return layer.device == DeviceKind::kCpu; }
 
 HeadGroup AllHeadsOf(const AttentionCase& layer) {
   HeadGroup all{.q_begin = 0, .q_end = layer.heads};

@@ -5,7 +5,7 @@
 //
 //   kQuery     forward: q                backward: q, dout, lse, delta, and out where a kernel reads it
 //   kKv        kv: keys of all heads, then values
-//   kOutput    out, lse
+//   kOutput    out, lse, and sum where it is carried
 //   kQueryGrad dq
 //   kKvGrad    dkv: as kv
 //
@@ -21,7 +21,7 @@ namespace query_field {
 enum { kQ, kDout, kLse, kDelta, kOut };
 }
 namespace output_field {
-enum { kOut, kLse };
+enum { kOut, kLse, kSum };
 }
 
 // Whether some kernel of the layer's backward reads its output.
@@ -29,6 +29,9 @@ bool BackwardReadsOutput(const AttentionCase& layer);
 
 // Columns of a KV head's keys and values, or of the latents in their place.
 int64_t KvColumns(const AttentionCase& layer);
+
+// Whether partial outputs have their sums of weights (AttentionPartial).
+bool CarriesSums(const AttentionCase& layer);
 
 HeadGroup GroupOf(const AttentionCase& layer, const ExchangePlan& plan, const SlotSpec& slot);
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <map>
 
 #include "annulus/base/check.h"
 #include "annulus/parallel/attend_calls.h"
@@ -138,13 +139,17 @@ class StepCost {
 
   // Ranks that share the same rows for different heads have the same calls.
   const std::vector<AttendCall>& CallsFor(int cp_rank, const Attend& attend) {
-    const Span span = SlotOf(cp_rank, attend.q_slot).span;
-    const auto known = std::find_if(calls_.begin(), calls_.end(), [&](const KnownCalls& each) {
-      return span == Span::kSuper && each.attend->pairs == attend.pairs;
+    const bool shared = SlotOf(cp_rank, attend.q_slot).span == Span::kSuper && !attend.pairs.empty();
+    // Those of the same first pair.
+    std::vector<KnownCalls>& alike =
+        shared ? calls_[{attend.pairs[0].q_chunk, attend.pairs[0].kv_chunk}] : own_calls_;
+    if (!shared) alike.clear();
+    const auto known = std::find_if(alike.begin(), alike.end(), [&](const KnownCalls& each) {
+      return each.attend->pairs == attend.pairs;
     });
-    if (known != calls_.end()) return known->calls;
-    calls_.push_back({&attend, CallsOf(layer_.layout, layer_.sequences, plan_, cp_rank, attend)});
-    return calls_.back().calls;
+    if (known != alike.end()) return known->calls;
+    alike.push_back({&attend, CallsOf(layer_.layout, layer_.sequences, plan_, cp_rank, attend)});
+    return alike.back().calls;
   }
 
   // A result of an attend.
@@ -275,7 +280,8 @@ class StepCost {
     const Attend* attend;
     std::vector<AttendCall> calls;
   };
-  std::vector<KnownCalls> calls_;
+  std::map<std::pair<int, int>, std::vector<KnownCalls>> calls_;
+  std::vector<KnownCalls> own_calls_;  // of the last attend whose calls no other has
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "annulus/train/exchange.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <numeric>
 
@@ -84,6 +85,38 @@ MachineProfile AssumedProfile(DeviceKind device) {
   return device == DeviceKind::kCuda ? AssumedHopper() : AssumedCpuCore();
 }
 
+// Kernels of another device say nothing about this one's.
+absl::Status CheckProfile(const MachineProfile& machine, const RunSpec& spec) {
+  const bool cpu = DeviceKindOf(spec.device) == DeviceKind::kCpu;
+  for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+    const bool found =
+        std::any_of(machine.attention.begin(), machine.attention.end(), [&](const AttentionRate& rate) {
+          return rate.pass == pass && (rate.kernel == AttentionKernel::kCpuTiles) == cpu;
+        });
+    if (found) continue;
+    return Invalid("parallel.exchange.profile=", spec.parallel.exchange.profile, ": device: \"",
+                   machine.device, "\": expected attention of ",
+                   cpu ? "CPUs (kernel: CPU_TILES)" : "GPUs (kernel: CUDNN, CUDA_MMA or CUDA_F32)", ", ",
+                   Name(pass), ", as the run is on ", cpu ? "CPUs" : "GPUs");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<MachineProfile> ParseProfileFor(const RunSpec& spec, const std::string& text) {
+  ANNULUS_ASSIGN_OR_RETURN(MachineProfile machine, ParseProfile(spec.parallel.exchange.profile, text));
+  ANNULUS_RETURN_IF_ERROR(CheckProfile(machine, spec));
+  return machine;
+}
+
+LinkThrottle ThrottleOf(const ExchangeSpec& exchange) {
+  return {.bytes_per_second = exchange.throttle_gb_per_second * 1e9};
+}
+
+// A budget of less than a byte is none, not no budget.
+int64_t BufferBytesOf(const ExchangeSpec& exchange) {
+  return static_cast<int64_t>(std::ceil(exchange.buffer_gib * static_cast<double>(int64_t{1} << 30)));
+}
+
 }  // namespace
 
 std::vector<PlanChoice> ChoicesOf(const PassPlanSpec& spec, int ranks, int64_t heads) {
@@ -115,7 +148,7 @@ absl::StatusOr<MachineProfile> ProfileOf(const RunSpec& spec) {
   const std::string& path = spec.parallel.exchange.profile;
   if (path.empty()) return AssumedProfile(DeviceKindOf(spec.device));
   ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
-  return ParseProfile(path, text);
+  return ParseProfileFor(spec, text);
 }
 
 absl::StatusOr<MachineProfile> ProfileOf(Communicator world, const RunSpec& spec) {
@@ -125,7 +158,7 @@ absl::StatusOr<MachineProfile> ProfileOf(Communicator world, const RunSpec& spec
   ANNULUS_RETURN_IF_ERROR(
       world.AgreeOk(Prefixed(text.status(), absl::StrCat("parallel.exchange.profile=", path, ": "))));
   ANNULUS_ASSIGN_OR_RETURN(const std::string agreed, world.BroadcastString(*text, 0));
-  absl::StatusOr<MachineProfile> profile = ParseProfile(path, agreed);
+  absl::StatusOr<MachineProfile> profile = ParseProfileFor(spec, agreed);
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(profile.status()));
   return profile;
 }
@@ -136,9 +169,8 @@ std::string ProfileSource(const ExchangeSpec& exchange, const MachineProfile& ma
     text = absl::StrCat(exchange.profile, ": ", machine.device, ", ",
                         machine.measured ? "measured" : "assumed", " with ", machine.ranks, " ranks");
   }
-  const double rate = exchange.throttle_gb_per_second;
-  if (rate > 0) absl::StrAppend(&text, "; LINKS THROTTLED to ", rate, " GB/s");
-  return text;
+  const std::string throttled = Label(ThrottleOf(exchange));
+  return throttled.empty() ? text : absl::StrCat(text, "; ", throttled);
 }
 
 ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind> available,
@@ -149,12 +181,20 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
   const int64_t heads = HeadsToSplit(spec);
   options.forward = ChoicesOf(exchange.Of(Pass::kForward), ranks, heads);
   options.backward = ChoicesOf(exchange.Of(Pass::kBackward), ranks, heads);
+  // Left open with AUTO: among many ranks steps are short, and it can pay to begin with a part of a block.
+  const auto parts = [&](Pass pass) {
+    const PassPlanSpec& plan = exchange.Of(pass);
+    const bool open = plan.plan == PlanName::kAuto && plan.parts == 0;
+    return open ? std::vector<int>{2} : std::vector<int>();
+  };
+  options.forward_parts = parts(Pass::kForward);
+  options.backward_parts = parts(Pass::kBackward);
   options.available = std::move(available);
   options.transport = TransportOf(exchange.transport);
   options.machine = std::move(machine);
   options.latents = exchange.latent;
-  options.throttle = {.bytes_per_second = exchange.throttle_gb_per_second * 1e9};
-  options.buffer_bytes = static_cast<int64_t>(exchange.buffer_gib * static_cast<double>(int64_t{1} << 30));
+  options.throttle = ThrottleOf(exchange);
+  options.buffer_bytes = BufferBytesOf(exchange);
   return options;
 }
 

@@ -39,7 +39,9 @@ absl::StatusOr<double> SecondsOf(Context& ctx, Communicator world, const Repeats
                                  const std::function<absl::Status()>& call) {
   StreamTimer timer(ctx);
   std::vector<double> seconds;
+  double total = 0;
   for (int64_t i = -repeats.warm_ups; i < repeats.timed; ++i) {
+    if (i >= 2 && total >= repeats.seconds) break;  // on all ranks: they agree on what each took
     ctx.lane.Synchronize();
     ANNULUS_RETURN_IF_ERROR(world.Barrier());
     timer.Begin();
@@ -48,9 +50,11 @@ absl::StatusOr<double> SecondsOf(Context& ctx, Communicator world, const Repeats
     const double here = timer.Seconds() / static_cast<double>(repeats.calls);
     ANNULUS_RETURN_IF_ERROR(world.AgreeOk(status));
     ANNULUS_ASSIGN_OR_RETURN(const double took, world.AllReduceValue(here, ReduceOp::kMax));
-    if (i >= 0) seconds.push_back(took);
+    if (i < 0) continue;
+    seconds.push_back(took);
+    total += took * static_cast<double>(repeats.calls);
   }
-  const int64_t taken = repeats.take == Statistic::kMedian ? repeats.timed / 2 : 0;
+  const int64_t taken = repeats.take == Statistic::kMedian ? static_cast<int64_t>(seconds.size()) / 2 : 0;
   std::nth_element(seconds.begin(), seconds.begin() + taken, seconds.end());
   return seconds[static_cast<size_t>(taken)];
 }

@@ -19,25 +19,32 @@ std::string ReasonOf(const PlanCandidate& candidate) {
   return absl::StartsWith(reason, name) ? reason.substr(name.size()) : reason;
 }
 
-// The candidate that is looked at.
+// The candidate that is looked at: of that name, else the first of that kind.
 absl::StatusOr<size_t> IndexOf(const std::vector<PlanCandidate>& candidates, const std::string& shown,
                                Pass pass) {
+  const auto has_name = [&](const PlanCandidate& each) { return each.name == shown; };
+  const auto has_kind = [&](const PlanCandidate& each) { return Name(each.choice.kind) == shown; };
+  const bool named = std::any_of(candidates.begin(), candidates.end(), has_name);
   const auto wanted = std::find_if(candidates.begin(), candidates.end(), [&](const PlanCandidate& each) {
-    return each.refused.ok() && (shown.empty() || each.name == shown);
+    return each.refused.ok() && (shown.empty() || (named ? has_name(each) : has_kind(each)));
   });
   if (wanted != candidates.end()) return static_cast<size_t>(wanted - candidates.begin());
-  std::vector<std::string> others;
-  for (const PlanCandidate& each : candidates) {
-    const bool known =
-        std::any_of(others.begin(), others.end(), [&](const std::string& line) { return line == each.name; });
-    if (shown.empty()) {
-      others.push_back(absl::StrCat(each.name, ": ", ReasonOf(each)));
-    } else if (each.refused.ok() && !known) {
-      others.push_back(each.name);
+  std::vector<std::string> lines;
+  const auto add = [&](const std::string& line) {
+    if (std::find(lines.begin(), lines.end(), line) == lines.end()) lines.push_back(line);
+  };
+  if (shown.empty()) {
+    for (const PlanCandidate& each : candidates) add(absl::StrCat(each.name, ": ", ReasonOf(each)));
+    return Invalid("no ", Name(pass), " plan can be:\n", absl::StrJoin(lines, "\n"));
+  }
+  for (const auto& name_of : {+[](const PlanCandidate& each) { return std::string(Name(each.choice.kind)); },
+                              +[](const PlanCandidate& each) { return each.name; }}) {
+    for (const PlanCandidate& each : candidates) {
+      if (each.refused.ok()) add(name_of(each));
     }
   }
-  if (shown.empty()) return Invalid("no ", Name(pass), " plan can be:\n", absl::StrJoin(others, "\n"));
-  return Invalid("\"", shown, "\": expected one of the ", Name(pass), " plans ", absl::StrJoin(others, "; "));
+  return Invalid("\"", shown, "\": expected one of the ", Name(pass), " plans (of a kind the first) ",
+                 absl::StrJoin(lines, "; "));
 }
 
 }  // namespace
@@ -46,21 +53,15 @@ absl::StatusOr<PlannedPass> PlanPass(const AttentionCase& layer, Pass pass, cons
                                      const std::string& shown) {
   PlannedPass planned{
       .kind = {}, .pass = pass, .layer = layer, .candidates = {}, .plan = {}, .simulation = {}};
-  std::vector<TransportKind> transports = options.available;
-  if (options.transport.has_value()) transports = {*options.transport};
-  planned.candidates = RankPlans(layer, pass,
-                                 {.plans = pass == Pass::kForward ? options.forward : options.backward,
-                                  .transports = transports,
-                                  .throttle = options.throttle,
-                                  .buffer_bytes = options.buffer_bytes},
-                                 options.machine);
+  planned.candidates = RankPlans(layer, pass, PlanOptionsOf(options, pass), options.machine);
   ANNULUS_ASSIGN_OR_RETURN(planned.shown, IndexOf(planned.candidates, shown, pass));
-  const PlanCandidate& candidate = planned.candidates[planned.shown];
+  PlanCandidate& candidate = planned.candidates[planned.shown];
   const ExchangeProblem problem = MakeExchangeProblem(
       layer.layout, layer.sequences, layer.window, layer.heads, layer.kv_heads, ChunkParts(candidate.choice));
   ANNULUS_ASSIGN_OR_RETURN(planned.plan, BuildPlan(problem, pass, candidate.choice));
   planned.simulation = Simulate(
       planned.plan, CostOf(layer, planned.plan, options.machine, candidate.transport, options.throttle));
+  SetPredicted(planned.simulation, &candidate);
   return planned;
 }
 
@@ -95,7 +96,9 @@ ExampleBatch ReadExample(const RunSpec& spec) {
                      .note = {}};
   if (!spec.data.document_mask) return whole;
   ExampleBatch example{.sequences = {.batch = spec.optim.micro_batch, .lengths = {}, .document_starts = {}},
-                       .note = "those of the run's first micro-batch; others have other plans"};
+                       .note =
+                           "those of the run's first micro-batch, by which a run chooses its plans; "
+                           "it builds them anew for each"};
   const auto read = [&]() -> absl::Status {
     ANNULUS_ASSIGN_OR_RETURN(const std::unique_ptr<DataSet> data,
                              DataSet::Open(spec.data, spec.seed, spec.model.vocab_size));
@@ -113,6 +116,10 @@ ExampleBatch ReadExample(const RunSpec& spec) {
   return example;
 }
 
+std::string WhyShown(const PlannedPass& planned) {
+  return planned.layer.layout.ranks() == 1 ? "one rank has all keys" : WhyItWon(planned.candidates);
+}
+
 }  // namespace
 
 ExampleBatch ExampleBatchOf(const RunSpec& spec) {
@@ -122,6 +129,10 @@ ExampleBatch ExampleBatchOf(const RunSpec& spec) {
 }
 
 std::string CandidateTable(const PlannedPass& planned) {
+  if (planned.layer.layout.ranks() == 1) {
+    return absl::StrFormat("  %s: %s; predicted %.3f ms\n", kNoExchange, WhyShown(planned),
+                           planned.candidates[planned.shown].seconds * 1e3);
+  }
   size_t width = 4;
   for (const PlanCandidate& each : planned.candidates) width = std::max(width, each.name.size());
   const auto bytes = [](int64_t value) { return FormatBytes(static_cast<double>(value)); };
@@ -132,14 +143,17 @@ std::string CandidateTable(const PlannedPass& planned) {
     absl::StrAppendFormat(&text, "%s %-*s  ", i == planned.shown ? "*" : " ", static_cast<int>(width),
                           each.name);
     if (each.refused.ok()) {
-      absl::StrAppendFormat(&text, "%-11s  %8.3f ms  %8.3f ms  %10s  %10s\n", Name(each.transport),
-                            each.seconds * 1e3, each.exposed_seconds * 1e3, bytes(each.bytes_sent),
-                            bytes(each.buffer_bytes));
+      // What was not simulated takes that at least.
+      const std::string seconds = absl::StrFormat("%s%.3f ms", each.simulated ? "" : ">", each.seconds * 1e3);
+      const std::string exposed =
+          each.simulated ? absl::StrFormat("%.3f ms", each.exposed_seconds * 1e3) : "-";
+      absl::StrAppendFormat(&text, "%-11s  %11s  %11s  %10s  %10s\n", Name(each.transport), seconds, exposed,
+                            bytes(each.bytes_sent), bytes(each.buffer_bytes));
     } else {
       absl::StrAppend(&text, "refused: ", ReasonOf(each), "\n");
     }
   }
-  return absl::StrCat(text, "why: ", WhyItWon(planned.candidates), "\n");
+  return absl::StrCat(text, "sent, buffers: of the rank with most\nwhy: ", WhyShown(planned), "\n");
 }
 
 std::string StackSvg(const std::vector<std::string>& pictures) {

@@ -114,8 +114,8 @@ std::string TensorText(const StepReport& report) {
 }
 
 std::string ThrottleText(const StepReport& report) {
-  if (report.throttle_gb_per_second == 0) return "";
-  return absl::StrFormat(" | links throttled to %g GB/s", report.throttle_gb_per_second);
+  const std::string label = Label(LinkThrottle{report.throttle_gb_per_second * 1e9});
+  return label.empty() ? label : absl::StrCat(" | ", label);
 }
 
 }  // namespace
@@ -165,8 +165,9 @@ std::vector<std::string> AttentionSummary::Lines() const {
     const auto median = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
     std::nth_element(times.begin(), median, times.end());
     const double predicted = last_[i].predicted_ms;
-    lines.push_back(absl::StrFormat("%s%s by %s, %smeasured %.3g ms a layer (median of %d steps)%s",
-                                    AttentionText(last_[i]), last_[i].plan, Name(last_[i].transport),
+    const std::string by = last_[i].plan == kNoExchange ? "" : absl::StrCat(" by ", Name(last_[i].transport));
+    lines.push_back(absl::StrFormat("%s%s%s, %smeasured %.3g ms a layer (median of %d steps)%s",
+                                    AttentionText(last_[i]), last_[i].plan, by,
                                     predicted > 0 ? absl::StrFormat("predicted %.3g ms, ", predicted) : "",
                                     *median, times.size(), throttle_));
   }

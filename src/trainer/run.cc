@@ -141,7 +141,11 @@ absl::Status TrainingRun::PrintStart() {
                                 FormatCount(static_cast<double>(data_->train_tokens())),
                                 FormatCount(static_cast<double>(data_->validation_tokens())),
                                 Hex64(data_->fingerprint())));
-  if (mesh_.cp.size() > 1) console_.Line("machine profile: " + profile_);
+  if (mesh_.cp.size() > 1) {
+    console_.Line("machine profile: " + profile_);
+    if (spec_.data.document_mask)
+      console_.Line("exchange plans: chosen by the documents of the first micro-batch, built anew for each");
+  }
   console_.Line("run directory: " + directory_.path);
   return absl::OkStatus();
 }

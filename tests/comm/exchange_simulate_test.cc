@@ -371,7 +371,7 @@ TEST(Timeline, ShowsWhatIsComputedAndWhatArrives) {
   ExchangeCost cost = made.Cost();
   cost.link_bytes_per_second = [](int, int) { return 4.0; };
   EXPECT_EQ(Timeline(made.plan, Simulate(made.plan, cost), 25),
-            "by hand, forward: 2500.000 ms; a letter is a block, '*' several, '.' waits to compute, '+' adds "
+            "by hand, forward: predicted 2500.000 ms; a letter is a block, '*' several, '.' waits to compute, '+' adds "
             "results up, '~' copies\n"
             "rank 0   on queries |00000.....11111111       |  exposed 1000.000 ms\n"
             "         queries in |1111111111               |\n"
@@ -418,7 +418,7 @@ TEST(TimelineSvg, HasABarAndATitleForEveryStepButSends) {
 TEST(TimelineSvg, StaysSmall) {
   for (const PlanKind kind : {PlanKind::kKvRing, PlanKind::kAllGather, PlanKind::kBidirectionalTokenRing}) {
     const ExchangePlan plan = PlanFor(ZigzagCausal(64, 16, {.kind = kind}), Pass::kBackward, {.kind = kind});
-    EXPECT_LT(TimelineSvg(plan, Simulate(plan, CostOf(plan, 1e-3, 1000))).size(), size_t{10} << 20)
+    EXPECT_LT(TimelineSvg(plan, Simulate(plan, CostOf(plan, 1e-3, 1000))).size(), size_t{1} << 20)
         << plan.name;
   }
 }

@@ -4,6 +4,7 @@
 
 #include "../../comm/exchange/stream_transport.h"
 #include "comm/exchange_execute_checks.h"
+#include "comm/measured_timeline.h"
 
 namespace annulus {
 namespace {
@@ -29,6 +30,7 @@ class BlockingTransport : public StreamTransport {
     std::vector<Request> requests;
     for (const int s : round.steps) {
       Await(run, s, StreamOf(lane));
+      Start(run, s, StreamOf(lane));
       const Step& step = run.step(s);
       const int tag = static_cast<int>(lane);  // matched by order, as NCCL does
       for (const TensorRef& field : run.SlotOf(s).fields) {
@@ -61,6 +63,29 @@ TEST_P(Streams, RunPlansToTheRightResult) {
         ASSERT_TRUE(status.ok()) << status;
         EXPECT_EQ(rank.Compare(), "") << made.name << "\n" << ToString(plan);
         EXPECT_EQ(stats.bytes_sent, testing::ToyBytesSent(plan, comm.rank()));
+      }
+    }
+  });
+}
+
+TEST_P(Streams, RecordEveryStep) {
+  testing::OnLoopback(GetParam(), [](Communicator comm) {
+    BlockingTransport transport(comm);
+    Context ctx{Device{}};
+    StepClock clock(ctx.device);
+    uint64_t seed = 29;
+    for (const PlanChoice& choice : testing::ManyChoices(comm.size(), 4)) {
+      for (const Pass pass : kPasses) {
+        const ExchangeCase made = testing::CaseFor(choice, comm.size(), ++seed);
+        const ExchangePlan plan = BuildPlan(made.problem, pass, choice).value();
+        testing::ToyRank rank(made, plan, comm.rank());
+        ASSERT_TRUE(clock.Start(ctx, comm).ok());
+        ExchangeStats stats{.clock = &clock};
+        ASSERT_TRUE(testing::RunToy(ctx, transport, plan, &rank, &stats).ok());
+        const absl::StatusOr<Simulation> measured = clock.Take(plan, comm);
+        ASSERT_TRUE(measured.ok()) << measured.status();
+        testing::CheckMeasured(plan, *measured);
+        EXPECT_EQ(measured->bytes_sent[static_cast<size_t>(comm.rank())], stats.bytes_sent);
       }
     }
   });

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "annulus/comm/exchange_simulate.h"
+#include "annulus/comm/forwarding_backend.h"
 #include "comm/exchange_execute_checks.h"
 #include "support/mpi_main.h"
 
@@ -62,15 +63,13 @@ class RequestedSend : public RequestState {
   Request request_, sending_;
 };
 
-class RequestedComm : public CommBackend {
+class RequestedComm : public ForwardingBackend {
  public:
   RequestedComm(Communicator data, Communicator requests)
-      : data_(std::move(data)), requests_(std::move(requests)) {}
+      : ForwardingBackend(std::move(data)), requests_(std::move(requests)) {}
 
-  int rank() const override { return data_.rank(); }
-  int size() const override { return data_.size(); }
   absl::StatusOr<Request> Send(ConstTensorRef data, int peer, int tag) override {
-    auto state = std::make_unique<RequestedSend>(data_, data, peer, tag);
+    auto state = std::make_unique<RequestedSend>(inner(), data, peer, tag);
     ANNULUS_ASSIGN_OR_RETURN(Request request, requests_.Receive(state->request(), peer, tag));
     state->Track(std::move(request));
     return Request(std::move(state));
@@ -78,31 +77,19 @@ class RequestedComm : public CommBackend {
   absl::StatusOr<Request> Receive(TensorRef data, int peer, int tag) override {
     auto state = std::make_unique<RequestedReceive>();
     ANNULUS_ASSIGN_OR_RETURN(Request request, requests_.Send(state->request(), peer, tag));
-    ANNULUS_ASSIGN_OR_RETURN(Request body, data_.Receive(data, peer, tag));
+    ANNULUS_ASSIGN_OR_RETURN(Request body, inner().Receive(data, peer, tag));
     state->Track(std::move(request), std::move(body));
     return Request(std::move(state));
   }
-  absl::StatusOr<Request> AllReduce(TensorRef data, ReduceOp op) override {
-    return data_.IAllReduce(data, op);
-  }
-  absl::StatusOr<Request> ReduceScatter(ConstTensorRef in, TensorRef out) override {
-    return data_.IReduceScatter(in, out);
-  }
-  absl::StatusOr<Request> AllGather(ConstTensorRef in, TensorRef out) override {
-    return data_.IAllGather(in, out);
-  }
-  absl::StatusOr<Request> Broadcast(TensorRef data, int root) override {
-    return data_.IBroadcast(data, root);
-  }
   absl::StatusOr<std::shared_ptr<CommBackend>> Split(int color, int key) override {
-    ANNULUS_ASSIGN_OR_RETURN(Communicator data, data_.Split(color, key));
+    ANNULUS_ASSIGN_OR_RETURN(Communicator data, inner().Split(color, key));
     ANNULUS_ASSIGN_OR_RETURN(Communicator requests, requests_.Split(color, key));
     return std::shared_ptr<CommBackend>(
         std::make_shared<RequestedComm>(std::move(data), std::move(requests)));
   }
 
  private:
-  Communicator data_, requests_;
+  Communicator requests_;
 };
 
 Communicator SlowGroup() {

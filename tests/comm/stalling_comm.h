@@ -6,7 +6,7 @@
 #include <chrono>
 
 #include "annulus/base/random.h"
-#include "annulus/comm/communicator.h"
+#include "annulus/comm/forwarding_backend.h"
 
 namespace annulus::testing {
 
@@ -38,30 +38,16 @@ class StalledMessage : public RequestState {
   Request posted_;
 };
 
-class StallingComm : public CommBackend {
+class StallingComm : public ForwardingBackend {
  public:
   StallingComm(Communicator inner, uint64_t seed)
-      : inner_(std::move(inner)), random_(seed, absl::StrCat("stalls of rank ", inner_.rank())) {}
+      : ForwardingBackend(std::move(inner)), random_(seed, absl::StrCat("stalls of rank ", rank())) {}
 
-  int rank() const override { return inner_.rank(); }
-  int size() const override { return inner_.size(); }
   absl::StatusOr<Request> Send(ConstTensorRef data, int peer, int tag) override {
-    return Stalled([=, this] { return inner_.Send(data, peer, tag); });
+    return Stalled([=, this] { return inner().Send(data, peer, tag); });
   }
   absl::StatusOr<Request> Receive(TensorRef data, int peer, int tag) override {
-    return Stalled([=, this] { return inner_.Receive(data, peer, tag); });
-  }
-  absl::StatusOr<Request> AllReduce(TensorRef data, ReduceOp op) override {
-    return inner_.IAllReduce(data, op);
-  }
-  absl::StatusOr<Request> ReduceScatter(ConstTensorRef in, TensorRef out) override {
-    return inner_.IReduceScatter(in, out);
-  }
-  absl::StatusOr<Request> AllGather(ConstTensorRef in, TensorRef out) override {
-    return inner_.IAllGather(in, out);
-  }
-  absl::StatusOr<Request> Broadcast(TensorRef data, int root) override {
-    return inner_.IBroadcast(data, root);
+    return Stalled([=, this] { return inner().Receive(data, peer, tag); });
   }
   absl::StatusOr<std::shared_ptr<CommBackend>> Split(int, int) override {
     return absl::UnimplementedError("groups are not split from one that stalls");
@@ -78,7 +64,6 @@ class StallingComm : public CommBackend {
     return Request(std::make_unique<StalledMessage>(std::move(post), until_posted, until_seen));
   }
 
-  Communicator inner_;
   const RandomStream random_;
   uint64_t draw_ = 0;
 };

@@ -168,15 +168,16 @@ inline void Compare(const std::string& name, const std::string& detail, const Do
 // Keeps the device busy for that long.
 void KeepBusy(double microseconds);
 
-// Median milliseconds of `repeats` runs after two. The device is busy until all is enqueued, as it is in a
-// step: what the host takes for a launch is not part of the time.
+// Median milliseconds of `repeats` runs, after so many that clocks have risen: a device that has been idle is
+// slower for milliseconds. The device is busy until all is enqueued, as it is in a step: what the host takes
+// for a launch is not part of the time.
 template <typename Fn>
 double Milliseconds(int repeats, Fn&& fn) {
+  constexpr double kWarmUpMilliseconds = 10;
   cudaEvent_t start, stop;
   cudaEventCreate(&start);
   cudaEventCreate(&stop);
-  std::vector<double> times;
-  for (int i = -2; i < repeats; ++i) {
+  const auto once = [&] {
     KeepBusy(200);
     cudaEventRecord(start, g_stream);
     fn();
@@ -184,8 +185,12 @@ double Milliseconds(int repeats, Fn&& fn) {
     Must(cudaEventSynchronize(stop), "timed kernel");
     float ms = 0;
     cudaEventElapsedTime(&ms, start, stop);
-    if (i >= 0) times.push_back(ms);
-  }
+    return static_cast<double>(ms);
+  };
+  once();
+  for (double spent = 0; spent < kWarmUpMilliseconds;) spent += once();
+  std::vector<double> times;
+  for (int i = 0; i < repeats; ++i) times.push_back(once());
   cudaEventDestroy(start);
   cudaEventDestroy(stop);
   std::sort(times.begin(), times.end());

@@ -5,6 +5,8 @@
 #include "cuda/harness.h"
 #include "kernels/adamw/adamw_cuda.h"
 #include "kernels/attention/attention_merge_cuda.h"
+#include "kernels/attention/attention_partial_cuda.h"
+#include "kernels/columns/columns_cuda.h"
 #include "kernels/cross_entropy/cross_entropy_cuda.h"
 #include "kernels/elementwise/elementwise_cuda.h"
 #include "kernels/embedding/embedding_cuda.h"
@@ -24,7 +26,7 @@ double g_copy = 0;  // GB/s
 
 template <typename Fn>
 void Time(const std::string& name, double bytes, Fn&& fn) {
-  const double ms = Milliseconds(9, [&] { Must(fn(), name.c_str()); });
+  const double ms = Milliseconds(15, [&] { Must(fn(), name.c_str()); });
   const double rate = bytes / ms * 1e-6;
   if (g_copy == 0) g_copy = rate;
   std::printf("time  %-42s %8.3f ms %7.0f GB/s  %5.1f%% of copy\n", name.c_str(), ms, rate,
@@ -205,21 +207,65 @@ void TimeLoss(int64_t vocab) {
   Time("loss and gradient" + of, 6 * logits_of_all, [&] { return CudaCrossEntropy<Bf16>(args, g_stream); });
 }
 
+template <typename Block>
 void TimeMerge(int64_t rows, int64_t heads, int64_t dim) {
-  const int64_t n = rows * heads * dim;
-  const Filled<float> out(n), lse(rows * heads), block_lse(rows * heads);
-  const Filled<Bf16> block(n);
-  const std::string name = "merge " + std::to_string(heads) + " heads of " + std::to_string(dim);
-  Time(name, 10 * static_cast<double>(n) + 12 * static_cast<double>(rows * heads), [&] {
+  const int64_t n = rows * heads * dim, stats = rows * heads;
+  const Filled<float> out(n), lse(stats), block_lse(stats);
+  const Filled<Block> block(n);
+  const std::string name = std::string("merge ") + NameOf<Block>() + ", " + std::to_string(heads) +
+                           " heads of " + std::to_string(dim);
+  Time(name, static_cast<double>((sizeof(Block) + 8) * n + 12 * stats), [&] {
     return CudaMergeBlock(
-        MergeBlockArgs<Bf16>{.rows = rows,
-                             .heads = heads,
-                             .dim = dim,
-                             .block_out = {block.data(), heads * dim, 0},
-                             .block_lse = RowsLast<const float>(block_lse.data(), rows, heads),
-                             .out = {out.data(), heads * dim, 0},
-                             .lse = RowsFirst(lse.data(), 1, heads)},
+        MergeBlockArgs<Block>{.rows = rows,
+                              .heads = heads,
+                              .dim = dim,
+                              .block_out = {block.data(), heads * dim, 0},
+                              .block_lse = RowsLast<const float>(block_lse.data(), rows, heads),
+                              .out = {out.data(), heads * dim, 0},
+                              .lse = RowsFirst(lse.data(), 1, heads)},
         g_stream);
+  });
+}
+
+void TimePartial() {
+  const int64_t heads = 32, dim = 128, stats = kTokens * heads;
+  const Filled<float> sum(kElements), lse(stats);
+  const Filled<Bf16> out(kElements), dout(kElements);
+  Time("reset of a partial result", static_cast<double>(4 * (kElements + stats)), [&] {
+    return CudaResetPartial({.rows = kTokens,
+                             .batch = 1,
+                             .heads = heads,
+                             .v_dim = dim,
+                             .out = {sum.data(), kWidth, kWidth},
+                             .lse = lse.data()},
+                            g_stream);
+  });
+  Time("attention delta bf16", static_cast<double>(4 * (kElements + stats)), [&] {
+    return CudaAttentionDelta<Bf16>({.rows = kTokens,
+                                     .batch = 1,
+                                     .heads = heads,
+                                     .v_dim = dim,
+                                     .out = {out.data(), kWidth, kWidth},
+                                     .dout = {dout.data(), kWidth, kWidth},
+                                     .delta = lse.data()},
+                                    g_stream);
+  });
+}
+
+void TimeColumns(ColumnWrite write, double bytes, const char* name) {
+  const int64_t from = 6144, to = 2048;  // K and V out of packed qkv
+  const Filled<Bf16> x(kTokens * from), y(kTokens * to);
+  const ColumnRuns runs = {
+      .count = 2, .begin = {0, 1024}, .from = {4096, 5120}, .to = {0, 1024}, .columns = 2048};
+  Time(name, bytes * static_cast<double>(kTokens * to), [&] {
+    return CudaMoveColumns<Bf16, Bf16>({.rows = kTokens,
+                                        .x = x.data(),
+                                        .y = y.data(),
+                                        .x_columns = from,
+                                        .y_columns = to,
+                                        .runs = runs,
+                                        .write = write},
+                                       g_stream);
   });
 }
 
@@ -238,8 +284,12 @@ void TimeElementwise() {
   TimeSwiglu();
   TimeEmbedding();
   for (const int64_t vocab : {32000, 50304, 128256, 256000}) TimeLoss(vocab);
-  TimeMerge(16384, 32, 128);
-  TimeMerge(16384, 16, 64);
+  TimeMerge<Bf16>(16384, 32, 128);
+  TimeMerge<Bf16>(16384, 16, 64);
+  TimeMerge<float>(16384, 32, 128);
+  TimePartial();
+  TimeColumns(ColumnWrite::kOverwrite, 4, "columns moved bf16");
+  TimeColumns(ColumnWrite::kAdd, 6, "columns added bf16");
 }
 
 }  // namespace annulus::testing

@@ -79,6 +79,28 @@ TYPED_TEST(AttentionContractTest, MaskedRowsKeepTheirBitsBesideOthers) {
   ExpectMatches<T>(others(after.lse), others(reference.naive.lse), others(reference.wide.lse));
 }
 
+// A carry with sums loses nothing: blocks of whole tiles, in order, are one call to the bit. Rows without
+// keys end as empty results.
+TYPED_TEST(AttentionContractTest, BlocksWithSumsAreOneCall) {
+  using T = TypeParam;
+  for (const MaskKind mask : {MaskKind::kFull, MaskKind::kCausal, MaskKind::kGaps}) {
+    const AttentionProblem problem =
+        MakeProblem({.q_rows = 150, .k_rows = 4 * 128, .heads = 2, .kv_heads = 1}, mask);
+    const auto in = RandomOperands<T>(problem);
+    AttentionRun<T> whole(problem, in), blocks(problem, in);
+    whole.ForwardWhole();
+    AttentionPartial partial = blocks.partial();
+    partial.sum = blocks.delta.ref();
+    ANNULUS_CHECK_OK(ResetPartial(blocks.ctx, partial));
+    for (int64_t begin = 0; begin < 4 * 128; begin += 128) {
+      ANNULUS_CHECK_OK(AttentionForward(blocks.ctx, blocks.Block(begin, begin + 128), partial));
+    }
+    ANNULUS_CHECK_OK(FinishPartial(blocks.ctx, partial));
+    EXPECT_TRUE(SameBits(blocks.out.values(), whole.out.values()));
+    EXPECT_TRUE(SameBits(blocks.lse.values(), whole.lse.values()));
+  }
+}
+
 // Keys that no query sees are not read: NaN there stays there.
 TYPED_TEST(AttentionContractTest, KeysOutsideEveryRangeAreNotRead) {
   using T = TypeParam;
@@ -177,6 +199,10 @@ TEST(AttentionArguments, AreRefusedByName) {
   AttentionPartial partial = run.partial();
   partial.lse = partial.lse.Rows(0, 1);
   ExpectRefused(ResetPartial(run.ctx, partial), kInvalid, "attention.lse=f32[1, 1, 4]");
+  partial = run.partial();
+  ExpectRefused(FinishPartial(run.ctx, partial), kInvalid, "attention.sum");
+  partial.sum = run.delta.ref().Rows(0, 1);
+  ExpectRefused(FinishPartial(run.ctx, partial), kInvalid, "attention.sum=f32[1, 1, 4]");
 }
 
 TEST(AttentionBackwardArguments, AreRefusedByName) {

@@ -78,6 +78,42 @@ TYPED_TEST(MergePartialsTest, WeighsByTheSumsOfExponentials) {
   }
 }
 
+// Partial results that have sums are those with the logarithms of their sums in the LSE, before and after.
+TYPED_TEST(MergePartialsTest, SumsAreMergedUnnormalised) {
+  using T = TypeParam;
+  constexpr int64_t kDim = 4, kStats = 24;
+  const Shape stats = {kStats, 1, 1}, values = {kStats, 1, kDim};
+  Context ctx{Device{}};
+  Partial<T> a(kStats, kDim, "a", 0), b(kStats, kDim, "b", 1);
+  for (size_t i = 0; i < a.lse.size(); i += 9) b.lse[i] = kNoKeys<T>;
+  std::vector<T> a_sums, b_sums;
+  for (size_t i = 0; i < a.lse.size(); ++i) {
+    a_sums.push_back(1 + static_cast<T>(i)), b_sums.push_back(2 / (1 + static_cast<T>(i)));
+  }
+  Guarded<T> out(values, a.out), lse(stats, a.lse), sum(stats, a_sums), into(values, b.out),
+      into_lse(stats, b.lse), into_sum(stats, b_sums);
+  ANNULUS_CHECK_OK(MergePartials(ctx, {.out = HeadsOf(out.ref(), 0, 1, kDim),
+                                       .lse = HeadsOf(lse.ref(), 0, 1, 1),
+                                       .into_out = HeadsOf(into.ref(), 0, 1, kDim),
+                                       .into_lse = HeadsOf(into_lse.ref(), 0, 1, 1),
+                                       .sum = HeadsOf(sum.ref(), 0, 1, 1),
+                                       .into_sum = HeadsOf(into_sum.ref(), 0, 1, 1)}));
+  ANNULUS_CHECK_OK(FinishPartial(
+      ctx, {.out = HeadsOf(into.ref(), 0, 1, kDim), .lse = into_lse.ref(), .sum = into_sum.ref()}));
+  const auto normalised = [&](Partial<T> partial, const std::vector<T>& sums) {
+    for (size_t i = 0; i < sums.size(); ++i) {
+      partial.lse[i] += std::log(sums[i]);
+      for (size_t k = i * kDim; k < (i + 1) * kDim; ++k) partial.out[k] /= sums[i];
+    }
+    return partial;
+  };
+  const Partial<T> x = normalised(a, a_sums), y = normalised(b, b_sums);
+  const auto naive = Merged<T>(x, y, kDim);
+  const auto wide = Merged<Wide<T>>(x, y, kDim);
+  ExpectMatches<T>(into.values(), naive.first, wide.first);
+  ExpectMatches<T>(into_lse.values(), naive.second, wide.second);
+}
+
 TYPED_TEST(MergePartialsTest, LargeSumsDoNotOverflow) {
   using T = TypeParam;
   Context ctx{Device{}};
@@ -107,6 +143,8 @@ TEST(MergePartials, RefusesByName) {
   ExpectRefused(merge(out, lse, into.Rows(0, 1), lse), kInvalid, "merge.into_out=f32[1, 1, 2, 4]");
   ExpectRefused(merge(out, lse, into, HeadsOf(wide.ref(), 0, 2, 1)), kInvalid,
                 "merge.into_lse=f64[2, 1, 2, 1]");
+  ExpectRefused(MergePartials(ctx, {.out = out, .lse = lse, .into_out = into, .into_lse = lse, .sum = lse}),
+                kInvalid, "merge.into_sum=f32[0, 0, 0, 0]: expected f32[2, 1, 2, 1]");
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "absl/strings/match.h"
 #include "annulus/base/check.h"
 
 namespace annulus {
@@ -278,6 +279,85 @@ TEST(RankPlans, SaysWhy) {
   EXPECT_EQ(why.find('\n'), std::string::npos) << why;
 }
 
+// Only what is so.
+TEST(RankPlans, SaysWhatTellsEqualsApart) {
+  PlanCandidate won;
+  won.choice.kind = PlanKind::kKvRing, won.name = "kv_ring";
+  won.seconds = 1, won.buffer_bytes = 10, won.bytes_sent = 10;
+  PlanCandidate other = won;
+  other.choice.kind = PlanKind::kMesh, other.name = "mesh";
+  const auto ends_with = [&](absl::string_view end) {
+    const std::string why = WhyItWon({won, other});
+    EXPECT_TRUE(absl::EndsWith(why, end)) << why;
+  };
+  ends_with(", which is as good");
+  other.bytes_sent = 11;
+  ends_with(", which sends more");
+  other.buffer_bytes = 11;
+  ends_with(", which needs more memory");
+  other.seconds = 2;
+  ends_with(", which computes 1e+03 ms longer");
+  other.simulated = false;
+  ends_with(": others take about as long or longer");
+  other.refused = absl::ResourceExhaustedError("no");
+  ends_with(": no other kind can be");
+  const std::string alone = WhyItWon({won});
+  EXPECT_TRUE(absl::EndsWith(alone, ": the only kind that may be")) << alone;
+}
+
+// What a budget leaves is said in a unit that shows it.
+TEST(RankPlans, NamesSmallBudgets) {
+  PlanOptions options = By(TransportKind::kHost);
+  options.plans = {{.kind = PlanKind::kAllGather}};
+  options.buffer_bytes = 9;
+  const auto ranked = RankPlans(CausalCase(4, 64, kMha), Pass::kForward, options, EvenMachine(1e12, 1e9));
+  EXPECT_TRUE(absl::EndsWith(ranked[0].refused.message(), " KiB on a rank: expected at most 9 bytes"))
+      << ranked[0].refused;
+}
+
+// ---- Many ranks ---------------------------------------------------------------------------------
+
+constexpr int kManyRanks = 36;
+static_assert(kManyRanks > kSimulateAllRanks);
+
+TEST(RankPlans, FindsTheFastestAmongManyRanksWithoutSimulatingAll) {
+  const AttentionCase layer = CausalCase(kManyRanks, kManyRanks * 2048, kGqa);
+  for (const Pass pass : kPasses) {
+    PlanOptions options = By(TransportKind::kCopyEngine);
+    if (pass == Pass::kBackward) options.throttle = {5e9};
+    const auto ranked = RankPlans(layer, pass, options, AssumedHopper());
+    EXPECT_EQ(ranked.size(), AllChoices(kManyRanks, layer.heads).size());
+    EXPECT_TRUE(ranked.front().simulated);
+    EXPECT_FALSE(ranked.back().simulated);
+    for (const PlanCandidate& candidate : ranked) {
+      // Of a list of one everything is simulated.
+      options.plans = {candidate.choice};
+      const PlanCandidate alone = RankPlans(layer, pass, options, AssumedHopper()).front();
+      ASSERT_TRUE(alone.refused.ok() && alone.simulated) << alone.name;
+      EXPECT_LE(ranked[0].seconds, 1.02 * alone.seconds) << alone.name << ", " << WhyItWon(ranked);
+      if (candidate.simulated) {
+        EXPECT_EQ(candidate.seconds, alone.seconds) << alone.name;
+      } else {
+        EXPECT_LE(candidate.seconds, alone.seconds * (1 + 1e-9)) << alone.name << ": a bound is one";
+      }
+      EXPECT_EQ(candidate.bytes_sent, alone.bytes_sent) << alone.name;
+    }
+  }
+}
+
+TEST(RankPlans, TriesPartsAmongManyRanksOnly) {
+  for (const int ranks : {8, kManyRanks}) {
+    PlanOptions options = By(TransportKind::kCopyEngine);
+    options.parts = {2};
+    const auto ranked =
+        RankPlans(CausalCase(ranks, ranks * 1024, kMha), Pass::kForward, options, AssumedHopper());
+    const bool tried = std::any_of(ranked.begin(), ranked.end(), [](const PlanCandidate& candidate) {
+      return candidate.choice.parts == 2 && candidate.simulated;
+    });
+    EXPECT_EQ(tried, ranks == kManyRanks);
+  }
+}
+
 // Masks of documents, padding and several sequences; ordered sums; the CPU.
 TEST(RankPlans, PricesEveryMaskAndDevice) {
   const int64_t length = 1000;
@@ -322,6 +402,17 @@ TEST(RankPlans, IsTheSameEveryTime) {
       EXPECT_EQ(ranked[i].exposed_seconds, again[i].exposed_seconds);
     }
   }
+}
+
+TEST(RankPlans, IsQuickAmongManyRanks) {
+  PlanOptions options = By(TransportKind::kCopyEngine);
+  options.transports.push_back(TransportKind::kNccl);
+  options.parts = {2};
+  const auto begin = std::chrono::steady_clock::now();
+  for (const Pass pass : kPasses) RankPlans(CausalCase(64, 1 << 18, kGqa), pass, options, AssumedHopper());
+  const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  RecordProperty("ms", static_cast<int>(took * 1000));
+  EXPECT_LT(took, 40);  // 4 s; more for sanitizers and busy machines
 }
 
 TEST(RankPlans, IsQuick) {

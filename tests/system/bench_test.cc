@@ -108,6 +108,38 @@ TEST_F(BenchTest, ExchangeMovesEachSizeAskedFor) {
   EXPECT_GT(results[0]["one_way_gb_per_second"], 0.0);
 }
 
+// Both passes as predicted and as measured, and drawn; throttled links take the time of their bytes.
+TEST_F(BenchTest, TimelineMeasuresTheChosenPlan) {
+  const auto results =
+      Results({"timeline", "--length", "256", "--heads", "2", "--dim", "16", "--mask", "full", "--choice",
+               "bidirectional_kv_ring", "--throttle", "0.01", "--svg", "timeline.svg"});
+  ASSERT_EQ(results.size(), 2u);
+  // Half of 256 tokens of K and V, two heads of 16 in f32, from each rank to the other.
+  const double link_ms = 128 * 2 * 2 * 16 * 4 / 0.01e9 * 1e3;
+  for (const nlohmann::json& r : results) {
+    SCOPED_TRACE(r.dump());
+    EXPECT_EQ(r["pass"], &r == &results[0] ? "forward" : "backward");
+    EXPECT_EQ(r["plan"], "bidirectional_kv_ring");
+    EXPECT_EQ(r["transport"], "host");
+    for (const char* source : {"predicted", "measured"}) {
+      const nlohmann::json& times = r[source];
+      EXPECT_GE(times["ms"], 0.999 * link_ms);
+      EXPECT_GE(times["shorter_way_ms"], 0.999 * link_ms);
+      EXPECT_GT(times["both_ways_ms"], 0.0);
+      EXPECT_GE(times["shorter_way_ms"], times["both_ways_ms"]);
+      EXPECT_GE(times["transfers_ms"], times["under_compute_ms"]);
+      EXPECT_GE(times["ms"], times["exposed_ms"]);
+    }
+  }
+  const std::string svg = Contents(folder_.path() + "/timeline.svg");
+  for (const char* drawn : {"forward, 2 ranks: predicted ", "forward, 2 ranks: measured ",
+                            "backward, 2 ranks: predicted ", "backward, 2 ranks: measured "}) {
+    EXPECT_TRUE(
+        absl::StrContains(svg, absl::StrCat("LINKS THROTTLED to 0.01 GB/s: bidirectional_kv_ring, ", drawn)))
+        << drawn;
+  }
+}
+
 TEST_F(BenchTest, StepTrainsWithoutTheData) {
   std::filesystem::remove(folder_.path() + "/text.txt");
   const auto results = Results({"step", "--config", "c.textproto"});
@@ -118,15 +150,62 @@ TEST_F(BenchTest, StepTrainsWithoutTheData) {
 }
 
 TEST_F(BenchTest, ErrorsAreSaidOnce) {
-  EXPECT_TRUE(
-      absl::StrContains(Run(2, {"memory"}).err, "expected one of gemm, attention, plans, exchange, step"));
+  EXPECT_TRUE(absl::StrContains(Run(2, {"memory"}).err,
+                                "expected one of gemm, attention, plans, auto, timeline, exchange, step"));
   EXPECT_EQ(ErrorLines(Run(2, {"gemm", "--m", "0"})),
             (Strings{"error: --m=0: expected an integer of at least 1"}));
-  const JobResult alone = Run(1, {"exchange"});
-  EXPECT_NE(alone.exit_code, 0);
-  EXPECT_EQ(ErrorLines(alone),
-            (Strings{"error: ranks=1: expected at least 2 (launch/mpirun -n 2 annulus bench "
-                     "exchange)"}));
+  for (const char* what : {"exchange", "timeline"}) {
+    const JobResult alone = Run(1, {what});
+    EXPECT_NE(alone.exit_code, 0);
+    EXPECT_EQ(ErrorLines(alone),
+              (Strings{absl::StrCat("error: ranks=1: expected at least 2 (launch/mpirun -n 2 annulus bench ",
+                                    what, ")")}));
+  }
+}
+
+// Every case of the grid, in order of length, then what they amount to.
+TEST_F(BenchTest, AutoIsComparedWithTheFastestOfEveryCase) {
+  const auto results = Results({"auto", "--lengths", "60,24", "--heads", "2/2,2/1", "--dim", "4", "--masks",
+                                "causal,documents", "--throttles", "0,2", "--document_length", "7"});
+  ASSERT_EQ(results.size(), 2u * 2 * 2 * 2 + 1);
+  double worst = 0, good = 0;
+  for (size_t i = 0; i + 1 < results.size(); ++i) {
+    const nlohmann::json& r = results[i];
+    SCOPED_TRACE(r.dump());
+    EXPECT_EQ(r["length"], i < 8 ? 24 : 60);
+    EXPECT_EQ(r["kv_heads"], i / 4 % 2 == 0 ? 2 : 1);
+    EXPECT_EQ(r["mask"], i / 2 % 2 == 0 ? "causal" : "documents");
+    EXPECT_EQ(r["throttle_gb_per_second"], i % 2 == 0 ? 0.0 : 2.0);
+    double chosen = 0, fastest = 0;
+    for (const char* pass : {"forward", "backward"}) {
+      const nlohmann::json& p = r[pass];
+      EXPECT_GE(p["ratio"], 1.0);
+      EXPECT_GT(p["timed"], 1);
+      EXPECT_EQ(p["timed"].get<int>() + p["same"].get<int>() + p["not_timed"].get<int>(), 8)
+          << "all plans of two ranks";
+      EXPECT_LE(p["auto"]["predicted_ms"], p["fastest"]["predicted_ms"].get<double>() * 1.001);
+      chosen += p["auto"]["measured_ms"].get<double>();
+      fastest += p["fastest"]["measured_ms"].get<double>();
+    }
+    EXPECT_NEAR(r["ratio"].get<double>(), chosen / fastest, 1e-9);
+    worst = std::max(worst, r["ratio"].get<double>());
+    good += r["ratio"] <= 1.05;
+  }
+  EXPECT_EQ(results.back()["cases"], 16);
+  EXPECT_EQ(results.back()["worst_ratio"], worst);
+  EXPECT_NEAR(results.back()["within_5_percent"].get<double>(), good / 16, 1e-9);
+}
+
+TEST_F(BenchTest, AutoSaysWhatIsNotTimed) {
+  const Strings arguments = {"auto",    "--lengths", "24",        "--heads", "2/1",   "--dim",     "4",
+                             "--masks", "full",      "--repeats", "1",       "--set", "device=CPU"};
+  const JobResult some = Run(2, arguments);
+  EXPECT_TRUE(absl::StrContains(some.out, "are not timed (--all: are)")) << some;
+  EXPECT_TRUE(absl::StrContains(some.out, "AUTO within 5% of the fastest in ")) << some;
+  Strings with_all = arguments;
+  with_all.emplace_back("--all");
+  const JobResult all = Run(2, with_all);
+  EXPECT_FALSE(absl::StrContains(all.out, "not timed")) << all;
 }
 
 // Whatever is wrong with the options is said by name, with what was expected, and nothing is measured.
@@ -151,6 +230,11 @@ TEST_F(BenchTest, RefusesWhatItCannotUse) {
       {{"attention", "--length", "9223372036854775807"},
        "--length, --heads, --dim: 9223372036854775807 x 16 x 128 elements: expected at most 1099511627776"},
       {{"attention", "--heads", "6", "--kv_heads", "4"}, "--kv_heads=4: expected a divisor of --heads=6"},
+      {{"auto", "--heads", "16/3"}, "--heads=16/3: expected H or H/KV, heads and KV heads that divide them"},
+      {{"auto", "--lengths", "8,x"}, "--lengths=x: expected integers of at least 1"},
+      {{"auto", "--masks", "causal,window"}, "--masks=window: expected causal, full, documents"},
+      {{"auto", "--throttles", "-1"}, "--throttles=-1: expected rates from 0 (full speed) to 1e6 GB/s"},
+      {{"auto", "--length", "8"}, "annulus bench auto: --length means nothing to it"},
       {{"attention", "--mask", "ring"}, "--mask=ring: expected one of causal, full, window, documents"},
       {{"attention", "--mask", "window"}, "--mask=window: expected --window N"},
       {{"attention", "--mask", "window", "--window", "x"}, "--window=x: expected an integer of at least 1"},

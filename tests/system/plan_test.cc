@@ -82,6 +82,7 @@ TEST_F(PlanCommands, PlanComparesAllAndSaysWhyOneWon) {
       names.insert(candidate["plan"].get<std::string>());
       EXPECT_GE(candidate["predicted_seconds"], 0.999 * pass["predicted_seconds"].get<double>()) << candidate;
     }
+    EXPECT_EQ(pass["candidates"].size(), names.size());
     for (const char* name : {"ulysses", "all_gather", "mesh of 2 x 2", "double_ring of 2 x 2", "balanced"}) {
       EXPECT_EQ(names.count(name), 1u) << name;
     }
@@ -103,6 +104,9 @@ TEST_F(PlanCommands, PlanShowsAndDrawsTheChoice) {
   for (const char* part : {"plan  ", "predicted", "why: ", "rank 1", "LINKS THROTTLED to 0.25 GB/s"}) {
     EXPECT_TRUE(absl::StrContains(text.out, part)) << part << text;
   }
+  EXPECT_TRUE(absl::StrContains(text.out, "exchange buffers  ")) << text;
+  const JobResult one = Run(1, {"plan", "c.textproto", "--set", "parallel.cp=1"});
+  EXPECT_TRUE(absl::StrContains(one.out, "  no exchange: one rank has all keys; predicted ")) << one;
   const JobResult wrong = Run(1, {"plan", "c.textproto", "--set", "parallel.cp=2", "--choice", "ring"});
   EXPECT_EQ(ErrorLines(wrong).size(), 1u) << wrong;
   EXPECT_TRUE(absl::StrContains(wrong.err, "\"ring\": expected one of the forward plans ")) << wrong;
@@ -162,7 +166,7 @@ TEST_F(PlanCommands, ARunSaysWhatBecameOfItsPredictions) {
       {"parallel.cp=2", "parallel.exchange.plan=TOKEN_RING", "parallel.exchange.throttle_gb_per_second=3"}));
   ExpectDone(result);
   for (const char* part : {"machine profile: assumed: CPU", "LINKS THROTTLED to 3 GB/s",
-                           "attention (all keys) forward: token_ring toward ", "links throttled to 3 GB/s",
+                           "attention (all keys) forward: token_ring toward ", " | LINKS THROTTLED to 3 GB/s",
                            " a layer (median of 7 steps)"}) {
     EXPECT_TRUE(absl::StrContains(result.out, part)) << part << result;
   }

@@ -85,9 +85,19 @@ TEST(ExchangeOptionsOf, TakesEveryFieldOfTheConfiguration) {
   EXPECT_EQ(options.throttle.bytes_per_second, 2.5e9);
   EXPECT_EQ(options.buffer_bytes, int64_t{1} << 28);
   EXPECT_TRUE(options.machine == AssumedCpuCore());
+  EXPECT_EQ(ExchangeOptionsOf(SmallRun({"parallel.exchange.buffer_gib=1e-12"}), {TransportKind::kHost},
+                              AssumedCpuCore())
+                .buffer_bytes,
+            1)
+      << "not: no limit";
+  EXPECT_TRUE(options.forward_parts.empty()) << "a named plan has the parts it is given";
   const ExchangeOptions open =
       ExchangeOptionsOf(SmallRun({"parallel.cp=2"}), {TransportKind::kNccl}, AssumedCpuCore());
   EXPECT_FALSE(open.transport.has_value());
+  EXPECT_EQ(open.forward_parts, std::vector<int>{2});
+  EXPECT_TRUE(
+      ExchangeOptionsOf(SmallRun({"parallel.exchange.parts=1"}), {TransportKind::kHost}, AssumedCpuCore())
+          .backward_parts.empty());
   EXPECT_EQ(open.available, std::vector{TransportKind::kNccl});
 }
 
@@ -104,6 +114,7 @@ TEST(ProfileOf, IsTheFileOrWhatIsAssumedOfTheDevice) {
   const std::string path = ::testing::TempDir() + "annulus-profile.textproto";
   std::ofstream(path) << ProfileText(mine);
   spec.parallel.exchange.profile = path;
+  spec.device = DeviceChoice::kCpu;
   EXPECT_TRUE(ProfileOf(spec).value() == mine);
   EXPECT_EQ(ProfileSource(spec.parallel.exchange, mine), path + ": mine, measured with 3 ranks");
   spec.parallel.exchange.throttle_gb_per_second = 0.5;
@@ -115,6 +126,32 @@ TEST(ProfileOf, IsTheFileOrWhatIsAssumedOfTheDevice) {
     EXPECT_TRUE(IsAgreed(status)) << status;
     EXPECT_TRUE(absl::StrContains(status.message(), "parallel.exchange.profile=" + path)) << status;
   });
+}
+
+TEST(ProfileOf, RefusesThatOfAnotherDevice) {
+  RunSpec spec = SmallRun();
+  const std::string path = ::testing::TempDir() + "annulus-other-device.textproto";
+  spec.parallel.exchange.profile = path;
+  const auto refused = [&](const MachineProfile& machine, DeviceChoice device) {
+    std::ofstream(path) << ProfileText(machine);
+    spec.device = device;
+    const absl::Status status = ProfileOf(spec).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << machine.device;
+    return std::string(status.message());
+  };
+  EXPECT_EQ(refused(AssumedHopper(), DeviceChoice::kCpu),
+            absl::StrCat("parallel.exchange.profile=", path,
+                         ": device: \"NVIDIA H200, NVLink\": expected attention of CPUs (kernel: CPU_TILES), "
+                         "forward, as the run is on CPUs"));
+  EXPECT_TRUE(absl::StrContains(refused(AssumedCpuCore(), DeviceChoice::kCuda), "as the run is on GPUs"));
+  MachineProfile half = AssumedCpuCore();
+  std::erase_if(half.attention, [](const AttentionRate& rate) { return rate.pass == Pass::kBackward; });
+  EXPECT_TRUE(absl::StrContains(refused(half, DeviceChoice::kCpu), ", backward, "));
+  OnLoopback(2, [&](Communicator world) {
+    const absl::Status status = ProfileOf(world, spec).status();
+    EXPECT_TRUE(IsAgreed(status)) << status;
+  });
+  std::remove(path.c_str());
 }
 
 TEST(AttentionKindsOf, AreLayersByTheirWindow) {

@@ -54,6 +54,39 @@ TEST(PlanExchange, ShowsTheCandidateAskedFor) {
   const absl::Status status = PlanOf(FourRanks(), "mess").status();
   EXPECT_TRUE(absl::StartsWith(status.message(), "\"mess\": expected one of the forward plans ")) << status;
   EXPECT_TRUE(absl::StrContains(status.message(), "; ulysses")) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), "; token_ring; ")) << status;
+}
+
+TEST(PlanExchange, ShowsTheFastestOfAKind) {
+  for (const char* kind : {"token_ring", "kv_ring", "mesh"}) {
+    const auto passes = PlanOf(FourRanks(), kind);
+    ASSERT_TRUE(passes.ok()) << passes.status();
+    for (const PlannedPass& pass : *passes) {
+      EXPECT_EQ(Name(pass.candidates[pass.shown].choice.kind), std::string(kind));
+      for (size_t i = 0; i < pass.shown; ++i)
+        EXPECT_NE(Name(pass.candidates[i].choice.kind), std::string(kind));
+    }
+  }
+}
+
+// A ring between groups that share out the heads goes one way round, too.
+TEST(PlanExchange, NamesTheDirectionOfEveryRing) {
+  const auto passes = PlanOf(FourRanks({"parallel.exchange.plan=KV_RING", "parallel.exchange.head_split=2"}));
+  ASSERT_TRUE(passes.ok()) << passes.status();
+  for (const PlannedPass& pass : *passes)
+    EXPECT_EQ(pass.plan.name, "kv_ring toward lower ranks, heads over 2 ranks");
+}
+
+TEST(PlanExchange, OneRankExchangesNothing) {
+  const auto passes = PlanOf(FourRanks({"parallel.cp=1"}));
+  ASSERT_TRUE(passes.ok()) << passes.status();
+  for (const PlannedPass& pass : *passes) {
+    EXPECT_EQ(pass.plan.name, kNoExchange);
+    EXPECT_EQ(WhyShown(pass), "one rank has all keys");
+    const std::string table = CandidateTable(pass);
+    EXPECT_TRUE(absl::StartsWith(table, "  no exchange: one rank has all keys; predicted ")) << table;
+    EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), 1);
+  }
 }
 
 TEST(PlanExchange, SaysWhyNoPlanCanBe) {

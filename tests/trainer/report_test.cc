@@ -141,7 +141,7 @@ TEST(Metrics, HoldPredictedAndMeasuredAttention) {
   EXPECT_EQ(second["pass"], "backward");
   EXPECT_FALSE(second.contains("predicted_ms")) << "not predicted is not 0";
   EXPECT_EQ(json["throttle_gb_per_second"], 1.5);
-  EXPECT_TRUE(absl::StrContains(StepLine(report, 2000, 8, 0), "links throttled to 1.5 GB/s"));
+  EXPECT_TRUE(absl::StrContains(StepLine(report, 2000, 8, 0), "LINKS THROTTLED to 1.5 GB/s"));
 }
 
 TEST(AttentionLines, SayThePlanAndWhatBecameOfThePrediction) {

@@ -41,6 +41,8 @@ struct PlanChoice {
   Width output_width = Width::kAccumulator;  // of partial outputs that travel
   friend bool operator==(const PlanChoice&, const PlanChoice&) = default;
 };
+// The name of every plan of one rank.
+inline constexpr char kNoExchange[] = "no exchange";
 // "kv_ring toward lower ranks, heads over 2 ranks"; "ulysses"
 std::string NameOf(const PlanChoice& choice, int ranks);
 

@@ -47,13 +47,19 @@ struct StepTiming {
   double start = 0, end = 0;  // seconds; of transfers: from taking the lane
 };
 
+enum class TimeSource { kPredicted, kMeasured };
+
+// Times of a plan's steps: predicted, or those of an execution (exchange_timeline.h).
 struct Simulation {
+  TimeSource source = TimeSource::kPredicted;
   double makespan = 0;
   std::vector<double> compute;      // per rank, seconds spent computing
   std::vector<double> exposed;      // per rank, seconds its computing waited for transfers, the tail included
   std::vector<int64_t> bytes_sent;  // per rank
   std::vector<std::vector<StepTiming>> steps;  // [rank][step]
 };
+
+const char* Name(TimeSource source);  // "predicted", "measured"
 
 // Of a valid plan. The same inputs give the same bits.
 Simulation Simulate(const ExchangePlan& plan, const ExchangeCost& cost);

@@ -13,6 +13,8 @@
 
 namespace annulus {
 
+class StepClock;
+
 // A slot is one or more tensors ("fields": a partial output is the output and its LSE), each with the slot's
 // rows as first dimension.
 struct SlotMemory {
@@ -41,6 +43,7 @@ struct ExchangeBinding {
 struct ExchangeStats {
   double exposed_seconds = 0;  // computing waited for transfers, the tail included; on GPUs in ctx.waits only
   int64_t bytes_sent = 0;
+  StepClock* clock = nullptr;  // if any, records when each step runs (exchange_timeline.h)
 };
 
 enum class TransportKind {

@@ -34,6 +34,9 @@ int GpuCount();
 std::string WhyNoGpu();
 absl::StatusOr<GpuInfo> DescribeGpu(int index);
 
+// Whether the memory of `to` can be mapped where kernels of `from` run; of this process's devices.
+absl::StatusOr<bool> GpuMaps(int from, int to);
+
 // Makes `index` the device of the calling thread; NotFound names how many there are. Every thread that
 // touches CUDA calls this first: else CUDA takes memory for that thread on device 0. What allocates on a
 // device (Buffer, Stream, ...) makes it the thread's as well.

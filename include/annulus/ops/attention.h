@@ -50,12 +50,21 @@ struct AttentionBlock {
 
 // Softmax partial over the keys seen so far, in the accumulator dtype.
 struct AttentionPartial {
-  HeadsRef out;   // [q_rows, batch, heads, v_dim], normalised
+  HeadsRef out;   // [q_rows, batch, heads, v_dim], normalised but where there is a sum
   TensorRef lse;  // [q_rows, batch, heads]
+  // As lse; CPUs only. Where given, nothing is normalised before FinishPartial:
+  //   lse_i = m_i = max_j s_ij      out_i = sum_j exp(s_ij - m_i) v_j      sum_i = sum_j exp(s_ij - m_i)
+  // so that carrying on rounds nothing, and any number of blocks is as exact as one. Without it every block
+  // rounds the LSE, one of 8 by up to 2^-21 in f32, which weighs the keys before it against those after.
+  TensorRef sum = {};
+  bool has_sum() const { return sum.raw() != nullptr; }
 };
 
-// out = 0, lse = -inf: no keys seen.
+// out = 0, lse = -inf, sum = 0: no keys seen.
 absl::Status ResetPartial(Context& ctx, const AttentionPartial& partial);
+
+// From sums to the normalised output and its LSE.
+absl::Status FinishPartial(Context& ctx, const AttentionPartial& partial);
 
 // Folds the block into `partial`. A block whose keys are all masked for a row leaves that row bit-identical.
 absl::Status AttentionForward(Context& ctx, const AttentionBlock& block, const AttentionPartial& partial);
@@ -65,9 +74,13 @@ absl::Status AttentionForward(Context& ctx, const AttentionBlock& block, const A
 // holds: the other stays as it is, bit by bit; where both are, the output is 0.
 //   out: [rows, batch, heads, v_dim], compute or accumulator dtype   into_out: the same, accumulator dtype
 //   lse, into_lse: [rows, batch, heads, 1], accumulator dtype
+//   sum, into_sum: as lse, where the partial results have them (AttentionPartial)
 struct PartialMerge {
   ConstHeadsRef out, lse;
   HeadsRef into_out, into_lse;
+  ConstHeadsRef sum = {};
+  HeadsRef into_sum = {};
+  bool has_sums() const { return sum.data != nullptr || into_sum.data != nullptr; }
 };
 absl::Status MergePartials(Context& ctx, const PartialMerge& merge);
 
@@ -79,10 +92,10 @@ struct AttentionGradients {
   // [q_rows, batch, heads, v_dim], of all blocks together, compute dtype. May be left out where
   // ChooseAttentionKernel gives another kernel than kCudnn.
   ConstHeadsRef out;
-  ConstHeadsRef dout;    // [q_rows, batch, heads, v_dim]
-  ConstTensorRef lse;    // [q_rows, batch, heads], of all blocks together
-  ConstTensorRef delta;  // [q_rows, batch, heads]
-  HeadsRef dq, dk, dv;   // accumulator dtype; added to
+  ConstHeadsRef dout;                   // [q_rows, batch, heads, v_dim]
+  ConstTensorRef lse;                   // [q_rows, batch, heads], of all blocks together
+  ConstTensorRef delta;                 // [q_rows, batch, heads]
+  HeadsRef dq, dk, dv;                  // accumulator dtype; added to
   Write kv_write = Write::kAccumulate;  // kOverwrite: dk and dv hold nothing yet
 };
 

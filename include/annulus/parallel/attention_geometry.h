@@ -16,6 +16,7 @@
 #include "annulus/parallel/attend_calls.h"
 #include "annulus/parallel/choose_plan.h"
 #include "annulus/parallel/device_bounds.h"
+#include "annulus/parallel/exchange_transports.h"
 #include "annulus/parallel/machine_profile.h"
 #include "annulus/parallel/mask.h"
 
@@ -32,7 +33,9 @@ struct ExchangeOptions {
   LinkThrottle throttle = {};
   int64_t buffer_bytes = 0;  // that chosen plans may take on a rank; 0: no limit
   LatentExchange latents = LatentExchange::kAuto;
+  std::vector<int> forward_parts = {}, backward_parts = {};  // PlanOptions::parts
 };
+PlanOptions PlanOptionsOf(const ExchangeOptions& options, Pass pass);
 
 struct ContextAttentionShape {
   int64_t heads = 0, kv_heads = 0;
@@ -49,7 +52,9 @@ ContextAttentionShape Expanded(ContextAttentionShape shape);
 
 class AttentionGeometry {
  public:
-  AttentionGeometry(SequenceLayout layout, Communicator cp, ExchangeOptions options = {});
+  // `transports`: those of the same group at the options' throttle, to share; null: its own.
+  AttentionGeometry(SequenceLayout layout, Communicator cp, ExchangeOptions options = {},
+                    std::shared_ptr<ExchangeTransports> transports = nullptr);
 
   // Starts a new batch. Without documents plans are the same for every batch of the same size, and are kept.
   // With documents they are built anew, but what was chosen for the first batch stays chosen.
@@ -100,10 +105,12 @@ class AttentionGeometry {
   // i32 [rows, batch]: how many tokens of its document are before each; 0 starts one. Of the current batch.
   ConstTensorRef Ages(Context& ctx);
   // Made at first use: collective then.
-  absl::StatusOr<ExchangeTransport*> Transport(Context& ctx, TransportKind kind);
+  absl::StatusOr<ExchangeTransport*> Transport(Context& ctx, TransportKind kind) {
+    return transports_->Of(ctx, kind);
+  }
   // All that plans may use. Collective.
   absl::StatusOr<std::vector<ExchangeTransport*>> Transports(Context& ctx);
-  int64_t exchange_bytes() const;  // of memory that transports keep on the device
+  int64_t exchange_bytes() const { return transports_->device_bytes(); }
 
  private:
   AttentionCase CaseOf(const Context& ctx, const ContextAttentionShape& shape, DType dtype) const;
@@ -115,7 +122,7 @@ class AttentionGeometry {
   SequenceLayout layout_;
   Communicator cp_;
   ExchangeOptions options_;
-  std::map<TransportKind, std::unique_ptr<ExchangeTransport>> transports_;
+  std::shared_ptr<ExchangeTransports> transports_;
   SequenceBatch sequences_;
   Tensor positions_;
   Tensor ages_;

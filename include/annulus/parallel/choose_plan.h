@@ -36,13 +36,19 @@ struct PlanOptions {
   std::vector<TransportKind> transports;  // that the group can use; at least one
   LinkThrottle throttle;
   int64_t buffer_bytes = 0;  // slots that are not home may take this much on a rank; 0: no limit
+  // Among many ranks: numbers of parts that the fastest choices are tried with besides their own.
+  std::vector<int> parts = {};
 };
+
+// With more ranks than this a plan has so many steps that only what can be near the fastest is simulated.
+inline constexpr int kSimulateAllRanks = 32;
 
 struct PlanCandidate {
   PlanChoice choice;
   std::string name;  // NameOf(choice)
   TransportKind transport = TransportKind::kHost;
   absl::Status refused;        // why it cannot be, else OK and the rest is set
+  bool simulated = true;       // else `seconds` is what it takes at least, and exposed_seconds is not known
   double seconds = 0;          // predicted, of the slowest rank
   double exposed_seconds = 0;  // of the same rank
   int64_t bytes_sent = 0;      // of the rank that sends most
@@ -61,8 +67,11 @@ HeadGroup AllHeadsOf(const AttentionCase& layer);
 ExchangeCost CostOf(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine,
                     TransportKind transport, LinkThrottle throttle);
 
+// Sets what is predicted.
+void SetPredicted(const Simulation& simulation, PlanCandidate* candidate);
+
 // Every candidate of one pass: those that can be, fastest first (what is as fast to 1 in 10^4 by memory),
-// then the refused. The same on every rank.
+// then those that were not simulated, then the refused. The same on every rank.
 std::vector<PlanCandidate> RankPlans(const AttentionCase& layer, Pass pass, const PlanOptions& options,
                                      const MachineProfile& machine);
 

@@ -3,6 +3,7 @@
 // What measurements of parts share: operands, and times that all ranks agree on.
 
 #include <functional>
+#include <limits>
 
 #include "annulus/comm/communicator.h"
 #include "annulus/device/context.h"
@@ -20,7 +21,8 @@ enum class Statistic {
 struct Repeats {
   int64_t warm_ups = 2;
   int64_t timed = 10;
-  int64_t calls = 1;  // of each timed repeat, one behind the other
+  double seconds = std::numeric_limits<double>::infinity();  // no third repeat after as long
+  int64_t calls = 1;                                         // of each timed repeat, one behind the other
   Statistic take = Statistic::kMedian;
 };
 

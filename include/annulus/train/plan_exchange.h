@@ -21,8 +21,9 @@ struct PlannedPass {
   Simulation simulation;
 };
 
-// `shown`: the name of a candidate to look at instead of the fastest; empty: the fastest. InvalidArgument if
-// no candidate can be, with the reason of each, or none of them has that name.
+// `shown`: the name of a candidate to look at instead of the fastest, or of a kind ("token_ring"), of which
+// the fastest is; empty: the fastest of all. InvalidArgument if no candidate can be, with the reason of each,
+// or none of them has that name.
 absl::StatusOr<PlannedPass> PlanPass(const AttentionCase& layer, Pass pass, const ExchangeOptions& options,
                                      const std::string& shown = "");
 
@@ -41,6 +42,9 @@ struct ExampleBatch {
 };
 // The first of the run's data where documents are masked and the data are there; else whole sequences.
 ExampleBatch ExampleBatchOf(const RunSpec& spec);
+
+// Why the first candidate won; for one rank, that there is nothing to choose.
+std::string WhyShown(const PlannedPass& planned);
 
 // The candidates as a table, the shown one marked, and why the first won.
 std::string CandidateTable(const PlannedPass& planned);
