@@ -2,22 +2,13 @@
 #include <cstdlib>
 
 #include "absl/strings/numbers.h"
-#include "annulus/base/file.h"
 #include "annulus/train/checkpoint.h"
-#include "annulus/train/config.h"
-#include "annulus/train/optimizer.h"
 #include "annulus/train/sample.h"
 #include "annulus/train/trainer.h"
-#include "commands.h"
+#include "loaded_model.h"
 
 namespace annulus {
 namespace {
-
-// A run directory stands for the checkpoints in it.
-std::string CheckpointPath(const std::string& operand) {
-  const std::string inside = operand + "/ckpt";
-  return Exists(inside) ? inside : operand;
-}
 
 absl::Status Run(
     const Arguments& arguments,

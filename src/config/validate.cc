@@ -64,7 +64,9 @@ void CheckRecall(const RunSpec& spec, std::vector<std::string>* findings) {
   if (!data.recall.has_value()) return;
   for (const auto& [name, sources] : {std::pair("train", &data.train), {"validation", &data.validation}}) {
     if (sources->empty()) continue;
-    findings->push_back(absl::StrCat("data.", name, ": expected none, since data.recall is given"));
+    findings->push_back(absl::StrCat("data.", name, "=", sources->size(),
+                                     sources->size() == 1 ? " source" : " sources",
+                                     ": expected none, since data.recall is given"));
   }
   if (data.validation_fraction > 0) {
     findings->push_back(absl::StrCat("data.validation_fraction=", data.validation_fraction,

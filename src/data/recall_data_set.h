@@ -7,8 +7,8 @@
 //   counted targets: v2 at the second k2, v1 at the second k1
 //
 // Keys are from [1, V / 2), values from [V / 2, V), both without repetition; the other places hold random
-// tokens. A query stands 2 g places behind the pairs, where the gaps g are drawn without replacement with
-// p(g) ~ g^(0.01 - 1): mostly near, some far.
+// tokens. A query stands 2 (g - 1) places behind the pairs, where the gaps g = 1, 2, .. are drawn one pair
+// after the other, without replacement, with p(g) ~ g^(0.01 - 1): mostly near, some far.
 
 #include "annulus/train/data.h"
 

@@ -24,7 +24,7 @@ class AnnulusConfig(PretrainedConfig):
     model_type = "annulus"
 
     def __init__(self, layers=(), vocab_size=0, hidden_size=0, intermediate_size=0, hidden_act="silu",
-                 rms_norm_eps=1e-5, initializer_range=0.02, max_position_embeddings=2048, rope_scaling=None,
+                 rms_norm_eps=1e-5, initializer_range=0.02, max_position_embeddings=2048, long_rope=None,
                  num_attention_heads=0, num_key_value_heads=0, head_dim=0, latent_attention_heads=0,
                  q_lora_rank=None, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0, v_head_dim=0,
                  mamba_n_heads=0, mamba_d_head=0, mamba_d_state=0, mamba_n_groups=1, mamba_d_conv=4,
@@ -45,8 +45,7 @@ class AnnulusConfig(PretrainedConfig):
         self.mamba_d_state, self.mamba_n_groups = mamba_d_state, mamba_n_groups
         self.mamba_d_conv, self.mamba_chunk_size = mamba_d_conv, mamba_chunk_size
         self.time_step_limit = list(time_step_limit)
-        # Under a name of its own: bases are the layers', which Transformers' checks of rope_scaling do not know.
-        self.long_rope = kwargs.pop("long_rope", None) or rope_scaling
+        self.long_rope = long_rope  # bases of rotations are the layers'
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 

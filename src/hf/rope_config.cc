@@ -91,12 +91,13 @@ std::optional<double> FirstTheta(const ModelSpec& spec) {
 
 void WriteRope(HfClass of, const ModelSpec& spec, json* config) {
   if (HasOneTheta(of)) (*config)["rope_theta"] = FirstTheta(spec).value();
-  if (HasOneTheta(of) || of == HfClass::kAnnulus) (*config)["rope_scaling"] = ScalingJson(spec.rope_scaling);
+  if (HasOneTheta(of)) (*config)["rope_scaling"] = ScalingJson(spec.rope_scaling);
+  if (of == HfClass::kAnnulus) (*config)["long_rope"] = ScalingJson(spec.rope_scaling);
 }
 
 absl::StatusOr<std::optional<double>> ReadRope(HfClass of, const json& config, ModelSpec* spec) {
   if (!HasOneTheta(of) && of != HfClass::kAnnulus) return std::optional<double>();
-  json parameters = config.value("rope_parameters", json());
+  json parameters = config.value(HasOneTheta(of) ? "rope_parameters" : "long_rope", json());
   if (parameters.is_null()) parameters = config.value("rope_scaling", json());
   if (parameters.is_null()) parameters = json::object();
   if (!parameters.is_object()) return Unexpected("rope_parameters", parameters, "an object");

@@ -1,6 +1,7 @@
 #pragma once
 
-// Rotary positions in config.json: "rope_theta" and "rope_scaling", or both in "rope_parameters".
+// Rotary positions in config.json: "rope_theta" and "rope_scaling", or both in "rope_parameters". Of our own
+// class bases are the layers', and scaling is "long_rope": Transformers checks what it knows by name.
 
 #include <nlohmann/json.hpp>
 #include <optional>

@@ -81,18 +81,6 @@ Dense Hadamard(int64_t r, const RandomStream& signs) {
   return u;
 }
 
-// Columns by descending variance, dealt to the parts there and back again: 0 1 2 2 1 0 0 1 ...
-Dense Dealt(const Dense& sorted, int64_t groups) {
-  const int64_t r = sorted.columns, width = r / groups;
-  Dense u = Dense::Zeros(r, r);
-  for (int64_t i = 0; i < r; ++i) {
-    const int64_t round = i / groups, place = i % groups;
-    const int64_t to = (round % 2 == 0 ? place : groups - 1 - place) * width + round;
-    for (int64_t k = 0; k < r; ++k) u(k, to) = sorted(k, i);
-  }
-  return u;
-}
-
 class LayerConversion {
  public:
   LayerConversion(const ModelSpec& spec, const TplaOptions& options, Layer layer, std::vector<Dense> inputs)
@@ -109,9 +97,8 @@ class LayerConversion {
       }
     }
     if (options_.transform != LatentTransform::kNone) {
-      const Dense u = options_.transform == LatentTransform::kHadamard
-                          ? Hadamard(latent_.kv_rank, signs)
-                          : Dealt(Eigenvectors(SecondMoments()), options_.groups);
+      const Dense u = options_.transform == LatentTransform::kHadamard ? Hadamard(latent_.kv_rank, signs)
+                                                                       : Eigenvectors(SecondMoments());
       layer_.kv_down = Times(Transposed(u), layer_.kv_down);
       layer_.kv_up = Times(layer_.kv_up, u);
     }

@@ -119,6 +119,20 @@ parallel { tp: 2 cp: 2 }
 optim { adamw { lr: 0.1 } steps: 9 sequences_per_step: 12 }
 )";
 
+TEST(Config, RecallReachesTheSpecAndTheResolvedText) {
+  const auto config = Load(Changed("train { text { path: \"a.txt\" } }", R"(recall {
+    task { length: 64 pairs: 4 } task { length: 32 pairs: 8 } validation_task { length: 60 pairs: 15 }
+    train_sequences: 50 validation_sequences: 6 })"),
+                           {"model.vocab_size=40", "eval.accuracy=true"});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_TRUE(config->spec.data.recall == (RecallSpec{{{64, 4}, {32, 8}}, {{60, 15}}, 50, 6}));
+  EXPECT_TRUE(config->spec.data.train.empty());
+  EXPECT_TRUE(config->spec.eval.accuracy);
+  EXPECT_TRUE(SpecOf(config->text) == config->spec) << config->text;
+  const RunSpec without = SpecOf(kSampleConfig);
+  EXPECT_FALSE(without.data.recall.has_value() || without.eval.accuracy);
+}
+
 TEST(Config, EveryBranchReachesTheSpec) {
   ModelSpec want{.d_model = 48, .vocab_size = 256, .heads = 6, .kv_heads = 6, .head_dim = 8, .d_ff = 100};
   want.activation = Activation::kReluSquared;

@@ -108,6 +108,51 @@ TEST(ConfigErrors, MissingValuesAreNamedAtTheirMessage) {
             "llmc { path }");
 }
 
+constexpr char kRecall[] = "recall { task { length: 64 pairs: 4 } task { length: 32 pairs: 8 } }";
+
+TEST(ConfigErrors, RecallThatDoesNotFit) {
+  const auto error = [](const std::string& override, const std::string& data = kRecall) {
+    return ErrorsOf(Changed("train { text { path: \"a.txt\" } }", data), {"model.vocab_size=40", override});
+  };
+  EXPECT_EQ(error("eval.every_steps=5"), "ok");
+  EXPECT_EQ(ErrorsOf(Changed("train { text { path: \"a.txt\" } }", kRecall)),
+            "c.textproto:2:1: model.vocab_size: missing; expected an integer from 1 to 2147483647");
+  EXPECT_EQ(error("seed=1", "recall { }"),
+            "c.textproto:9:3: data.recall.task: missing; expected at least one, such as task { length: 64 "
+            "pairs: 4 }");
+  EXPECT_EQ(error("seed=1", "recall { task { length: 8 } }"),
+            "c.textproto:9:12: data.recall.task[0].pairs: missing; expected an integer from 1 to 1073741824");
+  EXPECT_EQ(error("data.recall.task[0].length=65"),
+            "--set data.recall.task[0].length=65: expected at most data.seq_len=64 (nearest valid value 64)");
+  EXPECT_EQ(
+      error("data.recall.task[1].pairs=9"),
+      "--set data.recall.task[1].pairs=9: expected at most a fourth of length=32 (nearest valid value 8)");
+  EXPECT_EQ(error("seed=1", absl::StrCat(kRecall, "recall { validation_task { length: 64 pairs: 17 } }")),
+            "c.textproto:9:71: data.recall: expected once, found again");
+  EXPECT_EQ(
+      error("seed=1", "recall { task { length: 8 pairs: 1 } validation_task { length: 64 pairs: 17 } }"),
+      "c.textproto:9:69: data.recall.validation_task[0].pairs=17: expected at most a fourth of "
+      "length=64 (nearest valid value 16)");
+  EXPECT_EQ(error("model.vocab_size=16"),
+            "c.textproto:9:59: data.recall.task[1].pairs=8: expected at most the 7 keys in the lower half of "
+            "model.vocab_size=16");
+  EXPECT_EQ(error("seed=1", absl::StrCat("train { text { path: \"a\" } } ", kRecall)),
+            "c.textproto:8:1: data.train=1 source: expected none, since data.recall is given");
+  EXPECT_EQ(
+      error("data.validation_fraction=0.1"),
+      "--set data.validation_fraction=0.1: expected 0, since data.recall is given (nearest valid value 0)");
+  EXPECT_EQ(error("data.packing=DOCUMENTS"),
+            "--set data.packing=DOCUMENTS: expected STREAM, since data.recall is given (nearest valid value "
+            "STREAM)");
+  EXPECT_EQ(error("data.recall.train_sequences=0"),
+            "--set data.recall.train_sequences=0: expected an integer from 1 to 1099511627776 (nearest valid "
+            "value 1)");
+  EXPECT_EQ(
+      error("eval.every_steps=5", absl::StrCat("recall { validation_sequences: 0 ", kRecall + 9)),
+      "--set eval.every_steps=5: expected data.recall.validation_sequences to evaluate on (nearest valid "
+      "value 0)");
+}
+
 TEST(ConfigErrors, EveryNumberHasARange) {
   const auto error = [](const std::string& override) { return ErrorsOf(kSampleConfig, {override}); };
   const std::string integer = ": expected an integer from ";

@@ -38,6 +38,12 @@ TEXT = {"vocab_size": 97, "hidden_size": 32, "max_position_embeddings": 128, "bo
 MLA = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
        "kv_lora_rank": 20, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10,
        "first_k_dense_replace": 2, "num_nextn_predict_layers": 0}
+def branch(kind, window=0, rope_theta=10000.0, latent_groups=1):
+    more = {"attention": {"window": window, "rope_theta": rope_theta}, "mamba": {}, "mlp": {}}
+    more["latent"] = dict(more["attention"], latent_groups=latent_groups)
+    return dict(more[kind], kind=kind)
+
+
 CASES = {
     "llama": ("Llama", {
         "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -62,6 +68,15 @@ CASES = {
         "mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 12,
         "mamba_d_conv": 4, "mamba_chunk_size": 16, "mamba_rms_norm": True, "mamba_norm_before_gate": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "time_step_limit": (0.01, 0.5)}),
+    "annulus": ("Annulus", {
+        "layers": [[branch("mamba"), branch("attention", window=7)], [branch("mlp")],
+                   [branch("latent", latent_groups=2)], [branch("mlp")],
+                   [branch("attention", rope_theta=None)], [branch("latent", window=9, rope_theta=500.0)]],
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "intermediate_size": 48,
+        "hidden_act": "relu2", "latent_attention_heads": 3, "q_lora_rank": 14, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "mamba_n_heads": 6, "mamba_d_head": 8,
+        "mamba_n_groups": 2, "mamba_d_state": 12, "mamba_d_conv": 4, "mamba_chunk_size": 16,
+        "time_step_limit": (0.0, float("inf")), "long_rope": YARN}),
 }
 
 
@@ -119,11 +134,21 @@ def on_disk(architecture, name):
     return name.replace("model.", "backbone.", 1) if architecture == "NemotronH" else name
 
 
+def module_of(architecture):
+    """Transformers, or the code that is exported with models for which it has no class."""
+    if architecture != "Annulus":
+        return transformers
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path.insert(0, os.path.join(here, "..", "..", "src", "hf"))
+    return __import__("modeling_annulus")
+
+
 def make(case):
     architecture, fields = CASES[case]
-    config = getattr(transformers, architecture + "Config")(**dict(TEXT, **fields))
+    module = module_of(architecture)
+    config = getattr(module, architecture + "Config")(**dict(TEXT, **fields))
     torch.manual_seed(0)  # nothing that is drawn is left
-    model = getattr(transformers, architecture + "ForCausalLM")(config).double()
+    model = getattr(module, architecture + "ForCausalLM")(config).double()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     tensors = sorted((name, list(p.shape)) for name, p in model.state_dict().items() if name not in tied)
     with torch.no_grad():

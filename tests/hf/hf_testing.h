@@ -16,7 +16,7 @@ using Json = nlohmann::json;
 
 inline const std::vector<std::string>& GoldenCases() {
   static const std::vector<std::string> cases = {"llama",  "llama_tied", "deepseek_v3", "deepseek_v3_plain",
-                                                 "mamba2", "nemotron_h", "falcon_h1"};
+                                                 "mamba2", "nemotron_h", "falcon_h1",   "annulus"};
   return cases;
 }
 

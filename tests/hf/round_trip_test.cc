@@ -94,6 +94,43 @@ TEST_P(RoundTrip, HoldsForTheConfiguration) {
 INSTANTIATE_TEST_SUITE_P(Classes, RoundTrip, ::testing::ValuesIn(GoldenCases()),
                          [](const auto& test) { return test.param; });
 
+// Fields as earlier releases of Transformers wrote them.
+TEST(HfConfigTest, OlderConfigurationsSayTheSame) {
+  const TemporaryDirectory directory;
+  const auto spec_of = [&](const Json& golden, const std::string& config) {
+    WriteGoldenFolder(golden, directory.path());
+    Overwrite(directory.path() + "/config.json", config);
+    const absl::StatusOr<HfFolder> folder = HfFolder::Open(directory.path());
+    ANNULUS_CHECK(folder.ok()) << folder.status();
+    return folder->spec();
+  };
+  Json golden = ReadGolden("llama");
+  const ModelSpec llama = spec_of(golden, golden["config"].dump());
+  EXPECT_EQ(llama.rope_scaling.kind, RopeScalingKind::kLlama3);
+  Json& config = golden["config"];
+  config["rope_scaling"] = config["rope_parameters"];
+  config["rope_theta"] = config["rope_parameters"]["rope_theta"];
+  config["rope_scaling"]["type"] = "llama3";
+  for (const char* field : {"rope_theta", "rope_type"}) config["rope_scaling"].erase(field);
+  config.erase("rope_parameters");
+  EXPECT_EQ(spec_of(golden, config.dump()), llama);
+
+  golden = ReadGolden("nemotron_h");
+  const ModelSpec nemotron = spec_of(golden, golden["config"].dump());
+  golden["config"].erase("layers_block_type");
+  golden["config"]["hybrid_override_pattern"] = "M-M*-";
+  EXPECT_EQ(spec_of(golden, golden["config"].dump()), nemotron);
+
+  golden = ReadGolden("mamba2");
+  golden["config"]["time_step_limit"] = {0.25, 0.0};
+  const std::string text = golden["config"].dump();
+  const size_t at = text.find("[0.25,0.0]");
+  ASSERT_NE(at, std::string::npos);
+  const ModelSpec mamba = spec_of(golden, std::string(text).replace(at, 10, "[0.25, Infinity]"));
+  EXPECT_EQ(mamba.mamba.dt_min, 0.25);
+  EXPECT_EQ(mamba.mamba.dt_max, 0);
+}
+
 // ---- refusals
 
 class Refusal : public ::testing::Test {

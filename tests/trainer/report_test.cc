@@ -88,8 +88,13 @@ TEST(StepLine, SaysWhatHappenedAndWhatIsLeft) {
       absl::StrContains(StepLine(on_gpu, 2000, 8, 0), "400.0 TFLOP/s/rank, MFU 40.0% causal 50.0% full"));
 }
 
+TEST(Evaluation, SaysTheAccuracyWhereItWasCounted) {
+  EXPECT_EQ(EvaluationText({.loss = 1.25}), "validation loss 1.2500 nats per token");
+  EXPECT_EQ(EvaluationText({1.25, 0.98765}), "validation loss 1.2500 nats per token, accuracy 0.9877");
+}
+
 TEST(Metrics, AreOneObjectOnOneLine) {
-  const std::string line = MetricsJson(Report(), 1.25);
+  const std::string line = MetricsJson(Report(), Evaluation{.loss = 1.25});
   EXPECT_EQ(line.find('\n'), line.size() - 1);
   const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
   ASSERT_TRUE(json.is_object()) << line;
@@ -108,6 +113,8 @@ TEST(Metrics, AreOneObjectOnOneLine) {
             R"({"activations":0,"exchange":4,"gradients":2048,"optimizer":3145728,"other":5,)"
             R"("parameters":1024,"workspace":0})");
   EXPECT_EQ(json["val_loss"], 1.25);
+  EXPECT_FALSE(json.contains("val_accuracy"));
+  EXPECT_EQ(nlohmann::json::parse(MetricsJson(Report(), Evaluation{1.25, 0.5}))["val_accuracy"], 0.5);
   EXPECT_FALSE(json.contains("skipped"));
   EXPECT_FALSE(nlohmann::json::parse(MetricsJson(Report(), std::nullopt)).contains("val_loss"));
 }
@@ -170,7 +177,7 @@ TEST(Metrics, StayJsonWhenNumbersAreNotFinite) {
   report.loss = std::numeric_limits<double>::quiet_NaN();
   report.grad_norm = std::numeric_limits<double>::infinity();
   report.skipped = true;
-  const std::string line = MetricsJson(report, -std::numeric_limits<double>::infinity());
+  const std::string line = MetricsJson(report, Evaluation{.loss = -std::numeric_limits<double>::infinity()});
   const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
   ASSERT_TRUE(json.is_object()) << line;
   EXPECT_EQ(json["loss"], "nan");

@@ -134,9 +134,9 @@ TEST(TensorParallel, TrainsAsOneRankDoes) {
 double EvaluateOn(const RunSpec& spec, const MeshShape& shape) {
   std::vector<double> losses(static_cast<size_t>(shape.world()));
   OnMesh(spec, shape, [&](RankOfRun rank) {
-    const absl::StatusOr<double> loss = rank.trainer.Evaluate(rank.data);
-    ANNULUS_CHECK(loss.ok()) << loss.status();
-    losses[static_cast<size_t>(rank.mesh.world.rank())] = *loss;
+    const absl::StatusOr<Evaluation> got = rank.trainer.Evaluate(rank.data);
+    ANNULUS_CHECK(got.ok()) << got.status();
+    losses[static_cast<size_t>(rank.mesh.world.rank())] = got->loss;
   });
   for (double loss : losses) EXPECT_EQ(loss, losses[0]) << NameOf(shape);
   return losses[0];

@@ -22,10 +22,10 @@ struct GatedNorm {
   int64_t groups = 1;      // of columns, here
   double eps = 1e-5;
   Gate kind = Gate::kSiluBefore;
-  // Where columns of a group are spread over ranks: their number there and here, and a call that sums a tensor
-  // [tokens, n] of the accumulator dtype over them. Empty: all are here.
+  // Where columns of a group are spread over ranks: their number there and here, and a call that sums a
+  // tensor [tokens, n] of the accumulator dtype over them. Empty: all are here.
   int64_t group_columns = 0;
-  std::function<absl::Status(TensorRef)> sum_over_ranks;
+  std::function<absl::Status(TensorRef)> sum_over_ranks = {};
 };
 
 // y: [tokens, columns], overwritten

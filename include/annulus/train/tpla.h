@@ -13,7 +13,8 @@
 //   mean of o_b       for their sum:      rows of values are scaled by g
 //
 // Hadamard: U is a Hadamard matrix with random signs, so that each part has 1 / g of every direction. PCA: U
-// holds the principal directions of normed latents, dealt so that each part has about as much of them.
+// holds the principal directions of normed latents, the largest first: the first part has nearly all of them,
+// so that its scores are nearly the whole ones, and what the other parts add to the output is small.
 
 #include <memory>
 
