@@ -51,6 +51,7 @@ absl::StatusOr<double> Perplexity(const RunSpec& run, const ModelSpec& spec, con
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
+  if (!IsFirstRank()) return absl::OkStatus();
   if (const std::string to = arguments.Last("--to", "tpla"); to != "tpla") {
     return Invalid("--to=", to, ": expected tpla");
   }

@@ -41,6 +41,7 @@ absl::Status WriteProbe(const LoadedModel& model, DType exported, const std::str
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
+  if (!IsFirstRank()) return absl::OkStatus();
   if (const std::string to = arguments.Last("--to", "hf"); to != "hf") {
     return Invalid("--to=", to, ": expected hf");
   }

@@ -37,6 +37,7 @@ absl::StatusOr<ResolvedConfig> ConfigFor(const HfFolder& folder, const Arguments
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
+  if (!IsFirstRank()) return absl::OkStatus();
   if (const std::string from = arguments.Last("--from", "hf"); from != "hf") {
     return Invalid("--from=", from, ": expected hf");
   }

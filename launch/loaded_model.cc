@@ -1,5 +1,7 @@
 #include "loaded_model.h"
 
+#include <cstdlib>
+
 #include "annulus/base/file.h"
 #include "annulus/device/transfer.h"
 #include "annulus/model/decoder.h"
@@ -21,6 +23,11 @@ TensorRef UploadTokens(Context& ctx, const std::vector<int32_t>& tokens) {
 }
 
 }  // namespace
+
+bool IsFirstRank() {
+  const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
+  return rank == nullptr || absl::string_view(rank) == "0";
+}
 
 std::string CheckpointPath(const std::string& operand) {
   const std::string inside = operand + "/ckpt";

@@ -16,6 +16,9 @@
 
 namespace annulus {
 
+// Under mpirun one rank is enough for what is done alone: the others would do the same in its place.
+bool IsFirstRank();
+
 // A run directory stands for the checkpoints in it.
 std::string CheckpointPath(const std::string& operand);
 

@@ -10,11 +10,8 @@
 namespace annulus {
 namespace {
 
-absl::Status Run(
-    const Arguments& arguments,
-    const std::string&) {  // Under mpirun one rank is enough: the others would print the same text into it.
-  const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
-  if (rank != nullptr && absl::string_view(rank) != "0") return absl::OkStatus();
+absl::Status Run(const Arguments& arguments, const std::string&) {
+  if (!IsFirstRank()) return absl::OkStatus();
   if (!arguments.Has("--prompt")) return Invalid("--prompt: expected TEXT to continue");
   ANNULUS_ASSIGN_OR_RETURN(const Checkpoint checkpoint,
                            Checkpoint::Open(CheckpointPath(arguments.operand())));
