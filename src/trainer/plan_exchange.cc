@@ -116,16 +116,16 @@ ExampleBatch ReadExample(const RunSpec& spec) {
   return example;
 }
 
-std::string WhyShown(const PlannedPass& planned) {
-  return planned.layer.layout.ranks() == 1 ? "one rank has all keys" : WhyItWon(planned.candidates);
-}
-
 }  // namespace
 
 ExampleBatch ExampleBatchOf(const RunSpec& spec) {
   ExampleBatch example = ReadExample(spec);
   example.sequences = WithMetaTokens(spec.model, std::move(example.sequences));
   return example;
+}
+
+std::string WhyShown(const PlannedPass& planned) {
+  return planned.layer.layout.ranks() == 1 ? "one rank has all keys" : WhyItWon(planned.candidates);
 }
 
 std::string CandidateTable(const PlannedPass& planned) {

@@ -111,10 +111,10 @@ TYPED_TEST(GpuLoss, LossEdges) {
   }
 }
 
-// One, two, four and eight CTAs a row.
+// One, two, four, eight and nine CTAs a row.
 TYPED_TEST(GpuLoss, LossOfCtasEdges) {
-  for (const LossShape& s : {LossShape{3, 8, 28160, 8}, LossShape{3, 8, 28161, 8}, LossShape{3, 8, 56325, 8},
-                             LossShape{3, 8, 112643, 8}}) {
+  for (const LossShape& s : {LossShape{3, 8, 27648, 8}, LossShape{3, 8, 27649, 8}, LossShape{3, 8, 55297, 8},
+                             LossShape{3, 8, 110593, 8}, LossShape{3, 8, 221185, 8}}) {
     ExpectLoss<TypeParam>(s);
   }
 }
@@ -127,6 +127,13 @@ TYPED_TEST(GpuLoss, LossAtSize) {
     ExpectLoss<TypeParam>(s);
   }
   ExpectSameBitsTwice<TypeParam>(LossProblem<TypeParam>({100, 64, 50257, 32}));
+}
+
+// Each cluster takes several: the next row comes while one is worked on.
+TYPED_TEST(GpuLoss, LossOfMoreRowsThanTheDeviceHolds) {
+  for (const LossShape& s : {LossShape{1501, 8, 1003, 8192}, LossShape{301, 8, 56325, 8192}}) {
+    ExpectLoss<TypeParam>(s);
+  }
 }
 
 // Parts of the vocabulary, one after the other: a first round writes their stats down, a second combines
