@@ -74,21 +74,8 @@ struct StreamFlags {
 
 // Lanes of StreamTransport: one for each lane of rounds.h and each of these roles. Messages to a rank take
 // its two lanes in turn: the flags, events and notes of one are written while the other copies.
-//
-// But two copies that go on at once share the link. Had they begun together they would end together, and so
-// would all that follow them: nothing would be copied while both lanes are at their flags. So where a round
-// has several messages to one rank, the second of a run begins when half of the first has gone; from then on
-// each lane is at its flags while the other is in the middle of a copy. That the second thereby waits for the
-// readiness of the first, too, is a wait for steps below their level, which all messages of a round may wait
-// for (rounds.h).
-//
-//     [ready][half][half][arrived][ready][      copy      ][arrived] ...
-//                  [      copy      ][arrived][ready][      copy      ] ...
 constexpr size_t kCopyLanes = 2;
 constexpr size_t kArrivals = 0, kReady = 1, kCopies = 2;  // kCopies + kCopyLanes * r, ...: to rank r
-
-// Half of a smaller message has gone before the flags of any are written: 1 MiB takes 2.6 us at 400 GB/s.
-constexpr int64_t kLeastHalvedBytes = int64_t{2} << 20;
 
 size_t LaneFor(size_t role, ExchangeLane lane) { return role * kTransferLanes + static_cast<size_t>(lane); }
 
@@ -98,8 +85,6 @@ class CopyEngineTransport : public StreamTransport {
       : StreamTransport(cp, device),
         memory_(std::move(cp), device),
         sends_(kTransferLanes * static_cast<size_t>(cp_.size())),
-        apart_(sends_.size()),
-        half_gone_(device),
         abort_stream_(device, StreamPriority::kHigh) {
     const size_t roles = kCopies + kCopyLanes * static_cast<size_t>(cp_.size());
     if (throttle.bytes_per_second > 0) hold_.emplace(device, throttle, cp_.size(), roles * kTransferLanes);
@@ -200,7 +185,6 @@ class CopyEngineTransport : public StreamTransport {
 
   absl::Status Begin(const Run& run) override {
     if (run.plan.messages > 0) ++count_;  // else ranks may leave the call out
-    std::fill(apart_.begin(), apart_.end(), false);
     const std::vector<StreamPlan::PoolSlot>& pool = run.plan.pools[static_cast<size_t>(cp_.rank())];
     for (size_t place = 0; place < pool.size(); ++place) {
       const SlotMemory& slot = run.binding.slots[static_cast<size_t>(pool[place].slot)];
@@ -214,10 +198,14 @@ class CopyEngineTransport : public StreamTransport {
   // Readiness first: in the order of the host no rank waits for what another writes behind a wait of this
   // round.
   absl::Status Transfer(const Run& run, const Launch& round) override {
-    std::vector<int> sends, receives;
-    for (const int s : round.steps) (run.step(s).kind == StepKind::kSend ? sends : receives).push_back(s);
+    std::vector<int> receives;
+    for (const int s : round.steps) {
+      if (run.step(s).kind == StepKind::kReceive) receives.push_back(s);
+    }
     for (const int s : receives) ANNULUS_RETURN_IF_ERROR(WriteReady(run, s, round.lane));
-    ANNULUS_RETURN_IF_ERROR(SendAll(run, sends, round.lane));
+    for (const int s : round.steps) {
+      if (run.step(s).kind == StepKind::kSend) ANNULUS_RETURN_IF_ERROR(Send(run, s, round.lane));
+    }
     // Arrivals are seen in this order.
     std::stable_sort(receives.begin(), receives.end(), [&](int a, int b) {
       return run.plan.needed_by[static_cast<size_t>(a)] < run.plan.needed_by[static_cast<size_t>(b)];
@@ -241,53 +229,22 @@ class CopyEngineTransport : public StreamTransport {
     return absl::OkStatus();
   }
 
-  // How a message begins beside another one to the same rank.
-  enum class Begins { kAlone, kFirst, kSecond };
-
-  // Messages to one rank stand together.
-  absl::Status SendAll(const Run& run, const std::vector<int>& sends, ExchangeLane lane) {
-    Begins last = Begins::kAlone;
-    for (size_t i = 0; i < sends.size(); ++i) {
-      const int peer = run.step(sends[i]).peer;
-      const bool another = i + 1 < sends.size() && run.step(sends[i + 1]).peer == peer;
-      std::vector<bool>::reference apart = apart_[LaneFor(static_cast<size_t>(peer), lane)];
-      const bool first = another && !apart && !hold_ && run.BytesOf(sends[i]) >= kLeastHalvedBytes;
-      const Begins begins = last == Begins::kFirst ? Begins::kSecond
-                            : first                ? Begins::kFirst
-                                                   : Begins::kAlone;
-      ANNULUS_RETURN_IF_ERROR(Send(run, sends[i], lane, begins));
-      apart = true;
-      last = begins;
-    }
-    return absl::OkStatus();
-  }
-
-  absl::Status Send(const Run& run, int s, ExchangeLane round_lane, Begins begins) {
+  absl::Status Send(const Run& run, int s, ExchangeLane round_lane) {
     const Step& step = run.step(s);
     const size_t lane = NextCopyLane(step.peer, round_lane);
     const StreamHandle stream = StreamOf(lane);
     Await(run, s, stream);
     ANNULUS_RETURN_IF_ERROR(flags_.Wait(stream, Ready(cp_.rank(), step.peer, step.message), count_));
-    if (begins == Begins::kSecond) half_gone_.Hold(stream);
     Start(run, s, stream);
     if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Take(stream, lane, step.peer, run.BytesOf(s)));
-    if (begins == Begins::kFirst) {
-      ANNULUS_RETURN_IF_ERROR(CopyRows(run, s, Part::kFirstHalf, stream));
-      half_gone_.Record(stream);
-      ANNULUS_RETURN_IF_ERROR(CopyRows(run, s, Part::kSecondHalf, stream));
-    } else {
-      ANNULUS_RETURN_IF_ERROR(CopyRows(run, s, Part::kAll, stream));
-    }
+    ANNULUS_RETURN_IF_ERROR(CopyRows(run, s, stream));
     if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Hold(stream, lane));
     ANNULUS_RETURN_IF_ERROR(flags_.Write(stream, Arrived(step.peer, step.message), count_));
     Complete(run, s, lane);
     return absl::OkStatus();
   }
 
-  // Of each field.
-  enum class Part { kAll, kFirstHalf, kSecondHalf };
-
-  absl::Status CopyRows(const Run& run, int s, Part part, StreamHandle stream) const {
+  absl::Status CopyRows(const Run& run, int s, StreamHandle stream) const {
     const Step& step = run.step(s);
     const StreamPlan::PeerRows& target = run.plan.peer_rows[static_cast<size_t>(s)];
     const size_t kind = run.plan.pools[static_cast<size_t>(step.peer)][target.place].kind;
@@ -298,14 +255,10 @@ class CopyEngineTransport : public StreamTransport {
       const TensorRef rows = run.RowsOf(s, slot.fields[f]);
       ANNULUS_CHECK(rows.bytes() == step.rows.rows.size() * RowBytes(fields[f]))
           << run.plan.texts[static_cast<size_t>(s)] << ": field " << f << " is " << ToString(rows.shape());
-      const int64_t half = std::min(Aligned(rows.bytes() / 2), rows.bytes());
-      const int64_t begin = part == Part::kSecondHalf ? half : 0;
-      const int64_t end = part == Part::kFirstHalf ? half : rows.bytes();
-      const char* const from = static_cast<const char*>(rows.raw()) + begin;
-      char* const to = FieldAt(step.peer, target.place, f) + target.begin * RowBytes(fields[f]) + begin;
-      ANNULUS_RETURN_IF_ERROR(CudaStatus(
-          "cudaMemcpyAsync",
-          cudaMemcpyAsync(to, from, static_cast<size_t>(end - begin), cudaMemcpyDeviceToDevice, stream)));
+      char* const to = FieldAt(step.peer, target.place, f) + target.begin * RowBytes(fields[f]);
+      ANNULUS_RETURN_IF_ERROR(
+          CudaStatus("cudaMemcpyAsync", cudaMemcpyAsync(to, rows.raw(), static_cast<size_t>(rows.bytes()),
+                                                        cudaMemcpyDeviceToDevice, stream)));
     }
     return absl::OkStatus();
   }
@@ -316,8 +269,6 @@ class CopyEngineTransport : public StreamTransport {
   PoolLayout layout_;          // of the last Slots call
   uint32_t count_ = 0;         // executions on this memory
   std::vector<size_t> sends_;  // so far, by peer and lane
-  std::vector<bool> apart_;    // by peer and lane: whether the run has sent something there
-  Event half_gone_;            // of the first message of a run to a rank, for the second
   std::optional<LinkHold> hold_;
   Stream abort_stream_;
   std::atomic<uint32_t*> own_flags_{nullptr};  // both kinds, for Abort
