@@ -168,7 +168,7 @@ class Planner {
   }
 
   // Latents are gathered instead of x. Queries of a head group are gathered and their gradients summed where
-  // it has several ranks; keys and values are expanded for one branch at a time.
+  // it has several ranks.
   BranchBytes Latent(const BranchSpec& branch) const {
     const LatentSpec& latent = spec_.latent;
     const LatentShard mesh =
@@ -189,12 +189,20 @@ class Planner {
         Compute(own * latent.v_dim + q) + Compute(packed) / inputs_.tp + Sums(latent.rope_dim);
     if (shared) bytes.temporaries += Compute(v) + (KeepsProducts(inputs_.recompute) ? 0 : Compute(own * dim));
     if (inputs_.tp > 1) bytes.temporaries += Compute(spec_.d_model + whole_x + 2 * packed);
-    const int64_t of_branch = 2 * Compute(q + v) + (here > 1 ? Compute(q) : 0);
-    bytes.attention = of_branch + BackwardSums(heads, 2 * q + v);
-    bytes.momentary = of_branch + Compute(heads * (latent.nope_dim + latent.v_dim));
+    // Of one branch at a time: its latents and their gradients; expanded keys and values, all of them at
+    // home, or those of one step of the ring.
+    const int64_t columns = latent.kv_rank / branch.latent_groups, row = columns + latent.rope_dim;
+    const int64_t of_branch = Compute(row) + Sums(row) + (here > 1 ? Compute(q) : 0);
+    const int64_t expanding = Compute(heads * (latent.nope_dim + latent.v_dim) + columns);
+    if (inputs_.cp == 1) {
+      bytes.attention = of_branch + 2 * Compute(q + v) + BackwardSums(heads, 2 * q + v);
+      bytes.momentary = of_branch + 2 * Compute(q + v) + expanding;
+    } else {
+      bytes.attention = of_branch + BackwardSums(heads, q) + Compute(q + v) + Sums(q + v) + expanding;
+    }
     bytes.last = inputs_.tp > 1 ? Compute(whole_x) : 0;
     if (shared) bytes.last = Compute(own * dim) + std::max(Compute(q), bytes.last);
-    bytes.slots = SlotBytes(q + v);
+    bytes.slots = SlotBytes(row);
     return bytes;
   }
 

@@ -62,7 +62,7 @@ int NVTX_API Inject(NvtxGetExportTableFunc_t get_table) {
 TEST(Trace, NamesPhasesAndLayersOfAStep) {
   const RunSpec spec = SmallRun({"optim.micro_batch=12"});
   TheRecording().on = true;
-  OnMesh(spec, 1, 1, [&](RankOfRun rank) {
+  OnMesh(spec, MeshShape{}, [&](RankOfRun rank) {
     const absl::StatusOr<Batch> batch = LoadBatch(rank.data, spec, rank.trainer.layout(), 0, 0, 1, 0);
     ANNULUS_CHECK(batch.ok()) << batch.status();
     ANNULUS_CHECK_OK(rank.trainer.Step(*batch, 0).status());
