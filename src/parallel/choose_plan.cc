@@ -186,7 +186,7 @@ void Sort(std::vector<PlanCandidate>* candidates) {
 // Simulates in order of the bounds, until what is left cannot be faster by more than kWorthIt, or enough were
 // simulated of a group whose messages let nothing come near its bound.
 constexpr double kWorthIt = 0.01;
-constexpr int kMostSimulated = 32;
+constexpr int kMostSimulated = 80;
 
 void SimulateTheBest(Pricing* pricing, std::vector<PlanCandidate>* candidates) {
   Sort(candidates);
