@@ -1,7 +1,8 @@
 // A thread walks along the rows of a tile with N channels, the last k - 1 rows in its registers: every
-// element is read once and, at the edges of tiles, again out of the caches. Floors, elements moved per
-// element of x: forward 2, backward 3. Per element the backward computes about 3 k + 12 instructions, which
-// at k = 4 is two thirds of the time that its memory takes.
+// element is read once and, at the edges of tiles, again out of the caches. Rows come four at a time, the
+// next four while these are worked on; four whole rows of one document take no tests. Floors, elements moved
+// per element of x: forward 2, backward 3. Per element the forward computes about k + 8 instructions and the
+// backward 3 k + 15, which at k = 4 is 0.4 and 0.6 of what their memory takes.
 
 #include "kernels/common/parts.cuh"
 #include "kernels/common/vector.cuh"
@@ -11,7 +12,8 @@ namespace annulus::kernels {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kAhead = 4;  // rows whose loads are in flight together
+constexpr int kAhead = 4;  // rows at a time
+constexpr int kN = 4;      // channels of a thread, where rows allow it: more leave room for fewer threads
 
 // bf16 keeps 8 bits: the special-function units' 21 suffice there, and f32 gets the library's.
 template <typename T>
@@ -48,10 +50,9 @@ struct Lane {
     if (HaloRow(row) < 0) return {};
     return LoadPack<N>(args.halo + HaloOffset(row));
   }
-  // Taps of a row that lie in its document.
-  __device__ int Taps(int64_t row) const {
-    if (row >= tile.segment_end) return 0;
-    return min(args.k, args.ages[row * args.batch + item] + 1);
+  // -1 past the segment: no tap counts there.
+  __device__ int Age(int64_t row) const {
+    return row < tile.segment_end ? args.ages[row * args.batch + item] : -1;
   }
   __device__ void LoadWeights(float (&w)[K][N], float (&bias)[N]) const {
 #pragma unroll
@@ -66,17 +67,44 @@ struct Lane {
   }
 };
 
-// u = bias + sum over taps of w x; x[last] is the row's own.
-template <int K, int N, typename T, int kRows>
-__device__ void Apply(const float (&w)[K][N], const float (&bias)[N], const Pack<T, N> (&x)[kRows], int last,
+// What is loaded of four rows.
+template <typename T, int N>
+struct RowsAhead {
+  Pack<T, N> x[kAhead], dy[kAhead];
+  int age[kAhead];
+};
+
+// x of four rows and the K - 1 before them, in f32; row i is x[K - 1 + i].
+template <typename T, int N, int K>
+struct Window {
+  float x[K - 1 + kAhead][N];
+  __device__ void Set(int at, const Pack<T, N>& row) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[at][n] = row[n];
+  }
+  __device__ void Shift() {
+#pragma unroll
+    for (int i = 0; i < K - 1; ++i) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) x[i][n] = x[kAhead + i][n];
+    }
+  }
+};
+
+// Taps of a row that count: all K, or as many as the document has.
+enum class Rows { kWhole, kAny };
+
+// u = bias + sum over taps of w x
+template <Rows kRows, typename T, int N, int K>
+__device__ void Apply(const float (&w)[K][N], const float (&bias)[N], const Window<T, N, K>& window, int row,
                       int taps, float (&u)[N]) {
 #pragma unroll
   for (int n = 0; n < N; ++n) u[n] = bias[n];
 #pragma unroll
   for (int j = 0; j < K; ++j) {
-    if (j >= taps) continue;
+    if (kRows == Rows::kAny && j >= taps) continue;
 #pragma unroll
-    for (int n = 0; n < N; ++n) u[n] += w[j][n] * x[last - j][n];
+    for (int n = 0; n < N; ++n) u[n] = fmaf(w[j][n], window.x[K - 1 + row - j][n], u[n]);
   }
 }
 
@@ -85,32 +113,90 @@ __global__ void __launch_bounds__(kThreads)
     ForwardKernel(const __grid_constant__ CudaConv1dArgs<T> args, const StridedRows<T> out) {
   const Lane<T, N, K> lane(args);
   if (lane.channel >= args.channels) return;
+  const int64_t end = lane.tile.end;
   float w[K][N], bias[N];
   lane.LoadWeights(w, bias);
-  Pack<T, N> x[K - 1 + kAhead];
+  Window<T, N, K> window;
 #pragma unroll
-  for (int i = 0; i < K - 1; ++i) x[i] = lane.Load(lane.tile.begin - (K - 1) + i);
-  for (int64_t begin = lane.tile.begin; begin < lane.tile.end; begin += kAhead) {
+  for (int i = 0; i < K - 1; ++i) window.Set(i, lane.Load(lane.tile.begin - (K - 1) + i));
+  const auto load = [&](int64_t begin, RowsAhead<T, N>* ahead) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      ahead->x[i] = lane.Load(begin + i);
+      ahead->age[i] = lane.Age(begin + i);
+    }
+  };
+  RowsAhead<T, N> ahead;
+  load(lane.tile.begin, &ahead);
+  T* to = out.data + lane.tile.begin * out.row_stride + lane.item * out.batch_stride + lane.channel;
+  for (int64_t begin = lane.tile.begin; begin < end; begin += kAhead) {
     int taps[kAhead];
+    bool whole = begin + kAhead <= end && args.k == K;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      x[K - 1 + i] = lane.Load(begin + i);
-      taps[i] = lane.Taps(begin + i);
+      window.Set(K - 1 + i, ahead.x[i]);
+      taps[i] = min(args.k, ahead.age[i] + 1);
+      whole = whole && taps[i] == K;
     }
+    if (begin + kAhead < end) load(begin + kAhead, &ahead);
+    const auto output = [&]<Rows kRows>() {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      float u[N];
-      Apply<K, N>(w, bias, x, K - 1 + i, taps[i], u);
+      for (int i = 0; i < kAhead; ++i) {
+        float u[N];
+        Apply<kRows>(w, bias, window, i, taps[i], u);
 #pragma unroll
-      for (int n = 0; n < N; ++n) u[n] *= Sigmoid<T>(u[n]);
-      if (begin + i >= lane.tile.end) continue;
-      StorePack<N>(PackOf<T>(u),
-                   out.data + (begin + i) * out.row_stride + lane.item * out.batch_stride + lane.channel);
+        for (int n = 0; n < N; ++n) u[n] *= Sigmoid<T>(u[n]);
+        if (kRows == Rows::kWhole || begin + i < end) StorePack<N>(PackOf<T>(u), to);
+        to += out.row_stride;
+      }
+    };
+    if (whole) {
+      output.template operator()<Rows::kWhole>();
+    } else {
+      output.template operator()<Rows::kAny>();
     }
-#pragma unroll
-    for (int i = 0; i < K - 1; ++i) x[i] = x[kAhead + i];
+    window.Shift();
   }
 }
+
+// The gradient of four rows, of which rows before may still get some.
+template <typename T, int N, int K>
+struct BackwardLane {
+  float w[K][N], bias[N], dw[K][N] = {}, dbias[N] = {};
+  Window<T, N, K> window;
+  float dx[K - 1 + kAhead][N] = {};  // as window.x
+
+  // own: whether the row's share of dw belongs to this tile
+  template <Rows kRows>
+  __device__ void Row(int row, int taps, bool own, const Pack<T, N>& dy) {
+    float du[N];
+    Apply<kRows>(w, bias, window, row, taps, du);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float s = Sigmoid<T>(du[n]);
+      du[n] = dy[n] * (s + du[n] * s * (1.0f - s));
+      if (kRows == Rows::kWhole || own) dbias[n] += du[n];
+    }
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      if (kRows == Rows::kAny && j >= taps) continue;
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        float& to = dx[K - 1 + row - j][n];
+        to = fmaf(w[j][n], du[n], to);
+        if (kRows == Rows::kWhole || own) dw[j][n] = fmaf(du[n], window.x[K - 1 + row - j][n], dw[j][n]);
+      }
+    }
+  }
+  __device__ void Shift() {
+    window.Shift();
+#pragma unroll
+    for (int i = 0; i < K - 1 + kAhead; ++i) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) dx[i][n] = i < K - 1 ? dx[kAhead + i][n] : 0;
+    }
+  }
+};
 
 // With u recomputed:  du = dy silu'(u)     dx[t - j] += w_j du[t]     dw_j += du[t] x[t - j]     dbias +=
 // du[t] Row t is done once du[t + K - 1] is: the walk goes K - 1 rows past the tile, whose own sums of dw
@@ -118,92 +204,83 @@ __global__ void __launch_bounds__(kThreads)
 //   scratch: [tiles, batch, channels, k], then [tiles, batch, channels]
 template <typename T, int N, int K>
 __global__ void __launch_bounds__(kThreads)
-    BackwardKernel(const __grid_constant__ CudaConv1dArgs<T> args, const CudaConv1dGradients<T> to) {
+    BackwardKernel(const __grid_constant__ CudaConv1dArgs<T> args,
+                   const __grid_constant__ CudaConv1dGradients<T> to) {
   const Lane<T, N, K> lane(args);
   if (lane.channel >= args.channels) return;
   const ChunkRows& tile = lane.tile;
-  float w[K][N], bias[N], dw[K][N] = {}, dbias[N] = {};
-  lane.LoadWeights(w, bias);
-  Pack<T, N> x[K - 1 + kAhead];
-  float dx[K][N] = {};  // of rows t - j
+  const int64_t end = tile.end + K - 1;
+  BackwardLane<T, N, K> own;
+  lane.LoadWeights(own.w, own.bias);
 #pragma unroll
-  for (int i = 0; i < K - 1; ++i) x[i] = lane.Load(tile.begin - (K - 1) + i);
-  for (int64_t begin = tile.begin; begin < tile.end + K - 1; begin += kAhead) {
-    int taps[kAhead];
-    Pack<T, N> dy[kAhead] = {};
+  for (int i = 0; i < K - 1; ++i) own.window.Set(i, lane.Load(tile.begin - (K - 1) + i));
+  const auto load = [&](int64_t begin, RowsAhead<T, N>* ahead) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int64_t row = begin + i;
-      x[K - 1 + i] = lane.Load(row);
-      taps[i] = lane.Taps(row);
-      if (row < tile.segment_end) {
-        dy[i] =
-            LoadPack<N>(to.dy.data + row * to.dy.row_stride + lane.item * to.dy.batch_stride + lane.channel);
-      }
+      ahead->x[i] = lane.Load(begin + i);
+      ahead->age[i] = lane.Age(begin + i);
+      ahead->dy[i] = {};
+      if (begin + i >= tile.segment_end) continue;
+      ahead->dy[i] = LoadPack<N>(to.dy.data + (begin + i) * to.dy.row_stride +
+                                 lane.item * to.dy.batch_stride + lane.channel);
+    }
+  };
+  RowsAhead<T, N> ahead;
+  load(tile.begin, &ahead);
+  for (int64_t begin = tile.begin; begin < end; begin += kAhead) {
+    int taps[kAhead];
+    Pack<T, N> dy[kAhead];
+    bool whole = begin + kAhead <= tile.end && args.k == K;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      own.window.Set(K - 1 + i, ahead.x[i]);
+      dy[i] = ahead.dy[i];
+      taps[i] = min(args.k, ahead.age[i] + 1);
+      whole = whole && taps[i] == K;
+    }
+    if (begin + kAhead < end) load(begin + kAhead, &ahead);
+    if (whole) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) own.template Row<Rows::kWhole>(i, K, true, dy[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) own.template Row<Rows::kAny>(i, taps[i], begin + i < tile.end, dy[i]);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int64_t row = begin + i, done = row - (K - 1);
-      float du[N];
-      Apply<K, N>(w, bias, x, K - 1 + i, taps[i], du);
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const float s = Sigmoid<T>(du[n]);
-        du[n] = dy[i][n] * (s + du[n] * s * (1.0f - s));
-      }
-      const bool own = row < tile.end;
-#pragma unroll
-      for (int j = 0; j < K; ++j) {
-        if (j >= taps[i]) continue;
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-          dx[j][n] += w[j][n] * du[n];
-          if (own) dw[j][n] += du[n] * x[K - 1 + i - j][n];
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        if (own) dbias[n] += du[n];
-      }
+      const int64_t done = begin + i - (K - 1);
       if (tile.begin <= done && done < tile.end) {
-        StorePack<N>(PackOf<T>(dx[K - 1]),
+        StorePack<N>(PackOf<T>(own.dx[i]),
                      to.dx.data + done * to.dx.row_stride + lane.item * to.dx.batch_stride + lane.channel);
       } else if (tile.first && done < tile.begin && lane.HaloRow(done) >= 0) {
-        StorePack<N>(PackOf<T>(dx[K - 1]), to.dhalo + lane.HaloOffset(done));
+        StorePack<N>(PackOf<T>(own.dx[i]), to.dhalo + lane.HaloOffset(done));
       }
-#pragma unroll
-      for (int j = K - 1; j > 0; --j) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) dx[j][n] = dx[j - 1][n];
-      }
-#pragma unroll
-      for (int n = 0; n < N; ++n) dx[0][n] = 0;
     }
-#pragma unroll
-    for (int i = 0; i < K - 1; ++i) x[i] = x[kAhead + i];
+    own.Shift();
   }
   float* dw_part = to.scratch + (blockIdx.x * args.channels + lane.channel) * args.k;
-  float* dbias_part = to.scratch + (gridDim.x * args.k + blockIdx.x) * args.channels + lane.channel;
+  float* dbias_part = to.scratch + (int64_t{gridDim.x} * args.k + blockIdx.x) * args.channels + lane.channel;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int j = 0; j < K; ++j) {
-      if (j < args.k) dw_part[n * args.k + args.k - 1 - j] = dw[j][n];
+      if (j < args.k) dw_part[n * args.k + args.k - 1 - j] = own.dw[j][n];
     }
-    dbias_part[n] = dbias[n];
+    dbias_part[n] = own.dbias[n];
   }
 }
 
 // Calls fn<N, K>(): channels of a thread, taps it has registers for.
-template <typename T, int kVector, typename Fn>
+template <typename T, typename Fn>
 cudaError_t VisitShape(const CudaConv1dArgs<T>& args, bool vectors_fit, Fn&& fn) {
   if (args.k < 1 || args.k > kMaxConvTaps) return cudaErrorInvalidValue;
   if (!vectors_fit) {
     return args.k <= 4 ? fn.template operator()<1, 4>() : fn.template operator()<1, kMaxConvTaps>();
   }
-  if (args.k <= 2) return fn.template operator()<kVector, 2>();
-  if (args.k <= 4) return fn.template operator()<kVector, 4>();
-  return fn.template operator()<kVector, kMaxConvTaps>();
+  if (args.k <= 2) return fn.template operator()<kN, 2>();
+  if (args.k == 3) return fn.template operator()<kN, 3>();
+  if (args.k == 4) return fn.template operator()<kN, 4>();
+  return fn.template operator()<kN, kMaxConvTaps>();
 }
 
 template <int N, typename T>
@@ -228,15 +305,14 @@ ConvTileRows CudaConv1dTileRows(int64_t rows, int64_t batch, int64_t channels) {
     while (tile > 16 && rows * batch * channels < kThreadsWanted * tile * thread_channels) tile /= 2;
     return tile;
   };
-  return {.forward = fill(64, 8), .backward = fill(512, 4)};
+  return {.forward = fill(128, kN), .backward = fill(512, kN)};
 }
 
 template <typename T>
 cudaError_t CudaConv1dForward(const CudaConv1dArgs<T>& args, StridedRows<T> y, cudaStream_t stream) {
-  constexpr int kN = kVectorElements<T>;
   if (args.rows * args.batch * args.channels == 0) return cudaSuccess;
   const bool fit = args.channels % kN == 0 && Fits<kN>(args.x) && Fits<kN>(y) && Aligned(args.halo);
-  return VisitShape<T, kN>(args, fit, [&]<int N, int K>() {
+  return VisitShape(args, fit, [&]<int N, int K>() {
     ForwardKernel<T, N, K><<<Grid<N>(args), kThreads, 0, stream>>>(args, y);
     return cudaGetLastError();
   });
@@ -245,11 +321,10 @@ cudaError_t CudaConv1dForward(const CudaConv1dArgs<T>& args, StridedRows<T> y, c
 template <typename T>
 cudaError_t CudaConv1dBackward(const CudaConv1dArgs<T>& args, const CudaConv1dGradients<T>& to,
                                cudaStream_t stream) {
-  constexpr int kN = 4;  // more would not fit in the registers of enough threads
   if (args.rows * args.batch * args.channels == 0) return cudaSuccess;
   const bool fit = args.channels % kN == 0 && Fits<kN>(args.x) && Fits<kN>(to.dy) && Fits<kN>(to.dx) &&
                    Aligned(args.halo) && Aligned(to.dhalo);
-  cudaError_t error = VisitShape<T, kN>(args, fit, [&]<int N, int K>() {
+  cudaError_t error = VisitShape(args, fit, [&]<int N, int K>() {
     BackwardKernel<T, N, K><<<Grid<N>(args), kThreads, 0, stream>>>(args, to);
     return cudaGetLastError();
   });

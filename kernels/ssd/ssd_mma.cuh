@@ -13,7 +13,7 @@ using Bf16 = __nv_bfloat16;
 
 inline constexpr int kSsdRows = 128;     // of a chunk
 inline constexpr int kSsdColumns = 64;   // of a unit
-inline constexpr int kSsdThreads = 256;  // two warpgroups
+inline constexpr int kSsdThreads = 256;  // two warpgroups: what works on a unit
 
 using ValueTile = SharedTile<kSsdRows, kSsdColumns>;
 template <int kState>
@@ -21,19 +21,26 @@ using KeyTile = SharedTile<kSsdRows, kState>;
 template <int kState>
 using StateTile = SharedTile<kState, kSsdColumns>;
 
-// A document's start decays by 2^-kReset: 0 in f32, while sums over a chunk keep their precision.
-inline constexpr float kReset = 200;
+// A document's start decays by 2^-kReset, 0 in f32, and no row by more: so sums over a chunk keep their
+// precision.
+inline constexpr float kReset = 128;
 // A state that has decayed by more is left out.
 inline constexpr float kNegligible = 0x1p-40f;
 
 // Which of the CTA's warpgroups this is, in a way that lets the compiler know that a warp agrees on it.
 __device__ inline int Warpgroup() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0); }
 
+// x, computed anew wherever this is called: what follows from it does not stay in registers across a loop.
+__device__ inline int Again(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 struct MmaSsd {
   CudaSsd<Bf16> ssd;
   SegmentTable supers;       // as chunks of more rows
   int64_t super_chunks = 1;  // of all but a segment's last
-  int64_t blocks = 1;        // units of a head
+  int blocks = 1;            // units of a head
 
   int64_t units() const { return ssd.all_heads() * blocks; }
   int64_t group_units() const { return ssd.heads / ssd.groups * blocks; }
@@ -61,16 +68,19 @@ __device__ inline int64_t SlotRow(int row) {
   return int64_t{row / kPieceRows} * kPieceBytes + row % kPieceRows * (kSsdColumns * 2);
 }
 
-// The logarithm of a row's decay, base 2, and its dt. Rows past the chunk change nothing and give nothing.
+// What a row's gates come from, as loaded; LogDecay and dt say what they mean. Rows past the chunk change
+// nothing and give nothing.
 struct RowGates {
-  float log_decay = 0, dt = 0;
+  int age = 1;
+  float a = 0, dt = 0;
+  // Base 2.
+  __device__ float LogDecay() const { return age == 0 ? -kReset : fmaxf(a * kLog2E, -kReset); }
 };
-__device__ inline RowGates LoadGates(const CudaSsd<Bf16>& ssd, const ChunkRows& rows, int64_t item,
+__device__ inline RowGates LoadGates(const CudaSsd<Bf16>& ssd, int64_t begin, int64_t end, int64_t item,
                                      int64_t head, int row) {
-  if (rows.begin + row >= rows.end) return {};
-  const int64_t token = (rows.begin + row) * ssd.batch + item, gate = token * ssd.heads + head;
-  const float log_decay = ssd.ages[token] == 0 ? -kReset : ssd.a[gate] * kLog2E;
-  return {log_decay, ssd.dt != nullptr ? ssd.dt[gate] : 1.0f};
+  if (begin + row >= end) return {};
+  const int64_t token = (begin + row) * ssd.batch + item, gate = token * ssd.heads + head;
+  return {ssd.ages[token], ssd.a[gate], ssd.dt != nullptr ? ssd.dt[gate] : 1.0f};
 }
 
 __device__ inline float WarpPrefixSum(float x) {
@@ -97,14 +107,18 @@ __device__ inline float WarpSuffixSum(float x) {
 //   sums, dts: [count, kSsdRows] in shared memory
 __device__ inline void FillGates(const CudaSsd<Bf16>& ssd, const ChunkRows& rows, int64_t item, int64_t head,
                                  int count, float* sums, float* dts) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  for (int h = static_cast<int>(threadIdx.x / 32); h < count; h += kSsdThreads / 32) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warps = static_cast<int>(blockDim.x / 32);
+  for (int h = static_cast<int>(threadIdx.x / 32); h < count; h += warps) {
+    RowGates gates[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      gates[i] = LoadGates(ssd, rows.begin, rows.end, item, head + h, lane * 4 + i);
+    }
     float sum[4], dt[4], own = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const RowGates gates = LoadGates(ssd, rows, item, head + h, lane * 4 + i);
-      sum[i] = own += gates.log_decay;
-      dt[i] = gates.dt;
+      sum[i] = own += gates[i].LogDecay();
+      dt[i] = gates[i].dt;
     }
     const float before = WarpPrefixSum(own) - own;
     const int to = h * kSsdRows + lane * 4;
@@ -114,13 +128,25 @@ __device__ inline void FillGates(const CudaSsd<Bf16>& ssd, const ChunkRows& rows
   }
 }
 
-// Columns [0, kColumns) of one head's rows of a chunk.
+// Starts copies of columns [column, column + kColumns) of a chunk's rows, by 256 threads of which this is
+// `thread`; zeros past the chunk.
 template <int kColumns>
 __device__ void LoadRows(uint32_t tile, const StridedRows<const Bf16>& x, const ChunkRows& rows, int64_t item,
-                         int64_t column) {
-  SharedTile<kSsdRows, kColumns>::template Load<kSsdThreads>(
-      tile, x.data + rows.begin * x.row_stride + item * x.batch_stride + column, x.row_stride, 0,
-      static_cast<int>(rows.end - rows.begin));
+                         int64_t column, int thread) {
+  using Tile = SharedTile<kSsdRows, kColumns>;
+  constexpr int kStep = kSsdThreads / 8;
+  const int row = thread / 8, chunk = thread % 8, count = static_cast<int>(rows.end - rows.begin);
+  const Bf16* from = x.data + (rows.begin + row) * x.row_stride + item * x.batch_stride + column + chunk * 8;
+  const uint32_t to = tile + Tile::Offset(row, chunk);
+#pragma unroll
+  for (int pass = 0; pass < kSsdRows / kStep; ++pass) {
+#pragma unroll
+    for (int panel = 0; panel < kColumns / 64; ++panel) {
+      CopyAsync16(to + static_cast<uint32_t>(pass * kStep * 128 + panel * Tile::kPanelBytes),
+                  from + panel * 64, row + pass * kStep < count);
+    }
+    from += kStep * x.row_stride;
+  }
 }
 
 __device__ inline uint4 LoadShared16(uint32_t address) {
@@ -145,66 +171,79 @@ __device__ inline float2 Combine(uint32_t own, float factor, uint32_t super) {
   return {fmaf(factor, b.x, a.x), fmaf(factor, b.y, a.y)};
 }
 
+// factors[h]: what is left of the state at the super's start (kBackward: end) at the chunk's, of heads
+// [head, head + count); 0 where that is nothing.   decays: those of states, [chunks, batch * heads]
+enum class Flow { kForward, kBackward };
+template <Flow kFlow>
+__device__ void FillFactors(const MmaSsd& mma, const float* decays, int64_t chunk, const SuperChunks& super,
+                            int64_t head, int count, float* factors) {
+  const int h = static_cast<int>(threadIdx.x);
+  if (h >= count) return;
+  const float* of_head = decays + head + h;
+  const int64_t heads = mma.ssd.batch * mma.ssd.heads;
+  float factor = 1;
+  if (kFlow == Flow::kForward && chunk != super.first) factor = Exp2(of_head[(chunk - 1) * heads]);
+  if (kFlow == Flow::kBackward && chunk != super.last) {
+    factor = Exp2(of_head[super.last * heads] - of_head[chunk * heads]);
+  }
+  factors[h] = factor > kNegligible ? factor : 0;
+}
+
 // A state: what its super's chunks leave and, decayed by `factor`, what was at the super's start (end in
-// backward). Either may be left out.
+// backward). Either may be left out, not both.
 struct StateSource {
   const char* own = nullptr;
   const char* super = nullptr;
   float factor = 0;
 };
-template <int kState>
-__device__ StateSource ForwardState(const MmaSsd& mma, const CudaSsdStates& states, int64_t chunk,
-                                    const SuperChunks& super, int64_t unit) {
-  const char* start = SlotAt<kState>(states.states, mma, super.first, unit);
-  if (chunk == super.first) return {nullptr, start, 1};
-  const int64_t heads = mma.ssd.batch * mma.ssd.heads;
-  const float factor = Exp2(states.decays[(chunk - 1) * heads + unit / mma.blocks]);
-  return {SlotAt<kState>(states.states, mma, chunk, unit), factor > kNegligible ? start : nullptr, factor};
-}
-template <int kState>
-__device__ StateSource BackwardState(const MmaSsd& mma, const CudaSsdStates& gradients, int64_t chunk,
-                                     const SuperChunks& super, int64_t unit) {
-  const char* end = SlotAt<kState>(gradients.states, mma, super.last, unit);
-  if (chunk == super.last) return {nullptr, end, 1};
-  const int64_t heads = mma.ssd.batch * mma.ssd.heads, head = unit / mma.blocks;
-  const float factor =
-      Exp2(gradients.decays[super.last * heads + head] - gradients.decays[chunk * heads + head]);
-  return {SlotAt<kState>(gradients.states, mma, chunk, unit), factor > kNegligible ? end : nullptr, factor};
+template <int kState, Flow kFlow>
+__device__ StateSource StateOf(const MmaSsd& mma, float* states, int64_t chunk, const SuperChunks& super,
+                               int64_t unit, float factor) {
+  const int64_t far = kFlow == Flow::kForward ? super.first : super.last;
+  const char* at_far = SlotAt<kState>(states, mma, far, unit);
+  if (chunk == far) return {nullptr, at_far, 1};
+  return {SlotAt<kState>(states, mma, chunk, unit), factor > 0 ? at_far : nullptr, factor};
 }
 
-// A state on its way to shared memory. Each thread handles the same 16-byte chunks from Start, which does not
-// wait, to Finish, which the thread calls behind its own CopyAsyncWait.
+// A state on its way to shared memory, by 256 threads of which this is `thread`. Each handles the same
+// 16-byte chunks from StartCopy and StartSuper, which do not wait, to Finish, which the thread calls behind
+// its own CopyAsyncWait.
 template <int kState>
 struct StateLoad {
   static constexpr int kChunks = kState * kSsdColumns / 8 / kSsdThreads;
   uint4 super[kChunks];
-  float factor;
-  bool combine;
+  float factor = 0;  // 0: nothing to add
 
-  __device__ static int Row(int i) { return static_cast<int>(threadIdx.x / 8) + i * (kSsdThreads / 8); }
-  __device__ static int64_t Offset(int i) { return SlotRow(Row(i)) + threadIdx.x % 8 * 16; }
-  __device__ static uint32_t At(uint32_t tile, int i) {
-    return tile + StateTile<kState>::Offset(Row(i), static_cast<int>(threadIdx.x % 8));
+  __device__ static int Row(int i, int thread) { return thread / 8 + i * (kSsdThreads / 8); }
+  __device__ static int Offset(int i, int thread) {
+    return static_cast<int>(SlotRow(Row(i, thread))) + thread % 8 * 16;
   }
-
-  __device__ void Start(uint32_t tile, const StateSource& from) {
-    combine = from.own != nullptr && from.super != nullptr;
-    factor = from.factor;
+  __device__ static uint32_t At(uint32_t tile, int i, int thread) {
+    return tile + StateTile<kState>::Offset(Row(i, thread), thread % 8);
+  }
+  __device__ static void StartCopy(uint32_t tile, const StateSource& from, int thread) {
     const char* copied = from.own != nullptr ? from.own : from.super;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) CopyAsync16(At(tile, i), copied + Offset(i));
-    if (!combine) return;
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) super[i] = *reinterpret_cast<const uint4*>(from.super + Offset(i));
+    for (int i = 0; i < kChunks; ++i) CopyAsync16(At(tile, i, thread), copied + Offset(i, thread));
   }
-  __device__ void Finish(uint32_t tile) {
-    if (!combine) return;
+  __device__ void StartSuper(const StateSource& from, int thread) {
+    factor = from.own != nullptr && from.super != nullptr ? from.factor : 0;
+    if (factor == 0) return;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const uint4 own = LoadShared16(At(tile, i));
-      const float2 x = Combine(own.x, factor, super[i].x), y = Combine(own.y, factor, super[i].y);
-      const float2 z = Combine(own.z, factor, super[i].z), w = Combine(own.w, factor, super[i].w);
-      StoreShared16(At(tile, i),
+      super[i] = __ldcg(reinterpret_cast<const uint4*>(from.super + Offset(i, thread)));
+    }
+  }
+  __device__ void Finish(uint32_t tile, int thread) {
+    if (factor == 0) return;
+    uint4 own[kChunks];
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) own[i] = LoadShared16(At(tile, i, thread));
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const float2 x = Combine(own[i].x, factor, super[i].x), y = Combine(own[i].y, factor, super[i].y);
+      const float2 z = Combine(own[i].z, factor, super[i].z), w = Combine(own[i].w, factor, super[i].w);
+      StoreShared16(At(tile, i, thread),
                     {PackBf16(x.x, x.y), PackBf16(y.x, y.y), PackBf16(z.x, z.y), PackBf16(w.x, w.y)});
     }
   }
@@ -286,12 +325,9 @@ struct GroupUnits {
 
 // Dynamic shared memory on 1024 bytes; launches ask for kSharedSlack more than the kernel uses.
 inline constexpr int kSharedSlack = 1024;
-__device__ inline uint32_t SharedBase() {
+__device__ inline char* SharedBase() {
   extern __shared__ char ssd_shared_memory[];
-  return (SharedAddress(ssd_shared_memory) + 1023) & ~1023u;
-}
-__device__ inline float* SharedFloats(uint32_t address) {
-  return reinterpret_cast<float*>(__cvta_shared_to_generic(address));
+  return ssd_shared_memory + ((1024 - SharedAddress(ssd_shared_memory) % 1024) % 1024);
 }
 
 // fn.operator()<columns of the state>()
@@ -301,19 +337,18 @@ cudaError_t VisitState(const CudaSsd<Bf16>& ssd, Fn&& fn) {
 }
 
 template <typename... Parameters, typename... Args>
-cudaError_t LaunchSsd(void (*kernel)(Parameters...), dim3 grid, int shared_bytes, cudaStream_t stream,
-                      const Args&... args) {
+cudaError_t LaunchSsd(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                      cudaStream_t stream, const Args&... args) {
   if (static_cast<int64_t>(grid.x) * grid.y * grid.z == 0) return cudaSuccess;
   if (grid.y > UINT16_MAX) return cudaErrorInvalidValue;
   shared_bytes += kSharedSlack;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<grid, kSsdThreads, static_cast<size_t>(shared_bytes), stream>>>(args...);
+  kernel<<<grid, threads, static_cast<size_t>(shared_bytes), stream>>>(args...);
   return cudaGetLastError();
 }
 
-enum class Flow { kForward, kBackward };
 // State at the start (kBackward: gradient at the end) of each super, in place of the super's own; `initial`
 // of each segment, null: 0.
 cudaError_t ReplaceSupers(Flow flow, const MmaSsd& mma, const CudaSsdStates& states, const float* initial,

@@ -60,7 +60,8 @@ struct BackwardMemory {
   static constexpr int kWarpColumns = kColumns + kArray;              // [2, 8 warps, rows]
   static constexpr int kSkips = kWarpColumns + 2 * 8 * kSsdRows * 4;  // [8 warps, heads]
   static constexpr int kThrough = kSkips + 8 * kSsdMostHeads * 4;     // [8 warps, heads]
-  static constexpr int kBytes = kThrough + 8 * kSsdMostHeads * 4;
+  static constexpr int kFactors = kThrough + 8 * kSsdMostHeads * 4;   // [2, heads]: of h, of G
+  static constexpr int kBytes = kFactors + 2 * kSsdMostHeads * 4;
   static_assert(kFirstC + kKeys <= kProducts && kSecondStages + 2 * kSecondStage <= kProducts);
   static_assert(KeyTile<128>::kBytes <= 3 * kProductBlock && kBytes + kSharedSlack <= 227 * 1024);
 };
@@ -77,7 +78,8 @@ class BackwardCta {
         partial_(partial),
         dskip_(dskip),
         units_(mma, blockIdx.y, partial.parts),
-        memory_(SharedBase()),
+        shared_(SharedBase()),
+        memory_(SharedAddress(shared_)),
         thread_(static_cast<int>(threadIdx.x)),
         wg_(Warpgroup()),
         row_(64 * wg_ + thread_ / 32 % 4 * 16 + thread_ % 32 / 4),
@@ -87,26 +89,35 @@ class BackwardCta {
 
   __device__ void Run() {
     const CudaSsd<Bf16>& ssd = mma_.ssd;
-    LoadRows<kState>(memory_ + Memory::kB, ssd.b, rows_, units_.item, units_.group * kState);
-    LoadRows<kState>(memory_ + Memory::kFirstC, ssd.c, rows_, units_.item, units_.group * kState);
+    LoadRows<kState>(memory_ + Memory::kB, ssd.b, rows_, units_.item, units_.group * kState, thread_);
+    LoadRows<kState>(memory_ + Memory::kFirstC, ssd.c, rows_, units_.item, units_.group * kState, thread_);
     CopyAsyncCommit();
-    StateLoad<kState> gradient;
-    LoadFirst(0, &gradient);
-    CopyAsyncCommit();
-    FillGates(ssd, rows_, units_.item, units_.first_head, units_.heads, Floats(Memory::kSums),
-              Floats(Memory::kDts));
-    for (int i = thread_; i < (Memory::kBytes - Memory::kEnds) / 4; i += kSsdThreads) {
+    for (int i = thread_; i < (Memory::kFactors - Memory::kEnds) / 4; i += kSsdThreads) {
       Floats(Memory::kEnds)[i] = 0;
     }
+    const int64_t head = units_.item * ssd.heads + units_.first_head;
+    FillFactors<Flow::kForward>(mma_, states_.decays, chunk_, super_, head, units_.heads,
+                                Floats(Memory::kFactors));
+    FillFactors<Flow::kBackward>(mma_, states_.decays, chunk_, super_, head, units_.heads,
+                                 Floats(Memory::kFactors) + kSsdMostHeads);
+    FillGates(ssd, rows_, units_.item, units_.first_head, units_.heads, Floats(Memory::kSums),
+              Floats(Memory::kDts));
+    __syncthreads();
+    StateLoad<kState> load;
+    LoadFirst(0);
+    load.StartSuper(GradientSource(0), thread_);
+    CopyAsyncCommit();
     CopyAsyncWait<1>();
     BulkFence();
     __syncthreads();
     FillProducts();
-    FirstPass(&gradient);
+    FirstPass(&load);
     float dc[kState / 8][4];
     BetweenPasses(&dc);
-    SecondPass(&dc);
+    SecondPass(&load, &dc);
     StoreKeys(out_.dc, partial_.dc, dc);
+    __syncthreads();
+    SumGates();
     __syncthreads();
     StoreGates();
   }
@@ -114,14 +125,10 @@ class BackwardCta {
  private:
   using Memory = BackwardMemory<kState>;
 
-  __device__ float* Floats(int offset) const { return SharedFloats(memory_ + static_cast<uint32_t>(offset)); }
+  __device__ float* Floats(int offset) const { return reinterpret_cast<float*>(shared_ + offset); }
+  __device__ int Head(int u) const { return mma_.blocks == 1 ? u : u / mma_.blocks; }
   // Row array of the unit's head.
-  __device__ float* OfHead(int offset, int u) const {
-    return Floats(offset) + static_cast<int>(u / mma_.blocks) * kSsdRows;
-  }
-  __device__ int64_t Unit(int u) const {
-    return units_.item * mma_.ssd.heads * mma_.blocks + units_.first + u;
-  }
+  __device__ float* OfHead(int offset, int u) const { return Floats(offset) + Head(u) * kSsdRows; }
   __device__ int64_t Column(int u) const { return (units_.first + u) * kSsdColumns; }
   __device__ uint32_t X(int u) const {
     return memory_ + Memory::kStages + static_cast<uint32_t>(u % 2) * Memory::kStage;
@@ -134,17 +141,32 @@ class BackwardCta {
   __device__ uint32_t State(int u) const { return SecondDy(u) + Memory::kValues; }
   // What this lane passes to ldmatrix for its warp's rows of a tile.
   __device__ uint32_t LaneAt(uint32_t tile) const {
-    return tile + ValueTile::LaneOffset(thread_ % 32, row_ - thread_ % 32 / 4);
+    const int thread = Again(thread_);
+    return tile + ValueTile::LaneOffset(thread % 32, 64 * wg_ + thread / 32 % 4 * 16);
   }
 
-  __device__ void LoadFirst(int u, StateLoad<kState>* gradient) {
-    LoadRows<kSsdColumns>(X(u), mma_.ssd.x, rows_, units_.item, Column(u));
-    LoadRows<kSsdColumns>(Dy(u), out_.dy, rows_, units_.item, Column(u));
-    gradient->Start(Gradient(u), BackwardState<kState>(mma_, gradients_, chunk_, super_, Unit(u)));
+  __device__ int64_t Unit(int u) const {
+    return units_.item * mma_.ssd.heads * mma_.blocks + units_.first + u;
   }
-  __device__ void LoadSecond(int u, StateLoad<kState>* state) {
-    LoadRows<kSsdColumns>(SecondDy(u), out_.dy, rows_, units_.item, Column(u));
-    state->Start(State(u), ForwardState<kState>(mma_, states_, chunk_, super_, Unit(u)));
+  __device__ StateSource HiddenSource(int u) const {
+    return StateOf<kState, Flow::kForward>(mma_, states_.states, chunk_, super_, Unit(u),
+                                           Floats(Memory::kFactors)[Head(u)]);
+  }
+  __device__ StateSource GradientSource(int u) const {
+    return StateOf<kState, Flow::kBackward>(mma_, gradients_.states, chunk_, super_, Unit(u),
+                                            Floats(Memory::kFactors)[kSsdMostHeads + Head(u)]);
+  }
+  // All but what of their states passes through registers.
+  __device__ void LoadFirst(int u) {
+    const int thread = Again(thread_);
+    LoadRows<kSsdColumns>(X(u), mma_.ssd.x, rows_, units_.item, Column(u), thread);
+    LoadRows<kSsdColumns>(Dy(u), out_.dy, rows_, units_.item, Column(u), thread);
+    StateLoad<kState>::StartCopy(Gradient(u), GradientSource(u), thread);
+  }
+  __device__ void LoadSecond(int u) {
+    const int thread = Again(thread_);
+    LoadRows<kSsdColumns>(SecondDy(u), out_.dy, rows_, units_.item, Column(u), thread);
+    StateLoad<kState>::StartCopy(State(u), HiddenSource(u), thread);
   }
 
   // Element n of this thread's fragments of S^T, rows s of this group, columns t of block t: [64 s, 64 t].
@@ -172,19 +194,18 @@ class BackwardCta {
     }
   }
 
-  __device__ void FirstPass(StateLoad<kState>* gradient) {
+  // load: the first unit's; the next one's is asked for where a unit's registers are free.
+  __device__ void FirstPass(StateLoad<kState>* load) {
     for (int u = 0; u < units_.count; ++u) {
       __syncthreads();  // what the next stage held has been read, sums of columns are there
       if (u > 0) AddColumns(u - 1);
-      StateLoad<kState> next;
-      if (u + 1 < units_.count) LoadFirst(u + 1, &next);
+      if (u + 1 < units_.count) LoadFirst(u + 1);
       CopyAsyncCommit();
       CopyAsyncWait<1>();
-      gradient->Finish(Gradient(u));
+      load->Finish(Gradient(u), Again(thread_));
       BulkFence();
       __syncthreads();
-      InputGradient(u);
-      *gradient = next;
+      InputGradient(u, load);
     }
     __syncthreads();
     AddColumns(units_.count - 1);
@@ -210,7 +231,7 @@ class BackwardCta {
     float skip = 0;
   };
 
-  __device__ void InputGradient(int u) {
+  __device__ void InputGradient(int u, StateLoad<kState>* load) {
     const float* sums = OfHead(Memory::kSums, u);
     const float* dts = OfHead(Memory::kDts, u);
     RowPair rows;
@@ -224,9 +245,10 @@ class BackwardCta {
     ThroughEnd(u, &rows, dx);
     Inside<Block::kDiagonal>(u, sums, &rows, dx);
     if (wg_ == 0) Inside<Block::kLater>(u, sums, &rows, dx);
-    GroupWait<0>();
-    GroupUse(dx);
     KeyGradient(u, rows);
+    if (u + 1 < units_.count) load->StartSuper(GradientSource(u + 1), Again(thread_));
+    GroupWait<1>();
+    GroupUse(dx);
     StoreInputGradient(u, rows, dx);
     GatherRows(u, &rows);
     GroupWait<0>();
@@ -243,16 +265,17 @@ class BackwardCta {
           OperandAt<kState>(Gradient(u), 16 * k, 0), k > 0);
     }
     GroupCommit();
+    uint32_t x[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) LoadMatrices(x[k], ValueTile::At(LaneAt(X(u)), 0, k));
     GroupWait<0>();
     GroupUse(dx);
     ScaleRows(dx, rows->to_end[0], rows->to_end[1]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      uint32_t x[4];
-      LoadMatrices(x, ValueTile::At(LaneAt(X(u)), 0, k));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 pair = UnpackBf16(x[i]);
+        const float2 pair = UnpackBf16(x[k][i]);
         const float* d = dx[2 * k + i / 2] + i % 2 * 2;
         rows->through[i % 2] += pair.x * d[0] + pair.y * d[1];
       }
@@ -260,82 +283,106 @@ class BackwardCta {
     GroupUse(dx);
   }
 
-  // dx += (S o L)^T dY of the columns t in block wg, or in the one after it, and dS^T of that block. Leaves
-  // the product with dY in flight.
+  // dx += (S o L)^T dY of the columns t in block wg, or in the one after it, and dS^T of that block, 32
+  // columns at a time: more would not leave registers for what is summed over units. Leaves the last product
+  // with dY in flight.
   enum class Block { kDiagonal = 0, kLater = 1 };
   template <Block kBlock>
   __device__ void Inside(int u, const float* sums, RowPair* rows, float (&dx)[8][4]) {
     const int t = wg_ + static_cast<int>(kBlock);
-    float product[8][4];  // X dY^T
-    GroupFence();
 #pragma unroll
-    for (int k = 0; k < kSsdColumns / 16; ++k) {
-      MultiplyShared<Major::kDepthInRow, Major::kDepthInRow>(
-          product, OperandAt<kSsdRows>(X(u), 64 * wg_, 2 * k), OperandAt<kSsdRows>(Dy(u), 64 * t, 2 * k),
-          k > 0);
-    }
-    GroupCommit();
-    GroupWait<0>();
-    GroupUse(product);
-    uint32_t weights[4][4];
-    float columns[16];
+    for (int part = 0; part < 2; ++part) {
+      float product[4][4];  // X dY^T
+      GroupFence();
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const int column = 64 * t + 8 * n + thread_ % 4 * 2;
-      const float2 to = *reinterpret_cast<const float2*>(sums + column);
-      const float4 own = *Product(t, n);
-      const float s[4] = {own.x, own.y, own.z, own.w};
-      columns[2 * n] = columns[2 * n + 1] = 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_ + 8 * half;
-        float weight[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float decay = Exp2((i == 0 ? to.x : to.y) - rows->sum[half]);
-          const float gradient = product[n][2 * half + i];
-          if (kBlock == Block::kDiagonal) {
-            if (column + i < row) decay = 0;
-            if (column + i == row) rows->skip += gradient;
-          }
-          weight[i] = s[2 * half + i] * decay;
-          const float energy = gradient * weight[i];
-          rows->energy[half] += energy;
-          columns[2 * n + i] = fmaf(energy, rows->dt[half], columns[2 * n + i]);
-          float& ds = ds_[static_cast<int>(kBlock)][n][2 * half + i];
-          ds = fmaf(gradient, decay * rows->dt[half], ds);
-        }
-        weights[n / 2][n % 2 * 2 + half] = PackBf16(weight[0], weight[1]);
+      for (int k = 0; k < kSsdColumns / 16; ++k) {
+        MultiplyShared<Major::kDepthInRow, Major::kDepthInRow>(
+            product, OperandAt<kSsdRows>(X(u), 64 * wg_, 2 * k),
+            OperandAt<kSsdRows>(Dy(u), 64 * t + 32 * part, 2 * k), k > 0);
       }
-    }
-    GroupFence();
+      GroupCommit();
+      GroupWait<0>();
+      GroupUse(product);
+      uint32_t weights[2][4];
+      float columns[8];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      MultiplyRegisters<Major::kDepthAcrossRows>(dx, weights[k],
-                                                 OperandAt<kSsdRows>(Dy(u), 64 * t + 16 * k, 0), 1);
+      for (int n = 0; n < 4; ++n) {
+        WeighFragment<kBlock>(t, 4 * part + n, sums, product[n], rows, weights[n / 2] + n % 2 * 2,
+                              columns + 2 * n);
+      }
+      GroupUse(dx);
+      GroupFence();
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        MultiplyRegisters<Major::kDepthAcrossRows>(
+            dx, weights[k], OperandAt<kSsdRows>(Dy(u), 64 * t + 32 * part + 16 * k, 0), 1);
+      }
+      GroupCommit();
+      StoreColumns(u, 64 * t + 32 * part, columns);
     }
-    GroupCommit();
-    StoreColumns(u, t, columns);
   }
 
-  // Sums over the warp's rows: each lane ends with the columns of one of the eight fragments.
-  __device__ void StoreColumns(int u, int t, float (&columns)[16]) {
-    const int lane = thread_ % 32;
+  // Fragment n of block t, rows of s and columns of t: from gradients X dY^T to the weights of dY, dS^T and
+  // energies. In the diagonal block a warp's fragments lie before its rows, on the diagonal or past it.
+  template <Block kBlock>
+  __device__ void WeighFragment(int t, int n, const float* sums, const float (&gradients)[4], RowPair* rows,
+                                uint32_t* weights, float* columns) {
+    columns[0] = columns[1] = 0;
+    const int past = n / 2 - thread_ / 32 % 4;
+    if (kBlock == Block::kDiagonal && past < 0) {
+      weights[0] = weights[1] = 0;
+      return;
+    }
+    const int column = 64 * t + 8 * n + thread_ % 4 * 2;
+    const float2 to = *reinterpret_cast<const float2*>(sums + column);
+    const float4 own = *Product(t, n);
+    const float s[4] = {own.x, own.y, own.z, own.w};
+    float decay[4];
 #pragma unroll
-    for (int level = 0; level < 3; ++level) {
-      const int kept = 8 >> level;
-      const bool upper = lane & (16 >> level);
+    for (int i = 0; i < 4; ++i) decay[i] = Exp2((i % 2 == 0 ? to.x : to.y) - rows->sum[i / 2]);
+    if (kBlock == Block::kDiagonal && past == 0) {
 #pragma unroll
-      for (int i = 0; i < kept; ++i) {
-        const float sent = upper ? columns[i] : columns[i + kept];
-        const float own = upper ? columns[i + kept] : columns[i];
-        columns[i] = own + __shfl_xor_sync(~0u, sent, 16 >> level);
+      for (int i = 0; i < 4; ++i) {
+        const int later = column + i % 2 - (row_ + 8 * (i / 2));
+        if (later < 0) decay[i] = 0;
+        if (later == 0) rows->skip += gradients[i];
       }
     }
-    const int n = (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 + (lane >> 2 & 1);
-    float* to =
-        Floats(Memory::kWarpColumns) + (u % 2 * 8 + thread_ / 32) * kSsdRows + 64 * t + 8 * n + lane % 4 * 2;
-    *reinterpret_cast<float2*>(to) = {columns[0], columns[1]};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float weight[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float gradient = gradients[2 * half + i];
+        weight[i] = s[2 * half + i] * decay[2 * half + i];
+        const float energy = gradient * weight[i];
+        rows->energy[half] += energy;
+        columns[i] = fmaf(energy, rows->dt[half], columns[i]);
+        float& ds = ds_[static_cast<int>(kBlock)][n][2 * half + i];
+        ds = fmaf(gradient, decay[2 * half + i] * rows->dt[half], ds);
+      }
+      weights[half] = PackBf16(weight[0], weight[1]);
+    }
+  }
+
+  // Sums over the warp's rows of columns [t, t + 32): each lane ends with one of them.
+  template <int kKept>
+  __device__ static void HalveColumns(bool upper, int other, float (&columns)[8]) {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const float sent = upper ? columns[i] : columns[i + kKept];
+      const float own = upper ? columns[i + kKept] : columns[i];
+      columns[i] = own + __shfl_xor_sync(~0u, sent, other);
+    }
+  }
+  __device__ void StoreColumns(int u, int t, float (&columns)[8]) {
+    const int lane = Again(thread_) % 32;
+    HalveColumns<4>(lane & 16, 16, columns);
+    HalveColumns<2>(lane & 8, 8, columns);
+    HalveColumns<1>(lane & 4, 4, columns);
+    const int n = (lane >> 4 & 1) * 2 + (lane >> 3 & 1);
+    Floats(Memory::kWarpColumns)[(u % 2 * 8 + thread_ / 32) * kSsdRows + t + 8 * n + lane % 4 * 2 +
+                                 (lane >> 2 & 1)] = columns[0];
   }
 
   // dB += (to_end dt X) G^T, left in flight.
@@ -363,7 +410,7 @@ class BackwardCta {
   __device__ void StoreInputGradient(int u, const RowPair& rows, float (&dx)[8][4]) {
     ScaleRows(dx, rows.dt[0], rows.dt[1]);
     if (mma_.ssd.skip != nullptr) {
-      const float skip = mma_.ssd.skip[units_.first_head + u / mma_.blocks];
+      const float skip = mma_.ssd.skip[units_.first_head + Head(u)];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         uint32_t dy[4];
@@ -377,8 +424,9 @@ class BackwardCta {
         }
       }
     }
+    const int own = Again(row_);
     StoreFragment(dx, [&](int half) -> Bf16* {
-      const int64_t row = rows_.begin + row_ + 8 * half;
+      const int64_t row = rows_.begin + own + 8 * half;
       if (row >= rows_.end) return nullptr;
       return out_.dx.data + row * out_.dx.row_stride + units_.item * out_.dx.batch_stride + Column(u);
     });
@@ -395,14 +443,14 @@ class BackwardCta {
     }
     const float skip = WarpSum(rows->skip);
     if (thread_ % 32 == 0) {
-      Floats(Memory::kSkips)[thread_ / 32 * kSsdMostHeads + static_cast<int>(u / mma_.blocks)] += skip;
+      Floats(Memory::kSkips)[thread_ / 32 * kSsdMostHeads + Head(u)] += skip;
     }
   }
 
   // dB += dS^T C, done; dC = dS B.
   __device__ void BetweenPasses(float (*dc)[kState / 8][4]) {
     const uint32_t tile = memory_ + Memory::kProducts;  // [s, t]
-    LoadRows<kState>(memory_ + Memory::kC, mma_.ssd.c, rows_, units_.item, units_.group * kState);
+    LoadRows<kState>(memory_ + Memory::kC, mma_.ssd.c, rows_, units_.item, units_.group * kState, thread_);
     CopyAsyncCommit();
     uint32_t ds[2][4][4];
 #pragma unroll
@@ -455,34 +503,32 @@ class BackwardCta {
     GroupCommit();
   }
 
-  __device__ void SecondPass(float (*dc)[kState / 8][4]) {
-    StateLoad<kState> state;
-    LoadSecond(0, &state);
+  __device__ void SecondPass(StateLoad<kState>* load, float (*dc)[kState / 8][4]) {
+    LoadSecond(0);
+    load->StartSuper(HiddenSource(0), thread_);
     CopyAsyncCommit();
     for (int u = 0; u < units_.count; ++u) {
       __syncthreads();  // what the next stage held has been read
-      StateLoad<kState> next;
-      if (u + 1 < units_.count) LoadSecond(u + 1, &next);
+      if (u + 1 < units_.count) LoadSecond(u + 1);
       CopyAsyncCommit();
       ThroughChunk(u);
       CopyAsyncWait<1>();
-      state.Finish(State(u));
+      load->Finish(State(u), Again(thread_));
       BulkFence();
       __syncthreads();
+      if (u + 1 < units_.count) load->StartSuper(HiddenSource(u + 1), Again(thread_));
       QueryGradient(u, dc);
-      state = next;
     }
   }
 
   // <G, h_in>, where the state before the chunk reaches the one after it.
   __device__ void ThroughChunk(int u) {
     if (Exp2(OfHead(Memory::kSums, u)[kSsdRows - 1]) <= kNegligible) return;
-    const StateSource h = ForwardState<kState>(mma_, states_, chunk_, super_, Unit(u));
-    const StateSource g = BackwardState<kState>(mma_, gradients_, chunk_, super_, Unit(u));
+    const StateSource h = HiddenSource(u), g = GradientSource(u);
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < StateLoad<kState>::kChunks; ++i) {
-      const int64_t at = StateLoad<kState>::Offset(i);
+      const int at = StateLoad<kState>::Offset(i, thread_);
       const uint4 h_own = LoadOrZero(h.own, at), h_super = LoadOrZero(h.super, at);
       const uint4 g_own = LoadOrZero(g.own, at), g_super = LoadOrZero(g.super, at);
       const auto dot = [&](uint32_t h0, uint32_t h1, uint32_t g0, uint32_t g1) {
@@ -494,11 +540,11 @@ class BackwardCta {
     }
     sum = WarpSum(sum);
     if (thread_ % 32 == 0) {
-      Floats(Memory::kThrough)[thread_ / 32 * kSsdMostHeads + static_cast<int>(u / mma_.blocks)] += sum;
+      Floats(Memory::kThrough)[thread_ / 32 * kSsdMostHeads + Head(u)] += sum;
     }
   }
-  __device__ static uint4 LoadOrZero(const char* slot, int64_t at) {
-    return slot != nullptr ? *reinterpret_cast<const uint4*>(slot + at) : uint4{0, 0, 0, 0};
+  __device__ static uint4 LoadOrZero(const char* slot, int at) {
+    return slot != nullptr ? __ldcg(reinterpret_cast<const uint4*>(slot + at)) : uint4{0, 0, 0, 0};
   }
 
   // dC += from_start (dY h_in^T)
@@ -572,8 +618,8 @@ class BackwardCta {
     }
   }
 
-  // ddt, da and the chunk's part of dskip; a warp takes a head, a lane four rows.
-  __device__ void StoreGates() {
+  // da in the place of `starts`, and the chunk's part of dskip. A warp takes a head, a lane four rows.
+  __device__ void SumGates() {
     const CudaSsd<Bf16>& ssd = mma_.ssd;
     const int lane = thread_ % 32;
     for (int h = thread_ / 32; h < units_.heads; h += kSsdThreads / 32) {
@@ -583,33 +629,38 @@ class BackwardCta {
         skip += Floats(Memory::kSkips)[warp * kSsdMostHeads + h];
       }
       through *= Exp2(Floats(Memory::kSums)[h * kSsdRows + kSsdRows - 1]);
-      const int64_t head = units_.first_head + h;
       if (dskip_ != nullptr && lane == 0) {
-        dskip_[(chunk_ * ssd.batch + units_.item) * ssd.heads + head] = skip;
+        dskip_[(chunk_ * ssd.batch + units_.item) * ssd.heads + units_.first_head + h] = skip;
       }
-      float before[4], later[4], ddt[4], sum_before = 0, sum_later = 0;
+      float before[4], later[4], sum_before = 0, sum_later = 0;
+      float* starts = Floats(Memory::kStarts) + h * kSsdRows + lane * 4;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = h * kSsdRows + lane * 4 + i;
-        ddt[i] = Floats(Memory::kEnds)[at];
         before[i] = sum_before;
-        sum_before += Floats(Memory::kDts)[at] * ddt[i] - Floats(Memory::kColumns)[at];
+        sum_before += Floats(Memory::kDts)[at] * Floats(Memory::kEnds)[at] - Floats(Memory::kColumns)[at];
       }
 #pragma unroll
       for (int i = 3; i >= 0; --i) {
-        sum_later += Floats(Memory::kStarts)[h * kSsdRows + lane * 4 + i];
+        sum_later += starts[i];
         later[i] = sum_later;
       }
       const float of_before = WarpPrefixSum(sum_before) - sum_before;
       const float of_later = WarpSuffixSum(sum_later) - sum_later;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = rows_.begin + lane * 4 + i, token = row * ssd.batch + units_.item;
-        if (row >= rows_.end) continue;
-        const float da = through + (of_before + before[i]) + (of_later + later[i]);
-        out_.da[token * ssd.heads + head] = ssd.ages[token] == 0 ? 0 : da;
-        if (out_.ddt != nullptr) out_.ddt[token * ssd.heads + head] = ddt[i];
-      }
+      for (int i = 0; i < 4; ++i) starts[i] = through + (of_before + before[i]) + (of_later + later[i]);
+    }
+  }
+  // Heads of a row lie side by side.
+  __device__ void StoreGates() {
+    const CudaSsd<Bf16>& ssd = mma_.ssd;
+    const int count = static_cast<int>(rows_.end - rows_.begin) * units_.heads;
+    for (int i = thread_; i < count; i += kSsdThreads) {
+      const int row = i / units_.heads, h = i % units_.heads;
+      const int64_t token = (rows_.begin + row) * ssd.batch + units_.item;
+      const int64_t gate = token * ssd.heads + units_.first_head + h;
+      out_.da[gate] = ssd.ages[token] == 0 ? 0 : Floats(Memory::kStarts)[h * kSsdRows + row];
+      if (out_.ddt != nullptr) out_.ddt[gate] = Floats(Memory::kEnds)[h * kSsdRows + row];
     }
   }
 
@@ -620,8 +671,10 @@ class BackwardCta {
   const PartialGradients& partial_;
   float* const dskip_;
   const GroupUnits units_;
-  const uint32_t memory_;
-  const int thread_, wg_, row_;
+  char* const shared_;
+  const uint32_t memory_;  // its address
+  const int thread_, wg_;
+  const int row_;  // of the chunk: this lane's are row and row + 8
   const int64_t chunk_;
   const ChunkRows rows_;
   const SuperChunks super_;

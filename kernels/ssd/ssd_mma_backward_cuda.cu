@@ -82,8 +82,8 @@ cudaError_t MmaSsdBackward(const CudaSsd<Bf16>& ssd, const CudaSsdStates& states
   error = VisitState(ssd, [&]<int kState>() {
     const dim3 grid(static_cast<uint32_t>(ssd.chunks.chunks()),
                     static_cast<uint32_t>(ssd.batch * ssd.groups * own.partial.parts));
-    return LaunchSsd(BackwardKernel<kState>, grid, BackwardMemory<kState>::kBytes, stream, mma, states,
-                     of_gradients, out, own.partial, out.dskip != nullptr ? own.dskip : nullptr);
+    return LaunchSsd(BackwardKernel<kState>, grid, kSsdThreads, BackwardMemory<kState>::kBytes, stream, mma,
+                     states, of_gradients, out, own.partial, out.dskip != nullptr ? own.dskip : nullptr);
   });
   if (error == cudaSuccess && own.partial.parts > 1) error = AddPartials(mma, own.partial, out, stream);
   if (error != cudaSuccess || out.dskip == nullptr) return error;

@@ -11,11 +11,13 @@ namespace {
 
 constexpr int kGroupThreads = 128, kGroups = kSsdThreads / kGroupThreads;
 
-// Bytes of shared memory: two stages, then weights of rows and sums of warps.
+constexpr int kStages = 3;  // of which two are on their way
+
+// Bytes of shared memory: stages, then weights of rows and sums of warps.
 template <int kState>
 struct StatesMemory {
   static constexpr int kStage = KeyTile<kState>::kBytes + kGroups * ValueTile::kBytes;
-  static constexpr int kWeights = 2 * kStage;
+  static constexpr int kWeights = kStages * kStage;
   static constexpr int kSums = kWeights + kGroups * kSsdRows * 4;
   static constexpr int kBytes = kSums + 2 * kGroups * 4 * 4;
 };
@@ -31,46 +33,57 @@ class StatesCta {
         keys_(keys),
         values_(values),
         states_(states),
-        memory_(SharedBase()),
+        shared_(SharedBase()),
+        memory_(SharedAddress(shared_)),
         thread_(static_cast<int>(threadIdx.x)),
-        wg_(Warpgroup()) {
+        wg_(Warpgroup()),
+        super_(ChunkAt(mma.supers, blockIdx.x)),
+        count_(static_cast<int>((super_.end - super_.begin + kSsdRows - 1) / kSsdRows)) {
     const CudaSsd<Bf16>& ssd = mma.ssd;
-    const int64_t of_group = ssd.heads / ssd.groups * mma.blocks, pairs = (of_group + kGroups - 1) / kGroups;
-    const int64_t first = blockIdx.y % pairs * kGroups, group = blockIdx.y / pairs % ssd.groups;
-    item_ = blockIdx.y / pairs / ssd.groups;
-    group_ = group;
+    const int of_group = static_cast<int>(ssd.heads / ssd.groups) * mma.blocks;
+    const int pairs = (of_group + kGroups - 1) / kGroups, groups = static_cast<int>(ssd.groups);
+    const int first = static_cast<int>(blockIdx.y) % pairs * kGroups,
+              index = static_cast<int>(blockIdx.y) / pairs;
+    item_ = index / groups;
+    group_ = index % groups;
     stores_ = first + wg_ < of_group;
+    const int64_t before = int64_t{group_} * of_group;  // units of the groups before
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) column_[g] = group * of_group + min(first + g, of_group - 1);
-    unit_ = group * of_group + min(first + wg_, of_group - 1);
-    const ChunkRows super = ChunkAt(mma.supers, blockIdx.x);
-    const int64_t begin = ssd.chunks.first_chunk[super.segment];
-    first_ = begin + (super.begin - super.segment_begin) / kSsdRows;
-    count_ = (super.end - super.begin + kSsdRows - 1) / kSsdRows;
+    for (int g = 0; g < kGroups; ++g) column_[g] = (before + min(first + g, of_group - 1)) * kSsdColumns;
+    const int64_t unit = before + min(first + wg_, of_group - 1);
+    unit_ = item_ * ssd.heads * mma.blocks + unit;
+    head_ = static_cast<int>(unit) / mma.blocks;
+    keeps_decays_ = kFlow == Flow::kForward && stores_ && static_cast<int>(unit) % mma.blocks == 0 &&
+                    thread_ % kGroupThreads == 0;
+    first_chunk_ = ssd.chunks.first_chunk[super_.segment] + (super_.begin - super_.segment_begin) / kSsdRows;
   }
 
   __device__ void Run() {
-    Load(0);
-    CopyAsyncCommit();
-    RowGates gates = Gates(0);
-    for (int64_t i = 0; i < count_; ++i) {
-      if (i + 1 < count_) Load(i + 1);
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < count_) Load(i);
       CopyAsyncCommit();
-      const float sum = WarpPrefixSum(gates.log_decay);
-      float* sums = SharedFloats(memory_ + Memory::kSums) + (i % 2 * kGroups + wg_) * 4;
-      if (thread_ % 32 == 31) sums[thread_ / 32 % 4] = sum;
-      CopyAsyncWait<1>();
-      BulkFence();
-      __syncthreads();
-      const float dt = gates.dt;
+    }
+    RowGates gates = Gates(0);
+    for (int i = 0; i < count_; ++i) {
+      const float log_decay = gates.LogDecay(), dt = gates.dt;
       if (i + 1 < count_) gates = Gates(i + 1);
+      const float sum = WarpPrefixSum(log_decay);
+      float* sums = Floats(Memory::kSums) + (i % 2 * kGroups + wg_) * 4;
+      if (thread_ % 32 == 31) sums[thread_ / 32 % 4] = sum;
+      CopyAsyncWait<kStages - 2>();
+      BulkFence();
+      __syncthreads();  // the chunk is there, and what held the chunk before it has been read
+      if (i + kStages - 1 < count_) Load(i + kStages - 1);
+      CopyAsyncCommit();
       const float total = Weigh(sum, dt, sums);
       ScaleValues(i);
       if (i > 0) Keep(i);
       Advance(i, Exp2(total));
       log_decay_ += total;
-      if (kFlow == Flow::kForward) StoreDecay(i);
-      __syncthreads();
+      if (keeps_decays_) {
+        states_.decays[Chunk(i) * mma_.ssd.batch * mma_.ssd.heads + item_ * mma_.ssd.heads + head_] =
+            log_decay_;
+      }
     }
     StoreSuper();
   }
@@ -78,28 +91,29 @@ class StatesCta {
  private:
   using Memory = StatesMemory<kState>;
 
-  // The i-th chunk on the way.
-  __device__ int64_t Chunk(int64_t i) const {
-    return kFlow == Flow::kForward ? first_ + i : first_ + count_ - 1 - i;
+  __device__ float* Floats(int offset) const { return reinterpret_cast<float*>(shared_ + offset); }
+  // The i-th chunk on the way, counted in the super, and in all.
+  __device__ int Within(int i) const { return kFlow == Flow::kForward ? i : count_ - 1 - i; }
+  __device__ int64_t Chunk(int i) const { return first_chunk_ + Within(i); }
+  __device__ uint32_t Stage(int i) const {
+    return memory_ + static_cast<uint32_t>(i % kStages) * Memory::kStage;
   }
-  __device__ uint32_t Stage(int64_t i) const {
-    return memory_ + static_cast<uint32_t>(i % 2) * Memory::kStage;
-  }
-  __device__ uint32_t Values(int64_t i, int wg) const {
+  __device__ uint32_t Values(int i, int wg) const {
     return Stage(i) + KeyTile<kState>::kBytes + static_cast<uint32_t>(wg) * ValueTile::kBytes;
   }
-  __device__ uint32_t Weights() const { return memory_ + Memory::kWeights + wg_ * kSsdRows * 4; }
+  __device__ float* Weights() const { return Floats(Memory::kWeights) + wg_ * kSsdRows; }
 
-  __device__ void Load(int64_t i) {
-    const ChunkRows rows = ChunkAt(mma_.ssd.chunks, Chunk(i));
-    LoadRows<kState>(Stage(i), keys_, rows, item_, group_ * kState);
+  __device__ void Load(int i) {
+    ChunkRows rows = super_;
+    rows.begin += int64_t{Within(i)} * kSsdRows;
+    LoadRows<kState>(Stage(i), keys_, rows, item_, int64_t{group_} * kState, thread_);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      LoadRows<kSsdColumns>(Values(i, g), values_, rows, item_, column_[g] * kSsdColumns);
+      LoadRows<kSsdColumns>(Values(i, g), values_, rows, item_, column_[g], thread_);
     }
   }
-  __device__ RowGates Gates(int64_t i) const {
-    return LoadGates(mma_.ssd, ChunkAt(mma_.ssd.chunks, Chunk(i)), item_, unit_ / mma_.blocks,
+  __device__ RowGates Gates(int i) const {
+    return LoadGates(mma_.ssd, super_.begin + int64_t{Within(i)} * kSsdRows, super_.end, item_, head_,
                      thread_ % kGroupThreads);
   }
 
@@ -112,33 +126,36 @@ class StatesCta {
       if (w < warp) sum += sums[w];
       total += sums[w];
     }
-    SharedFloats(Weights())[thread_ % kGroupThreads] =
-        kFlow == Flow::kForward ? Exp2(total - sum) * dt : Exp2(sum);
+    Weights()[thread_ % kGroupThreads] = kFlow == Flow::kForward ? Exp2(total - sum) * dt : Exp2(sum);
     NamedBarrier(1 + wg_, kGroupThreads);
     return total;
   }
 
-  __device__ void ScaleValues(int64_t i) {
-    constexpr int kPasses = kSsdRows * 8 / kGroupThreads;
-    const int chunk = thread_ % 8, first = thread_ % kGroupThreads / 8;
-    const float* weights = SharedFloats(Weights());
+  __device__ void ScaleValues(int i) {
+    constexpr int kPasses = kSsdRows * 8 / kGroupThreads, kStep = kGroupThreads / 8;
+    const int row = thread_ % kGroupThreads / 8;
+    const uint32_t at = Values(i, wg_) + ValueTile::Offset(row, thread_ % 8);
+    uint4 v[kPasses];
+    float weight[kPasses];
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = first + pass * (kGroupThreads / 8);
-      const uint32_t at = Values(i, wg_) + ValueTile::Offset(row, chunk);
-      const float weight = weights[row];
-      uint4 v = LoadShared16(at);
-      for (uint32_t* word : {&v.x, &v.y, &v.z, &v.w}) {
-        const float2 pair = UnpackBf16(*word);
-        *word = PackBf16(pair.x * weight, pair.y * weight);
-      }
-      StoreShared16(at, v);
+      v[pass] = LoadShared16(at + pass * kStep * 128);
+      weight[pass] = Weights()[row + pass * kStep];
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const auto scaled = [&](uint32_t word) {
+        const float2 pair = UnpackBf16(word);
+        return PackBf16(pair.x * weight[pass], pair.y * weight[pass]);
+      };
+      StoreShared16(at + pass * kStep * 128,
+                    {scaled(v[pass].x), scaled(v[pass].y), scaled(v[pass].z), scaled(v[pass].w)});
     }
     BulkFence();
     NamedBarrier(1 + wg_, kGroupThreads);
   }
 
-  __device__ void Advance(int64_t i, float decay) {
+  __device__ void Advance(int i, float decay) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       ScaleRows(state_[m], decay, decay);
@@ -164,8 +181,8 @@ class StatesCta {
   __device__ int StateRow(int m) const { return m * 64 + thread_ / 32 % 4 * 16 + thread_ % 32 / 4; }
 
   // What the chunks before leave, into the slot of chunk i.
-  __device__ void Keep(int64_t i) {
-    char* slot = SlotAt<kState>(states_.states, mma_, Chunk(i), OwnUnit());
+  __device__ void Keep(int i) {
+    char* slot = SlotAt<kState>(states_.states, mma_, Chunk(i), unit_);
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       StoreFragment(state_[m], [&](int half) {
@@ -176,7 +193,7 @@ class StatesCta {
   // All of the super, into the slot of its first chunk on the way.
   __device__ void StoreSuper() {
     if (!stores_) return;
-    float* slot = reinterpret_cast<float*>(SlotAt<kState>(states_.states, mma_, Chunk(0), OwnUnit()));
+    float* slot = reinterpret_cast<float*>(SlotAt<kState>(states_.states, mma_, Chunk(0), unit_));
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -187,25 +204,22 @@ class StatesCta {
       }
     }
   }
-  // Of all chunks of the super so far.
-  __device__ void StoreDecay(int64_t i) {
-    if (thread_ % kGroupThreads != 0 || !stores_ || unit_ % mma_.blocks != 0) return;
-    const int64_t heads = mma_.ssd.batch * mma_.ssd.heads;
-    states_.decays[Chunk(i) * heads + item_ * mma_.ssd.heads + unit_ / mma_.blocks] = log_decay_;
-  }
-  __device__ int64_t OwnUnit() const { return item_ * mma_.ssd.heads * mma_.blocks + unit_; }
 
   const MmaSsd& mma_;
   const StridedRows<const Bf16>& keys_;
   const StridedRows<const Bf16>& values_;
   const CudaSsdStates& states_;
-  const uint32_t memory_;
+  char* const shared_;
+  const uint32_t memory_;  // its address
   const int thread_, wg_;
-  int64_t item_, group_, unit_;  // unit: of the item
-  int64_t column_[kGroups];      // units of the groups' warps
-  int64_t first_, count_;        // chunks
-  bool stores_;                  // false: a unit that another CTA's warpgroup has as well
-  float log_decay_ = 0;
+  const ChunkRows super_;
+  const int count_;  // chunks of the super
+  int item_, group_, head_;
+  int64_t first_chunk_, unit_;
+  int64_t column_[kGroups];  // where the warpgroups' values begin
+  bool stores_;              // false: a unit that another CTA's warpgroup has as well
+  bool keeps_decays_;
+  float log_decay_ = 0;  // of the super's chunks so far
   float state_[kTiles][8][4] = {};
 };
 
@@ -275,7 +289,8 @@ cudaError_t LaunchSupers(const MmaSsd& mma, const CudaSsdStates& states, const f
                          const CudaSsdSummary& summary, cudaStream_t stream) {
   const dim3 grid(static_cast<uint32_t>(mma.ssd.chunks.count * mma.units()),
                   static_cast<uint32_t>(kState / kPieceRows));
-  return LaunchSsd(SupersKernel<kState, kFlow, kMode>, grid, 0, stream, mma, states, initial, summary);
+  return LaunchSsd(SupersKernel<kState, kFlow, kMode>, grid, kSsdThreads, 0, stream, mma, states, initial,
+                   summary);
 }
 
 template <Flow kFlow>
@@ -286,8 +301,8 @@ cudaError_t ChunkStates(const MmaSsd& mma, const StridedRows<const Bf16>& keys,
     const dim3 grid(
         static_cast<uint32_t>(mma.supers.chunks()),
         static_cast<uint32_t>(mma.ssd.batch * mma.ssd.groups * CeilDiv(mma.group_units(), kGroups)));
-    const cudaError_t error = LaunchSsd(StatesKernel<kState, kFlow>, grid, StatesMemory<kState>::kBytes,
-                                        stream, mma, keys, values, states);
+    const cudaError_t error = LaunchSsd(StatesKernel<kState, kFlow>, grid, kSsdThreads,
+                                        StatesMemory<kState>::kBytes, stream, mma, keys, values, states);
     if (error != cudaSuccess) return error;
     return LaunchSupers<kState, kFlow, SuperMode::kSummarise>(mma, states, nullptr, summary, stream);
   });
@@ -307,7 +322,7 @@ bool MmaSsdKnows(const CudaSsd<Bf16>& ssd) {
 // Supers are as long as leaves enough CTAs for a large device; which one it is must not change results.
 MmaSsd MakeMmaSsd(const CudaSsd<Bf16>& ssd) {
   constexpr int64_t kCtasWanted = 512, kMostChunks = 32;
-  MmaSsd mma{.ssd = ssd, .supers = {}, .blocks = ssd.dim / kSsdColumns};
+  MmaSsd mma{.ssd = ssd, .supers = {}, .blocks = static_cast<int>(ssd.dim / kSsdColumns)};
   const int64_t ctas_of_chunk = ssd.batch * ssd.groups * CeilDiv(mma.group_units(), kGroups);
   mma.super_chunks = std::clamp<int64_t>(ssd.chunks.chunks() * ctas_of_chunk / kCtasWanted, 1, kMostChunks);
   mma.supers = ssd.chunks;

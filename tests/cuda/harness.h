@@ -204,6 +204,7 @@ void CheckElementwise();
 void CheckLinear();
 void CheckAttention();
 void TimeElementwise();
+void TimeStateSpace();
 void TimeLinear();
 void TimeAttention();
 

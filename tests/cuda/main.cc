@@ -1,6 +1,7 @@
 // Checks what launchers do beyond the ops (tests/gpu) against f64 on the CPU, and times every kernel beside
 // the ceilings of the device.
-//     build/tests/cuda_check [parts]     e l a: checks of elementwise, linear, attention; E L A: their times
+//     build/tests/cuda_check [parts]     e l a: checks of elementwise, linear, attention; E L A: their times,
+//     S: those of recurrent layers
 
 #include <cublasLt.h>
 #if ANNULUS_HAS_CUDNN
@@ -13,7 +14,7 @@
 
 int main(int argc, char** argv) {
   using namespace annulus::testing;
-  const std::string parts = argc > 1 ? argv[1] : "elateELATE";
+  const std::string parts = argc > 1 ? argv[1] : "elaELAS";
   setvbuf(stdout, nullptr, _IOLBF, 0);
   cudaDeviceProp device;
   Must(cudaGetDeviceProperties(&device, 0), "device");
@@ -27,6 +28,7 @@ int main(int argc, char** argv) {
                 std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   };
   run('E', "time elementwise", TimeElementwise);
+  run('S', "time recurrent layers", TimeStateSpace);
   run('L', "time linear", TimeLinear);
 #if ANNULUS_HAS_CUDNN
   std::printf("cuDNN %zu\n", cudnnGetVersion());
