@@ -16,7 +16,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <deque>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -120,6 +122,14 @@ inline void FillRandom(ParamStore& params) {
   }
 }
 
+// Contexts of ranks that run many small models one after the other: the memory of a new one is megabytes.
+using KeptContexts = std::deque<Context>;  // by world rank
+inline KeptContexts KeepContexts(int ranks) {
+  KeptContexts contexts;
+  for (int r = 0; r < ranks; ++r) contexts.emplace_back(Device{});
+  return contexts;
+}
+
 struct MeshRun {
   DType dtype = DType::kF64;
   LayoutKind layout = LayoutKind::kZigzag;
@@ -127,6 +137,7 @@ struct MeshRun {
   Recompute recompute = Recompute::kAttentionOutput;
   TransportKind transport = TransportKind::kHost;
   std::function<void(ParamStore&)> fill = FillRandom;  // of parameters on the CPU in the accumulator dtype
+  KeptContexts* contexts = nullptr;                    // null: a new one for each rank
 };
 
 inline std::vector<double> Doubles(ConstTensorRef t) {
@@ -307,7 +318,9 @@ template <typename Fn>
 void OnMesh(const ModelSpec& spec, const WholeBatch& whole, const MeshRun& run, Fn&& fn) {
   OnLoopback(run.dp * run.cp * run.tp, [&](Communicator world) {
     absl::StatusOr<ProcessMesh> mesh = ProcessMesh::Create({.dp = run.dp, .cp = run.cp, .tp = run.tp}, world);
-    Context ctx(Device{});
+    std::optional<Context> own;
+    if (run.contexts == nullptr) own.emplace(Device{});
+    Context& ctx = own.has_value() ? *own : run.contexts->at(static_cast<size_t>(world.rank()));
     RankModel model(spec, whole, run, mesh.value(), ctx);
     fn(model);
   });
