@@ -1,7 +1,8 @@
 #pragma once
 
-// Copies of 16 bytes from global to shared memory that a thread starts and does not wait for; they go past L1
-// and registers. Whoever started a copy sees it after its own wait, others after a barrier behind that.
+// Copies from global to shared memory that a thread starts and does not wait for; they go past registers, and
+// those of 16 bytes past L1. Whoever started a copy sees it after its own wait, others after a barrier behind
+// that.
 
 #include <cuda_runtime.h>
 
@@ -18,6 +19,17 @@ __device__ inline void CopyAsync16(uint32_t shared, const void* global, bool ins
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(inside ? 16 : 0)
                : "memory");
+}
+// The same of 4, 8 or 16 bytes.
+template <int kBytes>
+__device__ inline void CopyAsync(uint32_t shared, const void* global, bool inside = true) {
+  if constexpr (kBytes == 16) {
+    CopyAsync16(shared, global, inside);
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared), "l"(global),
+                 "r"(inside ? kBytes : 0), "n"(kBytes)
+                 : "memory");
+  }
 }
 // Copies since the last commit become a group.
 __device__ inline void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
