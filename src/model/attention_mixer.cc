@@ -188,7 +188,8 @@ class AttentionMixer : public SequenceMixer {
       if (taken_from_) ANNULUS_RETURN_IF_ERROR(Cast(ctx, sum, dkv));
     }
     const TensorRef partial = step.tensor.Partial(ctx, dx);
-    ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dq, wq_, Write::kOverwrite, partial));
+    ANNULUS_RETURN_IF_ERROR(
+        LinearBackwardInput(ctx, dq, wq_, step.tensor.PartialWrite(dx, Write::kOverwrite), partial));
     if (!takes()) {
       ANNULUS_RETURN_IF_ERROR(ApplyRope(ctx, step, RopeDirection::kGradient, dkv, shape_.kv_heads));
     }

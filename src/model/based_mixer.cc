@@ -104,7 +104,8 @@ class BasedMixer : public SequenceMixer {
     ANNULUS_RETURN_IF_ERROR(DropLastColumn(ctx, Heads(dones, value_dim_ + 1), Heads(dv, value_dim_)));
 
     const TensorRef partial = step.tensor.Partial(ctx, dx);
-    ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dqk, wqk_, Write::kOverwrite, partial));
+    ANNULUS_RETURN_IF_ERROR(
+        LinearBackwardInput(ctx, dqk, wqk_, step.tensor.PartialWrite(dx, Write::kOverwrite), partial));
     ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dv, wv_, Write::kAccumulate, partial));
     ANNULUS_ASSIGN_OR_RETURN(PendingSum sum, step.tensor.StartSum(ctx, partial, Write::kOverwrite, dx));
     absl::Status status = LinearBackwardWeight(ctx, dqk, all, dwqk_);

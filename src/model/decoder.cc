@@ -97,8 +97,13 @@ Decoder::Layer Decoder::MakeLayer(const ModelSpec& spec, size_t index, const Par
   const int layer_norm = table.IndexOf(absl::StrCat("layers.", index, ".norm.weight"));
   layer.norm = params.Value(layer_norm), layer.dnorm = params.Grad(layer_norm);
   std::vector<std::string> names;
-  for (const BranchSpec& of : from.branches) {
+  for (size_t b = 0; b < from.branches.size(); ++b) {
+    const BranchSpec& of = from.branches[b];
     names.push_back(Name(of.kind));
+    // Latent attention's gradient is of this rank's tokens already, for the most part.
+    const bool last = of.kind == BranchKind::kLatentAttention;
+    layer.backward_order.insert(last ? layer.backward_order.end() : layer.backward_order.begin(), b);
+    layer.summands += last ? 0 : 1;
     Branch& branch = layer.branches.emplace_back();
     if (from.combine == Combine::kSum) continue;
     const int norm = table.IndexOf(absl::StrCat("layers.", index, ".combine.", Name(of.kind), ".weight"));
@@ -131,6 +136,22 @@ absl::Status Decoder::AddMeanNorm(Context& ctx, ModelStep& step, Layer& layer, C
   return absl::OkStatus();
 }
 
+// Branches side by side have their input in common and, where they are summed, what they add to.
+absl::Status Decoder::ShareForward(Context& ctx, const Layer& layer, ConstTensorRef normed, TensorRef y,
+                                   SharedTokens& shared) {
+  if (layer.branches.size() == 1) return absl::OkStatus();
+  if (layer.combine == Combine::kSum) shared.Sum(ctx, y, static_cast<int>(layer.branches.size()));
+  return shared.Gather(ctx, normed);
+}
+
+absl::Status Decoder::ShareBackward(Context& ctx, const Layer& layer, ConstTensorRef normed,
+                                    ConstTensorRef dy, TensorRef dnormed, SharedTokens& shared) {
+  if (layer.branches.size() == 1) return absl::OkStatus();
+  if (layer.summands > 1) shared.Sum(ctx, dnormed, layer.summands);
+  if (layer.combine == Combine::kSum) ANNULUS_RETURN_IF_ERROR(shared.Gather(ctx, dy));
+  return shared.Gather(ctx, normed);
+}
+
 absl::Status Decoder::LayerForward(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef x, Keep keep,
                                    TensorRef y) {
   const TraceRange range(layer.forward_name);
@@ -140,6 +161,8 @@ absl::Status Decoder::LayerForward(Context& ctx, ModelStep& step, Layer& layer, 
   const TensorRef normed = keep_norm ? layer.normed : ctx.scratch.Allocate(dtype_, x.shape());
   ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, x, layer.norm, eps_, normed));
   if (y.raw() != x.raw()) ANNULUS_RETURN_IF_ERROR(Copy(ctx, x, y));
+  SharedTokens shared(step.tensor);
+  ANNULUS_RETURN_IF_ERROR(ShareForward(ctx, layer, normed, y, shared));
   if (layer.combine == Combine::kMeanNorm) return AddMeanNorm(ctx, step, layer, normed, keep, y);
   for (Branch& branch : layer.branches) {
     ANNULUS_RETURN_IF_ERROR(branch.mixer->Forward(ctx, step, normed, keep, y));
@@ -147,7 +170,7 @@ absl::Status Decoder::LayerForward(Context& ctx, ModelStep& step, Layer& layer, 
   return absl::OkStatus();
 }
 
-// dnormed is overwritten. dy: of the layer's output.
+// dnormed: overwritten, or a summand of what branches share.
 absl::Status Decoder::BranchBackward(Context& ctx, ModelStep& step, Layer& layer, Branch& branch,
                                      ConstTensorRef normed, ConstTensorRef dy, TensorRef dnormed) {
   if (layer.combine == Combine::kSum) return branch.mixer->Backward(ctx, step, normed, dy, dnormed);
@@ -161,6 +184,26 @@ absl::Status Decoder::BranchBackward(Context& ctx, ModelStep& step, Layer& layer
   return branch.mixer->Backward(ctx, step, normed, dout, dnormed);
 }
 
+// dnormed is overwritten. dy: of the layer's output.
+absl::Status Decoder::BranchesBackward(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef normed,
+                                       ConstTensorRef dy, TensorRef dnormed) {
+  SharedTokens shared(step.tensor);
+  ANNULUS_RETURN_IF_ERROR(ShareBackward(ctx, layer, normed, dy, dnormed, shared));
+  const size_t together = static_cast<size_t>(std::max(layer.summands, 1));
+  for (size_t n = 0; n < layer.branches.size(); ++n) {
+    Branch& branch = layer.branches[layer.backward_order[n]];
+    if (n < together) {
+      ANNULUS_RETURN_IF_ERROR(BranchBackward(ctx, step, layer, branch, normed, dy, dnormed));
+      continue;
+    }
+    ArenaScope of_branch(ctx.scratch);
+    const TensorRef more = ctx.scratch.Allocate(dtype_, dnormed.shape());
+    ANNULUS_RETURN_IF_ERROR(BranchBackward(ctx, step, layer, branch, normed, dy, more));
+    ANNULUS_RETURN_IF_ERROR(AddInPlace(ctx, more, dnormed));
+  }
+  return absl::OkStatus();
+}
+
 // gradient: of the layer's output in, of its input out.
 absl::Status Decoder::LayerBackward(Context& ctx, ModelStep& step, Layer& layer, TensorRef gradient) {
   const TraceRange range(layer.backward_name);
@@ -171,13 +214,7 @@ absl::Status Decoder::LayerBackward(Context& ctx, ModelStep& step, Layer& layer,
     ANNULUS_RETURN_IF_ERROR(RmsNormForward(ctx, layer.x, layer.norm, eps_, normed));
   }
   const TensorRef dnormed = ctx.scratch.Allocate(dtype_, layer.x.shape());
-  ANNULUS_RETURN_IF_ERROR(BranchBackward(ctx, step, layer, layer.branches[0], normed, gradient, dnormed));
-  for (size_t b = 1; b < layer.branches.size(); ++b) {
-    ArenaScope of_branch(ctx.scratch);
-    const TensorRef more = ctx.scratch.Allocate(dtype_, layer.x.shape());
-    ANNULUS_RETURN_IF_ERROR(BranchBackward(ctx, step, layer, layer.branches[b], normed, gradient, more));
-    ANNULUS_RETURN_IF_ERROR(AddInPlace(ctx, more, dnormed));
-  }
+  ANNULUS_RETURN_IF_ERROR(BranchesBackward(ctx, step, layer, normed, gradient, dnormed));
   return RmsNormBackward(ctx, layer.x, layer.norm, dnormed, eps_, gradient, layer.dnorm);
 }
 

@@ -288,7 +288,8 @@ absl::Status DeltaNetMixer::Backward(Context& ctx, ModelStep& step, ConstTensorR
   ANNULUS_RETURN_IF_ERROR(PrepareBackward(ctx, step, now, gradients, dnormalised, dconvolved, dqkv, dsmall));
 
   const TensorRef partial = step.tensor.Partial(ctx, dx);
-  ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dqkv, wqkv_, Write::kOverwrite, partial));
+  ANNULUS_RETURN_IF_ERROR(
+      LinearBackwardInput(ctx, dqkv, wqkv_, step.tensor.PartialWrite(dx, Write::kOverwrite), partial));
   ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dgate, wgate_, Write::kAccumulate, partial));
   ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dsmall, wsmall_, Write::kAccumulate, partial));
   ANNULUS_ASSIGN_OR_RETURN(PendingSum sum, step.tensor.StartSum(ctx, partial, Write::kOverwrite, dx));

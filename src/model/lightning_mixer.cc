@@ -119,7 +119,8 @@ class LightningMixer : public SequenceMixer {
     ANNULUS_RETURN_IF_ERROR(SiluBackward(ctx, now.qkv, dqkv, dqkv));
 
     const TensorRef partial = step.tensor.Partial(ctx, dx);
-    ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dqkv, wqkv_, Write::kOverwrite, partial));
+    ANNULUS_RETURN_IF_ERROR(
+        LinearBackwardInput(ctx, dqkv, wqkv_, step.tensor.PartialWrite(dx, Write::kOverwrite), partial));
     ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dgate, wgate_, Write::kAccumulate, partial));
     ANNULUS_ASSIGN_OR_RETURN(PendingSum sum, step.tensor.StartSum(ctx, partial, Write::kOverwrite, dx));
     absl::Status status = LinearBackwardWeight(ctx, dqkv, all, dwqkv_);

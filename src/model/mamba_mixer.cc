@@ -322,7 +322,7 @@ absl::Status MambaMixer::ProjectBackward(Context& ctx, ModelStep& step, ConstTen
     products.push_back({w_.x, dw_.x, 2 * bc, inner()});
   }
   const TensorRef partial = step.tensor.Partial(ctx, dx);
-  Write write = Write::kOverwrite;
+  Write write = step.tensor.PartialWrite(dx, Write::kOverwrite);
   for (const Product& p : products) {
     ANNULUS_RETURN_IF_ERROR(
         LinearBackwardInput(ctx, Columns(dproj, p.begin, p.columns), p.w, write, partial));

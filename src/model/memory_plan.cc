@@ -50,7 +50,7 @@ class Planner {
 
   int64_t Kept(const LayerSpec& layer) const {
     int64_t bytes = KeepsNorms(inputs_.recompute) ? stream() : 0;
-    for (const BranchSpec& branch : layer.branches) bytes += Kept(BytesOf(branch));
+    for (const BranchSpec& branch : layer.branches) bytes += Kept(BytesOf(branch, {}));
     if (layer.combine == Combine::kMeanNorm) bytes += Branches(layer) * stream();
     return bytes;
   }
@@ -64,16 +64,19 @@ class Planner {
     return bytes;
   }
   int64_t Temporaries(const LayerSpec& layer) const {
+    const Shared shared = SharedBy(layer);
     int64_t most = 0;
-    for (size_t b = 0; b < layer.branches.size(); ++b) {
-      const int64_t more = (b > 0 ? stream() : 0) + (layer.combine == Combine::kMeanNorm ? 2 * stream() : 0);
-      most = std::max(most, more + Temporaries(BytesOf(layer.branches[b])));
+    for (const BranchSpec& branch : layer.branches) {
+      const int64_t own_dx = Branches(layer) > 1 && !SumsInputGradient(branch) ? stream() : 0;
+      const int64_t normed = layer.combine == Combine::kMeanNorm ? 2 * stream() : 0;
+      most = std::max(most, own_dx + normed + Temporaries(BytesOf(branch, shared)));
     }
-    return most + stream() + (KeepsNorms(inputs_.recompute) ? 0 : stream());
+    const int64_t gathered = inputs_.tp > 1 ? shared.count() * Compute(spec_.d_model) : 0;
+    return most + gathered + stream() + (KeepsNorms(inputs_.recompute) ? 0 : stream());
   }
   int64_t Slots(const LayerSpec& layer) const {
     int64_t most = 0;
-    for (const BranchSpec& branch : layer.branches) most = std::max(most, BytesOf(branch).slots);
+    for (const BranchSpec& branch : layer.branches) most = std::max(most, BytesOf(branch, {}).slots);
     return most;
   }
   int64_t Loss() const {
@@ -108,30 +111,54 @@ class Planner {
            std::max({bytes.attention + slots, bytes.momentary, bytes.last});
   }
 
+  // What branches side by side have in common of the group's tokens: x, the gradient of y, and the sum of
+  // gradients of x.
+  struct Shared {
+    bool x = false, dy = false, dx = false;
+    int64_t count() const { return (x ? 1 : 0) + (dy ? 1 : 0) + (dx ? 1 : 0); }
+  };
+  static bool SumsInputGradient(const BranchSpec& branch) {
+    return branch.kind != BranchKind::kLatentAttention;
+  }
+  static Shared SharedBy(const LayerSpec& layer) {
+    const auto summands = std::count_if(layer.branches.begin(), layer.branches.end(), SumsInputGradient);
+    if (Branches(layer) == 1) return {};
+    return {.x = true, .dy = layer.combine == Combine::kSum, .dx = summands > 1};
+  }
+
   // With x and the gradient of y of all of the group's tokens, and at last a summand of the gradient of x.
-  BranchBytes Gathering(BranchBytes bytes) const {
+  BranchBytes Gathering(BranchBytes bytes, const Shared& shared) const {
     if (inputs_.tp == 1) return bytes;
-    bytes.temporaries += 2 * Compute(spec_.d_model);
-    bytes.last = Compute(spec_.d_model);
+    bytes.temporaries += ((shared.x ? 0 : 1) + (shared.dy ? 0 : 1)) * Compute(spec_.d_model);
+    bytes.last = shared.dx ? 0 : Compute(spec_.d_model);
+    return bytes;
+  }
+  // Latent attention takes x where queries are projected from it.
+  BranchBytes LatentWith(const BranchSpec& branch, const Shared& shared) const {
+    BranchBytes bytes = Latent(branch);
+    const bool takes_shared_x = shared.x && spec_.latent.q_rank == 0;
+    if (inputs_.tp > 1) {
+      bytes.temporaries -= ((takes_shared_x ? 1 : 0) + (shared.dy ? 1 : 0)) * Compute(spec_.d_model);
+    }
     return bytes;
   }
 
-  BranchBytes BytesOf(const BranchSpec& branch) const {
+  BranchBytes BytesOf(const BranchSpec& branch, const Shared& shared) const {
     switch (branch.kind) {
       case BranchKind::kAttention:
-        return Gathering(Attention(branch));
+        return Gathering(Attention(branch), shared);
       case BranchKind::kLatentAttention:
-        return Latent(branch);
+        return LatentWith(branch, shared);
       case BranchKind::kMamba:
-        return Gathering(Mamba());
+        return Gathering(Mamba(), shared);
       case BranchKind::kLightning:
-        return Gathering(Lightning());
+        return Gathering(Lightning(), shared);
       case BranchKind::kBased:
-        return Gathering(Based());
+        return Gathering(Based(), shared);
       case BranchKind::kDeltaNet:
-        return Gathering(DeltaNet());
+        return Gathering(DeltaNet(), shared);
       case BranchKind::kMlp:
-        return Gathering(Mlp());
+        return Gathering(Mlp(), shared);
     }
     return {};
   }

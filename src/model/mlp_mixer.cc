@@ -61,7 +61,8 @@ class MlpMixer : public SequenceMixer {
                                     : ReluSquaredBackward(ctx, now.in, dh, din));
 
     const TensorRef partial = step.tensor.Partial(ctx, dx);
-    ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, din, w_in_, Write::kOverwrite, partial));
+    ANNULUS_RETURN_IF_ERROR(
+        LinearBackwardInput(ctx, din, w_in_, step.tensor.PartialWrite(dx, Write::kOverwrite), partial));
     ANNULUS_ASSIGN_OR_RETURN(PendingSum sum, step.tensor.StartSum(ctx, partial, Write::kOverwrite, dx));
     ANNULUS_RETURN_IF_ERROR(LinearBackwardWeight(ctx, din, all_x, dw_in_));
     return sum.Finish(ctx);

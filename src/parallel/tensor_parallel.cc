@@ -81,6 +81,9 @@ absl::StatusOr<PendingTokens> TensorParallel::StartGather(Context& ctx, ConstTen
   PendingTokens pending;
   pending.all_ = x;
   if (size() == 1) return pending;
+  if (sharing_ != nullptr) {
+    if (const PendingTokens* shared = sharing_->Find(x)) return *shared;
+  }
   const TensorRef all = ctx.scratch.Allocate(x.dtype(), {x.dim(0) * size(), x.dim(1)});
   Communicator comm = comm_;
   ANNULUS_ASSIGN_OR_RETURN(Request request, comm.IAllGather(x, all));
@@ -96,12 +99,23 @@ absl::StatusOr<ConstTensorRef> TensorParallel::Gather(Context& ctx, ConstTensorR
 
 TensorRef TensorParallel::Partial(Context& ctx, TensorRef y) const {
   if (size() == 1) return y;
+  if (sharing_ != nullptr && sharing_->IsSum(y)) return sharing_->partial_;
   return ctx.scratch.Allocate(y.dtype(), {y.dim(0) * size(), y.dim(1)});
+}
+
+Write TensorParallel::PartialWrite(TensorRef y, Write write) const {
+  const SharedTokens* shared = sharing_;
+  if (shared != nullptr && shared->IsSum(y) && shared->begun_ > 0) return Write::kAccumulate;
+  return size() == 1 ? write : Write::kOverwrite;
 }
 
 absl::StatusOr<PendingSum> TensorParallel::StartSum(Context&, TensorRef partial, Write write,
                                                     TensorRef y) const {
   PendingSum pending;
+  if (SharedTokens* shared = sharing_; shared != nullptr && shared->IsSum(y)) {
+    ANNULUS_CHECK(shared->begun_ < shared->summands_) << "more than " << shared->summands_ << " summands";
+    if (++shared->begun_ < shared->summands_) return pending;
+  }
   if (size() == 1) {
     ANNULUS_CHECK(partial.raw() == y.raw()) << "partial sums that Partial did not give";
     return pending;
@@ -123,7 +137,7 @@ absl::Status TensorParallel::RowParallelForward(Context& ctx, ConstTensorRef x, 
                                                 TensorRef y) const {
   ArenaScope scope(ctx.scratch);
   const TensorRef partial = Partial(ctx, y);
-  ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, x, w, PartialWrite(write), partial));
+  ANNULUS_RETURN_IF_ERROR(LinearForward(ctx, x, w, PartialWrite(y, write), partial));
   ANNULUS_ASSIGN_OR_RETURN(PendingSum pending, StartSum(ctx, partial, write, y));
   return pending.Finish(ctx);
 }
@@ -132,6 +146,31 @@ absl::Status TensorParallel::AllReduce(TensorRef x) const {
   if (size() == 1) return absl::OkStatus();
   Communicator comm = comm_;
   return comm.AllReduce(x, ReduceOp::kSum);
+}
+
+SharedTokens::SharedTokens(TensorParallel& tensor) : tensor_(tensor) {
+  ANNULUS_CHECK(tensor.sharing_ == nullptr) << "two that share";
+  tensor.sharing_ = this;
+}
+
+SharedTokens::~SharedTokens() { tensor_.sharing_ = nullptr; }
+
+absl::Status SharedTokens::Gather(Context& ctx, ConstTensorRef x) {
+  ANNULUS_ASSIGN_OR_RETURN(PendingTokens tokens, tensor_.StartGather(ctx, x));
+  gathered_.push_back({.x = x, .tokens = std::move(tokens)});
+  return absl::OkStatus();
+}
+
+void SharedTokens::Sum(Context& ctx, TensorRef y, int summands) {
+  partial_ = tensor_.Partial(ctx, y);
+  y_ = y, summands_ = summands;
+}
+
+const PendingTokens* SharedTokens::Find(ConstTensorRef x) const {
+  for (const Gathered& gathered : gathered_) {
+    if (gathered.x.raw() == x.raw()) return &gathered.tokens;
+  }
+  return nullptr;
 }
 
 }  // namespace annulus

@@ -69,6 +69,7 @@ int64_t MostOfKernels(const ModelSpec& spec) {
 struct MemoryCase {
   const char* pattern;
   int64_t vocab = 32;  // a larger one makes the loss the peak
+  int64_t q_rank = 8;  // 0: latent attention projects its queries from the whole group's tokens
 };
 std::string NameOf(const ::testing::TestParamInfo<MemoryCase>& info) { return absl::StrCat(info.index); }
 void PrintTo(const MemoryCase& c, std::ostream* out) { *out << c.pattern << ", vocabulary " << c.vocab; }
@@ -76,7 +77,8 @@ void PrintTo(const MemoryCase& c, std::ostream* out) { *out << c.pattern << ", v
 class Memory : public ::testing::TestWithParam<MemoryCase> {};
 
 TEST_P(Memory, PlanIsWhatTrainingHolds) {
-  const ModelSpec spec = AlignedSpec(GetParam().pattern, GetParam().vocab);
+  ModelSpec spec = AlignedSpec(GetParam().pattern, GetParam().vocab);
+  spec.latent.q_rank = GetParam().q_rank;
   const WholeBatch batch = RandomBatch(spec, {.length = 512, .batch = 2});
   for (const auto& [cp, tp] : {std::pair(1, 1), {4, 1}, {1, 2}, {2, 2}}) {
     for (const Recompute recompute :
@@ -96,14 +98,15 @@ TEST_P(Memory, PlanIsWhatTrainingHolds) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Plans, Memory,
-                         ::testing::Values(MemoryCase{"A"}, MemoryCase{"A", 512}, MemoryCase{"-"},
-                                           MemoryCase{"(A -)^2"}, MemoryCase{"M"}, MemoryCase{"L"},
-                                           MemoryCase{"B"}, MemoryCase{"G"}, MemoryCase{"T"},
-                                           MemoryCase{"T{g=2}"}, MemoryCase{"T{g=4}"}, MemoryCase{"A+- A"},
-                                           MemoryCase{"A+M{combine=mean-norm} -"},
-                                           MemoryCase{"A{tie=a} M{tie=m} A{tie=a} M{tie=m}"}),
-                         NameOf);
+INSTANTIATE_TEST_SUITE_P(
+    Plans, Memory,
+    ::testing::Values(MemoryCase{"A"}, MemoryCase{"A", 512}, MemoryCase{"-"}, MemoryCase{"(A -)^2"},
+                      MemoryCase{"M"}, MemoryCase{"L"}, MemoryCase{"B"}, MemoryCase{"G"}, MemoryCase{"T"},
+                      MemoryCase{"T{g=2}"}, MemoryCase{"T{g=4}"}, MemoryCase{"A+- A"}, MemoryCase{"A+M+-"},
+                      MemoryCase{"T+M{g=2}"}, MemoryCase{"T", 32, 0}, MemoryCase{"T+M", 32, 0},
+                      MemoryCase{"T+A+-{combine=mean-norm}"}, MemoryCase{"A+M{combine=mean-norm} -"},
+                      MemoryCase{"A{tie=a} M{tie=m} A{tie=a} M{tie=m}"}),
+    NameOf);
 
 // Keys and values that a later layer takes are kept, and so are the sums of their gradients.
 TEST(MemoryOfLayers, KeysAndValuesForLaterLayersAreKept) {

@@ -88,7 +88,7 @@ TEST(TensorParallel, SumsAreScatteredAndAdded) {
       const Tensor own = Integers(absl::StrCat("partial", tensor.rank()), {2 * size, kColumns});
       const TensorRef partial = tensor.Partial(ctx, y.ref());
       EXPECT_EQ(partial.shape(), own.ref().shape());
-      const bool add = tensor.PartialWrite(write) == Write::kAccumulate;
+      const bool add = tensor.PartialWrite(y.ref(), write) == Write::kAccumulate;
       EXPECT_EQ(add, write == Write::kAccumulate && size == 1);
       for (int64_t i = 0; i < partial.elements(); ++i) {
         double& to = partial.data<double>()[i];
@@ -168,6 +168,47 @@ TEST(TensorParallel, WhatIsDroppedIsWaitedFor) {
   });
 }
 
+// Two callers get the same tokens, and what each adds comes out of one sum; afterwards each has its own
+// again.
+TEST(TensorParallel, CallersSideBySideShareGathersAndSums) {
+  OnGroups([](TensorParallel& tensor, Context& ctx) {
+    const int size = tensor.size();
+    const Tensor x = Integers("x", {2 * size, kColumns}), y = Integers("y", {2, kColumns});
+    std::vector<double> want = Values(y.ref());
+    for (int r = 0; r < size; ++r) {
+      for (const char* summand : {"first", "second"}) {
+        const Tensor of_rank = Integers(absl::StrCat(summand, r), {2 * size, kColumns});
+        const std::vector<double> mine = Values(Share(of_rank, tensor.rank(), size));
+        for (size_t i = 0; i < want.size(); ++i) want[i] += mine[i];
+      }
+    }
+    const ConstTensorRef own = Share(x, tensor.rank(), size);
+    ArenaScope scope(ctx.scratch);
+    {
+      SharedTokens shared(tensor);
+      ANNULUS_CHECK_OK(shared.Gather(ctx, own));
+      shared.Sum(ctx, y.ref(), 2);
+      const ConstTensorRef first = tensor.Gather(ctx, own).value(), second = tensor.Gather(ctx, own).value();
+      EXPECT_EQ(first.raw(), second.raw());
+      EXPECT_EQ(Values(second), Values(x.ref()));
+      for (const char* summand : {"first", "second"}) {
+        const Tensor of_rank = Integers(absl::StrCat(summand, tensor.rank()), {2 * size, kColumns});
+        const TensorRef partial = tensor.Partial(ctx, y.ref());
+        const bool add = tensor.PartialWrite(y.ref(), Write::kAccumulate) == Write::kAccumulate;
+        EXPECT_EQ(add, size == 1 || std::string(summand) == "second");
+        for (int64_t i = 0; i < partial.elements(); ++i) {
+          double& to = partial.data<double>()[i];
+          to = (add ? to : 0) + of_rank.ref().data<double>()[i];
+        }
+        PendingSum sum = tensor.StartSum(ctx, partial, Write::kAccumulate, y.ref()).value();
+        ANNULUS_CHECK_OK(sum.Finish(ctx));
+      }
+      EXPECT_EQ(Values(y.ref()), want);
+    }
+    EXPECT_EQ(tensor.Gather(ctx, own).value().raw() == tensor.Gather(ctx, own).value().raw(), size == 1);
+  });
+}
+
 TEST(TensorParallel, OneRankMovesNothing) {
   TensorParallel none;
   Context ctx{Device{}};
@@ -181,6 +222,10 @@ TEST(TensorParallel, OneRankMovesNothing) {
   const Tensor other = Integers("x", {4, kColumns});
   EXPECT_DEATH((void)none.StartSum(ctx, other.ref(), Write::kOverwrite, x.ref()),
                "that Partial did not give");
+  SharedTokens shared(none);
+  shared.Sum(ctx, x.ref(), 1);
+  ANNULUS_CHECK_OK(none.StartSum(ctx, x.ref(), Write::kOverwrite, x.ref()).status());
+  EXPECT_DEATH((void)none.StartSum(ctx, x.ref(), Write::kOverwrite, x.ref()), "more than 1 summands");
 }
 
 }  // namespace

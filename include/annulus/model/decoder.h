@@ -74,6 +74,8 @@ class Decoder {
     TensorRef norm, dnorm;
     Combine combine = Combine::kSum;
     std::vector<Branch> branches;
+    std::vector<size_t> backward_order;  // of branches: the first `summands` add to one gradient of the input
+    int summands = 0;
     TensorRef x, normed;  // kept from forward: input, and with Recompute::kNone its norm
   };
 
@@ -86,11 +88,17 @@ class Decoder {
                               ConstTensorRef targets) const;
   absl::Status HeadForwardBackward(Context& ctx, ModelStep& step, TensorRef x, ConstTensorRef targets,
                                    double loss_scale, TensorRef gradient, TensorRef loss);
+  static absl::Status ShareForward(Context& ctx, const Layer& layer, ConstTensorRef normed, TensorRef y,
+                                   SharedTokens& shared);
+  static absl::Status ShareBackward(Context& ctx, const Layer& layer, ConstTensorRef normed,
+                                    ConstTensorRef dy, TensorRef dnormed, SharedTokens& shared);
   absl::Status LayerForward(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef x, Keep keep,
                             TensorRef y);
   absl::Status LayerBackward(Context& ctx, ModelStep& step, Layer& layer, TensorRef gradient);
   absl::Status AddMeanNorm(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef normed, Keep keep,
                            TensorRef y);
+  absl::Status BranchesBackward(Context& ctx, ModelStep& step, Layer& layer, ConstTensorRef normed,
+                                ConstTensorRef dy, TensorRef dnormed);
   absl::Status BranchBackward(Context& ctx, ModelStep& step, Layer& layer, Branch& branch,
                               ConstTensorRef normed, ConstTensorRef dy, TensorRef dnormed);
 

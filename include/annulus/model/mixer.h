@@ -63,7 +63,9 @@ class SequenceMixer {
   // flight.
   virtual absl::Status Forward(Context& ctx, ModelStep& step, ConstTensorRef x, Keep keep, TensorRef y) = 0;
 
-  // dx (overwritten) and parameter gradients (added to) from x as given to Forward and dy.
+  // dx (overwritten) and parameter gradients (added to) from x as given to Forward and dy. Branches side by
+  // side may have one dx: it is whole when the last of them is done (SharedTokens), so it is written by
+  // step.tensor alone.
   virtual absl::Status Backward(Context& ctx, ModelStep& step, ConstTensorRef x, ConstTensorRef dy,
                                 TensorRef dx) = 0;
 };

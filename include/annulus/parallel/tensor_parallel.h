@@ -44,6 +44,8 @@ class PendingTokens {
   ConstTensorRef all_;
 };
 
+class SharedTokens;
+
 class TensorParallel {
  public:
   TensorParallel() = default;  // one rank
@@ -64,8 +66,8 @@ class TensorParallel {
   // Where partial sums for `y` [tokens / size, columns] are to be written: [tokens, columns] in ctx.scratch,
   // y itself on one rank.
   TensorRef Partial(Context& ctx, TensorRef y) const;
-  // How: products of one rank go straight where the sum belongs.
-  Write PartialWrite(Write write) const { return size() == 1 ? write : Write::kOverwrite; }
+  // How, where the sum is to be written to `y` in the way `write`: products of one rank go straight there.
+  Write PartialWrite(TensorRef y, Write write) const;
   // y (=, +=) this rank's tokens of the sum over ranks of `partial`, which Partial gave.
   absl::StatusOr<PendingSum> StartSum(Context& ctx, TensorRef partial, Write write, TensorRef y) const;
 
@@ -79,11 +81,47 @@ class TensorParallel {
   void Poll(const Context& ctx) const;
 
  private:
+  friend class SharedTokens;
   struct Shared;  // by all copies
   std::shared_ptr<Request> Watch(Request request) const;
 
   Communicator comm_;
-  std::shared_ptr<Shared> shared_;  // null with one rank
+  std::shared_ptr<Shared> shared_;   // null with one rank
+  SharedTokens* sharing_ = nullptr;  // while there is one
+};
+
+// What callers side by side have in common, as the branches of one layer do: as long as this lives, each of
+// the tensors named here is gathered once for all who gather it, and what several add to one tensor is summed
+// over the group once, with the last of them. In memory of ctx.scratch, which must outlive this.
+//
+//   SharedTokens shared(tensor);
+//   shared.Gather(ctx, x), shared.Sum(ctx, y, 2);
+//   tensor.Gather(ctx, x) ... tensor.RowParallelForward(ctx, h, w, Write::kAccumulate, y);  // twice
+class SharedTokens {
+ public:
+  explicit SharedTokens(TensorParallel& tensor);
+  ~SharedTokens();
+  SharedTokens(const SharedTokens&) = delete;
+  SharedTokens& operator=(const SharedTokens&) = delete;
+
+  // Starts to gather x.
+  absl::Status Gather(Context& ctx, ConstTensorRef x);
+  // The next `summands` sums for y are one.
+  void Sum(Context& ctx, TensorRef y, int summands);
+
+ private:
+  friend class TensorParallel;
+  struct Gathered {
+    ConstTensorRef x;
+    PendingTokens tokens;
+  };
+  const PendingTokens* Find(ConstTensorRef x) const;
+  bool IsSum(TensorRef y) const { return y_.defined() && y_.raw() == y.raw(); }
+
+  TensorParallel& tensor_;
+  std::vector<Gathered> gathered_;
+  TensorRef y_, partial_;
+  int summands_ = 0, begun_ = 0;
 };
 
 }  // namespace annulus
