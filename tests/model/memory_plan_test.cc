@@ -4,6 +4,7 @@
 
 #include <mutex>
 
+#include "absl/strings/match.h"
 #include "annulus/model/cost.h"
 #include "annulus/train/optimizer.h"
 #include "model/mesh_run.h"
@@ -107,6 +108,43 @@ INSTANTIATE_TEST_SUITE_P(
                       MemoryCase{"T+A+-{combine=mean-norm}"}, MemoryCase{"A+M{combine=mean-norm} -"},
                       MemoryCase{"A{tie=a} M{tie=m} A{tie=a} M{tie=m}"}),
     NameOf);
+
+// No kernel of a CPU takes bf16, but these layers allocate what they keep before they call their first
+// kernel, which refuses: what would be kept on a GPU, by its dtypes. The others, and temporaries: tests/gpu.
+class KeptInBf16 : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(KeptInBf16, IsPlanned) {
+  const ModelSpec spec = AlignedSpec(GetParam(), 32);
+  for (const Recompute recompute :
+       {Recompute::kNone, Recompute::kElementwise, Recompute::kAttentionOutput, Recompute::kBlock}) {
+    SCOPED_TRACE(static_cast<int>(recompute));
+    const ParamStore params(Device{}, DType::kBF16, BuildParamTable(spec), 1);
+    const std::unique_ptr<SequenceMixer> mixer =
+        MakeMixer({.spec = spec, .recompute = recompute, .params = params});
+    AttentionGeometry geometry(SequenceLayout(LayoutKind::kContiguous, 512, 1), MakeLoopbackGroup(1)[0]);
+    geometry.SetBatch(RandomSequences(5, 512, 2, Lengths::kFull, Documents::kNone));
+    ModelStep step{.geometry = geometry};
+    const Tensor x(Device{}, DType::kBF16, {step.tokens(), spec.d_model}),
+        y(Device{}, DType::kBF16, {step.tokens(), spec.d_model});
+    Context ctx(Device{});
+    const absl::Status status = mixer->Forward(ctx, step, x.ref(), Keep::kForBackward, y.ref());
+    EXPECT_TRUE(absl::StrContains(status.message(), "expected f32 or f64")) << status;
+
+    const auto planned = [&](DType dtype) {
+      MemoryInputs inputs{
+          .dtype = dtype, .local_tokens = step.tokens(), .sequences = 2, .recompute = recompute};
+      const int64_t streams = recompute == Recompute::kNone ? 3 : 2;  // of the layer, beside its branch
+      return PlanMemory(spec, inputs).activations - streams * x.ref().bytes() / 2 * SizeOf(dtype);
+    };
+    EXPECT_EQ(planned(DType::kBF16), ctx.saved.high_water_bytes());
+    // Some of it in f32, unless it is nothing.
+    EXPECT_LE(planned(DType::kBF16), planned(DType::kF32));
+    EXPECT_GE(2 * planned(DType::kBF16), planned(DType::kF32));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Plans, KeptInBf16, ::testing::Values("A", "-", "M", "G"),
+                         [](const auto& info) { return absl::StrCat(info.index); });
 
 // Keys and values that a later layer takes are kept, and so are the sums of their gradients.
 TEST(MemoryOfLayers, KeysAndValuesForLaterLayersAreKept) {
