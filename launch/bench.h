@@ -62,9 +62,18 @@ BenchKind GemmBench();
 BenchKind AttentionBench();
 BenchKind PlansBench();
 BenchKind AutoBench();
+BenchKind LatentBench();
 BenchKind TimelineBench();
 BenchKind ExchangeBench();
 BenchKind StepBench();
+
+// Of an option that takes several values: "8,16".
+std::vector<std::string> OptionList(const Arguments& arguments, absl::string_view option,
+                                    absl::string_view fallback);
+// --lengths, ascending; --throttles, 0 at full speed.
+absl::StatusOr<std::vector<int64_t>> ReadLengths(const Arguments& arguments, absl::string_view fallback);
+absl::StatusOr<std::vector<LinkThrottle>> ReadThrottles(const Arguments& arguments,
+                                                        absl::string_view fallback);
 
 // Refuses options and fields that mean nothing to the kind, by name.
 absl::Status CheckBenchOptions(const BenchKind& kind, const Arguments& arguments);

@@ -44,11 +44,6 @@ struct GridCase {
 
 // ---- Options ------------------------------------------------------------------------------------
 
-std::vector<std::string> List(const Arguments& arguments, absl::string_view option,
-                              absl::string_view fallback) {
-  return absl::StrSplit(arguments.Last(option, fallback), ',');
-}
-
 // "16/4"; "16" is 16/16.
 absl::StatusOr<ContextAttentionShape> ParseHeads(const std::string& text) {
   ContextAttentionShape shape;
@@ -61,33 +56,22 @@ absl::StatusOr<ContextAttentionShape> ParseHeads(const std::string& text) {
 
 absl::StatusOr<Grid> ReadGrid(const Arguments& arguments, const RunSpec& spec) {
   Grid grid;
-  for (const std::string& text : List(arguments, "--lengths", "8192,32768")) {
-    int64_t length = 0;
-    if (!absl::SimpleAtoi(text, &length) || length < 1)
-      return Invalid("--lengths=", text, ": expected integers of at least 1");
-    grid.lengths.push_back(length);
-  }
-  std::sort(grid.lengths.begin(), grid.lengths.end());
+  ANNULUS_ASSIGN_OR_RETURN(grid.lengths, ReadLengths(arguments, "8192,32768"));
   ANNULUS_ASSIGN_OR_RETURN(const int64_t dim, arguments.PositiveInt("--dim", 128));
   ANNULUS_ASSIGN_OR_RETURN(const int64_t v_dim, arguments.PositiveInt("--v_dim", dim));
-  for (const std::string& text : List(arguments, "--heads", "16/16,16/4,16/1")) {
+  for (const std::string& text : OptionList(arguments, "--heads", "16/16,16/4,16/1")) {
     ANNULUS_ASSIGN_OR_RETURN(ContextAttentionShape shape, ParseHeads(text));
     shape.head_dim = dim, shape.v_head_dim = v_dim;
     shape.scale = 1 / std::sqrt(static_cast<double>(dim));
     ANNULUS_RETURN_IF_ERROR(CheckLayer(shape, grid.lengths.back(), "--lengths", spec));
     grid.shapes.push_back(shape);
   }
-  for (const std::string& mask : List(arguments, "--masks", "causal,full,documents")) {
+  for (const std::string& mask : OptionList(arguments, "--masks", "causal,full,documents")) {
     if (mask != "causal" && mask != "full" && mask != "documents")
       return Invalid("--masks=", mask, ": expected causal, full, documents or several of them");
     grid.masks.push_back(mask);
   }
-  for (const std::string& text : List(arguments, "--throttles", "0")) {
-    double rate = 0;
-    if (!absl::SimpleAtod(text, &rate) || !(rate >= 0) || rate > 1e6)
-      return Invalid("--throttles=", text, ": expected rates from 0 (full speed) to 1e6 GB/s");
-    grid.throttles.push_back({rate * 1e9});
-  }
+  ANNULUS_ASSIGN_OR_RETURN(grid.throttles, ReadThrottles(arguments, "0"));
   ANNULUS_ASSIGN_OR_RETURN(grid.document_length, arguments.PositiveInt("--document_length", 0));
   return grid;
 }

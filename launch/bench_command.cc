@@ -51,13 +51,13 @@ struct PlannedBench {
 
 // All that can be said without a device.
 absl::StatusOr<PlannedBench> PlanBench(const Arguments& arguments, int world) {
-  const BenchKind kinds[] = {GemmBench(),     AttentionBench(), PlansBench(), AutoBench(),
-                             TimelineBench(), ExchangeBench(),  StepBench()};
+  const BenchKind kinds[] = {GemmBench(),   AttentionBench(), PlansBench(),    AutoBench(),
+                             LatentBench(), TimelineBench(),  ExchangeBench(), StepBench()};
   const auto kind = std::find_if(std::begin(kinds), std::end(kinds),
                                  [&](const BenchKind& k) { return arguments.operand() == k.name; });
   if (kind == std::end(kinds)) {
     return Invalid("annulus bench ", arguments.operand(),
-                   ": expected one of gemm, attention, plans, auto, timeline, exchange, step");
+                   ": expected one of gemm, attention, plans, auto, latent, timeline, exchange, step");
   }
   ANNULUS_RETURN_IF_ERROR(CheckBenchOptions(*kind, arguments));
   PlannedBench planned;
@@ -88,24 +88,30 @@ Command BenchCommand() {
   return {
       {"bench",
        "WHAT",
-       "measures gemm, attention, plans, auto, timeline, exchange or step, beside the ceiling of each",
+       "measures gemm, attention, plans, auto, latent, timeline, exchange or step, beside the ceiling of "
+       "each",
        {{"--json", Option::Takes::kNothing, "", "one JSON object a result"},
         {"--repeats", Option::Takes::kValue, "N", "timed runs, of which the median counts (default 10)"},
         {"--m", Option::Takes::kValue, "M", "gemm: rows (default 8192, on CPUs 1024); --n, --k: default M"},
         {"--n", Option::Takes::kValue, "N", "gemm: columns"},
         {"--k", Option::Takes::kValue, "K", "gemm: inner size"},
         {"--heads", Option::Takes::kValue, "H",
-         "attention, plans, timeline: query heads (default 16); auto: H/KV,... (default 16/16,16/4,16/1)"},
-        {"--lengths", Option::Takes::kValue, "S,...", "auto: in place of --length (default 8192,32768)"},
+         "attention, plans, timeline: query heads (default 16); auto: H/KV,... (default 16/16,16/4,16/1); "
+         "latent: default 128"},
+        {"--lengths", Option::Takes::kValue, "S,...",
+         "auto: in place of --length (default 8192,32768); latent: tokens a rank (default 4096 to 32768, on "
+         "CPUs 64,256)"},
         {"--masks", Option::Takes::kValue, "MASK,...",
          "auto: in place of --mask, of causal, full and documents (default all)"},
         {"--throttles", Option::Takes::kValue, "GB/S,...",
-         "auto: in place of --throttle; 0 is full speed (default 0)"},
+         "auto, latent: in place of --throttle; 0 is full speed (default 0)"},
         {"--all", Option::Takes::kNothing, "", "auto: times plans that are predicted far slower, too"},
         {"--kv_heads", Option::Takes::kValue, "H", "attention, plans, timeline: KV heads (default: heads)"},
-        {"--dim", Option::Takes::kValue, "D", "attention, plans, auto, timeline: head dim (default 128)"},
-        {"--v_dim", Option::Takes::kValue, "D",
-         "attention, plans, auto, timeline: head dim of values (default: dim)"},
+        {"--dim", Option::Takes::kValue, "D",
+         "attention, plans, auto, timeline: head dim; latent: without positions (default 128)"},
+        {"--rope_dim", Option::Takes::kValue, "D", "latent: head dim that carries positions (default 64)"},
+        {"--latent_dim", Option::Takes::kValue, "R", "latent: columns of the latent (default 512)"},
+        {"--v_dim", Option::Takes::kValue, "D", "head dim of values (default: dim)"},
         {"--length", Option::Takes::kValue, "S",
          "attention, plans, timeline: tokens over all ranks (default 32768)"},
         {"--mask", Option::Takes::kValue, "MASK",

@@ -5,6 +5,7 @@
 
 #include "annulus/base/random.h"
 #include "annulus/device/transfer.h"
+#include "annulus/ops/elementwise.h"
 #include "annulus/train/exchange.h"
 
 namespace annulus {
@@ -139,6 +140,27 @@ void CopyRowsOfRank(Context& ctx, ConstTensorRef whole, const SequenceLayout& la
       i += run;
     }
   }
+}
+
+absl::StatusOr<double> LargestDifference(const Bench& bench, TensorRef got, TensorRef want) {
+  Context& ctx = bench.ctx();
+  const DType wide = AccumOf(got.dtype());
+  const Tensor got_host(Device{}, wide, got.shape()), want_host(Device{}, wide, got.shape());
+  for (const auto& [from, to] : {std::pair(got, got_host.ref()), {want, want_host.ref()}}) {
+    ArenaScope scope(ctx.scratch);
+    const TensorRef copy = ctx.scratch.Allocate(wide, from.shape());
+    ANNULUS_RETURN_IF_ERROR(Cast(ctx, from, copy));
+    Download(ctx, copy, to.raw());
+  }
+  return VisitFloat(wide, [&]<class T>() {
+    double difference = 0, largest = 0;
+    for (int64_t i = 0; i < got.elements(); ++i) {
+      const double g = got_host.ref().data<T>()[i], w = want_host.ref().data<T>()[i];
+      difference = std::max(difference, std::isfinite(g) ? std::abs(g - w) : HUGE_VAL);
+      largest = std::max(largest, std::abs(w));
+    }
+    return largest > 0 ? difference / largest : difference;
+  });
 }
 
 // The rows are those of a tensor of the whole sequence that every rank draws.

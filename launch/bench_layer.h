@@ -43,6 +43,9 @@ ExchangeOptions ExchangeFor(const Bench& bench, const ContextAttentionShape& sha
 void CopyRowsOfRank(Context& ctx, ConstTensorRef whole, const SequenceLayout& layout, int cp_rank,
                     TensorRef rows);
 
+// max |got - want| / max |want| over this rank's elements; infinite where something got is not finite.
+absl::StatusOr<double> LargestDifference(const Bench& bench, TensorRef got, TensorRef want);
+
 // The layer on the rows of one rank; memory of the context's `saved`.
 class BenchLayer {
  public:

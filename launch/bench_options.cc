@@ -3,7 +3,9 @@
 #include <algorithm>
 
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "bench.h"
 
 namespace annulus {
@@ -25,6 +27,35 @@ bool IsIn(const std::vector<absl::string_view>& fields, absl::string_view path) 
 }
 
 }  // namespace
+
+std::vector<std::string> OptionList(const Arguments& arguments, absl::string_view option,
+                                    absl::string_view fallback) {
+  return absl::StrSplit(arguments.Last(option, fallback), ',');
+}
+
+absl::StatusOr<std::vector<int64_t>> ReadLengths(const Arguments& arguments, absl::string_view fallback) {
+  std::vector<int64_t> lengths;
+  for (const std::string& text : OptionList(arguments, "--lengths", fallback)) {
+    int64_t length = 0;
+    if (!absl::SimpleAtoi(text, &length) || length < 1)
+      return Invalid("--lengths=", text, ": expected integers of at least 1");
+    lengths.push_back(length);
+  }
+  std::sort(lengths.begin(), lengths.end());
+  return lengths;
+}
+
+absl::StatusOr<std::vector<LinkThrottle>> ReadThrottles(const Arguments& arguments,
+                                                        absl::string_view fallback) {
+  std::vector<LinkThrottle> throttles;
+  for (const std::string& text : OptionList(arguments, "--throttles", fallback)) {
+    double rate = 0;
+    if (!absl::SimpleAtod(text, &rate) || !(rate >= 0) || rate > 1e6)
+      return Invalid("--throttles=", text, ": expected rates from 0 (full speed) to 1e6 GB/s");
+    throttles.push_back({rate * 1e9});
+  }
+  return throttles;
+}
 
 absl::Status CheckBenchOptions(const BenchKind& kind, const Arguments& arguments) {
   std::vector<absl::string_view> known = kind.options;

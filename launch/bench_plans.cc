@@ -7,7 +7,6 @@
 
 #include "absl/strings/str_format.h"
 #include "annulus/base/file.h"
-#include "annulus/device/transfer.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/train/plan_exchange.h"
 #include "annulus/train/report.h"
@@ -87,7 +86,7 @@ class PlanRuns {
     ANNULUS_RETURN_IF_ERROR(world.AgreeOk(run(&once)));
     double worst[2] = {static_cast<double>(once.bytes_sent), 0};
     for (const auto& [got, want] : results) {
-      ANNULUS_ASSIGN_OR_RETURN(const double difference, Difference(got, want));
+      ANNULUS_ASSIGN_OR_RETURN(const double difference, LargestDifference(bench_, got, want));
       worst[1] = std::max(worst[1], difference);
     }
     bench_.ctx().lane.Synchronize();
@@ -104,28 +103,6 @@ class PlanRuns {
     result->bytes_sent = static_cast<int64_t>(worst[0]);
     result->difference = worst[1];
     return absl::OkStatus();
-  }
-
-  // max |got - want| / max |want| over this rank's rows.
-  absl::StatusOr<double> Difference(TensorRef got, TensorRef want) {
-    Context& ctx = bench_.ctx();
-    const DType wide = AccumOf(got.dtype());
-    const Tensor got_host(Device{}, wide, got.shape()), want_host(Device{}, wide, got.shape());
-    for (const auto& [from, to] : {std::pair(got, got_host.ref()), {want, want_host.ref()}}) {
-      ArenaScope scope(ctx.scratch);
-      const TensorRef copy = ctx.scratch.Allocate(wide, from.shape());
-      ANNULUS_RETURN_IF_ERROR(Cast(ctx, from, copy));
-      Download(ctx, copy, to.raw());
-    }
-    return VisitFloat(wide, [&]<class T>() {
-      double difference = 0, largest = 0;
-      for (int64_t i = 0; i < got.elements(); ++i) {
-        const double g = got_host.ref().data<T>()[i], w = want_host.ref().data<T>()[i];
-        difference = std::max(difference, std::isfinite(g) ? std::abs(g - w) : HUGE_VAL);
-        largest = std::max(largest, std::abs(w));
-      }
-      return largest > 0 ? difference / largest : difference;
-    });
   }
 
   Bench& bench_;

@@ -19,27 +19,26 @@ namespace annulus {
 namespace {
 
 // "cudnn (causal block)"
-std::string KernelFor(const RunSpec& spec, MaskShape shape) {
-  const AttentionKernel kernel = ChooseAttentionKernel(
-      {.device = spec.device == DeviceChoice::kCuda ? DeviceKind::kCuda : DeviceKind::kCpu,
-       .dtype = DTypeOf(spec.compute),
-       .dim = spec.model.head_dim,
-       .v_dim = spec.model.head_dim,
-       .mask_shape = shape,
-       .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff});
+std::string KernelFor(const AttentionCase& layer, MaskShape shape) {
+  const AttentionKernel kernel = ChooseAttentionKernel({.device = layer.device,
+                                                        .dtype = layer.dtype,
+                                                        .dim = layer.head_dim,
+                                                        .v_dim = layer.v_head_dim,
+                                                        .mask_shape = shape,
+                                                        .determinism = layer.determinism});
   const char* block = shape == MaskShape::kFull ? "full" : shape == MaskShape::kCausal ? "causal" : "masked";
   return absl::StrCat(Name(kernel), " (", block, " blocks)");
 }
 
 // Kernel calls of each kind, over all ranks.
-std::map<std::string, int64_t> KernelsOf(const RunSpec& spec, const PlannedPass& planned) {
+std::map<std::string, int64_t> KernelsOf(const PlannedPass& planned) {
   std::map<std::string, int64_t> calls;
   for (size_t r = 0; r < planned.plan.ranks.size(); ++r) {
     for (const Step& step : planned.plan.ranks[r].steps) {
       if (step.kind != StepKind::kAttend) continue;
       for (const AttendCall& call : CallsOf(planned.layer.layout, planned.layer.sequences, planned.plan,
                                             static_cast<int>(r), step.attend)) {
-        ++calls[KernelFor(spec, call.shape)];
+        ++calls[KernelFor(planned.layer, call.shape)];
       }
     }
   }
@@ -68,24 +67,49 @@ nlohmann::ordered_json CandidateJson(const PlanCandidate& candidate) {
   return json;
 }
 
-nlohmann::ordered_json PassJson(const RunSpec& spec, const PlannedPass& planned) {
+nlohmann::ordered_json LatentsJson(const PlannedPass& planned) {
+  const LatentDecision& decision = *planned.latents;
+  nlohmann::ordered_json json = {{"exchange", std::string(Name(decision))}, {"why", decision.why}};
+  for (const auto& [name, seconds] : {std::pair{"latents_predicted_seconds", decision.latent_seconds},
+                                      {"keys_and_values_predicted_seconds", decision.expanded_seconds}}) {
+    if (seconds.has_value()) json[name] = *seconds;
+  }
+  json["expansion_at_home_seconds"] = planned.home_seconds;
+  return json;
+}
+
+nlohmann::ordered_json PassJson(const PlannedPass& planned) {
   const PlanCandidate& shown = planned.candidates[planned.shown];
+  const AttentionClass& layers = planned.kind.attention;
   nlohmann::ordered_json json = {{"layers", planned.kind.layers},
-                                 {"window", planned.kind.window},
+                                 {"layer", Name(layers.branch)},
+                                 {"window", layers.window},
                                  {"pass", Name(planned.pass)},
                                  {"plan", shown.name},
                                  {"transport", std::string(Name(shown.transport))},
                                  {"why", WhyShown(planned)},
                                  {"hash", HashOf(planned.plan)},
                                  {"bytes_sent_per_rank", planned.simulation.bytes_sent},
-                                 {"kernel_calls", KernelsOf(spec, planned)},
+                                 {"kernel_calls", KernelsOf(planned)},
                                  {"predicted_seconds", planned.simulation.makespan},
                                  {"predicted_exposed_seconds", planned.simulation.exposed},
                                  {"candidates", nlohmann::ordered_json::array()}};
   for (const PlanCandidate& candidate : planned.candidates) {
     json["candidates"].push_back(CandidateJson(candidate));
   }
+  if (layers.latent_groups > 1) json["latent_groups"] = layers.latent_groups;
+  if (planned.latents.has_value()) json["latents"] = LatentsJson(planned);
   return json;
+}
+
+nlohmann::ordered_json StatesJson(const StateKind& kind) {
+  const auto sent = [](const StateExchange& exchange) -> nlohmann::ordered_json {
+    return {{"state_bytes", exchange.state_bytes}, {"halo_bytes", exchange.halo_bytes}};
+  };
+  return {{"layers", kind.layers},
+          {"layer", Name(kind.branch)},
+          {"forward", sent(kind.forward)},
+          {"backward", sent(kind.backward)}};
 }
 
 // What is planned, and for what.
@@ -123,7 +147,8 @@ std::string Json(const Planned& planned) {
   const double throttle = spec.parallel.exchange.throttle_gb_per_second;
   if (throttle > 0) json["throttle_gb_per_second"] = throttle;
   json["exchange"] = nlohmann::ordered_json::array();
-  for (const PlannedPass& pass : planned.passes) json["exchange"].push_back(PassJson(spec, pass));
+  for (const PlannedPass& pass : planned.passes) json["exchange"].push_back(PassJson(pass));
+  for (const StateKind& kind : StateKindsOf(spec)) json["states"].push_back(StatesJson(kind));
   return json.dump(2);
 }
 
@@ -158,9 +183,10 @@ void Print(const Planned& planned) {
   for (const PlannedPass& pass : planned.passes) {
     std::printf("\n%s, %s; of each, per micro-batch:\n%s", LayersText(pass.kind).c_str(), Name(pass.pass),
                 CandidateTable(pass).c_str());
-    std::printf("kernel calls of all ranks: %s\n", KernelsText(KernelsOf(planned.spec, pass)).c_str());
+    std::printf("kernel calls of all ranks: %s\n", KernelsText(KernelsOf(pass)).c_str());
     std::printf("%s", Timeline(pass.plan, pass.simulation).c_str());
   }
+  for (const StateKind& kind : StateKindsOf(planned.spec)) std::printf("\n%s\n", StateText(kind).c_str());
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
@@ -205,7 +231,7 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
 Command PlanCommand() {
   return {{"plan",
            "CONFIG",
-           "prints parameters, FLOPs, memory and the exchange of every attention layer",
+           "prints parameters, FLOPs, memory and the exchange of every layer",
            {{"--world", Option::Takes::kValue, "N", "number of ranks"},
             {"--json", Option::Takes::kNothing, "", "prints JSON"},
             {"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field; repeatable"},

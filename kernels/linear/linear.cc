@@ -60,7 +60,10 @@ absl::Status LinearForward(Context& ctx, ConstMatrixRef x, ConstMatrixRef w, Wri
 
 absl::Status LinearBackwardInput(Context& ctx, ConstMatrixRef dy, ConstMatrixRef w, Write write,
                                  MatrixRef dx) {
-  ANNULUS_RETURN_IF_ERROR(CheckLinear(ctx, {"linear.dx", dx, "linear.w", w, dx.dtype, "linear.dy", dy}));
+  ConstMatrixRef result = dx;
+  if (dx.dtype == AccumOf(dy.dtype)) result.dtype = dy.dtype;
+  ANNULUS_RETURN_IF_ERROR(
+      CheckLinear(ctx, {"linear.dx", result, "linear.w", w, result.dtype, "linear.dy", dy}));
   absl::Status status = VisitKernel(ctx, dy.dtype, [&]<class T>(auto device) {
     return kernels::LinearBackwardInput<T>(device, ctx, dy, w, write, dx);
   });

@@ -35,7 +35,7 @@ absl::Status LinearBackwardInput(CudaTag, Context& ctx, ConstMatrixRef dy, Const
   return CudaLinearBackwardInput(LibrariesOf(ctx).Linear(ctx),
                                  {.shape = {.tokens = dx.rows, .in = dx.cols, .out = dy.cols},
                                   .operands = kElement<T>,
-                                  .result = kElement<T>,
+                                  .result = dx.dtype == DType::kF32 ? CudaElement::kF32 : kElement<T>,
                                   .dy = Operand(dy),
                                   .w = Operand(w),
                                   .write = WriteOf(write),

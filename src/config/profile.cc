@@ -48,8 +48,9 @@ const Names<TransportKind>& Transports() {
   return names;
 }
 
-// At least one point, in ascending order of size.
-std::vector<RatePoint> BindPoints(const Section& section, const std::string& name) {
+// In ascending order of size; where they are required, at least one.
+std::vector<RatePoint> BindPoints(const Section& section, const std::string& name,
+                                  Presence presence = Presence::kRequired) {
   std::vector<RatePoint> points;
   for (const Section& child : section.Children(name)) {
     RatePoint point;
@@ -62,7 +63,7 @@ std::vector<RatePoint> BindPoints(const Section& section, const std::string& nam
     }
     points.push_back(point);
   }
-  if (points.empty()) {
+  if (points.empty() && presence == Presence::kRequired) {
     section.provenance()->Missing(section.PathOf(name),
                                   absl::StrCat("at least one ", name, " { size: ... per_second: ... }"));
   }
@@ -99,6 +100,8 @@ MachineProfile Bind(const Section& root) {
   profile.ranks = static_cast<int>(ranks);
   root.Real("launch_seconds", Presence::kRequired, kSeconds, &profile.launch_seconds);
   profile.copy = BindPoints(root, "copy");
+  profile.products = BindPoints(root, "product", Presence::kOptional);
+  profile.product_gradients = BindPoints(root, "product_gradients", Presence::kOptional);
   for (const Section& link : root.Children("link")) profile.links.push_back(BindLink(link));
   for (const Section& rate : root.Children("attention")) profile.attention.push_back(BindAttention(rate));
   if (profile.attention.empty()) {
@@ -168,6 +171,8 @@ std::string ProfileText(const MachineProfile& profile) {
   message.set_ranks(profile.ranks);
   message.set_launch_seconds(profile.launch_seconds);
   WritePoints(profile.copy, message.mutable_copy());
+  WritePoints(profile.products, message.mutable_product());
+  WritePoints(profile.product_gradients, message.mutable_product_gradients());
   for (const LinkRate& link : profile.links) WriteLink(link, message.add_link());
   for (const AttentionRate& rate : profile.attention) WriteAttention(rate, message.add_attention());
   return absl::StrCat(profile.measured ? "# Measured by annulus calibrate.\n" : "# Assumed, not measured.\n",

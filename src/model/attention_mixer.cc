@@ -206,14 +206,14 @@ class AttentionMixer : public SequenceMixer {
   }
 
   absl::Status Attend(Context& ctx, ModelStep& step, const Activations& to) const {
-    return Timed(ctx, step, shape_.window, Pass::kForward, [&] {
+    return Timed(ctx, step, {.window = shape_.window}, Pass::kForward, [&] {
       return ContextAttentionForward(ctx, step.geometry, shape_,
                                      {.q = to.q, .kv = to.kv, .out = to.out, .lse = to.lse}, &step.stats);
     });
   }
   absl::Status AttendBackward(Context& ctx, ModelStep& step, const Activations& now, TensorRef dout,
                               TensorRef dq, TensorRef dkv) const {
-    return Timed(ctx, step, shape_.window, Pass::kBackward, [&] {
+    return Timed(ctx, step, {.window = shape_.window}, Pass::kBackward, [&] {
       return ContextAttentionBackward(
           ctx, step.geometry, shape_,
           {.q = now.q, .kv = now.kv, .out = now.out, .lse = now.lse, .dout = dout, .dq = dq, .dkv = dkv},

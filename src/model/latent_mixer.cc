@@ -55,6 +55,9 @@ class LatentMixer : public SequenceMixer {
         projection_(args),
         mesh_(LatentShardOf(args.shard, args.branch_spec().latent_groups)),
         groups_(args.branch_spec().latent_groups),
+        class_{.branch = BranchKind::kLatentAttention,
+               .window = args.branch_spec().window,
+               .latent_groups = groups_},
         own_heads_(args.spec.latent.heads / args.shard.size),
         rope_(RopeOf(args.spec, args.branch_spec(), args.spec.latent.rope_dim)),
         shape_(ShapeOf(args)) {
@@ -114,7 +117,8 @@ class LatentMixer : public SequenceMixer {
     ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, all_dy, o_, Write::kOverwrite, dmean));
     ANNULUS_RETURN_IF_ERROR(LinearBackwardWeight(ctx, all_dy, now.mean, do_));
 
-    const TensorRef dpacked = ctx.scratch.Allocate(x.dtype(), {x.dim(0), projection_.columns()});
+    // Sums over branches, ranks and heads: rounded once, behind all of them.
+    const TensorRef dpacked = ctx.scratch.Allocate(AccumOf(x.dtype()), {x.dim(0), projection_.columns()});
     const TensorRef partial = step.tensor.Partial(ctx, dpacked);
     ANNULUS_ASSIGN_OR_RETURN(const TensorRef dq, AttendBackward(ctx, step, all, now, dmean, partial));
     Write write = Write::kOverwrite;
@@ -232,7 +236,7 @@ class LatentMixer : public SequenceMixer {
       ArenaScope scope(ctx.scratch);
       const Output& to = now->outputs[b];
       ANNULUS_ASSIGN_OR_RETURN(const TensorRef latents, LatentsOf(ctx, step, all, branches_[b]));
-      ANNULUS_RETURN_IF_ERROR(Timed(ctx, step, shape_.window, Pass::kForward, [&] {
+      ANNULUS_RETURN_IF_ERROR(Timed(ctx, step, class_, Pass::kForward, [&] {
         return ContextAttentionForward(
             ctx, step.geometry, shape_,
             {.q = now->q, .kv = latents, .out = to.out, .lse = to.lse, .latent = {.up = branches_[b].kv_up}},
@@ -287,7 +291,7 @@ class LatentMixer : public SequenceMixer {
     const Branch& branch = branches_[b];
     ANNULUS_ASSIGN_OR_RETURN(const TensorRef latents, LatentsOf(ctx, step, all, branch));
     const TensorRef dlatents = ctx.scratch.Allocate(dk_rope.dtype(), latents.shape());
-    ANNULUS_RETURN_IF_ERROR(Timed(ctx, step, shape_.window, Pass::kBackward, [&] {
+    ANNULUS_RETURN_IF_ERROR(Timed(ctx, step, class_, Pass::kBackward, [&] {
       return ContextAttentionBackward(ctx, step.geometry, shape_,
                                       {.q = now.q,
                                        .kv = latents,
@@ -311,6 +315,7 @@ class LatentMixer : public SequenceMixer {
   LatentProjection projection_;
   LatentShard mesh_;
   int64_t groups_;  // branches of the latent on all ranks
+  AttentionClass class_;
   int64_t own_heads_;
   std::optional<RopeFrequencies> rope_;
   ContextAttentionShape shape_;  // of the head group, for one branch

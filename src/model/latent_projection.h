@@ -42,7 +42,8 @@ class LatentProjection {
   // packed: [tokens / tp, columns]
   absl::Status Normalize(Context& ctx, const LatentProducts& products, TensorRef packed) const;
 
-  // dx (=, +=), and gradients of parameters, from those of the packed latents, [tokens / tp, columns].
+  // dx (=, +=), and gradients of parameters, from those of the packed latents, [tokens / tp, columns],
+  // accumulator dtype.
   absl::Status Backward(Context& ctx, ModelStep& step, ConstTensorRef x, const LatentProducts& products,
                         TensorRef dpacked, Write write, TensorRef dx) const;
 

@@ -212,15 +212,14 @@ class Planner {
     bytes.output = here * (Compute(v) + Sums(heads));
     if (branch.latent_groups > 1) bytes.output += Compute(own * latent.v_dim);  // the mean over branches
     // Gradients of the mean, of packed latents, of queries and of the shared key part.
-    bytes.temporaries =
-        Compute(own * latent.v_dim + q) + Compute(packed) / inputs_.tp + Sums(latent.rope_dim);
+    bytes.temporaries = Compute(own * latent.v_dim + q) + Sums(packed) / inputs_.tp + Sums(latent.rope_dim);
     if (shared) bytes.temporaries += Compute(v) + (KeepsProducts(inputs_.recompute) ? 0 : Compute(own * dim));
-    if (inputs_.tp > 1) bytes.temporaries += Compute(spec_.d_model + whole_x + 2 * packed);
+    if (inputs_.tp > 1) bytes.temporaries += Compute(spec_.d_model + whole_x + packed) + Sums(packed);
     // Of one branch at a time: its latents and their gradients; expanded keys and values, all of them at
     // home, or those of one step of the ring.
     const int64_t columns = latent.kv_rank / branch.latent_groups, row = columns + latent.rope_dim;
     const int64_t of_branch = Compute(row) + Sums(row) + (here > 1 ? Compute(q) : 0);
-    const int64_t expanding = Compute(heads * (latent.nope_dim + latent.v_dim) + columns);
+    const int64_t expanding = Compute(heads * (latent.nope_dim + latent.v_dim));
     if (inputs_.cp == 1) {
       bytes.attention = of_branch + 2 * Compute(q + v) + BackwardSums(heads, 2 * q + v);
       bytes.momentary = of_branch + 2 * Compute(q + v) + expanding;

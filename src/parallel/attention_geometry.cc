@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "annulus/device/transfer.h"
-#include "plan_cost.h"
 
 namespace annulus {
 namespace {
@@ -96,7 +95,7 @@ void AttentionGeometry::SetBatch(SequenceBatch sequences) {
   const bool same_size = sequences_.batch == sequences.batch && sequences_.lengths == sequences.lengths &&
                          sequences_.visibility == sequences.visibility &&
                          sequences_.document_starts.empty() == sequences.document_starts.empty();
-  if (!same_size) choices_.clear(), exchanges_latents_.clear();
+  if (!same_size) choices_.clear(), decisions_.clear();
   if (!same_size || !sequences.document_starts.empty()) {
     for (auto& [key, schedule] : schedules_) spare_bounds_.push_back(std::move(schedule.bounds));
     schedules_.clear();
@@ -188,24 +187,39 @@ absl::StatusOr<const AttentionGeometry::Choice*> AttentionGeometry::ChoiceFor(co
   return &choices_.at(key);
 }
 
-absl::StatusOr<bool> AttentionGeometry::ExchangesLatents(Context& ctx, const ContextAttentionShape& shape,
-                                                         DType dtype, Pass pass) {
-  if (cp_.size() == 1 || options_.latents == LatentExchange::kExpanded) return false;
-  if (options_.latents == LatentExchange::kLatent || options_.machine.attention.empty()) return true;
+absl::StatusOr<const LatentDecision*> AttentionGeometry::DecisionFor(Context& ctx,
+                                                                     const ContextAttentionShape& shape,
+                                                                     DType dtype, Pass pass) {
   const AttentionCase layer = CaseOf(ctx, shape, dtype);
   const Key key = KeyOf(layer, pass);
-  if (const auto known = exchanges_latents_.find(key); known != exchanges_latents_.end())
-    return known->second;
-  const absl::StatusOr<const Choice*> latent = ChoiceFor(layer, pass),
-                                      expanded = ChoiceFor(CaseOf(ctx, Expanded(shape), dtype), pass);
-  if (!latent.ok() && !expanded.ok()) return latent.status();
-  bool latents = latent.ok();
-  if (latent.ok() && expanded.ok() && (*latent)->predicted && (*expanded)->predicted) {
-    const double at_home = ExpansionSeconds(layer, pass, layout_.local_rows(), shape.heads, options_.machine);
-    latents = (*latent)->predicted->seconds <= (*expanded)->predicted->seconds + at_home;
+  if (const auto known = decisions_.find(key); known != decisions_.end()) return &known->second;
+  LatentDecision decision;
+  if (cp_.size() == 1) {
+    decision = {.latents = false, .why = "one rank has all keys"};
+  } else if (options_.latents == LatentExchange::kAuto && !options_.machine.attention.empty()) {
+    const auto fastest = [&](const AttentionCase& way) -> FastestPlan {
+      ANNULUS_ASSIGN_OR_RETURN(const Choice* choice, ChoiceFor(way, pass));
+      return choice->predicted;
+    };
+    const LatentAlternatives ways{.latents = fastest(layer), .expanded = fastest(Expanded(layer))};
+    if (!ways.latents.ok() && !ways.expanded.ok()) return ways.latents.status();
+    decision = DecideLatents(layer, pass, ways, options_.machine);
+  } else {
+    decision.latents = options_.latents != LatentExchange::kExpanded;
+    if (options_.latents != LatentExchange::kAuto) decision.why = "as parallel.exchange.latent says";
   }
-  exchanges_latents_.emplace(key, latents);
-  return latents;
+  return &decisions_.emplace(key, std::move(decision)).first->second;
+}
+
+const AttentionGeometry::Schedule* AttentionGeometry::FindSchedule(const AttentionCase& layer,
+                                                                   Pass pass) const {
+  const auto found = schedules_.find(KeyOf(layer, pass));
+  return found == schedules_.end() ? nullptr : &found->second;
+}
+
+const LatentDecision* AttentionGeometry::FindDecision(const AttentionCase& layer, Pass pass) const {
+  const auto found = decisions_.find(KeyOf(layer, pass));
+  return found == decisions_.end() ? nullptr : &found->second;
 }
 
 absl::StatusOr<const AttentionGeometry::Schedule*> AttentionGeometry::ScheduleFor(

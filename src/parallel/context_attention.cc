@@ -44,8 +44,8 @@ absl::Status Exchange(Context& ctx, AttentionGeometry& geometry, const Schedule&
 absl::StatusOr<bool> ExpandsAtHome(Context& ctx, AttentionGeometry& geometry,
                                    const ContextAttentionShape& shape, DType dtype, Pass pass) {
   if (!shape.latent.has_value()) return false;
-  ANNULUS_ASSIGN_OR_RETURN(const bool exchanged, geometry.ExchangesLatents(ctx, shape, dtype, pass));
-  if (!exchanged) return true;
+  ANNULUS_ASSIGN_OR_RETURN(const LatentDecision* decision, geometry.DecisionFor(ctx, shape, dtype, pass));
+  if (!decision->latents) return true;
   ANNULUS_ASSIGN_OR_RETURN(const Schedule* schedule, geometry.ScheduleFor(ctx, shape, dtype, pass));
   return schedule->alone;
 }

@@ -118,4 +118,14 @@ absl::Status HaloExchange::Finish(Context& ctx) {
   return absl::OkStatus();
 }
 
+int64_t HaloBytesSent(const SequenceLayout& layout, StateOrder order, int64_t width, int64_t row_bytes) {
+  std::vector<int64_t> rows(static_cast<size_t>(layout.ranks()));
+  for (const HaloPiece& piece : PiecesOf(layout, width)) {
+    if (piece.source.cp_rank == piece.target.cp_rank) continue;
+    const int sender = order == StateOrder::kForward ? piece.source.cp_rank : piece.target.cp_rank;
+    rows[static_cast<size_t>(sender)] += piece.halo_rows.size();
+  }
+  return *std::max_element(rows.begin(), rows.end()) * row_bytes;
+}
+
 }  // namespace annulus

@@ -1,7 +1,5 @@
 #include "annulus/parallel/latent_expansion.h"
 
-#include "annulus/ops/columns.h"
-
 namespace annulus {
 
 LatentWeights LatentWeights::Heads(const LatentShape& shape, int64_t begin, int64_t end) const {
@@ -30,13 +28,11 @@ absl::Status ExpandLatentsBackward(Context& ctx, const LatentShape& shape, const
   const LatentHeads heads = shape.Heads(columns / (shape.nope + shape.v));
   const ConstMatrixRef own = ConstMatrixRef(latents).Cols(0, shape.columns);
   const TensorRef dexpanded = ctx.scratch.Allocate(latents.dtype(), {tokens, columns});
-  const MatrixRef dk_rope = MatrixRef(dlatents).Cols(shape.columns, shape.row());
+  const MatrixRef gradient = dlatents;
+  const MatrixRef dk_rope = gradient.Cols(shape.columns, shape.row());
   ANNULUS_RETURN_IF_ERROR(UnpackLatentKvGradient(ctx, heads, dkv, dexpanded, write, dk_rope));
-  const TensorRef down =
-      ctx.scratch.Allocate(latents.dtype(), {latents.dim(0), latents.dim(1), shape.columns});
-  ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dexpanded, weights.up, Write::kOverwrite, down));
-  const ColumnRun run{.from = 0, .to = 0, .columns = shape.columns};
-  ANNULUS_RETURN_IF_ERROR(MoveColumns(ctx, down, {&run, 1}, write, dlatents));
+  ANNULUS_RETURN_IF_ERROR(
+      LinearBackwardInput(ctx, dexpanded, weights.up, write, gradient.Cols(0, shape.columns)));
   return LinearBackwardWeight(ctx, dexpanded, own, weights.dup);
 }
 

@@ -72,6 +72,17 @@ std::vector<AttentionRate> HopperAttention() {
   return rates;
 }
 
+// bf16, 256 to 16384 latents of 512 columns for 128 heads of 128 + 128.
+ProductRates HopperProducts() {
+  return {
+      .forward = {{1e9, 139e12}, {8.59e9, 464e12}, {3.44e10, 597e12}, {1.37e11, 644e12}, {5.5e11, 659e12}},
+      .gradients = {{2e9, 35e12}, {1.72e10, 225e12}, {6.87e10, 528e12}, {2.75e11, 714e12}, {1.1e12, 768e12}}};
+}
+
+// Not measured.
+constexpr double kCpuFlops = 20e9;
+ProductRates CpuProducts() { return {.forward = {{1e6, kCpuFlops}}, .gradients = {{1e6, kCpuFlops}}}; }
+
 }  // namespace
 
 double RateAt(const std::vector<RatePoint>& points, double size) {
@@ -85,8 +96,24 @@ double RateAt(const std::vector<RatePoint>& points, double size) {
   return low.per_second + part * (high.per_second - low.per_second);
 }
 
-// What was not measured (messages below 1 MiB, passes below 512 MiB, starts of kernels, the host's transport)
-// follows from the time that the smallest measured ones take besides their bytes.
+ProductRates ProductRatesOf(const MachineProfile& machine, DeviceKind device, DType dtype) {
+  const bool gpu = device == DeviceKind::kCuda;
+  const bool known = !machine.products.empty() && !machine.product_gradients.empty();
+  ProductRates rates = gpu ? HopperProducts() : CpuProducts();
+  if (known) rates = {.forward = machine.products, .gradients = machine.product_gradients};
+  // Peaks of Hopper by its datasheet: 67 TFLOP/s in f32, 989 in bf16; a CPU's f64 is half of its f32.
+  double share = 1;
+  if (gpu && dtype == DType::kF32) share = 67.0 / 989;
+  if (!gpu && dtype == DType::kF64) share = 0.5;
+  for (std::vector<RatePoint>* points : {&rates.forward, &rates.gradients}) {
+    for (RatePoint& point : *points) point.per_second *= share;
+  }
+  return rates;
+}
+
+// What was not measured (messages below 1 MiB, passes below 512 MiB, starts of kernels, the smallest
+// products, the host's transport) follows from the time that the smallest measured ones take besides their
+// bytes.
 MachineProfile AssumedHopper() {
   MachineProfile profile{.device = "NVIDIA H200, NVLink",
                          .measured = false,
@@ -95,6 +122,8 @@ MachineProfile AssumedHopper() {
                          .links = {},
                          .copy = WithStart(2e-6, 3.7e12, {kMiB, 4 * kMiB, 16 * kMiB, 64 * kMiB, 512 * kMiB}),
                          .launch_seconds = 4e-6};
+  profile.products = HopperProducts().forward;
+  profile.product_gradients = HopperProducts().gradients;
   const std::vector<RatePoint> copy_engine = {
       {64 * kKiB, 5.6e9}, {kMiB, 75e9}, {16 * kMiB, 301e9}, {128 * kMiB, 377e9}};
   const std::vector<RatePoint> nccl = {
@@ -108,7 +137,7 @@ MachineProfile AssumedHopper() {
 }
 
 MachineProfile AssumedCpuCore() {
-  constexpr double kFlops = 20e9, kBytes = 5e9;
+  constexpr double kBytes = 5e9;
   constexpr int64_t kHeadDim = 64;
   MachineProfile profile{.device = "CPU, one core a rank",
                          .measured = false,
@@ -116,14 +145,16 @@ MachineProfile AssumedCpuCore() {
                          .attention = {},
                          .links = {{TransportKind::kHost, {{kMiB, kBytes}}, {{kMiB, kBytes}}, 20e-6, 1.0}},
                          .copy = {{kMiB, kBytes}},
-                         .launch_seconds = 0};
+                         .launch_seconds = 0,
+                         .products = CpuProducts().forward,
+                         .product_gradients = CpuProducts().gradients};
   for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
     profile.attention.push_back({.kernel = AttentionKernel::kCpuTiles,
                                  .pass = pass,
                                  .shape = MaskShape::kGeneral,
                                  .head_dim = kHeadDim,
                                  .v_head_dim = kHeadDim,
-                                 .pairs = {{1e6, kFlops / FlopsPerPair(pass, kHeadDim, kHeadDim)}}});
+                                 .pairs = {{1e6, kCpuFlops / FlopsPerPair(pass, kHeadDim, kHeadDim)}}});
   }
   return profile;
 }

@@ -25,9 +25,14 @@ class RowBytes {
   std::map<Key, int64_t> bytes_;
 };
 
-// Of expanding the latents of so many rows for so many heads of a layer with latents; backward also of what
-// their gradients take. The product runs at the rate of the layer's attention on full blocks.
-double ExpansionSeconds(const AttentionCase& layer, Pass pass, int64_t rows, int64_t heads,
+// The latents of so many rows for so many heads, and the dtype that gradients of keys and values come in.
+struct Expansion {
+  int64_t rows = 0, heads = 0;
+  DType gradients = DType::kF32;
+};
+// Of expanding latents of a layer that has them: the product, and laying keys and values out; backward also
+// what their gradients take.
+double ExpansionSeconds(const AttentionCase& layer, Pass pass, const Expansion& expansion,
                         const MachineProfile& machine);
 
 // [rank][step], 0 for transfers. What the layer does to its own tensors before and after the exchange is

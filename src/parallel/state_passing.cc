@@ -204,4 +204,22 @@ absl::Status StatePassing::FinishScan(Context& ctx, TensorRef incoming) {
   return absl::OkStatus();
 }
 
+int64_t StateBytesSent(const SequenceLayout& layout, StateOrder order, int64_t summary_bytes) {
+  const SegmentChain chain(layout);
+  const int64_t ranks = layout.ranks();
+  if (ranks <= kMostGatheringRanks) return chain.per_rank() * (ranks - 1) * summary_bytes;
+  std::vector<int64_t> messages(static_cast<size_t>(ranks));
+  const auto round = [&](int distance) {
+    for (int i = 0; i + distance < chain.size(); ++i) {
+      const auto rank_at = [&](int place) {
+        return chain.At(order == StateOrder::kForward ? place : chain.size() - 1 - place).cp_rank;
+      };
+      if (rank_at(i) != rank_at(i + distance)) ++messages[static_cast<size_t>(rank_at(i))];
+    }
+  };
+  for (int distance = 1; distance < chain.size(); distance *= 2) round(distance);
+  round(1);  // what is behind a segment is what the one before it has in the end
+  return *std::max_element(messages.begin(), messages.end()) * summary_bytes;
+}
+
 }  // namespace annulus

@@ -197,7 +197,8 @@ class StepCost {
     if (layer_.latent.has_value()) {
       int64_t keys = 0;
       for (const AttendCall& call : calls) keys += call.keys.size();
-      seconds += ExpansionSeconds(layer_, plan_.pass, keys, group.q_heads(), machine_);
+      const Expansion expansion{.rows = keys, .heads = group.q_heads(), .gradients = AccumOf(layer_.dtype)};
+      seconds += ExpansionSeconds(layer_, plan_.pass, expansion, machine_);
     }
     const std::vector<double> pairs = PairsOf(attend, calls);
     for (size_t i = 0; i < calls.size(); ++i) {
@@ -291,30 +292,26 @@ double FlopsPerPair(Pass pass, int64_t head_dim, int64_t v_head_dim) {
   return 2.0 * static_cast<double>(products);
 }
 
-double ExpansionSeconds(const AttentionCase& layer, Pass pass, int64_t rows, int64_t heads,
+double ExpansionSeconds(const AttentionCase& layer, Pass pass, const Expansion& expansion,
                         const MachineProfile& machine) {
   const LatentShape& latent = *layer.latent;
-  const double tokens = static_cast<double>(rows * layer.sequences.batch);
-  const double expanded = tokens * static_cast<double>(heads * (latent.nope + latent.v));
-  const double keys_and_values = tokens * static_cast<double>(heads * (layer.head_dim + layer.v_head_dim));
-  const CallCase attention{.kernel = ChooseAttentionKernel({.device = layer.device,
-                                                            .dtype = layer.dtype,
-                                                            .dim = layer.head_dim,
-                                                            .v_dim = layer.v_head_dim,
-                                                            .mask_shape = MaskShape::kFull,
-                                                            .determinism = layer.determinism}),
-                           .pass = Pass::kForward,
-                           .shape = MaskShape::kFull,
-                           .head_dim = layer.head_dim,
-                           .v_head_dim = layer.v_head_dim};
+  const double tokens = static_cast<double>(expansion.rows * layer.sequences.batch);
+  const double heads = static_cast<double>(expansion.heads);
+  const double expanded = tokens * heads * static_cast<double>(latent.nope + latent.v);
+  const double keys_and_values = tokens * heads * static_cast<double>(layer.head_dim + layer.v_head_dim);
+  const auto pass_seconds = [&](double bytes) {
+    return bytes > 0 ? machine.launch_seconds + bytes / RateAt(machine.copy, bytes) : 0;
+  };
+  const ProductRates rates = ProductRatesOf(machine, layer.device, layer.dtype);
   const double flops = 2 * expanded * static_cast<double>(latent.columns);
-  const double per_pair = FlopsPerPair(attention.pass, attention.head_dim, attention.v_head_dim);
-  const double product = flops / per_pair / PairRate(machine, attention, flops / per_pair);
-  const double bytes = (expanded + keys_and_values) * static_cast<double>(SizeOf(layer.dtype));
-  const double pack = bytes / RateAt(machine.copy, bytes);
-  // Backward: the expansion again, and the gradients of latents and of the up-projection.
-  const int products = pass == Pass::kForward ? 1 : 3, packs = pass == Pass::kForward ? 1 : 2;
-  return products * product + packs * pack + (products + packs) * machine.launch_seconds;
+  const double element = static_cast<double>(SizeOf(layer.dtype));
+  double seconds = machine.launch_seconds + flops / RateAt(rates.forward, flops) +
+                   pass_seconds((expanded + keys_and_values) * element);
+  if (pass == Pass::kForward) return seconds;
+  // The gradients of latents and of the up-projection.
+  seconds += 2 * machine.launch_seconds + 2 * flops / RateAt(rates.gradients, 2 * flops);
+  return seconds + pass_seconds(expanded * element +
+                                keys_and_values * static_cast<double>(SizeOf(expansion.gradients)));
 }
 
 std::vector<std::vector<double>> ComputeSecondsOf(const AttentionCase& layer, const ExchangePlan& plan,

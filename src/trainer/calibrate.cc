@@ -126,6 +126,9 @@ absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOpti
   options.progress("copies and launches");
   ANNULUS_ASSIGN_OR_RETURN(profile.copy, MeasureCopies(ctx, world));
   ANNULUS_ASSIGN_OR_RETURN(profile.launch_seconds, MeasureLaunch(ctx, world));
+  options.progress("products");
+  ANNULUS_ASSIGN_OR_RETURN(const ProductRates products, MeasureProducts(ctx, world));
+  profile.products = products.forward, profile.product_gradients = products.gradients;
   const std::vector<CalibrationHeads> all =
       options.heads.empty() ? DefaultHeads(ctx.device.kind) : options.heads;
   if (machine.mesh.cp.size() > 1) {
@@ -146,6 +149,10 @@ std::string ProfileTable(const MachineProfile& profile) {
                                      profile.measured ? "measured" : "assumed", profile.ranks);
   absl::StrAppendFormat(&text, "launch             %.3g us\n", profile.launch_seconds * 1e6);
   absl::StrAppendFormat(&text, "copy               %s\n", PointsText(profile.copy, 1e9, "GB/s by bytes"));
+  absl::StrAppendFormat(&text, "products           %s\n",
+                        PointsText(profile.products, 1e12, "TFLOP/s by FLOPs"));
+  absl::StrAppendFormat(&text, "  gradients        %s\n",
+                        PointsText(profile.product_gradients, 1e12, "TFLOP/s by FLOPs"));
   for (const LinkRate& link : profile.links) {
     absl::StrAppendFormat(&text, "%-18s message %.3g us, computing beside it x%.3g\n", Name(link.transport),
                           link.message_seconds * 1e6, link.computing_slowdown);

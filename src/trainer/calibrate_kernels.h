@@ -47,6 +47,9 @@ absl::StatusOr<std::vector<AttentionRate>> MeasureAttention(Context& ctx, Commun
                                                             const CalibrationHeads& heads,
                                                             CalibrationClock& clock);
 
+// Of products that expand latents, and of both of their gradients.
+absl::StatusOr<ProductRates> MeasureProducts(Context& ctx, Communicator world);
+
 // Cores are shared with other programs; a GPU that works in short bursts is faster than one that works on.
 Statistic StatisticFor(const Context& ctx);
 

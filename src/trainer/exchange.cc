@@ -10,6 +10,7 @@
 #include "annulus/train/batch.h"
 #include "annulus/train/placement.h"
 #include "annulus/train/profile.h"
+#include "annulus/train/report.h"
 
 namespace annulus {
 namespace {
@@ -168,6 +169,7 @@ std::string ProfileSource(const ExchangeSpec& exchange, const MachineProfile& ma
   if (!exchange.profile.empty()) {
     text = absl::StrCat(exchange.profile, ": ", machine.device, ", ",
                         machine.measured ? "measured" : "assumed", " with ", machine.ranks, " ranks");
+    if (machine.products.empty()) absl::StrAppend(&text, "; rates of products assumed");
   }
   const std::string throttled = Label(ThrottleOf(exchange));
   return throttled.empty() ? text : absl::StrCat(text, "; ", throttled);
@@ -198,37 +200,121 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
   return options;
 }
 
-AttentionCase AttentionCaseOf(const RunSpec& spec, int64_t window, SequenceBatch sequences) {
-  return {.layout = LayoutOf(spec),
-          .sequences = std::move(sequences),
-          .heads = spec.model.heads / spec.parallel.tp,
-          .kv_heads = std::max<int64_t>(1, spec.model.kv_heads / spec.parallel.tp),
-          .head_dim = spec.model.head_dim,
-          .v_head_dim = spec.model.head_dim,
-          .window = window,
-          .device = DeviceKindOf(spec.device),
-          .dtype = DTypeOf(spec.compute),
-          .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff};
+namespace {
+
+LatentShard LatentShardOf(const RunSpec& spec, const AttentionClass& layers) {
+  return annulus::LatentShardOf({.rank = 0, .size = static_cast<int>(spec.parallel.tp)},
+                                layers.latent_groups);
+}
+
+}  // namespace
+
+AttentionCase AttentionCaseOf(const RunSpec& spec, const AttentionClass& layers, SequenceBatch sequences) {
+  AttentionCase layer{.layout = LayoutOf(spec),
+                      .sequences = std::move(sequences),
+                      .heads = spec.model.heads / spec.parallel.tp,
+                      .kv_heads = std::max<int64_t>(1, spec.model.kv_heads / spec.parallel.tp),
+                      .head_dim = spec.model.head_dim,
+                      .v_head_dim = spec.model.head_dim,
+                      .window = layers.window,
+                      .device = DeviceKindOf(spec.device),
+                      .dtype = DTypeOf(spec.compute),
+                      .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff};
+  if (layers.branch != BranchKind::kLatentAttention) return layer;
+  const LatentSpec& latent = spec.model.latent;
+  layer.heads = latent.heads / LatentShardOf(spec, layers).head_groups;
+  layer.kv_heads = 1;
+  layer.head_dim = latent.nope_dim + latent.rope_dim, layer.v_head_dim = latent.v_dim;
+  layer.latent = LatentShape{.columns = latent.kv_rank / layers.latent_groups,
+                             .nope = latent.nope_dim,
+                             .rope = latent.rope_dim,
+                             .v = latent.v_dim};
+  return layer;
+}
+
+int64_t BranchesHere(const RunSpec& spec, const AttentionClass& layers) {
+  return layers.latent_groups / LatentShardOf(spec, layers).latent_groups;
 }
 
 std::vector<AttentionKind> AttentionKindsOf(const ModelSpec& model) {
-  std::map<int64_t, std::vector<size_t>> by_window;
+  std::map<AttentionClass, std::vector<size_t>> by_class;
   for (size_t i = 0; i < model.layers.size(); ++i) {
     for (const BranchSpec& branch : model.layers[i].branches) {
-      if (branch.kind == BranchKind::kAttention) by_window[branch.window].push_back(i);
+      if (!MixesTokens(branch.kind) || PassesStates(branch.kind)) continue;
+      by_class[{.branch = branch.kind, .window = branch.window, .latent_groups = branch.latent_groups}]
+          .push_back(i);
     }
   }
   std::vector<AttentionKind> kinds;
-  for (auto& [window, layers] : by_window) kinds.push_back({window, std::move(layers)});
+  for (auto& [layers, places] : by_class) kinds.push_back({layers, std::move(places)});
   return kinds;
 }
 
-std::string LayersText(const AttentionKind& kind) {
-  return absl::StrCat(kind.layers.size(), " attention layer", kind.layers.size() == 1 ? "" : "s", " (",
-                      WindowText(kind.window), ")");
+namespace {
+
+// "(2 branches, all keys)"
+std::string DetailsText(const AttentionClass& layers) {
+  const std::string branches =
+      layers.latent_groups > 1 ? absl::StrCat(layers.latent_groups, " branches, ") : "";
+  const std::string window = layers.window == 0 ? "all keys" : absl::StrCat("window ", layers.window);
+  return absl::StrCat("(", branches, window, ")");
+}
+const char* NameOf(const AttentionClass& layers) {
+  return layers.branch == BranchKind::kLatentAttention ? "latent attention" : "attention";
+}
+std::string CountText(size_t count, absl::string_view what) {
+  return absl::StrCat(count, " ", what, " layer", count == 1 ? "" : "s");
 }
 
-std::string WindowText(int64_t window) { return window == 0 ? "all keys" : absl::StrCat("window ", window); }
+}  // namespace
+
+std::string LayersText(const AttentionKind& kind) {
+  return absl::StrCat(CountText(kind.layers.size(), NameOf(kind.attention)), " ",
+                      DetailsText(kind.attention));
+}
+
+std::string ClassText(const AttentionClass& layers) {
+  return absl::StrCat(NameOf(layers), " ", DetailsText(layers));
+}
+
+std::vector<StateKind> StateKindsOf(const RunSpec& spec) {
+  std::map<BranchKind, std::vector<size_t>> by_kind;
+  for (size_t i = 0; i < spec.model.layers.size(); ++i) {
+    for (const BranchSpec& branch : spec.model.layers[i].branches) {
+      if (PassesStates(branch.kind)) by_kind[branch.kind].push_back(i);
+    }
+  }
+  std::vector<StateKind> kinds;
+  for (auto& [branch, layers] : by_kind) {
+    const auto exchange = [&, kind = branch](StateOrder order) {
+      return StateExchangeOf(spec.model, kind, order,
+                             {.layout = LayoutOf(spec),
+                              .sequences = spec.optim.micro_batch,
+                              .tp = spec.parallel.tp,
+                              .dtype = DTypeOf(spec.compute)});
+    };
+    kinds.push_back({.branch = branch,
+                     .layers = std::move(layers),
+                     .forward = exchange(StateOrder::kForward),
+                     .backward = exchange(StateOrder::kBackward)});
+  }
+  return kinds;
+}
+
+std::string StateText(const StateKind& kind) {
+  const auto both = [](int64_t forward, int64_t backward) {
+    const auto text = [](int64_t bytes) { return FormatBytes(static_cast<double>(bytes)); };
+    return absl::StrCat(text(forward), " forward, ", text(backward), " backward");
+  };
+  std::string text =
+      absl::StrCat(CountText(kind.layers.size(), Name(kind.branch)), ": a rank sends states of ",
+                   both(kind.forward.state_bytes, kind.backward.state_bytes));
+  if (kind.forward.halo_bytes > 0) {
+    absl::StrAppend(&text, "; rows before a convolution of ",
+                    both(kind.forward.halo_bytes, kind.backward.halo_bytes));
+  }
+  return absl::StrCat(text, "; a layer and micro-batch, whatever the length");
+}
 
 const char* Name(Pass pass) { return pass == Pass::kForward ? "forward" : "backward"; }
 

@@ -49,11 +49,49 @@ absl::StatusOr<size_t> IndexOf(const std::vector<PlanCandidate>& candidates, con
 
 }  // namespace
 
-absl::StatusOr<PlannedPass> PlanPass(const AttentionCase& layer, Pass pass, const ExchangeOptions& options,
+namespace {
+
+std::vector<PlanCandidate> Ranked(const AttentionCase& layer, Pass pass, const ExchangeOptions& options) {
+  return RankPlans(layer, pass, PlanOptionsOf(options, pass), options.machine);
+}
+
+FastestPlan FastestOf(const std::vector<PlanCandidate>& ranked) {
+  ANNULUS_RETURN_IF_ERROR(ranked.front().refused);
+  return std::optional(ranked.front());
+}
+
+// Sets what travels, and its candidates.
+void DecideAndRank(const ExchangeOptions& options, PlannedPass* planned) {
+  const AttentionCase layer = planned->layer;
+  planned->candidates = Ranked(layer, planned->pass, options);
+  if (!layer.latent.has_value()) return;
+  std::vector<PlanCandidate> expanded = Ranked(Expanded(layer), planned->pass, options);
+  if (layer.layout.ranks() == 1) {
+    planned->latents = {.latents = false, .why = "one rank has all keys"};
+  } else {
+    const LatentAlternatives ways{
+        .asked = options.latents, .latents = FastestOf(planned->candidates), .expanded = FastestOf(expanded)};
+    planned->latents = DecideLatents(layer, planned->pass, ways, options.machine);
+  }
+  if (planned->latents->latents) return;
+  planned->layer = Expanded(layer);
+  planned->candidates = std::move(expanded);
+  planned->home_seconds = HomeExpansionSeconds(layer, planned->pass, options.machine);
+}
+
+}  // namespace
+
+absl::StatusOr<PlannedPass> PlanPass(const AttentionCase& asked, Pass pass, const ExchangeOptions& options,
                                      const std::string& shown) {
-  PlannedPass planned{
-      .kind = {}, .pass = pass, .layer = layer, .candidates = {}, .plan = {}, .simulation = {}};
-  planned.candidates = RankPlans(layer, pass, PlanOptionsOf(options, pass), options.machine);
+  PlannedPass planned{.kind = {},
+                      .pass = pass,
+                      .layer = asked,
+                      .latents = {},
+                      .candidates = {},
+                      .plan = {},
+                      .simulation = {}};
+  DecideAndRank(options, &planned);
+  const AttentionCase& layer = planned.layer;
   ANNULUS_ASSIGN_OR_RETURN(planned.shown, IndexOf(planned.candidates, shown, pass));
   PlanCandidate& candidate = planned.candidates[planned.shown];
   const ExchangeProblem problem = MakeExchangeProblem(
@@ -71,8 +109,8 @@ absl::StatusOr<std::vector<PlannedPass>> PlanExchange(const RunSpec& spec, const
   std::vector<PlannedPass> all;
   for (const AttentionKind& kind : AttentionKindsOf(spec.model)) {
     for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
-      ANNULUS_ASSIGN_OR_RETURN(PlannedPass planned,
-                               PlanPass(AttentionCaseOf(spec, kind.window, sequences), pass, options, shown));
+      ANNULUS_ASSIGN_OR_RETURN(PlannedPass planned, PlanPass(AttentionCaseOf(spec, kind.attention, sequences),
+                                                             pass, options, shown));
       planned.kind = kind;
       all.push_back(std::move(planned));
     }
@@ -129,9 +167,12 @@ std::string WhyShown(const PlannedPass& planned) {
 }
 
 std::string CandidateTable(const PlannedPass& planned) {
+  const std::string at_home = planned.home_seconds == 0 ? ""
+                                                        : absl::StrFormat(" and %.3f ms of expanding latents",
+                                                                          planned.home_seconds * 1e3);
   if (planned.layer.layout.ranks() == 1) {
-    return absl::StrFormat("  %s: %s; predicted %.3f ms\n", kNoExchange, WhyShown(planned),
-                           planned.candidates[planned.shown].seconds * 1e3);
+    return absl::StrFormat("  %s: %s; predicted %.3f ms%s\n", kNoExchange, WhyShown(planned),
+                           planned.candidates[planned.shown].seconds * 1e3, at_home);
   }
   size_t width = 4;
   for (const PlanCandidate& each : planned.candidates) width = std::max(width, each.name.size());
@@ -153,7 +194,11 @@ std::string CandidateTable(const PlannedPass& planned) {
       absl::StrAppend(&text, "refused: ", ReasonOf(each), "\n");
     }
   }
-  return absl::StrCat(text, "sent, buffers: of the rank with most\nwhy: ", WhyShown(planned), "\n");
+  absl::StrAppend(&text, "sent, buffers: of the rank with most\nwhy: ", WhyShown(planned), "\n");
+  if (!planned.latents.has_value()) return text;
+  return absl::StrCat("exchange: ", Name(*planned.latents), " (", planned.latents->why, ")",
+                      at_home.empty() ? "" : absl::StrCat("; before the plan", at_home.substr(4)), "\n",
+                      text);
 }
 
 std::string StackSvg(const std::vector<std::string>& pictures) {

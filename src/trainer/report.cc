@@ -136,7 +136,14 @@ std::string StepLine(const StepReport& report, int64_t total_steps, int ranks, d
 namespace {
 
 std::string AttentionText(const AttentionReport& attention) {
-  return absl::StrCat("attention (", WindowText(attention.window), ") ", Name(attention.pass), ": ");
+  return absl::StrCat(ClassText(attention.layers), " ", Name(attention.pass), ": ");
+}
+
+// "kv_ring by host", "latents, kv_ring by host"
+std::string PlanText(const AttentionReport& attention) {
+  if (attention.plan == kNoExchange) return attention.plan;
+  return absl::StrCat(attention.exchange, attention.exchange.empty() ? "" : ", ", attention.plan, " by ",
+                      Name(attention.transport));
 }
 
 }  // namespace
@@ -144,8 +151,8 @@ std::string AttentionText(const AttentionReport& attention) {
 std::vector<std::string> PlanLines(const StepReport& report) {
   std::vector<std::string> lines;
   for (const AttentionReport& attention : report.attention) {
-    const std::string plan = absl::StrCat(attention.plan, " by ", Name(attention.transport));
-    lines.push_back(absl::StrCat(AttentionText(attention), attention.why.empty() ? plan : attention.why));
+    lines.push_back(
+        absl::StrCat(AttentionText(attention), attention.why.empty() ? PlanText(attention) : attention.why));
   }
   return lines;
 }
@@ -165,9 +172,8 @@ std::vector<std::string> AttentionSummary::Lines() const {
     const auto median = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
     std::nth_element(times.begin(), median, times.end());
     const double predicted = last_[i].predicted_ms;
-    const std::string by = last_[i].plan == kNoExchange ? "" : absl::StrCat(" by ", Name(last_[i].transport));
-    lines.push_back(absl::StrFormat("%s%s%s, %smeasured %.3g ms a layer (median of %d steps)%s",
-                                    AttentionText(last_[i]), last_[i].plan, by,
+    lines.push_back(absl::StrFormat("%s%s, %smeasured %.3g ms a layer (median of %d steps)%s",
+                                    AttentionText(last_[i]), PlanText(last_[i]),
                                     predicted > 0 ? absl::StrFormat("predicted %.3g ms, ", predicted) : "",
                                     *median, times.size(), throttle_));
   }
@@ -179,11 +185,14 @@ namespace {
 nlohmann::ordered_json AttentionJson(const std::vector<AttentionReport>& reports) {
   auto json = nlohmann::ordered_json::array();
   for (const AttentionReport& attention : reports) {
-    nlohmann::ordered_json entry = {{"window", attention.window},
+    nlohmann::ordered_json entry = {{"layer", Name(attention.layers.branch)},
+                                    {"window", attention.layers.window},
                                     {"pass", Name(attention.pass)},
                                     {"plan", attention.plan},
                                     {"transport", std::string(Name(attention.transport))},
                                     {"measured_ms", attention.measured_ms}};
+    if (attention.layers.latent_groups > 1) entry["latent_groups"] = attention.layers.latent_groups;
+    if (!attention.exchange.empty()) entry["exchange"] = attention.exchange;
     if (attention.predicted_ms > 0) entry["predicted_ms"] = attention.predicted_ms;
     json.push_back(std::move(entry));
   }

@@ -145,6 +145,7 @@ absl::Status TrainingRun::PrintStart() {
     console_.Line("machine profile: " + profile_);
     if (spec_.data.document_mask)
       console_.Line("exchange plans: chosen by the documents of the first micro-batch, built anew for each");
+    for (const StateKind& kind : StateKindsOf(spec_)) console_.Line("exchange of " + StateText(kind));
   }
   console_.Line("run directory: " + directory_.path);
   return absl::OkStatus();

@@ -230,22 +230,38 @@ absl::Status Trainer::FillMemory(StepReport* report) {
 std::vector<AttentionReport> Trainer::AttentionReports() {
   std::vector<AttentionReport> reports;
   for (const AttentionKind& kind : AttentionKindsOf(spec_.model)) {
+    const AttentionCase layer = AttentionCaseOf(spec_, kind.attention, geometry_.sequences());
+    const auto branches = static_cast<double>(BranchesHere(spec_, kind.attention));
     for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
-      AttentionReport report{.window = kind.window, .pass = pass, .plan = {}, .why = {}};
-      for (const auto& [key, schedule] : geometry_.schedules()) {
-        if (schedule.layer.window != kind.window || schedule.plan.pass != pass) continue;
-        report.plan = schedule.plan.name;
-        report.transport = schedule.choice.transport;
-        report.why = schedule.choice.why;
-        if (schedule.choice.predicted.has_value())
-          report.predicted_ms = schedule.choice.predicted->seconds * 1e3;
-      }
-      const SpanClock::Spans spans = clocks_.Of(kind.window, pass).Take();
-      if (spans.count > 0) report.measured_ms = spans.seconds * 1e3 / static_cast<double>(spans.count);
+      AttentionReport report = PlannedReport(layer, pass);
+      report.layers = kind.attention;
+      report.predicted_ms *= branches;
+      const SpanClock::Spans spans = clocks_.Of(kind.attention, pass).Take();
+      if (spans.count > 0)
+        report.measured_ms = branches * spans.seconds * 1e3 / static_cast<double>(spans.count);
       reports.push_back(std::move(report));
     }
   }
   return reports;
+}
+
+// What was planned for a layer, or for a branch of it.
+AttentionReport Trainer::PlannedReport(const AttentionCase& layer, Pass pass) const {
+  AttentionReport report{.pass = pass, .plan = {}, .why = {}};
+  const LatentDecision* decision = layer.latent ? geometry_.FindDecision(layer, pass) : nullptr;
+  const bool at_home = decision != nullptr && !decision->latents;
+  const AttentionGeometry::Schedule* schedule =
+      geometry_.FindSchedule(at_home ? Expanded(layer) : layer, pass);
+  if (decision != nullptr) report.exchange = std::string(Name(*decision)), report.why = decision->why;
+  if (schedule == nullptr) return report;
+  report.plan = schedule->plan.name;
+  report.transport = schedule->choice.transport;
+  const std::string& why = schedule->choice.why;
+  absl::StrAppend(&report.why, report.why.empty() || why.empty() ? "" : "; ", why);
+  if (!schedule->choice.predicted.has_value()) return report;
+  const double expansion = at_home ? HomeExpansionSeconds(layer, pass, geometry_.options().machine) : 0;
+  report.predicted_ms = (schedule->choice.predicted->seconds + expansion) * 1e3;
+  return report;
 }
 
 absl::Status Trainer::Save(const std::string& directory, const std::string& config, uint64_t data_fingerprint,

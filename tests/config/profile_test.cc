@@ -28,6 +28,8 @@ MachineProfile Profile() {
                     .one_way = {{1, 1}},
                     .both_ways = {{1, 1}},
                     .message_seconds = 0}};
+  profile.products = {{1e9, 3.5e14}, {1e11, 6e14}};
+  profile.product_gradients = {{2e9, 3e14}};
   profile.attention = {{.kernel = AttentionKernel::kCudnn,
                         .pass = Pass::kBackward,
                         .shape = MaskShape::kCausal,
@@ -85,6 +87,17 @@ TEST(Profile, MistakesAreNamed) {
   EXPECT_EQ(ErrorsOf("  both_ways { size: 65536 per_second: 70000000000 }\n", ""),
             "p.textproto:8:1: link[0].both_ways: missing; expected at least one both_ways { size: ... "
             "per_second: ... }");
+}
+
+// Profiles of before products were measured stay valid.
+TEST(Profile, MayHaveNoRatesOfProducts) {
+  MachineProfile without = Profile();
+  without.products.clear(), without.product_gradients.clear();
+  const std::string text = ProfileText(without);
+  EXPECT_FALSE(absl::StrContains(text, "product"));
+  const auto again = ParseProfile("p.textproto", text);
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_TRUE(*again == without);
 }
 
 // Runs that name no profile go by what is assumed: the files show it.

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "annulus/base/random.h"
+#include "annulus/device/transfer.h"
 #include "parallel/sequences.h"
 #include "support/loopback.h"
 
@@ -113,6 +114,39 @@ void CheckStates(LayoutKind layout, int ranks, const Chain& chain, StateMethod m
       }
     }
   });
+}
+
+// Of summaries; the method is chosen by the number of ranks.
+int64_t MostStateBytes(LayoutKind layout, int ranks, StateOrder order) {
+  int64_t most = 0;
+  OnLoopback(ranks, [&](Communicator cp) {
+    Context ctx{Device{}};
+    AttentionGeometry geometry(SequenceLayout(layout, 4 * ranks, ranks), cp);
+    const int64_t segments = static_cast<int64_t>(geometry.layout().chunks(0).size());
+    const Tensor t(Device{}, DType::kF32, {segments, kHeads}),
+        s(Device{}, DType::kF32, {segments, kHeads, 2, 4});
+    const Tensor incoming(Device{}, DType::kF32, s.ref().shape());
+    for (const Tensor* tensor : {&t, &s}) ZeroBytes(tensor->ref(), ctx.stream());
+    absl::StatusOr<StatePassing> passing = StatePassing::Start(ctx, geometry, order, {t.ref(), s.ref()});
+    ANNULUS_CHECK_OK(passing.status());
+    ANNULUS_CHECK_OK(passing->Finish(ctx, incoming.ref()));
+    const double sent = cp.AllReduceValue(static_cast<double>(passing->bytes_sent()), ReduceOp::kMax).value();
+    if (cp.rank() == 0) most = static_cast<int64_t>(sent);
+  });
+  return most;
+}
+
+TEST(StateBytesSent, AreThoseOfTheRankThatSendsMost) {
+  constexpr int64_t kSummary = kHeads * (1 + 2 * 4) * 4;
+  for (const LayoutKind layout : {LayoutKind::kContiguous, LayoutKind::kZigzag}) {
+    for (const int ranks : {1, 2, 3, 8, 9, 12}) {
+      for (const StateOrder order : {StateOrder::kForward, StateOrder::kBackward}) {
+        const SequenceLayout of_ranks(layout, 4 * ranks, ranks);
+        EXPECT_EQ(StateBytesSent(of_ranks, order, kSummary), MostStateBytes(layout, ranks, order))
+            << NameOf(layout) << ", " << ranks << " ranks, backward " << (order == StateOrder::kBackward);
+      }
+    }
+  }
 }
 
 TEST(StatePassing, GivesEverySegmentTheStateBeforeIt) {

@@ -140,6 +140,38 @@ TEST_F(BenchTest, TimelineMeasuresTheChosenPlan) {
   }
 }
 
+// DeepSeek-V3's heads: of each token 512 + 64 elements in place of 128 (128 + 64 + 128), with the same
+// results; and links throttled to the time of those bytes.
+TEST_F(BenchTest, LatentMovesFewerBytes) {
+  const auto results = Results({"latent", "--lengths", "8", "--throttles", "0.01"});
+  std::vector<nlohmann::json> rows, sums;
+  for (const nlohmann::json& r : results) (r.contains("exchange") ? rows : sums).push_back(r);
+  ASSERT_EQ(sums.size(), 2u);
+  for (const nlohmann::json& sum : sums) {
+    SCOPED_TRACE(sum.dump());
+    const bool forward = sum["pass"] == "forward";
+    double bytes[2] = {}, best[2] = {1e9, 1e9};
+    for (const nlohmann::json& r : rows) {
+      if (r["pass"] != sum["pass"]) continue;
+      SCOPED_TRACE(r.dump());
+      const size_t way = r["exchange"] == "latents" ? 0 : 1;
+      EXPECT_EQ(r["length_per_rank"], 8);
+      EXPECT_EQ(r["throttle_gb_per_second"], 0.01);
+      EXPECT_LT(r["difference_to_latents"], 1e-5);
+      EXPECT_GT(r["predicted_ms"], 0.0);
+      best[way] = std::min(best[way], r["measured_ms"].get<double>());
+      if (!absl::StartsWith(r["plan"].get<std::string>(), "kv_ring")) continue;
+      bytes[way] = r["bytes_sent"].get<double>();
+      // Each way carries what the other rank needs.
+      EXPECT_GE(r["measured_ms"].get<double>(), forward ? 0.999 * bytes[way] / 0.01e9 * 1e3 : 0);
+    }
+    EXPECT_EQ(bytes[0] * 40960, bytes[1] * 576) << "f32 on CPUs, gradients too";
+    EXPECT_NEAR(sum["times_fewer_bytes"].get<double>(), 40960.0 / 576, 1e-9);
+    EXPECT_NEAR(sum["times_as_fast"].get<double>(), best[1] / best[0], 1e-9);
+    EXPECT_EQ(sum["auto"], "latents");
+  }
+}
+
 TEST_F(BenchTest, StepTrainsWithoutTheData) {
   std::filesystem::remove(folder_.path() + "/text.txt");
   const auto results = Results({"step", "--config", "c.textproto"});
@@ -151,10 +183,10 @@ TEST_F(BenchTest, StepTrainsWithoutTheData) {
 
 TEST_F(BenchTest, ErrorsAreSaidOnce) {
   EXPECT_TRUE(absl::StrContains(Run(2, {"memory"}).err,
-                                "expected one of gemm, attention, plans, auto, timeline, exchange, step"));
+                                "expected one of gemm, attention, plans, auto, latent, timeline, exchange, step"));
   EXPECT_EQ(ErrorLines(Run(2, {"gemm", "--m", "0"})),
             (Strings{"error: --m=0: expected an integer of at least 1"}));
-  for (const char* what : {"exchange", "timeline"}) {
+  for (const char* what : {"exchange", "timeline", "latent"}) {
     const JobResult alone = Run(1, {what});
     EXPECT_NE(alone.exit_code, 0);
     EXPECT_EQ(ErrorLines(alone),
@@ -234,6 +266,8 @@ TEST_F(BenchTest, RefusesWhatItCannotUse) {
       {{"auto", "--lengths", "8,x"}, "--lengths=x: expected integers of at least 1"},
       {{"auto", "--masks", "causal,window"}, "--masks=window: expected causal, full, documents"},
       {{"auto", "--throttles", "-1"}, "--throttles=-1: expected rates from 0 (full speed) to 1e6 GB/s"},
+      {{"latent", "--kv_heads", "8"}, "annulus bench latent: --kv_heads means nothing to it"},
+      {{"latent", "--latent_dim", "0"}, "--latent_dim=0: expected an integer of at least 1"},
       {{"auto", "--length", "8"}, "annulus bench auto: --length means nothing to it"},
       {{"attention", "--mask", "ring"}, "--mask=ring: expected one of causal, full, window, documents"},
       {{"attention", "--mask", "window"}, "--mask=window: expected --window N"},

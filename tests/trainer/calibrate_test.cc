@@ -41,6 +41,12 @@ TEST(Calibrate, MeasuresWhatTheCostModelAsksFor) {
   EXPECT_EQ(profile.links[0].transport, TransportKind::kHost);
   EXPECT_GT(profile.links[0].message_seconds, 0);
   EXPECT_GE(profile.links[0].computing_slowdown, 1);
+  ASSERT_FALSE(profile.products.empty());
+  ASSERT_EQ(profile.product_gradients.size(), profile.products.size());
+  // Of 32 latents of 64 columns, 512 rows of keys and values; and of both gradients.
+  EXPECT_EQ(profile.products[0].size, 2.0 * 32 * 512 * 64);
+  EXPECT_EQ(profile.product_gradients[0].size, 2 * profile.products[0].size);
+  for (const RatePoint& point : profile.products) EXPECT_GT(point.per_second, 1e6);
   ASSERT_EQ(profile.attention.size(), 6u) << "two passes of three shapes";
   for (const AttentionRate& rate : profile.attention) {
     EXPECT_EQ(rate.kernel, AttentionKernel::kCpuTiles);
@@ -87,7 +93,8 @@ TEST(Calibrate, OneRankHasNoLinks) {
   const MachineProfile profile = CalibrateOn(1, {.heads = {kHeads}, .seconds = 1e-3})[0];
   EXPECT_TRUE(profile.links.empty());
   const std::string table = ProfileTable(profile);
-  for (const char* part : {"measured, 1 ranks", "launch", "copy", "cpu tiles 8/4", "causal backward"}) {
+  for (const char* part :
+       {"measured, 1 ranks", "launch", "copy", "products", "gradients", "cpu tiles 8/4", "causal backward"}) {
     EXPECT_TRUE(absl::StrContains(table, part)) << part << " in\n" << table;
   }
 }

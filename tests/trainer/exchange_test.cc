@@ -158,9 +158,9 @@ TEST(AttentionKindsOf, AreLayersByTheirWindow) {
   const RunSpec spec = SmallRun({"model.pattern=(A{w=3} - A -)^2 A{w=3}"});
   const std::vector<AttentionKind> kinds = AttentionKindsOf(spec.model);
   ASSERT_EQ(kinds.size(), 2u);
-  EXPECT_EQ(kinds[0].window, 0);
+  EXPECT_EQ(kinds[0].attention.window, 0);
   EXPECT_EQ(kinds[0].layers, (std::vector<size_t>{2, 6}));
-  EXPECT_EQ(kinds[1].window, 3);
+  EXPECT_EQ(kinds[1].attention.window, 3);
   EXPECT_EQ(kinds[1].layers, (std::vector<size_t>{0, 4, 8}));
 }
 
@@ -168,13 +168,33 @@ TEST(AttentionCaseOf, IsATensorParallelRanks) {
   const RunSpec spec =
       SmallRun({"model.pattern=meta=3 A -", "model.attention.heads=8", "model.attention.kv_heads=2",
                 "model.attention.head_dim=2", "parallel.cp=2", "parallel.tp=4"});
-  const AttentionCase layer = AttentionCaseOf(spec, 0, {.batch = 1, .lengths = {14}, .document_starts = {}});
+  const AttentionCase layer = AttentionCaseOf(spec, {}, {.batch = 1, .lengths = {14}, .document_starts = {}});
   EXPECT_EQ(layer.heads, 2);
   EXPECT_EQ(layer.kv_heads, 1) << "fewer than ranks: each has one";
   EXPECT_EQ(layer.layout.length(), spec.data.seq_len + 3);
   EXPECT_EQ(layer.layout.local_rows() % 4, 0);
   const ExchangeOptions options = ExchangeOptionsOf(spec, {TransportKind::kHost}, AssumedCpuCore());
   for (const PlanChoice& choice : options.forward) EXPECT_EQ(2 % choice.head_split, 0);
+}
+
+TEST(StateKindsOf, AreLayersByTheirKindAndWhatTheySend) {
+  const RunSpec spec =
+      SmallRun({"model.pattern=M A L M", "parallel.cp=2", "parallel.layout=CONTIGUOUS", "model.mamba.heads=2",
+                "model.mamba.head_dim=4", "model.mamba.state=3", "model.lightning.heads=2",
+                "model.lightning.key_dim=3", "model.lightning.value_dim=5"});
+  const std::vector<StateKind> kinds = StateKindsOf(spec);
+  ASSERT_EQ(kinds.size(), 2u);
+  EXPECT_EQ(kinds[0].branch, BranchKind::kLightning);
+  EXPECT_EQ(kinds[1].layers, (std::vector<size_t>{0, 3}));
+  // Two sequences of two heads: a state and a decay each, in f64; three rows of x, b and c.
+  EXPECT_EQ(kinds[1].forward.state_bytes, 2 * 2 * (3 * 4 + 1) * 8);
+  EXPECT_EQ(kinds[1].backward.halo_bytes, 2 * 3 * (2 * 4 + 2 * 3) * 8);
+  EXPECT_EQ(
+      StateText(kinds[0]),
+      "1 lightning layer: a rank sends states of 512 B forward, 512 B backward; a layer and micro-batch, "
+      "whatever the length");
+  EXPECT_TRUE(absl::StartsWith(StateText(kinds[1]), "2 mamba layers: a rank sends states of 416 B forward"));
+  EXPECT_TRUE(absl::StrContains(StateText(kinds[1]), "; rows before a convolution of 672 B forward, 672 B "));
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ TEST(PlanExchange, PricesEveryPlanOfEveryKindOfLayerAndPass) {
   ASSERT_EQ(passes->size(), 4u);
   for (size_t i = 0; i < passes->size(); ++i) {
     const PlannedPass& pass = (*passes)[i];
-    EXPECT_EQ(pass.kind.window, i < 2 ? 0 : 7);
+    EXPECT_EQ(pass.kind.attention.window, i < 2 ? 0 : 7);
     EXPECT_EQ(pass.pass, i % 2 == 0 ? Pass::kForward : Pass::kBackward);
     EXPECT_EQ(pass.plan.pass, pass.pass);
     EXPECT_EQ(pass.candidates.size(), AllChoices(4, 4).size());
@@ -37,6 +37,38 @@ TEST(PlanExchange, PricesEveryPlanOfEveryKindOfLayerAndPass) {
     EXPECT_EQ(pass.simulation.makespan, pass.candidates[0].seconds);
     for (const PlanCandidate& candidate : pass.candidates) {
       EXPECT_GE(candidate.seconds, pass.candidates[0].seconds * (1 - 1e-3)) << candidate.name;
+    }
+  }
+}
+
+// Of latent attention both ways are weighed, and the candidates are those of the one that is taken.
+TEST(PlanExchange, SaysWhatLatentAttentionExchanges) {
+  const std::vector<std::string> model = {"model.pattern=A - T{g=2}", "model.latent.heads=4",
+                                          "model.latent.kv_rank=8",   "model.latent.nope_dim=2",
+                                          "model.latent.rope_dim=2",  "model.latent.v_dim=3"};
+  for (const char* exchange : {"AUTO", "LATENT", "EXPANDED"}) {
+    SCOPED_TRACE(exchange);
+    std::vector<std::string> overrides = model;
+    overrides.push_back(absl::StrCat("parallel.exchange.latent=", exchange));
+    const auto passes = PlanOf(FourRanks(overrides));
+    ASSERT_TRUE(passes.ok()) << passes.status();
+    ASSERT_EQ(passes->size(), 4u);
+    for (const PlannedPass& pass : *passes) {
+      EXPECT_EQ(pass.latents.has_value(), pass.kind.attention.branch == BranchKind::kLatentAttention);
+      if (!pass.latents.has_value()) continue;
+      EXPECT_EQ(LayersText(pass.kind), "1 latent attention layer (2 branches, all keys)");
+      const LatentDecision& decision = *pass.latents;
+      EXPECT_EQ(pass.layer.latent.has_value(), decision.latents);
+      EXPECT_EQ(pass.layer.kv_heads, decision.latents ? 1 : 4);
+      EXPECT_EQ(pass.home_seconds > 0, !decision.latents);
+      const double predicted = decision.latents ? *decision.latent_seconds : *decision.expanded_seconds;
+      EXPECT_NEAR(pass.candidates[0].seconds + pass.home_seconds, predicted, 1e-6 * predicted);
+      const bool fits =
+          std::string(exchange) == "AUTO" || decision.latents == (std::string(exchange) == "LATENT");
+      EXPECT_TRUE(fits);
+      const std::string table = CandidateTable(pass);
+      EXPECT_TRUE(absl::StartsWith(table, absl::StrCat("exchange: ", Name(decision), " ("))) << table;
+      EXPECT_EQ(absl::StrContains(table, " ms of expanding latents\n"), !decision.latents) << table;
     }
   }
 }
@@ -106,7 +138,7 @@ TEST(PlanExchange, RefusedCandidatesAreInTheTable) {
   const RunSpec spec = FourRanks({absl::StrFormat("parallel.exchange.buffer_gib=%.17g", gib * 1.5)});
   const ExchangeOptions options = ExchangeOptionsOf(spec, {TransportKind::kHost}, AssumedCpuCore());
   const auto planned =
-      PlanPass(AttentionCaseOf(spec, 0, ExampleBatchOf(spec).sequences), Pass::kForward, options);
+      PlanPass(AttentionCaseOf(spec, {}, ExampleBatchOf(spec).sequences), Pass::kForward, options);
   ASSERT_TRUE(planned.ok()) << planned.status();
   const std::string table = CandidateTable(*planned);
   EXPECT_TRUE(absl::StrContains(table, "refused: ")) << table;

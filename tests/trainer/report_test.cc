@@ -120,15 +120,18 @@ TEST(Metrics, AreOneObjectOnOneLine) {
 }
 
 std::vector<AttentionReport> Attention(double measured_ms) {
-  return {
-      {.window = 0,
-       .pass = Pass::kForward,
-       .plan = "kv_ring",
-       .transport = TransportKind::kHost,
-       .why = "kv_ring by host 2 ms; next mesh",
-       .predicted_ms = 2,
-       .measured_ms = measured_ms},
-      {.window = 128, .pass = Pass::kBackward, .plan = "ulysses", .why = "", .measured_ms = measured_ms + 1}};
+  return {{.layers = {},
+           .pass = Pass::kForward,
+           .plan = "kv_ring",
+           .transport = TransportKind::kHost,
+           .why = "kv_ring by host 2 ms; next mesh",
+           .predicted_ms = 2,
+           .measured_ms = measured_ms},
+          {.layers = {.window = 128},
+           .pass = Pass::kBackward,
+           .plan = "ulysses",
+           .why = "",
+           .measured_ms = measured_ms + 1}};
 }
 
 TEST(Metrics, HoldPredictedAndMeasuredAttention) {
@@ -170,6 +173,32 @@ TEST(AttentionLines, SayThePlanAndWhatBecameOfThePrediction) {
           "attention (all keys) forward: kv_ring by host, predicted 2 ms, measured 4 ms a layer (median "
           "of 3 steps)",
           "attention (window 128) backward: ulysses by host, measured 5 ms a layer (median of 3 steps)"}));
+}
+
+TEST(AttentionLines, SayWhatLatentAttentionExchanges) {
+  StepReport report = Report();
+  const AttentionClass latent{.branch = BranchKind::kLatentAttention};
+  report.attention = {{.layers = latent, .exchange = "latents", .plan = "kv_ring", .why = "latents 2 ms"},
+                      {.layers = {.branch = latent.branch, .window = 8, .latent_groups = 2},
+                       .exchange = "keys and values",
+                       .plan = "ulysses",
+                       .why = "",
+                       .predicted_ms = 3,
+                       .measured_ms = 4}};
+  EXPECT_EQ(PlanLines(report),
+            (std::vector<std::string>{"latent attention (all keys) forward: latents 2 ms",
+                                      "latent attention (2 branches, window 8) forward: keys and values, "
+                                      "ulysses by host"}));
+  AttentionSummary summary;
+  summary.Add(report);
+  summary.Add(report);
+  EXPECT_EQ(summary.Lines()[1],
+            "latent attention (2 branches, window 8) forward: keys and values, ulysses by host, predicted 3 "
+            "ms, measured 4 ms a layer (median of 1 steps)");
+  const auto json = nlohmann::json::parse(MetricsJson(report, std::nullopt));
+  EXPECT_EQ(json["attention"][0]["layer"], "latent");
+  EXPECT_EQ(json["attention"][0]["exchange"], "latents");
+  EXPECT_EQ(json["attention"][1]["latent_groups"], 2);
 }
 
 TEST(Metrics, StayJsonWhenNumbersAreNotFinite) {

@@ -60,13 +60,49 @@ TEST(Exchange, StepsReportAttentionPredictedAndMeasured) {
     ASSERT_EQ(report.attention.size(), 4u);
     for (size_t i = 0; i < 4; ++i) {
       const AttentionReport& attention = report.attention[i];
-      EXPECT_EQ(attention.window, i < 2 ? 0 : 4);
+      EXPECT_EQ(attention.layers.window, i < 2 ? 0 : 4);
       EXPECT_EQ(attention.pass, i % 2 == 0 ? Pass::kForward : Pass::kBackward);
       EXPECT_TRUE(absl::StartsWith(attention.plan, i % 2 == 0 ? "kv_ring" : "ulysses")) << attention.plan;
       EXPECT_EQ(attention.transport, TransportKind::kHost);
       EXPECT_GT(attention.predicted_ms, 0);
       EXPECT_GT(attention.measured_ms, 0);
       EXPECT_LT(attention.measured_ms, report.step_ms);
+    }
+  }
+}
+
+// Beside softmax attention with the same window; a layer of two branches takes the time of both.
+TEST(Exchange, StepsReportWhatLatentAttentionExchanges) {
+  for (const char* exchange : {"AUTO", "LATENT", "EXPANDED"}) {
+    SCOPED_TRACE(exchange);
+    const RunSpec spec =
+        SmallRun({"model.pattern=A T - T{g=2}", "model.latent.heads=2", "model.latent.kv_rank=4",
+                  "model.latent.nope_dim=2", "model.latent.rope_dim=2", "model.latent.v_dim=3",
+                  absl::StrCat("parallel.exchange.latent=", exchange), "parallel.cp=2",
+                  "parallel.exchange.plan=KV_RING"});
+    for (const StepReport& report : StepsOn(spec, {.cp = 2}, 2)) {
+      ASSERT_EQ(report.attention.size(), 6u);
+      for (size_t i = 0; i < 6; ++i) {
+        const AttentionReport& attention = report.attention[i];
+        EXPECT_EQ(attention.layers.branch == BranchKind::kLatentAttention, i >= 2);
+        EXPECT_EQ(attention.layers.latent_groups, i < 4 ? 1 : 2);
+        EXPECT_TRUE(absl::StartsWith(attention.plan, "kv_ring")) << attention.plan;
+        EXPECT_GT(attention.predicted_ms, 0);
+        EXPECT_GT(attention.measured_ms, 0);
+        if (i < 2) {
+          EXPECT_EQ(attention.exchange, "");
+          continue;
+        }
+        const bool may_latents = std::string(exchange) != "EXPANDED",
+                   may_expanded = std::string(exchange) != "LATENT";
+        EXPECT_TRUE((may_latents && attention.exchange == "latents") ||
+                    (may_expanded && attention.exchange == "keys and values"))
+            << attention.exchange;
+        EXPECT_TRUE(absl::StrContains(attention.why, std::string(exchange) == "AUTO"
+                                                         ? " elements a token"
+                                                         : "as parallel.exchange.latent says"))
+            << attention.why;
+      }
     }
   }
 }

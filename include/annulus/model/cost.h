@@ -10,6 +10,7 @@
 #include "annulus/device/device.h"
 #include "annulus/model/params.h"
 #include "annulus/model/spec.h"
+#include "annulus/parallel/state_passing.h"
 
 namespace annulus {
 
@@ -28,6 +29,22 @@ FlopsPerToken TrainingFlops(const ModelSpec& spec, int64_t seq_len);
 
 // Mean over positions 0..seq_len-1 of the keys a causal query with this window sees.
 double MeanVisibleKeys(int64_t seq_len, int64_t window);
+
+// What the rank that sends most sends along the sequence in one pass of a state-space layer. It does not
+// depend on how long the sequence is, as long as no segment is shorter than what a convolution looks back.
+struct StateExchange {
+  int64_t state_bytes = 0;  // states with their transitions
+  int64_t halo_bytes = 0;   // rows before a convolution, backward their gradients
+};
+struct StateExchangeInputs {
+  SequenceLayout layout;
+  int64_t sequences = 1;  // micro-batch
+  int64_t tp = 1;
+  DType dtype = DType::kF32;  // compute dtype
+};
+// kind: of those that pass states.
+StateExchange StateExchangeOf(const ModelSpec& spec, BranchKind kind, StateOrder order,
+                              const StateExchangeInputs& inputs);
 
 // What a rank holds while training, in bytes.
 struct MemoryPlan {

@@ -8,6 +8,7 @@
 // tensor-parallel group split them evenly in that order: x and y of a mixer are [tokens / tp, d_model]. A
 // mixer gathers what it needs and returns sums over the group (annulus/parallel/tensor_parallel.h).
 
+#include <compare>
 #include <map>
 #include <memory>
 
@@ -19,17 +20,25 @@
 
 namespace annulus {
 
-// How long attention with its exchange took, by what layers have in common: the window; and by pass.
+// What attention layers whose exchange is the same have in common.
+struct AttentionClass {
+  BranchKind branch = BranchKind::kAttention;  // or kLatentAttention
+  int64_t window = 0;                          // 0 = all keys
+  int64_t latent_groups = 1;
+  friend auto operator<=>(const AttentionClass&, const AttentionClass&) = default;
+};
+
+// How long attention with its exchange took; of latent attention each branch of the latent by itself.
 class AttentionClocks {
  public:
   explicit AttentionClocks(Device device) : device_(device) {}
-  SpanClock& Of(int64_t window, Pass pass) {
-    return clocks_.try_emplace({window, pass}, device_).first->second;
+  SpanClock& Of(const AttentionClass& layers, Pass pass) {
+    return clocks_.try_emplace({layers, pass}, device_).first->second;
   }
 
  private:
   Device device_;
-  std::map<std::pair<int64_t, Pass>, SpanClock> clocks_;
+  std::map<std::pair<AttentionClass, Pass>, SpanClock> clocks_;
 };
 
 // Keys and values that later layers attend to as well (kv_layers_back); in ctx.saved.

@@ -37,7 +37,7 @@ using ConstMatrixRef = BasicMatrixRef<const void>;
 
 // y[t, out] (=, +=) sum_in x[t, in] w[out, in]
 absl::Status LinearForward(Context& ctx, ConstMatrixRef x, ConstMatrixRef w, Write write, MatrixRef y);
-// dx[t, in] (=, +=) sum_out dy[t, out] w[out, in]
+// dx[t, in] (=, +=) sum_out dy[t, out] w[out, in]   dx: dtype of dy or its accumulator dtype
 absl::Status LinearBackwardInput(Context& ctx, ConstMatrixRef dy, ConstMatrixRef w, Write write,
                                  MatrixRef dx);
 // dw[out, in] += sum_t dy[t, out] x[t, in]   dw: accumulator dtype

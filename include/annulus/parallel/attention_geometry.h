@@ -14,6 +14,7 @@
 #include "annulus/comm/exchange_build.h"
 #include "annulus/comm/exchange_transport.h"
 #include "annulus/parallel/attend_calls.h"
+#include "annulus/parallel/choose_latents.h"
 #include "annulus/parallel/choose_plan.h"
 #include "annulus/parallel/device_bounds.h"
 #include "annulus/parallel/exchange_transports.h"
@@ -86,10 +87,13 @@ class AttentionGeometry {
   absl::StatusOr<const Schedule*> ScheduleFor(Context& ctx, const ContextAttentionShape& shape, DType dtype,
                                               Pass pass);
 
-  // Whether a pass of latent attention moves latents between ranks; else keys and values, expanded at home.
-  // Decided by the group at first use: collective then.
-  absl::StatusOr<bool> ExchangesLatents(Context& ctx, const ContextAttentionShape& shape, DType dtype,
-                                        Pass pass);
+  // What a pass of latent attention moves between ranks. Decided by the group at first use: collective then.
+  absl::StatusOr<const LatentDecision*> DecisionFor(Context& ctx, const ContextAttentionShape& shape,
+                                                    DType dtype, Pass pass);
+
+  // Of a layer that has been used on this batch; null of others.
+  const Schedule* FindSchedule(const AttentionCase& layer, Pass pass) const;
+  const LatentDecision* FindDecision(const AttentionCase& layer, Pass pass) const;
 
   // Of layers of one shape: window, heads, KV heads, dims of heads and values, columns of the latent (0:
   // none), dtype; and pass.
@@ -128,7 +132,7 @@ class AttentionGeometry {
   Tensor ages_;
   bool ages_known_ = false;  // of the current batch
   std::map<Key, Choice> choices_;
-  std::map<Key, bool> exchanges_latents_;
+  std::map<Key, LatentDecision> decisions_;
   std::map<Key, Schedule> schedules_;
   std::vector<DeviceBounds> spare_bounds_;  // of batches before: document masks change with every batch
 };

@@ -39,8 +39,8 @@ struct LatentWeights {
 absl::Status ExpandLatents(Context& ctx, const LatentShape& shape, const LatentWeights& weights,
                            ConstTensorRef latents, TensorRef kv);
 
-// dlatents (=, +=) and weights.dup += gradients through the expansion. Each call's summand of dlatents is
-// rounded to the compute dtype but for its rope columns.
+// dlatents (=, +=) and weights.dup += gradients through the expansion. Only the products' operands are in the
+// compute dtype: sums, over heads and over the calls of all ranks, are not rounded to it on their way.
 //   dkv: as kv, compute or accumulator dtype   dlatents: as latents, accumulator dtype
 absl::Status ExpandLatentsBackward(Context& ctx, const LatentShape& shape, const LatentWeights& weights,
                                    ConstTensorRef latents, ConstTensorRef dkv, Write write,

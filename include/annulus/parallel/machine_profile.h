@@ -51,8 +51,17 @@ struct MachineProfile {
   std::vector<LinkRate> links;
   std::vector<RatePoint> copy;  // size: bytes read and written by a pass over memory; per_second: those
   double launch_seconds = 0;    // of a kernel that does nothing, launched behind others
+  // Matrix products of the shapes that expand latents, in bf16 on GPUs and f32 on CPUs: y = x w^T; and those
+  // of both of its gradients, one behind the other. size: FLOPs; per_second: those. Empty: not measured.
+  std::vector<RatePoint> products = {}, product_gradients = {};
   friend bool operator==(const MachineProfile&, const MachineProfile&) = default;
 };
+
+// Of products in this dtype: the profile's; those of the assumed profile of the device where it has none.
+struct ProductRates {
+  std::vector<RatePoint> forward, gradients;
+};
+ProductRates ProductRatesOf(const MachineProfile& machine, DeviceKind device, DType dtype);
 
 // Profiles to go by where nothing was measured.
 MachineProfile AssumedHopper();   // H200 with NVLink: rates of our measurements

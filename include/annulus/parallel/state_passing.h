@@ -93,4 +93,9 @@ class HaloExchange {
   int64_t bytes_sent_ = 0;
 };
 
+// What the rank that sends most sends: summaries of so many bytes a segment; so many rows before each
+// segment, kBackward their gradients.
+int64_t StateBytesSent(const SequenceLayout& layout, StateOrder order, int64_t summary_bytes);
+int64_t HaloBytesSent(const SequenceLayout& layout, StateOrder order, int64_t width, int64_t row_bytes);
+
 }  // namespace annulus

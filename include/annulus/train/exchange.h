@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "annulus/comm/communicator.h"
+#include "annulus/model/cost.h"
+#include "annulus/model/mixer.h"
 #include "annulus/parallel/attention_geometry.h"
 #include "annulus/train/spec.h"
 
@@ -31,18 +33,32 @@ std::string ProfileSource(const ExchangeSpec& exchange, const MachineProfile& ma
 ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind> available,
                                   MachineProfile machine);
 
-// The softmax attention of every layer with this window, on sequences of one micro-batch with their meta
-// tokens; a tensor-parallel rank's heads.
-AttentionCase AttentionCaseOf(const RunSpec& spec, int64_t window, SequenceBatch sequences);
+// One layer of the class, of latent attention one branch of it, on sequences of one micro-batch with their
+// meta tokens; a tensor-parallel rank's heads.
+AttentionCase AttentionCaseOf(const RunSpec& spec, const AttentionClass& layers, SequenceBatch sequences);
+// Branches of the latent that a tensor-parallel rank has of a layer; 1 of softmax attention.
+int64_t BranchesHere(const RunSpec& spec, const AttentionClass& layers);
 
-// Softmax attention layers of one window.
+// Layers of one class, by their index.
 struct AttentionKind {
-  int64_t window = 0;  // 0 = all keys
+  AttentionClass attention;
   std::vector<size_t> layers;
 };
 std::string LayersText(const AttentionKind& kind);                    // "2 attention layers (all keys)"
-std::vector<AttentionKind> AttentionKindsOf(const ModelSpec& model);  // by ascending window
-std::string WindowText(int64_t window);                               // "all keys", "window 128"
-const char* Name(Pass pass);                                          // "forward"
+std::vector<AttentionKind> AttentionKindsOf(const ModelSpec& model);  // in order of their classes
+// "attention (all keys)", "latent attention (2 branches, window 128)"
+std::string ClassText(const AttentionClass& layers);
+
+// State-space layers of one kind, and what the rank that sends most sends in a layer.
+struct StateKind {
+  BranchKind branch = BranchKind::kMamba;
+  std::vector<size_t> layers = {};
+  StateExchange forward = {}, backward = {};
+};
+std::vector<StateKind> StateKindsOf(const RunSpec& spec);
+// "3 mamba layers: of states 1.0 MiB forward, 1.0 MiB backward; ... whatever the length"
+std::string StateText(const StateKind& kind);
+
+const char* Name(Pass pass);  // "forward"
 
 }  // namespace annulus

@@ -3,6 +3,7 @@
 // What the attention layers of a run would exchange, without running it: every candidate with its predicted
 // time, and one of them as a plan with its timeline.
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,7 +15,9 @@ namespace annulus {
 struct PlannedPass {
   AttentionKind kind;  // of a run's layers
   Pass pass = Pass::kForward;
-  AttentionCase layer;
+  AttentionCase layer;                    // with latents only where those are exchanged
+  std::optional<LatentDecision> latents;  // of latent attention: what is exchanged
+  double home_seconds = 0;                // of expanding at home, where keys and values are
   std::vector<PlanCandidate> candidates;  // RankPlans
   size_t shown = 0;                       // of them: what follows
   ExchangePlan plan;
@@ -24,6 +27,8 @@ struct PlannedPass {
 // `shown`: the name of a candidate to look at instead of the fastest, or of a kind ("token_ring"), of which
 // the fastest is; empty: the fastest of all. InvalidArgument if no candidate can be, with the reason of each,
 // or none of them has that name.
+//
+// Of latent attention what travels is decided before: candidates are those of it.
 absl::StatusOr<PlannedPass> PlanPass(const AttentionCase& layer, Pass pass, const ExchangeOptions& options,
                                      const std::string& shown = "");
 

@@ -21,10 +21,12 @@
 
 namespace annulus {
 
-// Attention with its exchange, of the layers with one window in one pass: predicted against measured.
+// Attention with its exchange, of the layers of one class in one pass: predicted against measured. Of latent
+// attention with the expansion.
 struct AttentionReport {
-  int64_t window = 0;  // 0 = all keys
+  AttentionClass layers = {};
   Pass pass = Pass::kForward;
+  std::string exchange = {};  // of latent attention: "latents", "keys and values"
   std::string plan;
   TransportKind transport = TransportKind::kHost;
   std::string why;          // the plan was chosen; empty where there was nothing to choose from
@@ -100,6 +102,7 @@ class Trainer {
   absl::Status CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const;
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
   std::vector<AttentionReport> AttentionReports();
+  AttentionReport PlannedReport(const AttentionCase& layer, Pass pass) const;
   absl::Status FillMemory(StepReport* report);
   MemoryPlan MemoryHeld() const;
 
