@@ -181,7 +181,8 @@ void Print(const Planned& planned) {
   std::printf("machine           %s\n", planned.machine_text.c_str());
   if (!planned.batch.note.empty()) std::printf("documents         %s\n", planned.batch.note.c_str());
   for (const PlannedPass& pass : planned.passes) {
-    std::printf("\n%s, %s; of each, per micro-batch:\n%s", LayersText(pass.kind).c_str(), Name(pass.pass),
+    const char* of_each = pass.kind.attention.latent_groups > 1 ? "of each branch" : "of each";
+    std::printf("\n%s, %s; %s, per micro-batch:\n%s", LayersText(pass.kind).c_str(), Name(pass.pass), of_each,
                 CandidateTable(pass).c_str());
     std::printf("kernel calls of all ranks: %s\n", KernelsText(KernelsOf(pass)).c_str());
     std::printf("%s", Timeline(pass.plan, pass.simulation).c_str());

@@ -197,7 +197,7 @@ std::string CandidateTable(const PlannedPass& planned) {
   absl::StrAppend(&text, "sent, buffers: of the rank with most\nwhy: ", WhyShown(planned), "\n");
   if (!planned.latents.has_value()) return text;
   return absl::StrCat("exchange: ", Name(*planned.latents), " (", planned.latents->why, ")",
-                      at_home.empty() ? "" : absl::StrCat("; before the plan", at_home.substr(4)), "\n",
+                      at_home.empty() ? "" : absl::StrCat("; besides the plan", at_home.substr(4)), "\n",
                       text);
 }
 
