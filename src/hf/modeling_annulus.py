@@ -4,7 +4,7 @@ MLPs in any order, and sums of them, where no class of Transformers has the comb
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 Every layer is y = x + sum of branch(RMSNorm(x)); config.layers lists the branches. There is no cache: each
-generated token reads the whole sequence again. Sequences of a batch have one length.
+generated token reads the whole sequence again. Sequences of a batch may end in padding.
 """
 
 import math
@@ -293,6 +293,15 @@ class AnnulusModel(AnnulusPreTrainedModel):
         return self.norm(x)
 
 
+def check_padding(attention_mask):
+    """Nothing before a token depends on it: padding behind a sequence changes none of its logits."""
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask: expected [sequences, tokens], got {list(attention_mask.shape)}")
+    mask = attention_mask.bool()
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask[:, 0].all()):
+        raise ValueError("attention_mask: expected padding behind sequences alone (padding_side='right')")
+
+
 class AnnulusForCausalLM(AnnulusPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -315,12 +324,16 @@ class AnnulusForCausalLM(AnnulusPreTrainedModel, GenerationMixin):
         self.lm_head = head
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError("attention_mask: expected no padding; generate from sequences of one length at a time")
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, use_cache=None,
                 return_dict=None, **kwargs):
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("attention_mask: expected no padding")
+        if use_cache or kwargs.get("past_key_values") is not None:
+            raise ValueError("use_cache: expected False; this model has no cache and takes whole sequences")
+        if attention_mask is not None:
+            check_padding(attention_mask)
         logits = self.lm_head(self.model(input_ids, inputs_embeds))
         loss = None
         if labels is not None:

@@ -3,6 +3,7 @@
 
     python3 tests/golden/make_hf_golden.py            writes tests/golden/hf_<class>.json
     python3 tests/golden/make_hf_golden.py --check DIR ...   logits of exported folders against their probe.json
+    python3 tests/golden/make_hf_golden.py --arguments       what modeling_annulus.py makes of masks and caches
 
 Needs torch and transformers (made_by in the files says which versions). The logits are those of Transformers'
 own classes. They compute parts in float32 whatever the weights are; here every such cast goes to float64, so
@@ -143,12 +144,16 @@ def module_of(architecture):
     return __import__("modeling_annulus")
 
 
-def make(case):
+def model_of(case):
     architecture, fields = CASES[case]
     module = module_of(architecture)
     config = getattr(module, architecture + "Config")(**dict(TEXT, **fields))
-    torch.manual_seed(0)  # nothing that is drawn is left
-    model = getattr(module, architecture + "ForCausalLM")(config).double()
+    torch.manual_seed(0)  # nothing that is drawn is left in golden files
+    return architecture, config, getattr(module, architecture + "ForCausalLM")(config).double()
+
+
+def make(case):
+    architecture, config, model = model_of(case)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     tensors = sorted((name, list(p.shape)) for name, p in model.state_dict().items() if name not in tied)
     with torch.no_grad():
@@ -197,11 +202,44 @@ def check(folder):
     return error <= probe["tolerance"]
 
 
+def check_arguments():
+    """Padding behind a sequence changes nothing before it; all else that cannot be is refused by name."""
+    _, config, model = model_of("annulus")
+    tokens = tokens_of(config.vocab_size)
+    length = LENGTH - 7
+    padded = torch.arange(LENGTH).expand(SEQUENCES, -1) < torch.tensor([[LENGTH], [length]])
+    with torch.no_grad():
+        whole = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+        alone = model(tokens[1:, :length]).logits
+        filled = model(tokens.where(padded, 0), attention_mask=padded.long()).logits
+        assert torch.equal(filled[0], whole[0])
+        assert torch.allclose(filled[1:, :length], alone, rtol=0, atol=1e-12 * alone.abs().max().item())
+        written = model.generate(tokens, max_new_tokens=3, do_sample=False)
+        assert written.shape == (SEQUENCES, LENGTH + 3)
+        assert torch.equal(written[:, LENGTH], whole[:, -1].argmax(-1))
+
+        def refused(part, call):
+            try:
+                call()
+            except ValueError as error:
+                assert part in str(error), error
+                return print(f"refused: {error}")
+            raise AssertionError(f"not refused: {part}")
+
+        refused("padding_side", lambda: model(tokens, attention_mask=padded.flip(1).long()))
+        refused("[sequences, tokens]", lambda: model(tokens, attention_mask=padded[:, None]))
+        refused("use_cache", lambda: model(tokens, use_cache=True))
+        refused("use_cache", lambda: model(tokens, past_key_values=[()]))
+        refused("no padding", lambda: model.generate(tokens, attention_mask=padded.long(), max_new_tokens=1))
+
+
 def main():
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
     if sys.argv[1:2] == ["--check"]:
         sys.exit(0 if all([check(folder) for folder in sys.argv[2:]]) else 1)
+    if sys.argv[1:2] == ["--arguments"]:
+        return check_arguments()
     for case in sys.argv[1:] or CASES:
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"hf_{case}.json")
         with open(path, "w") as file:
