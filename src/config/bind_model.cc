@@ -68,6 +68,7 @@ void BindAttention(const Section& attention, ModelSpec* model, PatternDefaults* 
   BindWidthOfHead(attention, "head_dim", model->d_model, model->heads, &model->head_dim);
   attention.Int("window", Presence::kOptional, kCount, &defaults->window);
   BindRope(attention, &defaults->rope_theta);
+  attention.Int("rotary_dim", Presence::kOptional, {0, kHeadDim.high}, &model->rotary_dim);
 }
 
 void BindLatent(const Section& section, LatentSpec* latent, PatternDefaults* defaults) {

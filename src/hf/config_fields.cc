@@ -97,8 +97,12 @@ Fields MakeFields(HfClass of) {
     case HfClass::kAnnulus:
       break;
   }
-  return Together(
-      {Common("rms_norm_eps", 1e-5), Attention(), Latent("latent_attention_heads"), Mlp(), Mamba(falcon)});
+  return Together({Common("rms_norm_eps", 1e-5),
+                   Attention(),
+                   {Member("rotary_dim", ANNULUS_FIELD(rotary_dim), Absent(0))},
+                   Latent("latent_attention_heads"),
+                   Mlp(),
+                   Mamba(falcon)});
 }
 
 std::vector<HfFixed> MakeFixed(HfClass of) {

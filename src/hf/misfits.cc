@@ -91,6 +91,9 @@ class Finder {
     if (Uses(spec_, BranchKind::kMlp) && of_ != HfClass::kAnnulus && gated == (of_ == HfClass::kNemotronH)) {
       Add("mlp.activation is ", gated ? "SWIGLU" : "RELU_SQUARED", ": it has the other");
     }
+    if (spec_.rotary_dim > 0 && spec_.rotary_dim < spec_.head_dim && of_ != HfClass::kAnnulus) {
+      Add("attention.rotary_dim=", spec_.rotary_dim, ": it turns whole heads");
+    }
     if (of_ == HfClass::kNemotronH && spec_.tied_head) Add("tied_head: its head is its own");
     if (of_ == HfClass::kNemotronH && mamba.dt_max > 0) Add("mamba.dt_max: it has no upper limit");
     if (of_ == HfClass::kLlama && spec_.heads > 0 && spec_.d_model % spec_.heads != 0) {

@@ -116,7 +116,8 @@ std::string ModelText(const ModelSpec& spec) {
   };
   add(BranchKind::kAttention,
       absl::StrCat("  attention { heads: ", spec.heads, " kv_heads: ", spec.kv_heads,
-                   " head_dim: ", spec.head_dim, " ", Position(thetas.attention), " }\n"));
+                   " head_dim: ", spec.head_dim, " ", Position(thetas.attention),
+                   spec.rotary_dim > 0 ? absl::StrCat(" rotary_dim: ", spec.rotary_dim) : "", " }\n"));
   const LatentSpec& latent = spec.latent;
   add(BranchKind::kLatentAttention,
       absl::StrCat("  latent { heads: ", latent.heads, " q_rank: ", latent.q_rank, " kv_rank: ",

@@ -25,7 +25,7 @@ class AnnulusConfig(PretrainedConfig):
 
     def __init__(self, layers=(), vocab_size=0, hidden_size=0, intermediate_size=0, hidden_act="silu",
                  rms_norm_eps=1e-5, initializer_range=0.02, max_position_embeddings=2048, long_rope=None,
-                 num_attention_heads=0, num_key_value_heads=0, head_dim=0, latent_attention_heads=0,
+                 num_attention_heads=0, num_key_value_heads=0, head_dim=0, rotary_dim=0, latent_attention_heads=0,
                  q_lora_rank=None, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0, v_head_dim=0,
                  mamba_n_heads=0, mamba_d_head=0, mamba_d_state=0, mamba_n_groups=1, mamba_d_conv=4,
                  mamba_chunk_size=128, time_step_limit=(0.0, math.inf), tie_word_embeddings=False, **kwargs):
@@ -37,7 +37,8 @@ class AnnulusConfig(PretrainedConfig):
         self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
         self.max_position_embeddings = max_position_embeddings
         self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
-        self.head_dim, self.latent_attention_heads = head_dim, latent_attention_heads
+        self.head_dim, self.rotary_dim = head_dim, rotary_dim  # 0: all of a head turns
+        self.latent_attention_heads = latent_attention_heads
         self.q_lora_rank, self.kv_lora_rank = q_lora_rank, kv_lora_rank
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
         self.v_head_dim = v_head_dim
@@ -127,6 +128,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.law = config.head_dim, config.long_rope
+        self.kept = self.head_dim - config.rotary_dim if config.rotary_dim else 0  # elements of a head
         self.theta, self.window = branch["rope_theta"], branch["window"]
         d, dim = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(d, self.heads * dim, bias=False)
@@ -134,9 +136,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, self.kv_heads * dim, bias=False)
         self.o_proj = nn.Linear(self.heads * dim, d, bias=False)
 
+    def turned(self, x):
+        return torch.cat([x[..., : self.kept], rotate(x[..., self.kept:], self.theta, self.law)], -1)
+
     def forward(self, x):
-        q = rotate(heads(self.q_proj(x), self.heads), self.theta, self.law)
-        k = rotate(heads(self.k_proj(x), self.kv_heads), self.theta, self.law)
+        q = self.turned(heads(self.q_proj(x), self.heads))
+        k = self.turned(heads(self.k_proj(x), self.kv_heads))
         v = heads(self.v_proj(x), self.kv_heads)
         k, v = (y.repeat_interleave(self.heads // self.kv_heads, 1) for y in (k, v))
         out = attend(q, k, v, self.head_dim ** -0.5, self.window)

@@ -2,6 +2,9 @@
 //
 //   q = RoPE(x Wq^T)   kv = [RoPE(x Wk^T) | x Wv^T]   out = softmax(q k^T / sqrt(head_dim)) v   y += out Wo^T
 //
+// RoPE turns the last rotary_dim elements of each head. A model that turns others is this one with the rows
+// of Wq and Wk of a head in another order.
+//
 // Shapes: x [tokens / tp, d_model]; q, out [rows, batch, heads * head_dim]; kv [rows, batch, 2 kv_heads *
 // head_dim], of this tensor-parallel rank's heads. Where KV heads are fewer than ranks, each rank computes
 // the one that its queries see, and its gradient is a summand.
@@ -43,11 +46,13 @@ ContextAttentionShape ShapeOf(const MixerArgs& args) {
           .scale = 1.0 / std::sqrt(static_cast<double>(spec.head_dim))};
 }
 
+int64_t RotaryDim(const ModelSpec& spec) { return spec.rotary_dim > 0 ? spec.rotary_dim : spec.head_dim; }
+
 class AttentionMixer : public SequenceMixer {
  public:
   explicit AttentionMixer(const MixerArgs& args)
       : recompute_(args.recompute),
-        rope_(RopeOf(args.spec, args.branch_spec(), args.spec.head_dim)),
+        rope_(RopeOf(args.spec, args.branch_spec(), RotaryDim(args.spec))),
         shape_(ShapeOf(args)),
         layer_(args.layer),
         kv_layer_(args.layer - static_cast<size_t>(args.branch_spec().kv_layers_back)),
@@ -160,7 +165,8 @@ class AttentionMixer : public SequenceMixer {
   absl::Status ApplyRope(Context& ctx, ModelStep& step, RopeDirection direction, TensorRef x,
                          int64_t heads) const {
     if (!rope_.has_value()) return absl::OkStatus();
-    return Rope(ctx, step.geometry.Positions(ctx), *rope_, direction, HeadsOf(x, 0, heads, shape_.head_dim));
+    return Rope(ctx, step.geometry.Positions(ctx), *rope_, direction, HeadsOf(x, 0, heads, shape_.head_dim),
+                shape_.head_dim - 2 * rope_->pairs());
   }
 
   absl::Status ProjectQ(Context& ctx, ModelStep& step, ConstTensorRef x, TensorRef q) const {

@@ -54,6 +54,9 @@ void CheckAttention(const ModelSpec& spec, Findings* findings) {
   findings->AtLeastOne("attention.kv_heads", spec.kv_heads);
   findings->Multiple("attention.heads", spec.heads, "model.attention.kv_heads", spec.kv_heads);
   findings->Even("attention.head_dim", spec.head_dim);
+  findings->Require(spec.rotary_dim >= 0 && spec.rotary_dim <= spec.head_dim && spec.rotary_dim % 2 == 0,
+                    "attention.rotary_dim", spec.rotary_dim,
+                    absl::StrCat("an even number up to model.attention.head_dim=", spec.head_dim));
 }
 
 void CheckLatent(const ModelSpec& spec, Findings* findings) {

@@ -20,7 +20,7 @@ compute: F64 recompute: BLOCK nan_policy: SKIP runs_dir: "/tmp/r"
 model {
   pattern: "A{w=4} - A{rope=none} -" d_model: 48
   vocab_size: 300 norm_eps: 1e-6 init_stddev: 0.01 tied_head: false
-  attention { heads: 6 kv_heads: 3 head_dim: 10 window: 7 rope_theta: 5e5 }
+  attention { heads: 6 kv_heads: 3 head_dim: 10 window: 7 rope_theta: 5e5 rotary_dim: 4 }
   mlp { d_ff: 100 }
 }
 data {
@@ -68,6 +68,7 @@ TEST(Config, EveryFieldReachesTheSpec) {
       .heads = 6,
       .kv_heads = 3,
       .head_dim = 10,
+      .rotary_dim = 4,
       .d_ff = 100,
       .norm_eps = 1e-6,
       .init_stddev = 0.01,

@@ -219,6 +219,9 @@ TEST(ConfigErrors, BetweenFields) {
   EXPECT_EQ(ErrorsOf(Changed("heads: 4 kv_heads: 2", "heads: 6 kv_heads: 4 head_dim: 16")),
             "c.textproto:5:15: model.attention.heads=6: expected a multiple of model.attention.kv_heads=4 "
             "(nearest valid value 4 or 8)");
+  EXPECT_EQ(ErrorsOf(Changed("kv_heads: 2", "kv_heads: 2 rotary_dim: 18")),
+            "c.textproto:5:36: model.attention.rotary_dim=18: expected an even number up to "
+            "model.attention.head_dim=16");
   EXPECT_EQ(ErrorsOf(Changed("kv_heads: 2", "kv_heads: 2 head_dim: 7")),
             "c.textproto:5:36: model.attention.head_dim=7: expected an even number of at least 2 "
             "(nearest valid value 6 or 8)");

@@ -130,6 +130,18 @@ TEST_P(CausalityOfSpecs, ATokenChangesWhatFollowsInItsDocumentAlone) {
   }
 }
 
+TEST(RotaryDim, IsOfTheLastElementsOfAHead) {
+  const auto logits = [](int64_t rotary_dim, std::optional<double> theta) {
+    const ModelSpec spec = WithRotary(rotary_dim, SmallSpec({Attention(0, theta)}));
+    return Logits(spec, RandomBatch(spec, {.length = kLength}), {});
+  };
+  EXPECT_EQ(logits(0, 100), logits(6, 100));  // a whole head
+  for (const int64_t dim : {2, 4}) {
+    EXPECT_NE(logits(dim, 100), logits(6, 100)) << dim;
+    EXPECT_NE(logits(dim, 100), logits(dim, std::nullopt)) << dim;
+  }
+}
+
 TEST(RopeTheta, BelongsToItsLayer) {
   const auto logits = [](std::optional<double> first, std::optional<double> second) {
     const ModelSpec spec = SmallSpec({Attention(0, first), Attention(0, second)});

@@ -53,6 +53,10 @@ inline ModelSpec WithReluSquared(ModelSpec spec) {
   spec.activation = Activation::kReluSquared;
   return spec;
 }
+inline ModelSpec WithRotary(int64_t dim, ModelSpec spec) {
+  spec.rotary_dim = dim;
+  return spec;
+}
 // 12 query heads with one KV head: splits over 1, 2, 3 and 4 ranks.
 inline ModelSpec WithOneKvHead(ModelSpec spec) {
   spec.heads = 12, spec.kv_heads = 1, spec.head_dim = 4, spec.d_ff = 24;
@@ -103,6 +107,7 @@ inline std::vector<NamedSpec> NamedSpecs() {
       {"window", SmallSpec({Attention(7), Mlp(), Attention(7), Mlp()}), whole},
       {"documents", SmallSpec({Attention(0), Mlp(), Attention(0), Mlp()}), documents},
       {"mixed", SmallSpec({Attention(5), Mlp(), Attention(0, std::nullopt), Mlp()}), mixed},
+      {"partial_rotary", WithRotary(4, SmallSpec({Attention(0), Mlp(), Attention(5)})), documents},
       {"one_kv_head", WithOneKvHead(SmallSpec({Attention(0), Mlp(), Attention(6), Mlp()})), documents},
       {"relu_squared", WithReluSquared(SmallSpec({Attention(0), Mlp(), Mlp()})), whole},
       {"parallel_sum", SmallSpec({Layer({attention, mlp}), Layer({window, mlp})}), documents},

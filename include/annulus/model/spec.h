@@ -99,6 +99,7 @@ struct ModelSpec {
   int64_t heads = 0;     // query heads of attention
   int64_t kv_heads = 0;  // divides heads
   int64_t head_dim = 0;  // even
+  int64_t rotary_dim = 0;  // of a head of attention the elements that turn, its last ones; 0 = all
   int64_t d_ff = 0;      // inner width of the MLP
   double norm_eps = 1e-5;
   double init_stddev = 0.02;  // projections back into the residual stream get init_stddev / sqrt(layers)
