@@ -74,8 +74,8 @@ CASES = {
                    [branch("latent", latent_groups=2)], [branch("mlp")],
                    [branch("attention", rope_theta=None)], [branch("latent", window=9, rope_theta=500.0)]],
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rotary_dim": 6,
-        "intermediate_size": 48, "hidden_act": "relu2", "latent_attention_heads": 3, "q_lora_rank": 14, "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "mamba_n_heads": 6, "mamba_d_head": 8,
+        "intermediate_size": 48, "hidden_act": "relu2", "latent_attention_heads": 3, "q_lora_rank": 14,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "mamba_n_heads": 6, "mamba_d_head": 8,
         "mamba_n_groups": 2, "mamba_d_state": 12, "mamba_d_conv": 4, "mamba_chunk_size": 16,
         "time_step_limit": (0.0, float("inf")), "long_rope": YARN}),
 }
