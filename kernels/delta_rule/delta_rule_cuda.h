@@ -1,8 +1,9 @@
 #pragma once
 
-// CUDA kernels of annulus/ops/delta_rule.h, in chunks and f32 arithmetic (Yang et al., 2024, section 3). A
-// rule is a scan as in ssd_cuda.h whose inputs are corrected by what the state holds already: x = v, b = k,
-// c = q, dt = beta, state = K, dim = V. Inside a chunk, with L the decays between rows,
+// CUDA kernels of annulus/ops/delta_rule.h, in chunks and f32 arithmetic (Yang et al., 2024, section 3),
+// whose products are on tensor cores (split_product.cuh). A rule is a scan as in ssd_cuda.h whose inputs are
+// corrected by what the state holds already: x = v, b = k, c = q, dt = beta, state = K, dim = V. Inside a
+// chunk, with L the decays between rows,
 //
 //   B = (K K^T) o L below the diagonal, P = (Q K^T) o L     A = beta B     T = (I + A)^-1
 //   U = T beta V     W = T beta from_start K                delta = U - W S_0

@@ -3,6 +3,7 @@
 // What the kernels of delta_rule_cuda.h share: matrices of a slice of chunks in scratch memory, and the steps
 // of forward that backward takes again.
 
+#include "kernels/delta_rule/delta_product.cuh"
 #include "kernels/delta_rule/delta_rule_cuda.h"
 #include "kernels/ssd/ssd_plain.cuh"
 
@@ -66,7 +67,7 @@ struct DeltaSlice {
   }
 };
 
-// One head of one chunk of a slice as one product of BatchedProductKernel: a part of that product derives
+// One head of one chunk of a slice as one product of DeltaProductKernel: a part of that product derives
 // from it and says what is multiplied.
 template <typename T>
 struct DeltaBlock {
@@ -120,8 +121,8 @@ struct DeltaOp {
 template <typename Part, typename T, typename Extra>
 cudaError_t LaunchDelta(const DeltaSlice<T>& slice, const Extra& extra, int64_t m, int64_t n,
                         cudaStream_t stream) {
-  return LaunchProducts(DeltaOp<Part, T, Extra>{slice, extra}, 0, slice.chunks * slice.rule.all_heads(), m, n,
-                        stream);
+  return LaunchDeltaProducts(DeltaOp<Part, T, Extra>{slice, extra}, slice.chunks * slice.rule.all_heads(), m,
+                             n, stream);
 }
 
 // The slice's B and P; with B known its W and U.

@@ -212,17 +212,20 @@ void TimeMambaGates() {
   });
 }
 
-// Bytes: q, k, v, o and states.
+// Bytes: forward q, k, v, o and states; backward q, k, v, do, dq, dk, dv and states.
 void TimeDeltaRule() {
   constexpr int64_t kRows = 8192, kOfHeads = 16, kDim = 128, kRowsOfChunk = 64;
-  constexpr int64_t kWidth = kOfHeads * kDim;
-  const Filled<Bf16> q(kRows * kWidth, 0.09f), k(kRows * kWidth, 0.09f), v(kRows * kWidth);
-  const Array<Bf16> o(kRows * kWidth);
+  constexpr int64_t kWidth = kOfHeads * kDim, kElements = kRows * kWidth;
+  const Filled<Bf16> q(kElements, 0.09f), k(kElements, 0.09f), v(kElements), dout(kElements);
+  const Array<Bf16> o(kElements), dq(kElements), dk(kElements), dv(kElements);
   const Array<float> beta(std::vector<double>(kRows * kOfHeads, 0.5)),
-      a(std::vector<double>(kRows * kOfHeads, -0.01)), states(kRows / kRowsOfChunk * kOfHeads * kDim * kDim);
+      a(std::vector<double>(kRows * kOfHeads, -0.01)), states(kRows / kRowsOfChunk * kOfHeads * kDim * kDim),
+      dbeta(kRows * kOfHeads), da(kRows * kOfHeads);
   const Array<int32_t> ages(AgesOfOneDocument(kRows));
-  const StridedRows<const Bf16> keys{k.data(), kWidth, kWidth}, queries{q.data(), kWidth, kWidth},
-      values{v.data(), kWidth, kWidth};
+  const auto of = [&](auto* data) {
+    return StridedRows<std::remove_pointer_t<decltype(data)>>{data, kWidth, kWidth};
+  };
+  const auto in = [&](const Bf16* data) { return of(data); };
   const CudaSsd<Bf16> rule{.rows = kRows,
                            .batch = 1,
                            .heads = kOfHeads,
@@ -230,18 +233,29 @@ void TimeDeltaRule() {
                            .dim = kDim,
                            .state = kDim,
                            .chunks = OneSegment(kRows, kRowsOfChunk),
-                           .x = values,
-                           .b = keys,
-                           .c = queries,
+                           .x = in(v.data()),
+                           .b = in(k.data()),
+                           .c = in(q.data()),
                            .dt = beta.data(),
                            .a = a.data(),
                            .ages = ages.data()};
   const Array<char> scratch(CudaDeltaScratchBytes(rule));
-  Time("delta rule forward, 8192 tokens x 16 heads",
-       static_cast<double>(kRows * kOfHeads * kDim) * (8 + 4.0 * kDim / kRowsOfChunk), [&] {
-         return CudaDeltaForward<Bf16>(rule, nullptr, states.data(), {o.data(), kWidth, kWidth},
-                                       scratch.data(), g_stream);
-       });
+  const double states_bytes = 4.0 * kDim / kRowsOfChunk;  // of each element of o
+  const std::string at = ", 8192 tokens x 16 heads";
+  Time("delta rule forward" + at, kElements * (8 + states_bytes), [&] {
+    return CudaDeltaForward<Bf16>(rule, nullptr, states.data(), of(o.data()), scratch.data(), g_stream);
+  });
+  Time("delta rule backward" + at, kElements * (14 + states_bytes), [&] {
+    return CudaDeltaBackward<Bf16>(rule,
+                                   {.dout = in(dout.data()),
+                                    .states = states.data(),
+                                    .dq = of(dq.data()),
+                                    .dk = of(dk.data()),
+                                    .dv = of(dv.data()),
+                                    .dbeta = dbeta.data(),
+                                    .da = da.data()},
+                                   scratch.data(), g_stream);
+  });
 }
 
 }  // namespace

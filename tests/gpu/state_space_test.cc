@@ -115,6 +115,19 @@ TYPED_TEST(GpuStateSpace, GatedNormEdges) {
   }
 }
 
+// Rows of more vectors than CTAs have threads, which must lie on whole vectors.
+TYPED_TEST(GpuStateSpace, GatedNormOfLongRows) {
+  const auto ops = NormOps<TypeParam>({6, 1, 8000, Gate::kSiluBefore, false});
+  const Outputs naive = NaiveOf<TypeParam>(ops);
+  OpRun<double> in_double(Device{});
+  OpRun<TypeParam> gpu(kGpu);
+  const Outputs wide = ops(in_double), got = ops(gpu);
+  for (size_t i = 0; i < wide.size(); ++i) {
+    SCOPED_TRACE(absl::StrCat("output ", i));
+    ExpectWithinRule(got[i].values, naive[i].values, wide[i].values, wide[i].norm);
+  }
+}
+
 TYPED_TEST(GpuStateSpace, GatedNormAtSize) {
   const auto ops = NormOps<TypeParam>({3000, 4, 640, Gate::kSiluBefore, false});
   ExpectOnGpu<TypeParam>(ops);
