@@ -21,17 +21,22 @@ using KeyTile = SharedTile<kSsdRows, kState>;
 template <int kState>
 using StateTile = SharedTile<kState, kSsdColumns>;
 
-// A document's start decays by 2^-kReset, 0 in f32, and no row by more: so sums over a chunk keep their
-// precision.
+// A document's start decays by 2^-kReset, 0 in f32.
 inline constexpr float kReset = 128;
-// A state that has decayed by more is left out.
-inline constexpr float kNegligible = 0x1p-40f;
+// A state that has decayed by more is left out, and no row inside a document decays by more: so the sums over
+// a chunk, of which differences are taken, keep their precision.
+inline constexpr float kNegligible = 0x1p-40f, kLogNegligible = -40;
+
+// A barrier of roles (mma_primitives.cuh) at which this thread has arrived and does not wait.
+__device__ inline void ArriveForRoles(int id, int threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Which of the CTA's warpgroups this is, in a way that lets the compiler know that a warp agrees on it.
 __device__ inline int Warpgroup() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0); }
 
 // x, computed anew wherever this is called: what follows from it does not stay in registers across a loop.
-__device__ inline int Again(int x) {
+__device__ inline uint32_t Again(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -73,8 +78,8 @@ __device__ inline int64_t SlotRow(int row) {
 struct RowGates {
   int age = 1;
   float a = 0, dt = 0;
-  // Base 2.
-  __device__ float LogDecay() const { return age == 0 ? -kReset : fmaxf(a * kLog2E, -kReset); }
+  // Base 2, at least `least` inside a document.
+  __device__ float LogDecay(float least) const { return age == 0 ? -kReset : fmaxf(a * kLog2E, least); }
 };
 __device__ inline RowGates LoadGates(const CudaSsd<Bf16>& ssd, int64_t begin, int64_t end, int64_t item,
                                      int64_t head, int row) {
@@ -117,7 +122,7 @@ __device__ inline void FillGates(const CudaSsd<Bf16>& ssd, const ChunkRows& rows
     float sum[4], dt[4], own = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      sum[i] = own += gates[i].LogDecay();
+      sum[i] = own += gates[i].LogDecay(kLogNegligible);
       dt[i] = gates[i].dt;
     }
     const float before = WarpPrefixSum(own) - own;
@@ -128,16 +133,22 @@ __device__ inline void FillGates(const CudaSsd<Bf16>& ssd, const ChunkRows& rows
   }
 }
 
-// Starts copies of columns [column, column + kColumns) of a chunk's rows, by 256 threads of which this is
-// `thread`; zeros past the chunk.
-template <int kColumns>
+// Where a thread's first row goes in a tile to which threads bring 16 bytes each, eight a row.
+__device__ inline uint32_t CopyAt(uint32_t tile, uint32_t thread) {
+  return tile + thread / 8 * 128 + ((thread ^ thread / 8) % 8) * 16;
+}
+
+// Starts copies of columns [column, column + kColumns) of a chunk's rows, by kThreads threads of which this
+// is `thread`; zeros past the chunk.
+template <int kColumns, int kThreads = kSsdThreads>
 __device__ void LoadRows(uint32_t tile, const StridedRows<const Bf16>& x, const ChunkRows& rows, int64_t item,
-                         int64_t column, int thread) {
+                         int64_t column, uint32_t thread) {
   using Tile = SharedTile<kSsdRows, kColumns>;
-  constexpr int kStep = kSsdThreads / 8;
-  const int row = thread / 8, chunk = thread % 8, count = static_cast<int>(rows.end - rows.begin);
-  const Bf16* from = x.data + (rows.begin + row) * x.row_stride + item * x.batch_stride + column + chunk * 8;
-  const uint32_t to = tile + Tile::Offset(row, chunk);
+  constexpr int kStep = kThreads / 8;
+  const int row = static_cast<int>(thread / 8), count = static_cast<int>(rows.end - rows.begin);
+  const Bf16* from =
+      x.data + (rows.begin + row) * x.row_stride + item * x.batch_stride + column + thread % 8 * 8;
+  const uint32_t to = CopyAt(tile, thread);
 #pragma unroll
   for (int pass = 0; pass < kSsdRows / kStep; ++pass) {
 #pragma unroll
@@ -146,6 +157,56 @@ __device__ void LoadRows(uint32_t tile, const StridedRows<const Bf16>& x, const 
                   from + panel * 64, row + pass * kStep < count);
     }
     from += kStep * x.row_stride;
+  }
+}
+
+// Copies of a tile of 64 columns that a thread starts for unit after unit: 16 bytes of some of the rows.
+struct RowCopies {
+  const Bf16* from;  // of the first row, of unit 0
+  uint32_t inside;   // bit i: whether row i is in the chunk
+
+  // first: row of the chunk, row_step: to the next, count: of them
+  __device__ RowCopies(const StridedRows<const Bf16>& x, const ChunkRows& rows, int64_t item, int64_t column,
+                       int first, int row_step, int count)
+      : from(x.data + (rows.begin + first) * x.row_stride + item * x.batch_stride + column), inside(0) {
+    for (int i = 0; i < count; ++i) {
+      inside |= (rows.begin + first + i * row_step < rows.end ? 1u : 0u) << i;
+    }
+  }
+  // to: where the first row goes; the next ones kStep rows on.   step: in elements from row to row
+  template <int kCount, int kStep>
+  __device__ void Start(uint32_t to, int64_t step, int u) const {
+    const Bf16* row = from + u * kSsdColumns;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      CopyAsync16(to + static_cast<uint32_t>(i * kStep * 128), row, inside >> i & 1);
+      row += step;
+    }
+  }
+};
+
+// Folded rows: what is left of a square of rows of a chunk on one side of its diagonal is shared evenly among
+// the eight warps of a pair of warpgroups. Warp j has, as rows g and g + 8 of its fragments, the lower rows
+// 8 j + g and the upper rows 8 (15 - j) + g, and so 17 of the pieces of 8 x 8 whichever j is. In a tile these
+// rows lie at places 16 j + g and 16 j + g + 8.
+inline constexpr int kPieces = 17;
+__device__ inline int FoldedRow(int place) {
+  return (place & 8 ? 120 - place / 16 * 8 : place / 16 * 8) + place % 8;
+}
+// In rows, from the place of this thread of kSsdThreads to that 32 on.
+__device__ inline int FoldedStep() { return threadIdx.x & 64 ? -16 : 16; }
+
+// LoadRows with the rows folded.
+template <int kColumns>
+__device__ void LoadFolded(uint32_t tile, const StridedRows<const Bf16>& x, const ChunkRows& rows,
+                           int64_t item, int64_t column) {
+  const uint32_t thread = threadIdx.x % kSsdThreads;
+  const RowCopies copies(x, rows, item, column + thread % 8 * 8, FoldedRow(static_cast<int>(thread / 8)),
+                         FoldedStep(), 4);
+#pragma unroll
+  for (int panel = 0; panel < kColumns / 64; ++panel) {
+    const uint32_t to = tile + static_cast<uint32_t>(panel * SharedTile<kSsdRows, kColumns>::kPanelBytes);
+    copies.Start<4, kSsdThreads / 8>(CopyAt(to, thread), FoldedStep() * x.row_stride, panel);
   }
 }
 
@@ -189,52 +250,55 @@ __device__ void FillFactors(const MmaSsd& mma, const float* decays, int64_t chun
   factors[h] = factor > kNegligible ? factor : 0;
 }
 
-// A state: what its super's chunks leave and, decayed by `factor`, what was at the super's start (end in
-// backward). Either may be left out, not both.
-struct StateSource {
-  const char* own = nullptr;
-  const char* super = nullptr;
-  float factor = 0;
+// Where the states of consecutive units lie: what the super's chunks leave of a state and, to be decayed and
+// added, what was at the super's start (end in backward). At its first (last) chunk that is all there is:
+// both are the same.
+struct StateSlots {
+  const char *own, *super;
 };
+// unit: the first, of all
 template <int kState, Flow kFlow>
-__device__ StateSource StateOf(const MmaSsd& mma, float* states, int64_t chunk, const SuperChunks& super,
-                               int64_t unit, float factor) {
-  const int64_t far = kFlow == Flow::kForward ? super.first : super.last;
-  const char* at_far = SlotAt<kState>(states, mma, far, unit);
-  if (chunk == far) return {nullptr, at_far, 1};
-  return {SlotAt<kState>(states, mma, chunk, unit), factor > 0 ? at_far : nullptr, factor};
+__device__ StateSlots SlotsOf(const MmaSsd& mma, float* states, int64_t chunk, const SuperChunks& supers,
+                              int64_t unit) {
+  const int64_t far = kFlow == Flow::kForward ? supers.first : supers.last;
+  return {SlotAt<kState>(states, mma, chunk, unit), SlotAt<kState>(states, mma, far, unit)};
 }
 
-// A state on its way to shared memory, by 256 threads of which this is `thread`. Each handles the same
+// A state on its way to shared memory, by kThreads threads of which this is `thread`. Each handles the same
 // 16-byte chunks from StartCopy and StartSuper, which do not wait, to Finish, which the thread calls behind
 // its own CopyAsyncWait.
-template <int kState>
+template <int kState, int kThreads = kSsdThreads>
 struct StateLoad {
-  static constexpr int kChunks = kState * kSsdColumns / 8 / kSsdThreads;
+  static constexpr int kChunks = kState * kSsdColumns / 8 / kThreads;
+  static constexpr int kStep = kThreads / 8 / kPieceRows * kPieceBytes;  // between a thread's
+  static_assert(kThreads / 8 % kPieceRows == 0);
   uint4 super[kChunks];
   float factor = 0;  // 0: nothing to add
 
-  __device__ static int Row(int i, int thread) { return thread / 8 + i * (kSsdThreads / 8); }
-  __device__ static int Offset(int i, int thread) {
-    return static_cast<int>(SlotRow(Row(i, thread))) + thread % 8 * 16;
+  // The thread's part of unit u's slot, of slots that begin at `slots`.
+  __device__ static const char* From(const char* slots, int u, uint32_t thread) {
+    const uint32_t row = thread / 8;
+    return slots + (static_cast<uint32_t>(u) * (kState * kSsdColumns * 4) + row / kPieceRows * kPieceBytes +
+                    row % kPieceRows * (kSsdColumns * 2) + thread % 8 * 16);
   }
-  __device__ static uint32_t At(uint32_t tile, int i, int thread) {
-    return tile + StateTile<kState>::Offset(Row(i, thread), thread % 8);
+  // Rows of one thread are multiples of 8 apart.
+  __device__ static uint32_t At(uint32_t tile, int i, uint32_t thread) {
+    return CopyAt(tile, thread) + static_cast<uint32_t>(i * (kThreads / 8) * 128);
   }
-  __device__ static void StartCopy(uint32_t tile, const StateSource& from, int thread) {
-    const char* copied = from.own != nullptr ? from.own : from.super;
+  __device__ static void StartCopy(uint32_t tile, const StateSlots& slots, int u, uint32_t thread) {
+    const char* from = From(slots.own, u, thread);
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) CopyAsync16(At(tile, i, thread), copied + Offset(i, thread));
+    for (int i = 0; i < kChunks; ++i) CopyAsync16(At(tile, i, thread), from + i * kStep);
   }
-  __device__ void StartSuper(const StateSource& from, int thread) {
-    factor = from.own != nullptr && from.super != nullptr ? from.factor : 0;
+  // kept: what is left of the super's state at the chunk
+  __device__ void StartSuper(const StateSlots& slots, int u, uint32_t thread, float kept) {
+    factor = slots.own != slots.super ? kept : 0;
     if (factor == 0) return;
+    const char* from = From(slots.super, u, thread);
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      super[i] = __ldcg(reinterpret_cast<const uint4*>(from.super + Offset(i, thread)));
-    }
+    for (int i = 0; i < kChunks; ++i) super[i] = __ldcg(reinterpret_cast<const uint4*>(from + i * kStep));
   }
-  __device__ void Finish(uint32_t tile, int thread) {
+  __device__ void Finish(uint32_t tile, uint32_t thread) {
     if (factor == 0) return;
     uint4 own[kChunks];
 #pragma unroll
@@ -286,6 +350,26 @@ __device__ void StoreFragment(const float (&c)[kN][4], const Row& row) {
   }
 }
 
+// c += factor x over the folded rows of warp `warp` and columns from `column` on, a multiple of 16.
+//   x: tile whose rows are in order
+template <int kN>
+__device__ void AddFolded(uint32_t x, int warp, int column, float factor, float (&c)[kN][4]) {
+  const int lane = static_cast<int>(Again(threadIdx.x) % 32);
+  const uint32_t lane_at = x + ValueTile::Offset(FoldedRow(16 * warp + lane % 16), lane / 16);
+#pragma unroll
+  for (int k = 0; k < kN / 2; ++k) {
+    uint32_t values[4];
+    LoadMatrices(values, ValueTile::At(lane_at, 0, column / 16 + k));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = UnpackBf16(values[i]);
+      float* to = c[2 * k + i / 2] + i % 2 * 2;
+      to[0] = fmaf(factor, pair.x, to[0]);
+      to[1] = fmaf(factor, pair.y, to[1]);
+    }
+  }
+}
+
 template <int kN>
 __device__ void ScaleRows(float (&c)[kN][4], float low, float high) {
 #pragma unroll
@@ -297,11 +381,11 @@ __device__ void ScaleRows(float (&c)[kN][4], float low, float high) {
   }
 }
 
-// Heads of a group that one CTA takes, unit after unit. What they have in common is computed again in each
-// part of a group.
+// Heads of a group that one CTA takes, unit after unit: at most kSsdMostHeads, in backward fewer. What they
+// have in common is computed again in each part of a group.
 inline constexpr int kSsdMostHeads = 16;
-inline int GroupParts(const MmaSsd& mma) {
-  return static_cast<int>(CeilDiv(mma.ssd.heads / mma.ssd.groups, kSsdMostHeads));
+inline int GroupParts(const MmaSsd& mma, int most_heads) {
+  return static_cast<int>(CeilDiv(mma.ssd.heads / mma.ssd.groups, most_heads));
 }
 struct GroupUnits {
   int64_t item, group;

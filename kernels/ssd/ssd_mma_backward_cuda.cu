@@ -5,7 +5,7 @@ namespace annulus::kernels {
 namespace {
 
 template <int kState>
-__global__ void __launch_bounds__(kSsdThreads, 1)
+__global__ void __launch_bounds__(kBackwardThreads, 1)
     BackwardKernel(const __grid_constant__ MmaSsd mma, const __grid_constant__ CudaSsdStates states,
                    const __grid_constant__ CudaSsdStates gradients,
                    const __grid_constant__ CudaSsdGradients<Bf16> out,
@@ -47,7 +47,7 @@ struct BackwardScratch {
       bytes += CeilDiv(elements * 4, 256) * 256;
     };
     take(&dskip, ssd.chunks.chunks() * ssd.all_heads());
-    partial.parts = GroupParts(mma);
+    partial.parts = GroupParts(mma, kBackwardMostHeads);
     if (partial.parts == 1) return;
     const int64_t keys = ssd.rows * ssd.batch * ssd.groups * ssd.state;
     take(&partial.db, partial.parts * keys);
@@ -82,8 +82,8 @@ cudaError_t MmaSsdBackward(const CudaSsd<Bf16>& ssd, const CudaSsdStates& states
   error = VisitState(ssd, [&]<int kState>() {
     const dim3 grid(static_cast<uint32_t>(ssd.chunks.chunks()),
                     static_cast<uint32_t>(ssd.batch * ssd.groups * own.partial.parts));
-    return LaunchSsd(BackwardKernel<kState>, grid, kSsdThreads, BackwardMemory<kState>::kBytes, stream, mma,
-                     states, of_gradients, out, own.partial, out.dskip != nullptr ? own.dskip : nullptr);
+    return LaunchSsd(BackwardKernel<kState>, grid, kBackwardThreads, BackwardMemory<kState>::kBytes, stream,
+                     mma, states, of_gradients, out, own.partial, out.dskip != nullptr ? own.dskip : nullptr);
   });
   if (error == cudaSuccess && own.partial.parts > 1) error = AddPartials(mma, own.partial, out, stream);
   if (error != cudaSuccess || out.dskip == nullptr) return error;

@@ -1,6 +1,6 @@
 // y on tensor cores. A CTA takes a chunk and some heads of one group. Two pairs of warpgroups share the tile
-// of C and the products C B^T of the chunk, which lie in shared memory, and take units in turns: warpgroup w
-// of a pair rows [64 w, 64 w + 64) of
+// of C and the products C B^T of the chunk, which lie in shared memory, and take units in turns. With the
+// rows folded (ssd_mma.cuh), those of the tile of C too, each warp has as much to do of
 //
 //   y = from_start (C h_in) + ((C B^T) o decays o dt) X + skip X
 //
@@ -20,12 +20,11 @@ struct ForwardMemory {
   static constexpr int kStage = ValueTile::kBytes + StateTile<kState>::kBytes;
   static constexpr int kKeys = KeyTile<kState>::kBytes;
   static constexpr int kArray = kSsdMostHeads * kSsdRows * 4;  // [heads, rows]
-  static constexpr int kProductBlock = 64 * 64 * 4;
   static constexpr int kC = 0;
   static constexpr int kStages = kC + kKeys;  // [pairs, 2]
   static constexpr int kB = kStages + 2 * kStage;
-  static constexpr int kProducts = kStages + kPairs * 2 * kStage;  // blocks (0, 0), (1, 0), (1, 1)
-  static constexpr int kSums = kProducts + 3 * kProductBlock;
+  static constexpr int kProducts = kStages + kPairs * 2 * kStage;  // [pieces, 256] float2
+  static constexpr int kSums = kProducts + kPieces * kSsdThreads * 8;
   static constexpr int kDts = kSums + kArray;
   static constexpr int kFactors = kDts + kArray;
   static constexpr int kBytes = kFactors + kSsdMostHeads * 4;
@@ -45,16 +44,23 @@ class ForwardCta {
         thread_(static_cast<int>(threadIdx.x % kSsdThreads)),
         pair_(Warpgroup() / 2),
         wg_(Warpgroup() % 2),
-        row_(64 * wg_ + thread_ / 32 % 4 * 16 + thread_ % 32 / 4),
+        warp_(__shfl_sync(~0u, thread_ / 32, 0)),
         chunk_(blockIdx.x),
         rows_(ChunkAt(mma.ssd.chunks, chunk_)),
-        super_(SuperOf(mma, chunk_, rows_.segment)) {}
+        super_(SuperOf(mma, chunk_, rows_.segment)),
+        x_(mma.ssd.x, rows_, units_.item, units_.first * kSsdColumns + thread_ % 8 * 8, thread_ / 8,
+           kSsdThreads / 8, 4),
+        slots_(SlotsOf<kState, Flow::kForward>(mma, states.states, chunk_, super_,
+                                               units_.item * mma.ssd.heads * mma.blocks + units_.first)) {}
 
   __device__ void Run() {
     const CudaSsd<Bf16>& ssd = mma_.ssd;
     // Each pair brings one of the tiles that both use.
-    LoadRows<kState>(memory_ + (pair_ == 0 ? Memory::kC : Memory::kB), pair_ == 0 ? ssd.c : ssd.b, rows_,
-                     units_.item, units_.group * kState, thread_);
+    if (pair_ == 0) {
+      LoadFolded<kState>(memory_ + Memory::kC, ssd.c, rows_, units_.item, units_.group * kState);
+    } else {
+      LoadRows<kState>(memory_ + Memory::kB, ssd.b, rows_, units_.item, units_.group * kState, thread_);
+    }
     CopyAsyncCommit();
     FillFactors<Flow::kForward>(mma_, states_.decays, chunk_, super_,
                                 units_.item * ssd.heads + units_.first_head, units_.heads,
@@ -68,7 +74,7 @@ class ForwardCta {
     CopyAsyncWait<1>();
     BulkFence();
     __syncthreads();
-    if (pair_ <= wg_) FillProducts(wg_, pair_ == 0 ? wg_ : 0);
+    FillProducts();
     __syncthreads();
     if (pair_ > 0 && pair_ < units_.count) Load(pair_, &state);
     CopyAsyncCommit();
@@ -95,43 +101,44 @@ class ForwardCta {
     return memory_ + Memory::kStages + static_cast<uint32_t>(2 * pair_ + u / kPairs % 2) * Memory::kStage;
   }
   __device__ uint32_t StateTileAt(int u) const { return Values(u) + ValueTile::kBytes; }
-  __device__ StateSource Source(int u) const {
-    return StateOf<kState, Flow::kForward>(mma_, states_.states, chunk_, super_,
-                                           units_.item * mma_.ssd.heads * mma_.blocks + units_.first + u,
-                                           Floats(Memory::kFactors)[Head(u)]);
-  }
 
   // All but what of its state passes through registers.
   __device__ void LoadValues(int u) {
-    LoadRows<kSsdColumns>(Values(u), mma_.ssd.x, rows_, units_.item, (units_.first + u) * kSsdColumns,
-                          thread_);
-    StateLoad<kState>::StartCopy(StateTileAt(u), Source(u), thread_);
+    x_.template Start<4, kSsdThreads / 8>(CopyAt(Values(u), threadIdx.x % kSsdThreads),
+                                          kSsdThreads / 8 * mma_.ssd.x.row_stride, u);
+    StateLoad<kState>::StartCopy(StateTileAt(u), slots_, u, thread_);
   }
   __device__ void Load(int u, StateLoad<kState>* state) {
     LoadValues(u);
-    state->StartSuper(Source(u), thread_);
+    state->StartSuper(slots_, u, thread_, Floats(Memory::kFactors)[Head(u)]);
   }
 
-  // Element n of a thread's fragments of block (t, s) of the products.
-  __device__ float4* Product(int t, int s, int n) const {
-    return reinterpret_cast<float4*>(Floats(Memory::kProducts + (t + s) * Memory::kProductBlock)) + n * 128 +
-           thread_ % 128;
+  __device__ int Row(int half) const { return FoldedRow(16 * warp_ + 8 * half + thread_ % 32 / 4); }
+
+  // Piece of C B^T as the thread of the same place in either pair has it. Piece m of the upper rows, of
+  // columns [8 m, 8 m + 8), is at m; of the lower rows at 15 - m, but that on the diagonal, where the upper
+  // rows have their own, at the end.
+  __device__ float2* Product(int piece) const {
+    return reinterpret_cast<float2*>(shared_ + Memory::kProducts) + piece * kSsdThreads + thread_;
   }
-  __device__ void FillProducts(int t, int s) {
+  // A pair takes half of the columns.
+  __device__ void FillProducts() {
     float product[8][4];
     GroupFence();
 #pragma unroll
     for (int k = 0; k < kState / 16; ++k) {
       MultiplyShared<Major::kDepthInRow, Major::kDepthInRow>(
-          product, OperandAt<kSsdRows>(memory_ + Memory::kC, 64 * t, 2 * k),
-          OperandAt<kSsdRows>(memory_ + Memory::kB, 64 * s, 2 * k), k > 0);
+          product, OperandAt<kSsdRows>(memory_ + Memory::kC, 64 * wg_, 2 * k),
+          OperandAt<kSsdRows>(memory_ + Memory::kB, 64 * pair_, 2 * k), k > 0);
     }
     GroupCommit();
     GroupWait<0>();
     GroupUse(product);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      *Product(t, s, n) = {product[n][0], product[n][1], product[n][2], product[n][3]};
+      const int m = 8 * pair_ + n;
+      if (m <= warp_) *Product(m == warp_ ? kPieces - 1 : 15 - m) = {product[n][0], product[n][1]};
+      if (m <= 15 - warp_) *Product(m) = {product[n][2], product[n][3]};
     }
   }
 
@@ -140,7 +147,8 @@ class ForwardCta {
     const int head = Head(u);
     const float* sums = Floats(Memory::kSums) + head * kSsdRows;
     const float* dts = Floats(Memory::kDts) + head * kSsdRows;
-    const float sum[2] = {sums[row_], sums[row_ + 8]};
+    const float sum[2] = {sums[Row(0)], sums[Row(1)]};
+    const float skip = mma_.ssd.skip != nullptr ? mma_.ssd.skip[units_.first_head + head] : 0;
     float y[8][4];
     GroupFence();
 #pragma unroll
@@ -150,90 +158,69 @@ class ForwardCta {
           OperandAt<kState>(StateTileAt(u), 16 * k, 0), k > 0);
     }
     GroupCommit();
-    uint32_t weights[4][4];
-    Weigh<Block::kDiagonal>(sums, dts, sum, weights);
+    uint32_t weights[2][4][4];
+    Weigh<0>(sums, dts, sum, weights[0]);
     GroupWait<0>();
     GroupUse(y);
     ScaleRows(y, Exp2(sum[0]), Exp2(sum[1]));
-    AddValues(u, wg_, weights, y);
-    if (wg_ > 0) {
-      Weigh<Block::kEarlier>(sums, dts, sum, weights);
-      AddValues(u, 0, weights, y);
-    }
+    AddValues(u, 0, weights[0], y);
+    Weigh<1>(sums, dts, sum, weights[1]);
+    AddValues(u, 64, weights[1], y);
     if (next >= 0) {
-      state->StartSuper(Source(next), thread_);
+      state->StartSuper(slots_, next, thread_, Floats(Memory::kFactors)[Head(next)]);
     } else {
       state->factor = 0;
     }
     GroupWait<0>();
     GroupUse(y);
-    if (mma_.ssd.skip != nullptr) AddSkip(u, mma_.ssd.skip[units_.first_head + head], y);
+    if (mma_.ssd.skip != nullptr) AddFolded(Values(u), warp_, 0, skip, y);
     StoreFragment(y, [&](int half) -> Bf16* {
-      const int64_t to_row = rows_.begin + row_ + 8 * half;
+      const int64_t to_row = rows_.begin + Row(half);
       if (to_row >= rows_.end) return nullptr;
       return y_.data + to_row * y_.row_stride + units_.item * y_.batch_stride +
              (units_.first + u) * kSsdColumns;
     });
   }
 
-  // The left operand of this group's rows and the columns of its own block, or of the block before.
-  enum class Block { kDiagonal, kEarlier };
-  template <Block kBlock>
+  // The left operand of the warp's rows and columns [64 kPart, 64 kPart + 64).
+  template <int kPart>
   __device__ void Weigh(const float* sums, const float* dts, const float (&sum)[2],
                         uint32_t (&weights)[4][4]) const {
-    const int s = kBlock == Block::kDiagonal ? wg_ : 0;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      // In the diagonal block a warp's fragments lie before the diagonal, on it or past it.
-      const int before = thread_ / 32 % 4 - n / 2;
-      if (kBlock == Block::kDiagonal && before < 0) {
-        weights[n / 2][n % 2 * 2] = weights[n / 2][n % 2 * 2 + 1] = 0;
-        continue;
-      }
-      const int column = 64 * s + 8 * n + thread_ % 4 * 2;
-      const float2 from = *reinterpret_cast<const float2*>(sums + column);
-      const float2 dt = *reinterpret_cast<const float2*>(dts + column);
-      const float4 own = *Product(wg_, s, n);
-      const float product[2][2] = {{own.x, own.y}, {own.z, own.w}};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float low = product[half][0] * (Exp2(sum[half] - from.x) * dt.x);
-        float high = product[half][1] * (Exp2(sum[half] - from.y) * dt.y);
-        if (kBlock == Block::kDiagonal && before == 0) {  // what comes later weighs nothing
-          if (column > row_ + 8 * half) low = 0;
-          if (column + 1 > row_ + 8 * half) high = 0;
-        }
-        weights[n / 2][n % 2 * 2 + half] = PackBf16(low, high);
-      }
+      const int m = 8 * kPart + n;
+      weights[n / 2][n % 2 * 2] = kPart > 0 || m > warp_ ? 0 : WeighPiece<Half::kLower>(m, sums, dts, sum[0]);
+      weights[n / 2][n % 2 * 2 + 1] =
+          kPart > 0 && m > 15 - warp_ ? 0 : WeighPiece<Half::kUpper>(m, sums, dts, sum[1]);
     }
   }
+  enum class Half { kLower, kUpper };
+  template <Half kHalf>
+  __device__ uint32_t WeighPiece(int m, const float* sums, const float* dts, float sum) const {
+    const bool diagonal = kHalf == Half::kLower ? m == warp_ : m >= 8 && m == 15 - warp_;
+    const int column = thread_ % 4 * 2, row = thread_ % 32 / 4;
+    const float2 from = *reinterpret_cast<const float2*>(sums + 8 * m + column);
+    const float2 dt = *reinterpret_cast<const float2*>(dts + 8 * m + column);
+    const float2 product = *Product(kHalf == Half::kUpper ? m : diagonal ? kPieces - 1 : 15 - m);
+    float low = product.x * (Exp2(sum - from.x) * dt.x);
+    float high = product.y * (Exp2(sum - from.y) * dt.y);
+    if (diagonal) {  // what comes later weighs nothing
+      if (column > row) low = 0;
+      if (column + 1 > row) high = 0;
+    }
+    return PackBf16(low, high);
+  }
 
-  // y += weights X over rows [64 s, 64 s + 64) of X, left in flight.
+  // y += weights X over rows [s, s + 64) of X, left in flight.
   __device__ void AddValues(int u, int s, const uint32_t (&weights)[4][4], float (&y)[8][4]) const {
     GroupUse(y);
     GroupFence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      MultiplyRegisters<Major::kDepthAcrossRows>(y, weights[k],
-                                                 OperandAt<kSsdRows>(Values(u), 64 * s + 16 * k, 0), 1);
+      MultiplyRegisters<Major::kDepthAcrossRows>(y, weights[k], OperandAt<kSsdRows>(Values(u), s + 16 * k, 0),
+                                                 1);
     }
     GroupCommit();
-  }
-
-  __device__ void AddSkip(int u, float skip, float (&y)[8][4]) const {
-    const uint32_t lane_at = Values(u) + ValueTile::LaneOffset(thread_ % 32, row_ - thread_ % 32 / 4);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint32_t x[4];
-      LoadMatrices(x, ValueTile::At(lane_at, 0, k));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = UnpackBf16(x[i]);
-        float* to = y[2 * k + i / 2] + i % 2 * 2;
-        to[0] = fmaf(skip, pair.x, to[0]);
-        to[1] = fmaf(skip, pair.y, to[1]);
-      }
-    }
   }
 
   const MmaSsd& mma_;
@@ -241,12 +228,13 @@ class ForwardCta {
   const StridedRows<Bf16>& y_;
   const GroupUnits units_;
   char* const shared_;
-  const uint32_t memory_;         // its address
-  const int thread_, pair_, wg_;  // thread: of the pair; wg: of the pair
-  const int row_;                 // of the chunk: this lane's are row and row + 8
+  const uint32_t memory_;                // its address
+  const int thread_, pair_, wg_, warp_;  // all but the pair: of the pair
   const int64_t chunk_;
   const ChunkRows rows_;
   const SuperChunks super_;
+  const RowCopies x_;
+  const StateSlots slots_;
 };
 
 template <int kState>
@@ -263,7 +251,7 @@ cudaError_t MmaSsdForward(const CudaSsd<Bf16>& ssd, const float* initial, const 
   const MmaSsd mma = MakeMmaSsd(ssd);
   const cudaError_t error = ReplaceSupers(Flow::kForward, mma, states, initial, stream);
   if (error != cudaSuccess) return error;
-  const int parts = GroupParts(mma);
+  const int parts = GroupParts(mma, kSsdMostHeads);
   return VisitState(ssd, [&]<int kState>() {
     const dim3 grid(static_cast<uint32_t>(ssd.chunks.chunks()),
                     static_cast<uint32_t>(ssd.batch * ssd.groups * parts));

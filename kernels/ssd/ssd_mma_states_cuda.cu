@@ -65,7 +65,7 @@ class StatesCta {
     }
     RowGates gates = Gates(0);
     for (int i = 0; i < count_; ++i) {
-      const float log_decay = gates.LogDecay(), dt = gates.dt;
+      const float log_decay = gates.LogDecay(-kReset), dt = gates.dt;
       if (i + 1 < count_) gates = Gates(i + 1);
       const float sum = WarpPrefixSum(log_decay);
       float* sums = Floats(Memory::kSums) + (i % 2 * kGroups + wg_) * 4;
