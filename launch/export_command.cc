@@ -1,6 +1,7 @@
 // `annulus export`: a checkpoint as a folder of Hugging Face's Transformers.
 
 #include <cstdio>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "annulus/base/file.h"
@@ -47,6 +48,9 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   }
   const std::string out = arguments.Last("--out", "");
   if (out.empty()) return Invalid("--out: expected DIR");
+  if (std::error_code error; std::filesystem::exists(out, error) && !std::filesystem::is_empty(out, error)) {
+    return Invalid("--out=", out, ": holds files already; expected a new or an empty directory");
+  }
   ANNULUS_ASSIGN_OR_RETURN(const DType dtype, DTypeFrom(arguments.Last("--dtype", "f32")));
   ANNULUS_ASSIGN_OR_RETURN(const LoadedModel model, LoadModel(arguments));
   const ModelSpec& spec = model.spec();

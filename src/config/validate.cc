@@ -141,6 +141,14 @@ void CheckDevice(const RunSpec& spec, std::vector<std::string>* findings) {
   }
 }
 
+void CheckLatents(const RunSpec& spec, std::vector<std::string>* findings) {
+  const LatentExchange latent = spec.parallel.exchange.latent;
+  if (latent == LatentExchange::kAuto || Uses(spec.model, BranchKind::kLatentAttention)) return;
+  findings->push_back(
+      absl::StrCat("parallel.exchange.latent=", latent == LatentExchange::kLatent ? "LATENT" : "EXPANDED",
+                   ": expected AUTO in a model without T (nearest valid value AUTO)"));
+}
+
 void CheckBatch(const RunSpec& spec, int64_t dp, std::vector<std::string>* findings) {
   const OptimSpec& optim = spec.optim;
   if (dp < 1 || optim.micro_batch < 1) return;  // refused on their own
@@ -162,8 +170,11 @@ std::optional<int64_t> CheckMesh(const ParallelSpec& parallel, int64_t world,
   }
   const int64_t inner = parallel.cp * parallel.tp;
   if (world % inner != 0) {
-    findings->push_back(absl::StrCat("parallel.cp=", parallel.cp, ": expected cp * tp = ", inner,
-                                     " to divide the ", world, " ranks", NearestDivisor(parallel.cp, world)));
+    const bool tensor = world % parallel.tp != 0;
+    findings->push_back(absl::StrCat(
+        "parallel.", tensor ? "tp=" : "cp=", tensor ? parallel.tp : parallel.cp,
+        ": expected cp * tp = ", inner, " to divide the ", world, " ranks",
+        tensor ? NearestDivisor(parallel.tp, world) : NearestDivisor(parallel.cp, world / parallel.tp)));
     return std::nullopt;
   }
   const int64_t dp = world / inner;
@@ -186,6 +197,7 @@ std::vector<std::string> CheckRun(const RunSpec& spec, std::optional<int64_t> wo
   CheckLayout(spec, &findings);
   CheckDevice(spec, &findings);
   CheckExchange(spec.parallel, &findings);
+  CheckLatents(spec, &findings);
   CheckData(spec, &findings);
   CheckRecall(spec, &findings);
   CheckSchedule(spec.optim, &findings);

@@ -253,6 +253,9 @@ absl::StatusOr<ModelSpec> TplaSpec(const ModelSpec& spec, const TplaOptions& opt
     return Invalid("model.pattern: no layer has latent attention (T); there is nothing to convert");
   }
   if (spec.meta_tokens > 0) return Invalid("model.pattern: meta=", spec.meta_tokens, ": expected none");
+  if (Uses(spec, BranchKind::kLightning)) {  // whose decays are not those of the layers below T alone
+    return Invalid("model.pattern: expected no lightning attention (L) beside T in a model to convert");
+  }
   const int64_t rank = spec.latent.kv_rank;
   if (options.groups < 1 || rank % options.groups != 0) {
     return Invalid("--groups=", options.groups, ": expected a divisor of model.latent.kv_rank=", rank);

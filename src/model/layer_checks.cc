@@ -39,8 +39,8 @@ std::string SharedKvProblem(const std::vector<LayerSpec>& layers, size_t layer) 
   const BranchSpec* taker = FindBranch(layers[layer], BranchKind::kAttention);
   if (taker == nullptr || taker->kv_layers_back == 0) return "";
   if (taker->kv_layers_back > static_cast<int64_t>(layer)) {
-    return absl::StrCat("only ", layer, " layers stand before layer ", layer,
-                        "; expected an earlier layer with A");
+    return absl::StrCat("kv=@-", taker->kv_layers_back, ": expected an earlier layer with A; ", layer,
+                        " layers stand before layer ", layer);
   }
   const size_t owner_layer = layer - static_cast<size_t>(taker->kv_layers_back);
   const BranchSpec* owner = FindBranch(layers[owner_layer], BranchKind::kAttention);

@@ -236,8 +236,9 @@ class Parser {
       const auto* attribute = std::find_if(std::begin(kAttributes), std::end(kAttributes),
                                            [&](const Attribute& known) { return known.name == name; });
       if (attribute == std::end(kAttributes)) {
-        at_ = start;
-        return Unexpected(absl::StrCat("an attribute ", kAttributeList));
+        if (name.empty()) return Unexpected(absl::StrCat("an attribute ", kAttributeList));
+        return Error(start,
+                     absl::StrCat("`", name.substr(0, 40), "`: expected an attribute ", kAttributeList));
       }
       if (unit->letters().find_first_of(std::string(attribute->of)) == std::string::npos) {
         return Error(start, absl::StrCat("the attribute ", name, " belongs to ", Spelled(attribute->of),

@@ -23,6 +23,11 @@ TEST(World, NamesTheFieldThatDoesNotFit) {
             "(nearest valid value 1 or 3)");
   EXPECT_EQ(ErrorsOf(kWithCp2, {"parallel.cp=5"}, 4),
             "--set parallel.cp=5: expected cp * tp = 5 to divide the 4 ranks (nearest valid value 4)");
+  EXPECT_EQ(ErrorsOf(kWithCp2, {"parallel.tp=2"}, 6),
+            "c.textproto:12:12: parallel.cp=2: expected cp * tp = 4 to divide the 6 ranks (nearest valid "
+            "value 1 or 3)");
+  EXPECT_EQ(ErrorsOf(kWithCp2, {"parallel.tp=2"}, 3),
+            "--set parallel.tp=2: expected cp * tp = 4 to divide the 3 ranks (nearest valid value 1 or 3)");
   EXPECT_EQ(
       ErrorsOf(kWithCp2, {"parallel.dp=2"}, 8),
       "--set parallel.dp=2: expected dp * cp * tp = 2 * 2 * 1 = 4 to be the 8 ranks (nearest valid value 4)");

@@ -124,6 +124,8 @@ TEST(TplaTest, RefusesWhatItCannotConvert) {
   };
   EXPECT_EQ(message(LatentSpecOf("A -"), {}),
             "model.pattern: no layer has latent attention (T); there is nothing to convert");
+  EXPECT_EQ(message(LatentSpecOf("L T -"), {}),
+            "model.pattern: expected no lightning attention (L) beside T in a model to convert");
   EXPECT_EQ(message(LatentSpecOf("T{g=2} -"), {}),
             "model.pattern: g=2: expected g=1 in every layer of latent attention");
   EXPECT_EQ(message(LatentSpecOf("T -", 9), {.groups = 2}),

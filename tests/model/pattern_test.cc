@@ -111,7 +111,7 @@ TEST(Pattern, KeysAndValuesOfAnEarlierLayer) {
 
 TEST(Pattern, KeysAndValuesThatAreNotThere) {
   EXPECT_EQ(ErrorOf("A - A{kv=@-3}"),
-            "column 7: only 2 layers stand before layer 2; expected an earlier layer with A");
+            "column 7: kv=@-3: expected an earlier layer with A; 2 layers stand before layer 2");
   EXPECT_EQ(ErrorOf("A - A{w=3,kv=@-1}"),
             "column 11: layer 2 takes keys and values of layer 1, which is -; expected a layer with A");
   EXPECT_EQ(ErrorOf("M+L - A{kv=@-2}"),
@@ -124,7 +124,11 @@ TEST(Pattern, KeysAndValuesThatAreNotThere) {
       "column 5: layer 1 takes keys and values of layer 0, which has rope=10000; expected the same, got "
       "rope=none");
   EXPECT_EQ(ErrorOf("(A{kv=@-1})^2"),
-            "column 4: only 0 layers stand before layer 0; expected an earlier layer with A");
+            "column 4: kv=@-1: expected an earlier layer with A; 0 layers stand before layer 0");
+}
+
+TEST(Pattern, UnknownAttributesAreNamedWhole) {
+  EXPECT_EQ(ErrorOf("A - A{foo=1}").substr(0, 38), "column 7: `foo`: expected an attribute");
 }
 
 TEST(Pattern, TiedBranchesAreEqual) {

@@ -132,8 +132,8 @@ TEST(ValidateModel, NamesTheLayerThatDoesNotFit) {
   EXPECT_EQ(finding(3, [](LayerSpec& l) { l.combine = Combine::kMeanNorm; }),
             "model.layers[3].combine=mean-norm: expected sum with a single branch");
   EXPECT_EQ(finding(0, [](LayerSpec& l) { l.branches[0].kv_layers_back = 1; }),
-            "model.layers[0]=unfit: expected layers that fit together: only 0 layers stand before layer 0; "
-            "expected an earlier layer with A");
+            "model.layers[0]=unfit: expected layers that fit together: kv=@-1: expected an earlier layer "
+            "with A; 0 layers stand before layer 0");
   EXPECT_EQ(finding(3, [](LayerSpec& l) { l.branches[0].kind = static_cast<BranchKind>('E'); }),
             "model.layers[3].branches[0].kind=E: expected one of A, T, M, L, B, G and -");
 }
