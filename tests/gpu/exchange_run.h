@@ -1,8 +1,8 @@
 #pragma once
 
-// What tests of the exchange on GPUs share: this rank on its GPU, every transport that the machine offers,
-// and executions of plans with toy attention (comm/toy_rank.h). Computing is done by host functions that the
-// stream calls, so all of it is ordered by the device and may be delayed.
+// What tests of the exchange on GPUs share: every transport that the machine offers, and executions of plans
+// with toy attention (comm/toy_rank.h). Computing is done by host functions that the stream calls, so all of
+// it is ordered by the device and may be delayed.
 
 #include <cuda_runtime_api.h>
 
@@ -10,49 +10,19 @@
 #include <map>
 #include <thread>
 
-#include "annulus/comm/exchange_transport.h"
-#include "annulus/comm/gpu_communicator.h"
-#include "annulus/device/gpu.h"
 #include "annulus/device/transfer.h"
 #include "comm/exchange_execute_checks.h"
-#include "support/mpi_main.h"
+#include "gpu/exchange_rank.h"
 
 namespace annulus::testing {
 
 inline void SleepMicroseconds(int64_t us) { std::this_thread::sleep_for(std::chrono::microseconds(us)); }
 
-// This rank's GPU, and the group on it.
-class GpuRank {
- public:
-  GpuRank() : ctx(MyGpu()) {
-    const GpuLink link = ChooseGpuLink(World(), ctx).value();
-    own_gpus = link == GpuLink::kNccl;
-    cp = WithGpu(World(), GpuLink::kHost, ctx).value();
-  }
-
-  Context ctx;
-  Communicator cp;
-  bool own_gpus = false;
-
- private:
-  static Device MyGpu() {
-    const int gpus = GpuCount();
-    EXPECT_GT(gpus, 0) << WhyNoGpu();
-    const Device device{DeviceKind::kCuda, World().rank() % std::max(gpus, 1)};
-    EXPECT_TRUE(UseGpu(device.index).ok());
-    return device;
-  }
-};
-
-// Calls fn with each transport that the ranks can use on this machine; by the host they always can.
+// Calls fn with each transport that the ranks can use on this machine.
 inline void OnTransports(const std::function<void(GpuRank&, ExchangeTransport&)>& fn,
                          LinkThrottle throttle = {}) {
   GpuRank gpu;
-  std::vector<TransportKind> kinds = {TransportKind::kHost};
-  if (gpu.own_gpus) kinds.push_back(TransportKind::kNccl);
-  if (ChooseTransport(gpu.cp, gpu.ctx).value() == TransportKind::kCopyEngine)
-    kinds.push_back(TransportKind::kCopyEngine);
-  for (const TransportKind kind : kinds) {
+  for (const TransportKind kind : gpu.Transports()) {
     SCOPED_TRACE(std::string(Name(kind)));
     const std::unique_ptr<ExchangeTransport> made = MakeTransport(kind, gpu.cp, gpu.ctx, throttle).value();
     EXPECT_EQ(made->kind(), kind);

@@ -1,0 +1,291 @@
+#pragma once
+
+// Attention layers on real kernels by every exchange plan that can be named, on any device and in any dtype
+// T, judged by the rule of the house:
+//   max |got - f64| <= 2 max |naive - f64| + atol
+// f64 is a plain loop over the whole sequence (ReferenceAttention), which knows neither layouts nor plans;
+// naive is the same loop in f32 that rounds weights, their gradients and results to T. Sums are in f32, so
+// atol is four of its epsilons of what is summed: a naive result may by luck be exact.
+//
+//   ExpectEveryPlan<BFloat16>(ctx, cp, {TransportKind::kHost, TransportKind::kCopyEngine});
+
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+
+#include "annulus/parallel/context_attention.h"
+#include "gpu/gpu_harness.h"
+#include "ops/attention_harness.h"
+#include "parallel/sequences.h"
+
+namespace annulus::testing {
+
+struct LayerKind {
+  const char* name;
+  LayoutKind layout;
+  int64_t rows, batch;  // of a rank, about; nothing that tiles divide, and the last ones are padding
+  int64_t window;
+  Documents documents;
+  Lengths lengths;
+  int64_t head_dim;
+};
+inline constexpr LayerKind kLayerKinds[] = {
+    {"causal", LayoutKind::kZigzag, 200, 1, 0, Documents::kNone, Lengths::kFull, 64},
+    {"window", LayoutKind::kContiguous, 200, 1, 101, Documents::kNone, Lengths::kFull, 64},
+    {"documents", LayoutKind::kStriped, 100, 2, 0, Documents::kRandom, Lengths::kRandom, 64},
+    {"causal, heads of 128", LayoutKind::kZigzag, 200, 1, 0, Documents::kNone, Lengths::kFull, 128}};
+
+inline constexpr int64_t kPlanHeads = 4, kPlanKvHeads = 2;
+
+// All kinds, directions, parts, widths of partial outputs, and splits of heads: those of different names.
+inline std::vector<PlanChoice> EveryPlan(int ranks) {
+  std::vector<PlanChoice> plans;
+  std::set<std::string> names;
+  for (PlanChoice choice : AllChoices(ranks, kPlanHeads)) {
+    for (const RingDirection direction : {RingDirection::kTowardLower, RingDirection::kTowardHigher}) {
+      for (const int parts : {1, 2}) {
+        for (const Width width : {Width::kAccumulator, Width::kCompute}) {
+          choice.direction = direction, choice.parts = parts, choice.output_width = width;
+          if (names.insert(NameOf(choice, ranks)).second) plans.push_back(choice);
+        }
+      }
+    }
+  }
+  return plans;
+}
+
+// A layer, its operands as T holds them, and its results. Tensors are of all tokens: position * batch + item.
+template <typename T>
+class JudgedLayer {
+ public:
+  JudgedLayer(const LayerKind& kind, int ranks)
+      : layout(kind.layout, kind.rows * ranks - 3, ranks),
+        sequences(RandomSequences(3, layout.length(), kind.batch, kind.lengths, kind.documents)),
+        shape{.heads = kPlanHeads,
+              .kv_heads = kPlanKvHeads,
+              .head_dim = kind.head_dim,
+              .v_head_dim = kind.head_dim,
+              .window = kind.window,
+              .scale = 1 / std::sqrt(static_cast<double>(kind.head_dim))} {
+    const AttentionProblem p = Problem();
+    in = {Normal<T>(p.q_elements(), "q"), Normal<T>(p.k_elements(), "k"), Normal<T>(p.v_elements(), "v"),
+          Normal<T>(p.out_elements(), "dout")};
+    exact = ReferenceAttention<double>(p, in);
+    const AttentionResults<float> rounded = ReferenceAttention<float>(p, CastAll<float>(in), [](float x) {
+      return static_cast<float>(ToDouble(FromDouble<T>(static_cast<double>(x))));
+    });
+    naive = {Cast<double>(rounded.out), Cast<double>(rounded.lse), Cast<double>(rounded.dq),
+             Cast<double>(rounded.dk), Cast<double>(rounded.dv)};
+  }
+
+  int64_t tokens() const { return layout.padded_length() * sequences.batch; }
+
+  // The results that break the rule, with how.
+  //
+  // Plans whose partial outputs travel in T have no allowance of their own. Each partial output is rounded
+  // once, and an output is their average by weights that sum to one: that moves it by at most half an epsilon
+  // of the largest of them, which is what naive loses where it rounds the output. So twice naive covers both
+  // roundings. Backward reads outputs only for delta = dout . out, where naive reads them rounded, too.
+  std::map<std::string, std::string> Refused(const AttentionResults<double>& got) const {
+    constexpr double kSum = 4 * 0x1p-23;
+    const double v = MaxAbs(in.v), score = MaxAbs(in.dout) * std::max(v, 1.0);
+    std::map<std::string, std::string> refused;
+    const auto judge = [&](const char* name, std::vector<double> AttentionResults<double>::* result,
+                           double atol) {
+      const std::string why = WhyRefused(got.*result, naive.*result, exact.*result, atol);
+      if (!why.empty()) refused[name] = why;
+    };
+    judge("out", &AttentionResults<double>::out, kSum * v);
+    judge("lse", &AttentionResults<double>::lse, kSum * MaxAbs(exact.lse));
+    judge("dq", &AttentionResults<double>::dq, kSum * score);
+    judge("dk", &AttentionResults<double>::dk, kSum * score);
+    judge("dv", &AttentionResults<double>::dv, kSum * score);
+    return refused;
+  }
+
+  SequenceLayout layout;
+  SequenceBatch sequences;
+  ContextAttentionShape shape;
+  Operands<double> in;
+  AttentionResults<double> exact, naive;
+
+ private:
+  // Bounds are said pair by pair, not by the masks of the library.
+  AttentionProblem Problem() const {
+    const int64_t rows = layout.padded_length();
+    AttentionProblem problem{.shape = {.q_rows = rows,
+                                       .k_rows = rows,
+                                       .batch = sequences.batch,
+                                       .heads = shape.heads,
+                                       .kv_heads = shape.kv_heads,
+                                       .dim = shape.head_dim,
+                                       .v_dim = shape.v_head_dim},
+                             .positions = {},
+                             .lo = {},
+                             .hi = {}};
+    for (int64_t token = 0; token < tokens(); ++token) {
+      const int64_t item = token % sequences.batch, position = token / sequences.batch;
+      int64_t lo = 0, hi = 0;
+      for (int64_t key = 0; key < rows; ++key) {
+        if (!Sees(sequences, shape.window, item, position, key)) continue;
+        if (hi == 0) lo = key;
+        hi = key + 1;
+      }
+      problem.lo.push_back(lo);
+      problem.hi.push_back(hi);
+    }
+    return problem;
+  }
+  static std::string WhyRefused(const std::vector<double>& got, const std::vector<double>& naive,
+                                const std::vector<double>& exact, double atol) {
+    for (size_t i = 0; i < exact.size(); ++i) {
+      const bool infinite = std::isinf(got[i]) || std::isinf(exact[i]);
+      if (std::isnan(got[i]) || (infinite && got[i] != exact[i]))
+        return absl::StrCat(got[i], " at ", i, ", expected ", exact[i]);
+    }
+    const double error = MaxDifference(got, exact), naive_error = MaxDifference(naive, exact);
+    if (error <= 2 * naive_error + atol) return "";
+    return absl::StrCat("error ", error, ", naive ", naive_error, ", atol ", atol);
+  }
+};
+
+// Computed once: one for each kind of layer and number of ranks.
+template <typename T>
+const JudgedLayer<T>& JudgedLayerOf(const LayerKind& kind, int ranks) {
+  static std::map<std::pair<std::string, int>, JudgedLayer<T>> all;
+  return all.try_emplace({kind.name, ranks}, kind, ranks).first->second;
+}
+
+// One rank's rows on its device, between guards.
+template <typename T>
+class LayerOnRank {
+ public:
+  LayerOnRank(Context& ctx, const JudgedLayer<T>& judged, int cp_rank)
+      : ctx_(ctx),
+        judged_(judged),
+        cp_rank_(cp_rank),
+        q_(Make(DTypeOf<T>(), judged.shape.heads * judged.shape.head_dim)),
+        kv_(Make(DTypeOf<T>(), judged.shape.kv_heads * (judged.shape.head_dim + judged.shape.v_head_dim))),
+        dout_(Make(DTypeOf<T>(), judged.shape.heads * judged.shape.v_head_dim)),
+        out_(Make(DTypeOf<T>(), judged.shape.heads * judged.shape.v_head_dim)),
+        lse_(Make(DType::kF32, judged.shape.heads)),
+        dq_(Make(DTypeOf<T>(), judged.shape.heads * judged.shape.head_dim)),
+        dkv_(Make(DTypeOf<T>(), judged.shape.kv_heads * (judged.shape.head_dim + judged.shape.v_head_dim))) {
+    const Operands<double>& in = judged.in;
+    Load({&in.q}, &q_);
+    Load({&in.k, &in.v}, &kv_);
+    Load({&in.dout}, &dout_);
+  }
+
+  // Forward and backward with results that are NaN before. Rows of other ranks are exact.
+  AttentionResults<double> Run(AttentionGeometry& geometry, const ContextAttentionShape& shape) {
+    for (GuardedTensor* result : {&out_, &dq_, &dkv_}) Poison<T>(result);
+    Poison<float>(&lse_);
+    ExchangeStats stats;
+    ANNULUS_CHECK_OK(ContextAttentionForward(
+        ctx_, geometry, shape, {.q = q_.ref(), .kv = kv_.ref(), .out = out_.ref(), .lse = lse_.ref()},
+        &stats));
+    ANNULUS_CHECK_OK(ContextAttentionBackward(ctx_, geometry, shape,
+                                              {.q = q_.ref(),
+                                               .kv = kv_.ref(),
+                                               .out = out_.ref(),
+                                               .lse = lse_.ref(),
+                                               .dout = dout_.ref(),
+                                               .dq = dq_.ref(),
+                                               .dkv = dkv_.ref()},
+                                              &stats));
+    EXPECT_EQ(ctx_.scratch.used_bytes(), 0);
+    AttentionResults<double> results = judged_.exact;
+    Store<T>(&out_, {&results.out});
+    Store<float>(&lse_, {&results.lse});
+    Store<T>(&dq_, {&results.dq});
+    Store<T>(&dkv_, {&results.dk, &results.dv});
+    return results;
+  }
+
+ private:
+  GuardedTensor Make(DType dtype, int64_t columns) {
+    return {ctx_, dtype, {judged_.layout.local_rows(), judged_.sequences.batch, columns}, 0};
+  }
+  // Calls fn(element) for this rank's rows of tensors of all tokens, side by side, in the order of memory.
+  template <typename Whole, typename Fn>
+  void ForEach(const std::vector<Whole*>& wholes, const Fn& fn) const {
+    const auto tokens = static_cast<size_t>(judged_.tokens()),
+               batch = static_cast<size_t>(judged_.sequences.batch);
+    for (const int64_t position : judged_.layout.LocalPositions(cp_rank_)) {
+      for (size_t token = static_cast<size_t>(position) * batch, end = token + batch; token < end; ++token) {
+        for (Whole* whole : wholes) {
+          const size_t columns = whole->size() / tokens;
+          for (size_t i = 0; i < columns; ++i) fn((*whole)[token * columns + i]);
+        }
+      }
+    }
+  }
+  void Load(const std::vector<const std::vector<double>*>& wholes, GuardedTensor* mine) const {
+    std::vector<T> values;
+    ForEach(wholes, [&](double x) { values.push_back(FromDouble<T>(x)); });
+    mine->Write(values);
+  }
+  template <typename U>
+  void Store(GuardedTensor* mine, const std::vector<std::vector<double>*>& wholes) const {
+    const std::vector<U> values = mine->Read<U>();
+    size_t next = 0;
+    ForEach(wholes, [&](double& x) { x = ToDouble(values[next++]); });
+  }
+  template <typename U>
+  static void Poison(GuardedTensor* result) {
+    result->Write(std::vector<U>(static_cast<size_t>(result->ref().elements()), FromDouble<U>(NAN)));
+  }
+
+  Context& ctx_;
+  const JudgedLayer<T>& judged_;
+  int cp_rank_;
+  GuardedTensor q_, kv_, dout_, out_, lse_, dq_, dkv_;
+};
+
+// Collective.
+template <typename T>
+void ExpectEveryPlan(Context& ctx, Communicator cp, const std::vector<TransportKind>& kinds) {
+  const auto transports = std::make_shared<ExchangeTransports>(cp, LinkThrottle());
+  for (const LayerKind& kind : kLayerKinds) {
+    const JudgedLayer<T>& judged = JudgedLayerOf<T>(kind, cp.size());
+    LayerOnRank<T> layer(ctx, judged, cp.rank());
+    for (const PlanChoice& choice : EveryPlan(cp.size())) {
+      for (const TransportKind transport : kinds) {
+        AttentionGeometry geometry(judged.layout, cp,
+                                   {.forward = {choice}, .backward = {choice}, .transport = transport},
+                                   transports);
+        geometry.SetBatch(judged.sequences);
+        const auto refused = judged.Refused(layer.Run(geometry, judged.shape));
+        EXPECT_TRUE(refused.empty()) << ::testing::PrintToString(refused) << "\n"
+                                     << kind.name << ", " << NameOf(choice, cp.size()) << ", transport "
+                                     << Name(transport) << ", rank " << cp.rank();
+      }
+    }
+  }
+}
+
+// What the rule allows hides no mistake: where a window is one key too small, or the last chunk does not see
+// all of the first, some rank refuses each result. Collective.
+template <typename T>
+void ExpectMissingKeysAreRefused(Context& ctx, Communicator cp, TransportKind transport) {
+  for (const LayerKind& kind : kLayerKinds) {
+    if (kind.documents != Documents::kNone) continue;
+    SCOPED_TRACE(kind.name);
+    const JudgedLayer<T>& judged = JudgedLayerOf<T>(kind, cp.size());
+    ContextAttentionShape wrong = judged.shape;
+    wrong.window = wrong.window > 0 ? wrong.window - 1
+                                    : judged.layout.padded_length() - judged.layout.chunks(0).front().rows;
+    AttentionGeometry geometry(judged.layout, cp, {.transport = transport});
+    geometry.SetBatch(judged.sequences);
+    LayerOnRank<T> layer(ctx, judged, cp.rank());
+    const auto refused = judged.Refused(layer.Run(geometry, wrong));
+    for (const char* result : {"out", "lse", "dq", "dk", "dv"}) {
+      const auto mine = static_cast<double>(refused.count(result));
+      EXPECT_EQ(cp.AllReduceValue(mine, ReduceOp::kMax).value(), 1) << result;
+    }
+  }
+}
+
+}  // namespace annulus::testing
