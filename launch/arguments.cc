@@ -1,4 +1,8 @@
+#include <algorithm>
+#include <filesystem>
+
 #include "absl/strings/numbers.h"
+#include "annulus/base/file.h"
 #include "commands.h"
 
 namespace annulus {
@@ -63,9 +67,13 @@ std::string Arguments::Last(absl::string_view option, absl::string_view fallback
 
 absl::StatusOr<std::optional<int64_t>> Arguments::PositiveInt(absl::string_view option) const {
   if (!Has(option)) return std::optional<int64_t>();
+  const std::string text = Last(option, "");
   int64_t value = 0;
-  if (!absl::SimpleAtoi(Last(option, ""), &value) || value < 1) {
-    return Invalid(option, "=", Last(option, ""), ": expected an integer of at least 1");
+  if (!absl::SimpleAtoi(text, &value) || value < 1) {
+    const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+    const bool too_large = digits && value > 0;  // SimpleAtoi leaves the largest value then
+    return Invalid(option, "=", text, ": expected an integer of at ",
+                   too_large ? absl::StrCat("most ", value) : "least 1");
   }
   return std::optional<int64_t>(value);
 }
@@ -82,6 +90,23 @@ absl::StatusOr<double> Arguments::PositiveNumber(absl::string_view option, doubl
     return Invalid(option, "=", Last(option, ""), ": expected a number above 0");
   }
   return value;
+}
+
+absl::Status CheckOutputFile(const Arguments& arguments, absl::string_view option,
+                             absl::string_view fallback) {
+  const std::string path = arguments.Last(option, fallback);
+  if (path.empty() && !arguments.Has(option)) return absl::OkStatus();
+  std::error_code ignored;
+  if (path.empty() || path.back() == '/' || std::filesystem::is_directory(path, ignored))
+    return Invalid(option, "=", path, ": expected a file to write");
+  // Written as it will be: through a file beside it that is renamed.
+  const std::string tmp = path + ".tmp";
+  absl::Status status = DurableFile::Create(tmp).status();
+  if (status.ok()) return RemoveAll(tmp);
+  const std::string reason(status.message());
+  return absl::Status(status.code(),
+                      absl::StrCat(option, "=", path, ": expected a file that can be written",
+                                   reason.substr(std::min(reason.size(), reason.rfind(": ")))));
 }
 
 std::string Usage(const CommandSpec& spec) {

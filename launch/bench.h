@@ -9,10 +9,17 @@
 #include <vector>
 
 #include "annulus/device/gpu.h"
+#include "annulus/train/measure.h"
 #include "annulus/train/placement.h"
 #include "commands.h"
 
 namespace annulus {
+
+// One run of an exchange.
+struct ExchangeTime {
+  double seconds = 0;         // of the slowest rank
+  double waited_seconds = 0;  // for messages, of the rank that waited longest: part of its seconds
+};
 
 struct Bench {
   const Arguments& arguments;
@@ -34,9 +41,16 @@ struct Bench {
   absl::StatusOr<TensorRef> Random(const Shape& shape, uint64_t seed) const;
   // Median over repeats of the slowest rank's seconds; after `fn` has run twice. Collective.
   absl::StatusOr<double> Seconds(const std::function<absl::Status()>& fn) const;
-  // Prints a result on rank 0, after what all results have in common.
+  // Of the run with the median seconds. `repeats.calls` and `repeats.take` mean nothing to it. Collective.
+  absl::StatusOr<ExchangeTime> MedianExchange(const Repeats& repeats,
+                                              const std::function<absl::Status()>& fn) const;
+  // Prints a result on rank 0, after what all results have in common. One of throttled links has been given
+  // that by AddThrottle, and says so first.
   void Report(const nlohmann::ordered_json& result) const;
 };
+
+// That links were throttled to it, if they were.
+void AddThrottle(LinkThrottle throttle, nlohmann::ordered_json* result);
 
 // `value`, or an error that all ranks agree on. Collective.
 template <typename T>
@@ -75,6 +89,8 @@ absl::StatusOr<std::vector<int64_t>> ReadLengths(const Arguments& arguments, abs
 absl::StatusOr<std::vector<LinkThrottle>> ReadThrottles(const Arguments& arguments,
                                                         absl::string_view fallback);
 
+// The names of options that mean something to the kind.
+std::vector<absl::string_view> KnownOptions(const BenchKind& kind);
 // Refuses options and fields that mean nothing to the kind, by name.
 absl::Status CheckBenchOptions(const BenchKind& kind, const Arguments& arguments);
 

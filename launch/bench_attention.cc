@@ -70,6 +70,7 @@ void Report(const Bench& bench, const AttentionGeometry& geometry, const LayerOp
                  {"backward_tflops", 2.5 * flops / seconds.backward},
                  {"both_tflops", 3.5 * flops / seconds.both},
                  {"gemm_tflops", gemm}});
+  AddThrottle(bench.machine.exchange.throttle, &result);
   bench.Report(result);
 }
 
@@ -94,10 +95,7 @@ absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec& spec) {
 }  // namespace
 
 BenchKind AttentionBench() {
-  BenchKind kind{.name = "attention",
-                 .options = LayerOptionNames(),
-                 .fields = {"device", "compute", "deterministic", "seed", "parallel"},
-                 .plan = Plan};
+  BenchKind kind{.name = "attention", .options = LayerOptionNames(), .fields = LayerFields(), .plan = Plan};
   for (const char* option : {"--profile", "--transport", "--throttle"}) kind.options.emplace_back(option);
   return kind;
 }

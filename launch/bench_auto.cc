@@ -360,7 +360,7 @@ BenchKind AutoBench() {
   return {.name = "auto",
           .options = {"--lengths", "--heads", "--dim", "--v_dim", "--masks", "--document_length",
                       "--throttles", "--profile", "--transport", "--all"},
-          .fields = {"device", "compute", "deterministic", "seed", "parallel"},
+          .fields = LayerFields(),
           .plan = Plan};
 }
 

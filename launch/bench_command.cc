@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <optional>
 
-#include "annulus/train/measure.h"
 #include "bench.h"
 #include "collective.h"
 
@@ -12,6 +12,41 @@ namespace annulus {
 absl::StatusOr<double> Bench::Seconds(const std::function<absl::Status()>& fn) const {
   ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, Int("--repeats", 10));
   return SecondsOf(ctx(), machine.mesh.world, {.timed = repeats}, fn);
+}
+
+absl::StatusOr<ExchangeTime> Bench::MedianExchange(const Repeats& repeats,
+                                                   const std::function<absl::Status()>& fn) const {
+  Communicator world = machine.mesh.world;
+  std::vector<ExchangeTime> runs;
+  double total = 0;
+  ctx().lane.Synchronize();
+  (void)ctx().waits.TakeSeconds(WaitKind::kExchange);
+  for (int64_t i = -repeats.warm_ups; i < repeats.timed; ++i) {
+    if (i >= 2 && total >= repeats.seconds) break;  // on all ranks: they agree on what each took
+    ExchangeTime run;
+    ANNULUS_ASSIGN_OR_RETURN(run.seconds, SecondsOf(ctx(), world, {.warm_ups = 0, .timed = 1}, fn));
+    ctx().lane.Synchronize();
+    const double waited = ctx().waits.TakeSeconds(WaitKind::kExchange);
+    ANNULUS_ASSIGN_OR_RETURN(run.waited_seconds, world.AllReduceValue(waited, ReduceOp::kMax));
+    if (i < 0) continue;
+    runs.push_back(run);
+    total += run.seconds;
+  }
+  const auto median = runs.begin() + static_cast<int64_t>(runs.size()) / 2;
+  std::nth_element(runs.begin(), median, runs.end(),
+                   [](const ExchangeTime& a, const ExchangeTime& b) { return a.seconds < b.seconds; });
+  return *median;
+}
+
+namespace {
+
+// Key of results of throttled links.
+constexpr char kThrottle[] = "throttle_gb_per_second";
+
+}  // namespace
+
+void AddThrottle(LinkThrottle throttle, nlohmann::ordered_json* result) {
+  if (throttle.bytes_per_second > 0) (*result)[kThrottle] = throttle.bytes_per_second / 1e9;
 }
 
 void Bench::Report(const nlohmann::ordered_json& result) const {
@@ -25,7 +60,7 @@ void Bench::Report(const nlohmann::ordered_json& result) const {
   if (arguments.Has("--json")) {
     std::printf("%s\n", line.dump().c_str());
   } else {
-    std::string text;
+    std::string text = Label({line.value(kThrottle, 0.0) * 1e9});
     for (const auto& [key, value] : line.items()) {
       const bool number = value.is_number_float();
       absl::StrAppend(&text, text.empty() ? "" : "  ", key, "=",
@@ -49,13 +84,18 @@ struct PlannedBench {
   BenchRun run;
 };
 
+std::optional<BenchKind> KindOf(absl::string_view name) {
+  for (const BenchKind& kind : {GemmBench(), AttentionBench(), PlansBench(), AutoBench(), LatentBench(),
+                                TimelineBench(), ExchangeBench(), StepBench()}) {
+    if (name == kind.name) return kind;
+  }
+  return std::nullopt;
+}
+
 // All that can be said without a device.
 absl::StatusOr<PlannedBench> PlanBench(const Arguments& arguments, int world) {
-  const BenchKind kinds[] = {GemmBench(),   AttentionBench(), PlansBench(),    AutoBench(),
-                             LatentBench(), TimelineBench(),  ExchangeBench(), StepBench()};
-  const auto kind = std::find_if(std::begin(kinds), std::end(kinds),
-                                 [&](const BenchKind& k) { return arguments.operand() == k.name; });
-  if (kind == std::end(kinds)) {
+  const std::optional<BenchKind> kind = KindOf(arguments.operand());
+  if (!kind.has_value()) {
     return Invalid("annulus bench ", arguments.operand(),
                    ": expected one of gemm, attention, plans, auto, latent, timeline, exchange, step");
   }
@@ -69,8 +109,10 @@ absl::StatusOr<PlannedBench> PlanBench(const Arguments& arguments, int world) {
 absl::Status RunOn(Communicator world, const Arguments& arguments) {
   const absl::StatusOr<PlannedBench> planned = PlanBench(arguments, world.size());
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(planned.status()));
+  ANNULUS_RETURN_IF_ERROR(
+      world.AgreeOk(world.rank() == 0 ? CheckOutputFile(arguments, "--svg") : absl::OkStatus()));
   ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, planned->spec));
-  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, planned->spec, device));
+  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpWatchedMachine(world, planned->spec, device));
   Bench bench{arguments, planned->spec, std::move(machine), {}};
   if (device.kind == DeviceKind::kCuda) {
     ANNULUS_ASSIGN_OR_RETURN(bench.gpu, DescribeGpu(device.index));
@@ -80,6 +122,26 @@ absl::Status RunOn(Communicator world, const Arguments& arguments) {
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
   return OnAllRanks([&](Communicator world) { return RunOn(std::move(world), arguments); });
+}
+
+}  // namespace
+
+namespace {
+
+// With the options alone that mean something to the kind that is named, if one is.
+CommandSpec SpecFor(const std::vector<std::string>& args) {
+  CommandSpec spec = BenchCommand().spec;
+  for (const std::string& arg : args) {
+    const std::optional<BenchKind> kind = KindOf(arg);
+    if (!kind.has_value()) continue;
+    const std::vector<absl::string_view> known = KnownOptions(*kind);
+    std::erase_if(spec.options, [&](const Option& option) {
+      return std::find(known.begin(), known.end(), option.name) == known.end();
+    });
+    spec.operand = kind->name;
+    break;
+  }
+  return spec;
 }
 
 }  // namespace
@@ -133,7 +195,8 @@ Command BenchCommand() {
         {"--set", Option::Takes::kValue, "PATH=VALUE",
          "overrides a field that means something to WHAT (device, compute, parallel.layout, ...); "
          "repeatable"}}},
-      Run};
+      Run,
+      SpecFor};
 }
 
 }  // namespace annulus

@@ -36,7 +36,7 @@ absl::Status Run(Bench& bench) {
                                      {"transport", std::string(Name(kind))},
                                      {"one_way_gb_per_second", rate.one_way_gb_per_second},
                                      {"both_ways_gb_per_second", rate.both_ways_gb_per_second}};
-    if (throttle.bytes_per_second > 0) result["throttled_to_gb_per_second"] = throttle.bytes_per_second / 1e9;
+    AddThrottle(throttle, &result);
     if (kind == TransportKind::kCopyEngine) {
       ANNULUS_ASSIGN_OR_RETURN(result["plain_copies_gb_per_second"],
                                MeasurePlainCopies(bench.ctx(), bench.machine.mesh.cp, bytes, repeats));
@@ -57,7 +57,7 @@ absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec&) {
 BenchKind ExchangeBench() {
   return {.name = "exchange",
           .options = {"--bytes", "--transport", "--throttle"},
-          .fields = {"device", "parallel"},
+          .fields = {"device", "parallel.exchange"},
           .plan = Plan};
 }
 

@@ -30,8 +30,7 @@ struct Row {
   LatentExchange way = LatentExchange::kLatent;
   PlanCandidate plan;
   double predicted_seconds = 0;  // with what is expanded at home
-  double seconds = 0;            // measured
-  double waited_seconds = 0;     // of the rank that waited longest
+  ExchangeTime time = {};        // measured
   int64_t bytes_sent = 0;        // counted, of the rank that sends most
   double difference = 0;         // largest to the first row's results, relative to the largest value
 };
@@ -164,7 +163,6 @@ class LatentCase {
   }
 
   absl::Status Measure(Pass pass, Row* row) {
-    Context& ctx = bench_.ctx();
     Communicator world = bench_.machine.mesh.world;
     ExchangeOptions options = options_;
     options.forward = options.backward = {row->plan.choice};
@@ -176,21 +174,14 @@ class LatentCase {
     ExchangeStats once, stats;
     ANNULUS_RETURN_IF_ERROR(world.AgreeOk(layer_.Run(pass, geometry, &once)));
     ANNULUS_ASSIGN_OR_RETURN(const double difference, DifferenceToFirst(pass));
-    ctx.lane.Synchronize();
-    (void)ctx.waits.TakeSeconds(WaitKind::kExchange);
     ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, bench_.Int("--repeats", 10));
-    int64_t runs = 0;
-    ANNULUS_ASSIGN_OR_RETURN(
-        row->seconds, SecondsOf(ctx, world, {.warm_ups = 1, .timed = repeats, .seconds = kSeconds}, [&] {
-          ++runs;
-          return layer_.Run(pass, geometry, &stats);
-        }));
-    ctx.lane.Synchronize();
-    const double waited = ctx.waits.TakeSeconds(WaitKind::kExchange) / static_cast<double>(runs);
-    double worst[] = {static_cast<double>(once.bytes_sent), difference, waited};
-    ANNULUS_RETURN_IF_ERROR(world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {3}), ReduceOp::kMax));
+    ANNULUS_ASSIGN_OR_RETURN(row->time,
+                             bench_.MedianExchange({.warm_ups = 1, .timed = repeats, .seconds = kSeconds},
+                                                   [&] { return layer_.Run(pass, geometry, &stats); }));
+    double worst[] = {static_cast<double>(once.bytes_sent), difference};
+    ANNULUS_RETURN_IF_ERROR(world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {2}), ReduceOp::kMax));
     row->bytes_sent = static_cast<int64_t>(worst[0]);
-    row->difference = worst[1], row->waited_seconds = worst[2];
+    row->difference = worst[1];
     return absl::OkStatus();
   }
 
@@ -216,7 +207,7 @@ class LatentCase {
 
   static const Row& Fastest(const std::vector<Row>& rows, LatentExchange way) {
     return *std::min_element(rows.begin(), rows.end(), [&](const Row& a, const Row& b) {
-      return std::pair(a.way != way, a.seconds) < std::pair(b.way != way, b.seconds);
+      return std::pair(a.way != way, a.time.seconds) < std::pair(b.way != way, b.time.seconds);
     });
   }
   // Keys and values over latents: bytes of the first plan of each, and times of the fastest.
@@ -225,7 +216,8 @@ class LatentCase {
            static_cast<double>(std::max<int64_t>(1, rows[0].bytes_sent));
   }
   static double TimeRatio(const std::vector<Row>& rows) {
-    return Fastest(rows, LatentExchange::kExpanded).seconds / Fastest(rows, LatentExchange::kLatent).seconds;
+    return Fastest(rows, LatentExchange::kExpanded).time.seconds /
+           Fastest(rows, LatentExchange::kLatent).time.seconds;
   }
 
   void Report(Pass pass, const std::vector<Row>& rows) const {
@@ -233,8 +225,7 @@ class LatentCase {
                                      {"dim", shape_.latent->nope}, {"rope_dim", shape_.latent->rope},
                                      {"v_dim", shape_.latent->v},  {"latent_dim", shape_.latent->columns},
                                      {"pass", Name(pass)}};
-    if (options_.throttle.bytes_per_second > 0)
-      common["throttle_gb_per_second"] = options_.throttle.bytes_per_second / 1e9;
+    AddThrottle(options_.throttle, &common);
     for (const Row& row : rows) {
       nlohmann::ordered_json json = common;
       json.update({{"exchange", NameOf(row.way)},
@@ -242,8 +233,8 @@ class LatentCase {
                    {"transport", std::string(Name(row.plan.transport))},
                    {"bytes_sent", row.bytes_sent},
                    {"predicted_ms", row.predicted_seconds * 1e3},
-                   {"measured_ms", row.seconds * 1e3},
-                   {"waited_ms", row.waited_seconds * 1e3},
+                   {"measured_ms", row.time.seconds * 1e3},
+                   {"waited_ms", row.time.waited_seconds * 1e3},
                    {"difference_to_latents", row.difference}});
       bench_.Report(json);
     }
@@ -268,7 +259,7 @@ class LatentCase {
       std::printf("  %-15s  %-*s  %-11s  %10s  %8.3f ms  %8.3f ms  %8.3f ms  %10.2g\n", NameOf(row.way),
                   columns, row.plan.name.c_str(), std::string(Name(row.plan.transport)).c_str(),
                   FormatBytes(static_cast<double>(row.bytes_sent)).c_str(), row.predicted_seconds * 1e3,
-                  row.seconds * 1e3, row.waited_seconds * 1e3, row.difference);
+                  row.time.seconds * 1e3, row.time.waited_seconds * 1e3, row.difference);
     }
     std::printf("latents: %.1f times fewer bytes by the first plan, %.2f times as fast; AUTO takes %s\n\n",
                 BytesRatio(rows), TimeRatio(rows), std::string(Name(decision_)).c_str());
@@ -336,7 +327,7 @@ BenchKind LatentBench() {
   return {.name = "latent",
           .options = {"--heads", "--dim", "--rope_dim", "--v_dim", "--latent_dim", "--lengths", "--profile",
                       "--transport", "--throttle", "--throttles"},
-          .fields = {"device", "compute", "deterministic", "seed", "parallel"},
+          .fields = LayerFields(),
           .plan = Plan};
 }
 

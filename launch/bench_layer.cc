@@ -75,6 +75,10 @@ std::vector<absl::string_view> LayerOptionNames() {
   return {"--heads", "--kv_heads", "--dim", "--v_dim", "--length", "--mask", "--window", "--document_length"};
 }
 
+std::vector<absl::string_view> LayerFields() {
+  return {"device", "compute", "deterministic", "seed", "parallel.layout", "parallel.exchange"};
+}
+
 absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec) {
   LayerOptions o;
   ANNULUS_ASSIGN_OR_RETURN(o.shape, ShapeOf(arguments));

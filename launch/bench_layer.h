@@ -21,6 +21,8 @@ struct LayerOptions {
 
 // From the options of this name.
 std::vector<absl::string_view> LayerOptionNames();
+// What --set may give of a layer. The sequence is split over all ranks: parallel.dp, cp and tp are no choice.
+std::vector<absl::string_view> LayerFields();
 absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec);
 
 // Refuses heads that there are no kernels for, and tensors whose bytes could not be counted. `length_option`

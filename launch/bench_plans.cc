@@ -18,10 +18,9 @@ namespace {
 // One plan in one pass.
 struct PlanResult {
   PlanCandidate candidate;
-  double seconds = 0;         // measured
-  double waited_seconds = 0;  // of the rank that waited longest
-  int64_t bytes_sent = 0;     // counted, of the rank that sends most
-  double difference = 0;      // largest, of the results to those of one rank, relative to the largest value
+  ExchangeTime time = {};  // measured
+  int64_t bytes_sent = 0;  // counted, of the rank that sends most
+  double difference = 0;   // largest, of the results to those of one rank, relative to the largest value
 };
 
 class PlanRuns {
@@ -61,17 +60,22 @@ class PlanRuns {
 
   AttentionCase layer_case() const { return CaseOf(bench_, layout_, sequences_, shape_); }
 
-  // Of a plan that can be, on its transport: both passes. Collective.
-  absl::Status Measure(const PlanCandidate& plan, PlanResult* forward, PlanResult* backward) {
+  // Of a plan that can be, on its transport. A backward pass begins from the output of the forward pass that
+  // was measured last, whatever its plan. Collective.
+  absl::Status Measure(Pass pass, PlanResult* result) {
+    const PlanCandidate& plan = result->candidate;
     ExchangeOptions options = ExchangeFor(bench_, shape_);
-    options.forward = {plan.choice}, options.backward = {plan.choice};
+    options.forward = options.backward = {plan.choice};
+    options.forward_parts = options.backward_parts = {};
     options.transport = plan.transport;
     AttentionGeometry geometry(layout_, bench_.machine.mesh.cp, options, transports_);
     geometry.SetBatch(sequences_);
-    ANNULUS_RETURN_IF_ERROR(MeasurePass([&](ExchangeStats* stats) { return layer_.Forward(geometry, stats); },
-                                        {{layer_.out(), reference_[0]}}, forward));
+    if (pass == Pass::kForward) {
+      return MeasurePass([&](ExchangeStats* stats) { return layer_.Forward(geometry, stats); },
+                         {{layer_.out(), reference_[0]}}, result);
+    }
     return MeasurePass([&](ExchangeStats* stats) { return layer_.Backward(geometry, stats); },
-                       {{layer_.dq(), reference_[1]}, {layer_.dkv(), reference_[2]}}, backward);
+                       {{layer_.dq(), reference_[1]}, {layer_.dkv(), reference_[2]}}, result);
   }
 
  private:
@@ -89,17 +93,10 @@ class PlanRuns {
       ANNULUS_ASSIGN_OR_RETURN(const double difference, LargestDifference(bench_, got, want));
       worst[1] = std::max(worst[1], difference);
     }
-    bench_.ctx().lane.Synchronize();
-    (void)bench_.ctx().waits.TakeSeconds(WaitKind::kExchange);
-    int64_t runs = 0;
-    ANNULUS_ASSIGN_OR_RETURN(result->seconds, bench_.Seconds([&] {
-      ++runs;
-      return run(&once);
-    }));
-    bench_.ctx().lane.Synchronize();
-    const double waited = bench_.ctx().waits.TakeSeconds(WaitKind::kExchange) / static_cast<double>(runs);
+    ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, bench_.Int("--repeats", 10));
+    ANNULUS_ASSIGN_OR_RETURN(result->time,
+                             bench_.MedianExchange({.timed = repeats}, [&] { return run(&once); }));
     ANNULUS_RETURN_IF_ERROR(world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {2}), ReduceOp::kMax));
-    ANNULUS_ASSIGN_OR_RETURN(result->waited_seconds, world.AllReduceValue(waited, ReduceOp::kMax));
     result->bytes_sent = static_cast<int64_t>(worst[0]);
     result->difference = worst[1];
     return absl::OkStatus();
@@ -118,20 +115,23 @@ void Report(const Bench& bench, const PlannedPass& planned, const PlanResult& re
   nlohmann::ordered_json json = {{"pass", Name(planned.pass)},
                                  {"plan", result.candidate.name},
                                  {"transport", std::string(Name(result.candidate.transport))}};
-  if (bench.machine.exchange.throttle.bytes_per_second > 0) {
-    json["throttle_gb_per_second"] = bench.machine.exchange.throttle.bytes_per_second / 1e9;
-  }
+  AddThrottle(bench.machine.exchange.throttle, &json);
   if (result.candidate.refused.ok()) {
     json["bytes_sent"] = result.bytes_sent;
     json["predicted_bytes"] = result.candidate.bytes_sent;
     json["predicted_ms"] = result.candidate.seconds * 1e3;
-    json["measured_ms"] = result.seconds * 1e3;
-    json["waited_ms"] = result.waited_seconds * 1e3;
+    json["measured_ms"] = result.time.seconds * 1e3;
+    json["waited_ms"] = result.time.waited_seconds * 1e3;
     json["difference_to_one_rank"] = result.difference;
   } else {
     json["refused"] = std::string(result.candidate.refused.message());
   }
   bench.Report(json);
+}
+
+// Whether the candidates are all of AUTO's, so that what is predicted to be the fastest is its choice.
+bool ChosenByAuto(const Bench& bench, Pass pass) {
+  return !bench.arguments.Has("--choice") && bench.spec.parallel.exchange.Of(pass).plan == PlanName::kAuto;
 }
 
 void PrintTable(const Bench& bench, const PlannedPass& planned, const std::vector<PlanResult>& results) {
@@ -150,7 +150,7 @@ void PrintTable(const Bench& bench, const PlannedPass& planned, const std::vecto
       std::printf("%-11s  %10s  %8.3f ms  %8.3f ms  %8.3f ms  %10.2g\n",
                   std::string(Name(plan.transport)).c_str(),
                   FormatBytes(static_cast<double>(result.bytes_sent)).c_str(), plan.seconds * 1e3,
-                  result.seconds * 1e3, result.waited_seconds * 1e3, result.difference);
+                  result.time.seconds * 1e3, result.time.waited_seconds * 1e3, result.difference);
     } else {
       std::printf("refused: %s\n", std::string(plan.refused.message()).c_str());
     }
@@ -162,16 +162,32 @@ void PrintTable(const Bench& bench, const PlannedPass& planned, const std::vecto
     };
     return key(a) < key(b);
   });
-  std::printf("sent, waited: of the rank with most\nfastest %s; AUTO takes %s, %.0f%% slower\n\n",
-              fastest.candidate.name.c_str(), chosen->candidate.name.c_str(),
-              100 * (chosen->seconds / fastest.seconds - 1));
+  std::printf("sent, waited: of the rank with most\nfastest %s; %s %s, %.0f%% slower\n\n",
+              fastest.candidate.name.c_str(), ChosenByAuto(bench, planned.pass) ? "AUTO takes" : "predicted",
+              chosen->candidate.name.c_str(), 100 * (chosen->time.seconds / fastest.time.seconds - 1));
 }
 
 // Those that can be, fastest first.
 void SortByTime(std::vector<PlanResult>* results) {
   std::stable_sort(results->begin(), results->end(), [](const PlanResult& a, const PlanResult& b) {
-    return std::pair(!a.candidate.refused.ok(), a.seconds) < std::pair(!b.candidate.refused.ok(), b.seconds);
+    return std::pair(!a.candidate.refused.ok(), a.time.seconds) <
+           std::pair(!b.candidate.refused.ok(), b.time.seconds);
   });
+}
+
+// Every candidate of a pass, of which one can be, or those that --choice names. Collective.
+absl::StatusOr<std::vector<PlanResult>> MeasureAll(const Bench& bench, const PlannedPass& planned,
+                                                   PlanRuns* plans) {
+  const std::string& shown = planned.candidates[planned.shown].name;
+  std::vector<PlanResult> results;
+  for (const PlanCandidate& candidate : planned.candidates) {
+    if (bench.arguments.Has("--choice") && candidate.name != shown) continue;
+    results.push_back({.candidate = candidate});
+    if (!candidate.refused.ok()) continue;
+    ANNULUS_RETURN_IF_ERROR(plans->Measure(planned.pass, &results.back()));
+  }
+  SortByTime(&results);
+  return results;
 }
 
 // Of the fastest plan of each pass, as predicted.
@@ -202,29 +218,16 @@ absl::Status Run(Bench& bench, const LayerOptions& o) {
   Communicator world = bench.machine.mesh.world;
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(plans.Make()));
 
-  const std::string& shown = passes[0].candidates[passes[0].shown].name;
-  std::vector<std::vector<PlanResult>> results(passes.size());
-  for (const PlanCandidate& forward : passes[0].candidates) {
-    if (bench.arguments.Has("--choice") && forward.name != shown) continue;
-    const auto backward = std::find_if(
-        passes[1].candidates.begin(), passes[1].candidates.end(), [&](const PlanCandidate& candidate) {
-          return candidate.choice == forward.choice && candidate.transport == forward.transport;
-        });
-    if (backward == passes[1].candidates.end()) continue;
-    results[0].push_back({.candidate = forward});
-    results[1].push_back({.candidate = *backward});
-    if (!forward.refused.ok() || !backward->refused.ok()) continue;
-    ANNULUS_RETURN_IF_ERROR(plans.Measure(forward, &results[0].back(), &results[1].back()));
-  }
+  // Each pass by itself: the two may choose from different plans.
   std::vector<std::pair<Pass, std::string>> fastest;
-  for (size_t i = 0; i < passes.size(); ++i) {
-    SortByTime(&results[i]);
-    fastest.emplace_back(passes[i].pass, results[i].front().candidate.name);
+  for (const PlannedPass& planned : passes) {
+    ANNULUS_ASSIGN_OR_RETURN(const std::vector<PlanResult> results, MeasureAll(bench, planned, &plans));
+    fastest.emplace_back(planned.pass, results.front().candidate.name);
     if (!bench.arguments.Has("--json")) {
-      PrintTable(bench, passes[i], results[i]);
+      PrintTable(bench, planned, results);
       continue;
     }
-    for (const PlanResult& result : results[i]) Report(bench, passes[i], result);
+    for (const PlanResult& result : results) Report(bench, planned, result);
   }
   return Draw(bench, plans, options, fastest);
 }
@@ -237,10 +240,7 @@ absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec& spec) {
 }  // namespace
 
 BenchKind PlansBench() {
-  BenchKind kind{.name = "plans",
-                 .options = LayerOptionNames(),
-                 .fields = {"device", "compute", "deterministic", "seed", "parallel"},
-                 .plan = Plan};
+  BenchKind kind{.name = "plans", .options = LayerOptionNames(), .fields = LayerFields(), .plan = Plan};
   for (const char* option : {"--choice", "--profile", "--transport", "--throttle", "--svg"})
     kind.options.emplace_back(option);
   return kind;

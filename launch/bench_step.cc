@@ -47,22 +47,24 @@ absl::Status Run(Bench& bench) {
   nlohmann::ordered_json memory;
   for (const MemoryPlan::Part& part : report.memory.parts()) memory[part.name] = part.bytes;
   memory["other"] = report.other_memory_bytes;
-  bench.Report(
-      {{"name", bench.spec.name},
-       {"seq_len", bench.spec.data.seq_len},
-       {"sequences", bench.spec.optim.sequences_per_step},
-       {"transport", std::string(Name(bench.transport()))},
-       {"step_ms", seconds * 1e3},
-       {"tokens_per_second", tokens / seconds},
-       {"tflops_causal", flops.causal * per_rank},
-       {"tflops_full", flops.full * per_rank},
-       {"datasheet_tflops", bench.gpu.bf16_tflops},
-       {"mfu_causal", bench.gpu.bf16_tflops > 0 ? flops.causal * per_rank / bench.gpu.bf16_tflops : 0.0},
-       {"exposed_exchange_ms", report.exposed_exchange_ms},
-       {"exposed_reduce_ms", report.exposed_reduce_ms},
-       {"memory_gib", static_cast<double>(report.memory_peak_bytes) / (int64_t{1} << 30)},
-       {"memory_bytes", memory},
-       {"loss", report.loss}});
+  nlohmann::ordered_json result = {
+      {"name", bench.spec.name},
+      {"seq_len", bench.spec.data.seq_len},
+      {"sequences", bench.spec.optim.sequences_per_step},
+      {"transport", std::string(Name(bench.transport()))},
+      {"step_ms", seconds * 1e3},
+      {"tokens_per_second", tokens / seconds},
+      {"tflops_causal", flops.causal * per_rank},
+      {"tflops_full", flops.full * per_rank},
+      {"datasheet_tflops", bench.gpu.bf16_tflops},
+      {"mfu_causal", bench.gpu.bf16_tflops > 0 ? flops.causal * per_rank / bench.gpu.bf16_tflops : 0.0},
+      {"exposed_exchange_ms", report.exposed_exchange_ms},
+      {"exposed_reduce_ms", report.exposed_reduce_ms},
+      {"memory_gib", static_cast<double>(report.memory_peak_bytes) / (int64_t{1} << 30)},
+      {"memory_bytes", memory},
+      {"loss", report.loss}};
+  AddThrottle(bench.machine.exchange.throttle, &result);
+  bench.Report(result);
   return absl::OkStatus();
 }
 

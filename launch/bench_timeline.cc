@@ -67,9 +67,7 @@ void Report(const Bench& bench, const TimedPass& timed) {
   nlohmann::ordered_json json = {{"pass", Name(timed.planned.pass)},
                                  {"plan", candidate.name},
                                  {"transport", std::string(Name(candidate.transport))}};
-  if (bench.machine.exchange.throttle.bytes_per_second > 0) {
-    json["throttle_gb_per_second"] = bench.machine.exchange.throttle.bytes_per_second / 1e9;
-  }
+  AddThrottle(bench.machine.exchange.throttle, &json);
   for (const Simulation* times : {&timed.planned.simulation, &timed.measured}) {
     const TimelineOverlap overlap = OverlapOf(timed.planned.plan, *times);
     json[Name(times->source)] = {{"ms", times->makespan * 1e3},
@@ -130,10 +128,7 @@ absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec& spec) {
 }  // namespace
 
 BenchKind TimelineBench() {
-  BenchKind kind{.name = "timeline",
-                 .options = LayerOptionNames(),
-                 .fields = {"device", "compute", "deterministic", "seed", "parallel"},
-                 .plan = Plan};
+  BenchKind kind{.name = "timeline", .options = LayerOptionNames(), .fields = LayerFields(), .plan = Plan};
   for (const char* option : {"--choice", "--profile", "--transport", "--throttle", "--svg"})
     kind.options.emplace_back(option);
   return kind;

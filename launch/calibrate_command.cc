@@ -42,8 +42,23 @@ absl::StatusOr<std::vector<CalibrationHeads>> HeadsOf(const Arguments& arguments
   return std::vector<CalibrationHeads>();
 }
 
+constexpr char kDefaultOut[] = "machine.textproto";
+
+// Plans and their links are of no meaning here: links are measured as they are.
+absl::Status CheckFields(const Arguments& arguments) {
+  for (const std::string& set : arguments.All("--set")) {
+    const std::string path = set.substr(0, set.find('='));
+    if (path == "device" || path == "step_deadline_seconds") continue;
+    return Invalid("annulus calibrate: --set ", set, ": ", path,
+                   " means nothing to it: expected device or step_deadline_seconds");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status RunOn(Communicator world, const Arguments& arguments) {
   const auto start = std::chrono::steady_clock::now();
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(CheckFields(arguments)));
+  const bool root = world.rank() == 0;
   const absl::StatusOr<RunSpec> spec = SpecOf(arguments, world.size());
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(spec.status()));
   ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, *spec));
@@ -51,14 +66,16 @@ absl::Status RunOn(Communicator world, const Arguments& arguments) {
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(heads.status()));
   const absl::StatusOr<double> seconds = arguments.PositiveNumber("--seconds", 40);
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(seconds.status()));
-  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, *spec, device));
-  const bool root = world.rank() == 0;
+  ANNULUS_RETURN_IF_ERROR(
+      world.AgreeOk(root ? CheckOutputFile(arguments, "--out", kDefaultOut) : absl::OkStatus()));
+  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpWatchedMachine(world, *spec, device));
   ANNULUS_ASSIGN_OR_RETURN(
       const MachineProfile profile,
       Calibrate(machine, {.heads = *heads, .seconds = *seconds, .progress = [&](const auto& what) {
+                            machine.ctx->recorder.Note("calibrate", what, nullptr);
                             if (root) std::fprintf(stderr, "measuring %s\n", what.c_str());
                           }}));
-  const std::string path = arguments.Last("--out", "machine.textproto");
+  const std::string path = arguments.Last("--out", kDefaultOut);
   ANNULUS_RETURN_IF_ERROR(
       world.AgreeOk(root ? WriteFileAtomically(path, ProfileText(profile)) : absl::OkStatus()));
   if (!root) return absl::OkStatus();
@@ -88,7 +105,8 @@ Command CalibrateCommand() {
             {"--kv_heads", Option::Takes::kValue, "H", "KV heads (default: heads)"},
             {"--head_dim", Option::Takes::kValue, "D", "head dim (default 128, on CPUs 32)"},
             {"--v_head_dim", Option::Takes::kValue, "D", "head dim of values (default: head_dim)"},
-            {"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field: device; repeatable"}}},
+            {"--set", Option::Takes::kValue, "PATH=VALUE",
+             "overrides a field: device or step_deadline_seconds; repeatable"}}},
           Run};
 }
 

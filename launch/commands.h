@@ -49,11 +49,18 @@ class Arguments {
   std::vector<std::pair<std::string, std::string>> options_;
 };
 
+// Refuses a file that an option names and that cannot be written, before the work whose result it is to hold.
+// What is there stays as it is. OK if the option is not given and there is no `fallback`.
+absl::Status CheckOutputFile(const Arguments& arguments, absl::string_view option,
+                             absl::string_view fallback = "");
+
 std::string Usage(const CommandSpec& spec);
 
 struct Command {
   CommandSpec spec;
   absl::Status (*run)(const Arguments& arguments, const std::string& command_line);
+  // What --help explains beside these arguments; null: all of it.
+  CommandSpec (*spec_for)(const std::vector<std::string>& args) = nullptr;
 };
 
 Command TrainCommand();

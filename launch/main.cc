@@ -11,9 +11,8 @@ namespace annulus {
 namespace {
 
 std::vector<Command> Commands() {
-  return {TrainCommand(),  CheckCommand(), PlanCommand(),     SampleCommand(),
-          DoctorCommand(), BenchCommand(), CalibrateCommand(), ExportCommand(),
-          ImportCommand(), ConvertCommand()};
+  return {TrainCommand(), CheckCommand(),     PlanCommand(),   SampleCommand(), DoctorCommand(),
+          BenchCommand(), CalibrateCommand(), ExportCommand(), ImportCommand(), ConvertCommand()};
 }
 
 bool IsHelp(const std::string& arg) { return arg == "--help" || arg == "-h"; }
@@ -48,7 +47,9 @@ int Main(const std::vector<std::string>& args) {
   for (const Command& command : Commands()) {
     if (args[1] != command.spec.name) continue;
     for (const std::string& arg : rest) {
-      if (IsHelp(arg)) return std::fputs(Usage(command.spec).c_str(), stdout) < 0;
+      if (!IsHelp(arg)) continue;
+      const CommandSpec spec = command.spec_for == nullptr ? command.spec : command.spec_for(rest);
+      return std::fputs(Usage(spec).c_str(), stdout) < 0;
     }
     const absl::StatusOr<Arguments> arguments = Arguments::Parse(command.spec, rest);
     if (!arguments.ok()) return WrongCommandLine(std::string(arguments.status().message()));
