@@ -5,6 +5,7 @@
 
 #include <map>
 #include <tuple>
+#include <utility>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -45,6 +46,7 @@ class FieldScanner {
     tokenizer.set_allow_f_after_float(true);
     tokenizer.set_require_space_after_number(false);
     tokenizer.set_allow_multiline_strings(true);
+    std::string last, before_last;
     while (tokenizer.Next() && frames_.size() <= kNestingLimit) {
       const std::string& token = tokenizer.current().text;
       const bool opens = token == "{" || token == "<";
@@ -52,8 +54,15 @@ class FieldScanner {
           tokenizer.previous().type == pb::io::Tokenizer::TYPE_IDENTIFIER) {
         Name(tokenizer.previous());
       }
+      before_last = std::exchange(last, token);
       if (opens) Open();
       if ((token == "}" || token == ">") && frames_.size() > 1) frames_.pop_back();
+    }
+    // A text that is cut off can end in a name.
+    const bool whole = tokenizer.current().type == pb::io::Tokenizer::TYPE_END;
+    const bool value = before_last == ":" || before_last == "[" || before_last == ",";
+    if (whole && !value && tokenizer.previous().type == pb::io::Tokenizer::TYPE_IDENTIFIER) {
+      Name(tokenizer.previous());
     }
   }
 

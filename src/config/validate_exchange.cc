@@ -20,6 +20,8 @@ class PassPlanCheck {
     CheckHeadSplit();
     CheckInner();
     CheckDirection();
+    CheckParts();
+    CheckOutputWidth();
   }
 
  private:
@@ -64,6 +66,24 @@ class PassPlanCheck {
     const bool lower = spec_.direction == RingDirection::kTowardLower;
     Add("direction", lower ? "TOWARD_LOWER" : "TOWARD_HIGHER",
         absl::StrCat("FEWEST_ROWS with plan=", Name(spec_.plan), ", which is no one-way ring"));
+  }
+
+  void CheckParts() const {
+    if (spec_.parts <= 1) return;
+    if (!Is({PlanName::kBalanced, PlanName::kDoubleRing, PlanName::kMesh, PlanName::kUlysses})) return;
+    Add("parts", spec_.parts,
+        absl::StrCat("0 or 1 with plan=", Name(spec_.plan),
+                     ", whose blocks travel whole (nearest valid value 1)"));
+  }
+
+  void CheckOutputWidth() const {
+    if (spec_.output_width == Width::kAccumulator) return;
+    if (Is({PlanName::kTokenRing, PlanName::kBidirectionalTokenRing, PlanName::kBalanced, PlanName::kMesh,
+            PlanName::kAuto})) {
+      return;
+    }
+    Add("output_width", "COMPUTE",
+        absl::StrCat("ACCUMULATOR with plan=", Name(spec_.plan), ", by which no partial outputs travel"));
   }
 
   const PassPlanSpec& spec_;

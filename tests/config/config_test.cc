@@ -31,11 +31,10 @@ data {
   seq_len: 33 document_mask: true packing: DOCUMENTS
 }
 parallel { dp: 2 cp: 3 tp: 1 layout: STRIPED exchange {
-  plan: KV_RING transport: HOST direction: TOWARD_HIGHER parts: 2 buffers: 3
+  plan: TOKEN_RING transport: HOST direction: TOWARD_HIGHER parts: 2 buffers: 3
   output_width: COMPUTE throttle_gb_per_second: 2.5 buffer_gib: 0.5 profile: "m.textproto"
-  latent: EXPANDED
-  forward { plan: ULYSSES direction: FEWEST_ROWS head_split: 3 }
-  backward { plan: DOUBLE_RING direction: FEWEST_ROWS inner: 3 buffers: 2 }
+  forward { plan: BALANCED direction: FEWEST_ROWS head_split: 3 parts: 0 }
+  backward { plan: DOUBLE_RING direction: FEWEST_ROWS inner: 3 parts: 1 buffers: 2 output_width: ACCUMULATOR }
 } }
 optim {
   adamw { lr: 0.1 beta1: 0.8 beta2: 0.7 eps: 1e-9 weight_decay: 0 }
@@ -82,18 +81,17 @@ TEST(Config, EveryFieldReachesTheSpec) {
   want.data.document_mask = true;
   want.data.packing = Packing::kDocuments;
   want.parallel = {2, 3, 1, LayoutKind::kStriped, {}};
-  const PassPlanSpec ring{.plan = PlanName::kKvRing,
+  const PassPlanSpec ring{.plan = PlanName::kTokenRing,
                           .direction = RingDirection::kTowardHigher,
                           .parts = 2,
                           .buffers = 3,
                           .output_width = Width::kCompute};
   // What a pass leaves away is that of both.
   const PassPlanSpec forward{
-      .plan = PlanName::kUlysses, .head_split = 3, .parts = 2, .buffers = 3, .output_width = Width::kCompute};
-  const PassPlanSpec backward{
-      .plan = PlanName::kDoubleRing, .inner = 3, .parts = 2, .buffers = 2, .output_width = Width::kCompute};
+      .plan = PlanName::kBalanced, .head_split = 3, .buffers = 3, .output_width = Width::kCompute};
+  const PassPlanSpec backward{.plan = PlanName::kDoubleRing, .inner = 3, .parts = 1, .buffers = 2};
   want.parallel.exchange = {ring, forward, backward,      TransportChoice::kHost,
-                            2.5,  0.5,     "m.textproto", LatentExchange::kExpanded};
+                            2.5,  0.5,     "m.textproto", LatentExchange::kAuto};
   want.optim = {0.1, 0.8, 0.7, 1e-9, 0.0, 0.0, {ScheduleKind::kWarmupStableDecay, 3, 4, 0.5}, 9, 12, 3};
   want.checkpoint = {5, 7};
   want.eval = {2, 6};
@@ -116,7 +114,7 @@ model {
     factor: 40 original_length: 4096 beta_fast: 31 beta_slow: 2 mscale: 0.5 mscale_all_dim: 0.25 } }
 }
 data { train { text { path: "t" } } seq_len: 32 }
-parallel { tp: 2 cp: 2 }
+parallel { tp: 2 cp: 2 exchange { latent: EXPANDED } }
 optim { adamw { lr: 0.1 } steps: 9 sequences_per_step: 12 }
 )";
 
@@ -170,6 +168,7 @@ TEST(Config, EveryBranchReachesTheSpec) {
   const RunSpec spec = SpecOf(kEveryBranch);
   EXPECT_TRUE(spec.model == want) << Load(kEveryBranch)->text;
   EXPECT_EQ(spec.parallel.tp, 2);
+  EXPECT_EQ(spec.parallel.exchange.latent, LatentExchange::kExpanded);
   const RunSpec llama3 = SpecOf(kEveryBranch, {"model.rope_scaling={llama3{factor:8 original_length:8192}}"});
   EXPECT_EQ(llama3.model.rope_scaling,
             (RopeScaling{.kind = RopeScalingKind::kLlama3, .factor = 8, .original_length = 8192}));

@@ -90,6 +90,15 @@ TEST(ConfigErrors, PlansThatTheRanksCannotHave) {
   EXPECT_EQ(error({"parallel.exchange.plan=BALANCED", "parallel.exchange.direction=TOWARD_LOWER"}),
             "--set parallel.exchange.direction=TOWARD_LOWER: expected FEWEST_ROWS with plan=BALANCED, which "
             "is no one-way ring");
+  EXPECT_EQ(error({"parallel.exchange.plan=ULYSSES", "parallel.exchange.parts=3"}),
+            "--set parallel.exchange.parts=3: expected 0 or 1 with plan=ULYSSES, whose blocks travel whole "
+            "(nearest valid value 1)");
+  EXPECT_EQ(error({"parallel.exchange.plan=ULYSSES", "parallel.exchange.parts=1"}), "ok");
+  EXPECT_EQ(
+      error({"parallel.exchange.plan=KV_RING", "parallel.exchange.output_width=COMPUTE"}),
+      "--set parallel.exchange.output_width=COMPUTE: expected ACCUMULATOR with plan=KV_RING, by which no "
+      "partial outputs travel");
+  EXPECT_EQ(error({"parallel.exchange.plan=MESH", "parallel.exchange.output_width=COMPUTE"}), "ok");
   // What both passes replace is not looked at.
   EXPECT_EQ(error({"parallel.exchange.head_split=4", "parallel.exchange.forward.head_split=2",
                    "parallel.exchange.backward.head_split=3"}),

@@ -7,6 +7,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_replace.h"
+#include "absl/strings/str_split.h"
 #include "annulus/base/file.h"
 
 namespace annulus {
@@ -87,6 +88,26 @@ TEST(Profile, MistakesAreNamed) {
   EXPECT_EQ(ErrorsOf("  both_ways { size: 65536 per_second: 70000000000 }\n", ""),
             "p.textproto:8:1: link[0].both_ways: missing; expected at least one both_ways { size: ... "
             "per_second: ... }");
+}
+
+// As a run of annulus calibrate leaves it that was killed, say: no field is called right that is not.
+TEST(Profile, MayEndAnywhere) {
+  const absl::Status cut = ParseProfile("p.textproto", "link { both_ways { siz").status();
+  EXPECT_TRUE(absl::StrContains(
+      cut.message(), "p.textproto:1:20: link[0].both_ways[0].siz: no such field; did you mean `size`?"))
+      << cut;
+  const std::string text = ProfileText(Profile());
+  for (size_t length = 0; length < text.size(); ++length) {
+    const absl::StatusOr<MachineProfile> read = ParseProfile("p.textproto", text.substr(0, length));
+    if (read.ok()) continue;  // between two messages
+    for (const absl::string_view line : absl::StrSplit(read.status().message(), '\n')) {
+      const size_t meant = line.find(": no such field; did you mean `");
+      if (meant == absl::string_view::npos) continue;
+      const absl::string_view said = line.substr(0, meant), name = said.substr(said.find_last_of(".: ") + 1);
+      EXPECT_FALSE(absl::StrContains(line, absl::StrCat("`", name, "`"))) << line;
+      EXPECT_FALSE(absl::EndsWith(name, "]")) << line;
+    }
+  }
 }
 
 // Profiles of before products were measured stay valid.
