@@ -200,6 +200,7 @@ class LayerRuns {
   absl::StatusOr<double> Seconds(Pass pass, const PlanCandidate& plan) {
     ExchangeOptions options = options_;
     options.forward = options.backward = {plan.choice};
+    options.forward_parts = options.backward_parts = {};
     options.transport = plan.transport;
     AttentionGeometry geometry(layout_, bench_.machine.mesh.cp, options, transports_);
     geometry.SetBatch(sequences_);

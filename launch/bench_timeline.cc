@@ -48,6 +48,7 @@ absl::StatusOr<TimedPass> TimePass(Bench& bench, const LayerOptions& o, const Se
                                                   bench.arguments.Last("--choice", ""))));
   const PlanCandidate& candidate = planned.candidates[planned.shown];
   options.forward = options.backward = {candidate.choice};
+  options.forward_parts = options.backward_parts = {};
   options.transport = candidate.transport;
   AttentionGeometry geometry(layout, bench.machine.mesh.cp, options);
   geometry.SetBatch(o.sequences);
