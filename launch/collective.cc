@@ -24,7 +24,7 @@ absl::StatusOr<RunSpec> SpecOf(const Arguments& arguments, int world) {
   std::string text =
       "name: \"bench\" model { pattern: \"A\" d_model: 64 attention { heads: 1 } mlp { d_ff: 1 } } "
       "data { train { text { path: \"-\" } } seq_len: 1 } "
-      "optim { adamw { lr: 1 } steps: 1 sequences_per_step: 1 }";
+      "optim { adamw { lr: 1 } steps: 1 sequences_per_step: 1 } step_deadline_seconds: 120";
   std::string name = "bench";
   if (arguments.Has("--config")) {
     name = arguments.Last("--config", "");

@@ -132,7 +132,7 @@ int64_t BufferBytesOf(const Planned& planned) {
 std::string Json(const Planned& planned) {
   const RunSpec& spec = planned.spec;
   const FlopsPerToken flops = TrainingFlops(spec.model, spec.data.seq_len);
-  const MemoryPlan memory = PlanMemory(spec);
+  const MemoryPlan memory = PlanMemory(spec, PlannedExchangesOf(planned.passes));
   nlohmann::ordered_json json;
   json["name"] = spec.name;
   json["parameters"] = BuildParamTable(spec.model).elements();
@@ -152,9 +152,10 @@ std::string Json(const Planned& planned) {
   return json.dump(2);
 }
 
-void PrintCosts(const RunSpec& spec) {
+void PrintCosts(const Planned& planned) {
+  const RunSpec& spec = planned.spec;
   const FlopsPerToken flops = TrainingFlops(spec.model, spec.data.seq_len);
-  const MemoryPlan memory = PlanMemory(spec);
+  const MemoryPlan memory = PlanMemory(spec, PlannedExchangesOf(planned.passes));
   const auto bytes = [](int64_t value) { return FormatBytes(static_cast<double>(value)); };
   std::printf("%s: %s on dp=%d cp=%d tp=%d\n", spec.name.c_str(), spec.pattern.c_str(),
               static_cast<int>(spec.parallel.dp), static_cast<int>(spec.parallel.cp),
@@ -173,9 +174,9 @@ void PrintCosts(const RunSpec& spec) {
 }
 
 void Print(const Planned& planned) {
-  PrintCosts(planned.spec);
+  PrintCosts(planned);
   if (planned.spec.parallel.cp > 1) {
-    std::printf("exchange buffers  %s on a rank, of the plans below (memory counts those of a KV ring)\n",
+    std::printf("exchange buffers  %s on a rank, of the plans below; memory counts them\n",
                 FormatBytes(static_cast<double>(BufferBytesOf(planned))).c_str());
   }
   std::printf("machine           %s\n", planned.machine_text.c_str());
@@ -192,6 +193,7 @@ void Print(const Planned& planned) {
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
   ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> world, arguments.PositiveInt("--world"));
+  ANNULUS_RETURN_IF_ERROR(CheckOutputFile(arguments, "--svg"));
   ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(arguments.operand()));
   ANNULUS_ASSIGN_OR_RETURN(ResolvedConfig config,
                            LoadConfig(arguments.operand(), text, arguments.All("--set"), world));

@@ -163,8 +163,17 @@ class Planner {
     return {};
   }
 
-  // Two of what travels and four of its gradients; with two ranks there is but one to come and go.
-  int64_t SlotBytes(int64_t columns) const {
+  // Null where nothing was planned.
+  const PlannedExchange* PlannedFor(const BranchSpec& branch) const {
+    const auto found = inputs_.planned.find(
+        {.branch = branch.kind, .window = branch.window, .latent_groups = branch.latent_groups});
+    return found == inputs_.planned.end() ? nullptr : &found->second;
+  }
+
+  // As planned; of a KV ring two of what travels and four of its gradients: with two ranks there is but one
+  // to come and go.
+  int64_t SlotBytes(const BranchSpec& branch, int64_t columns) const {
+    if (const PlannedExchange* planned = PlannedFor(branch)) return planned->buffer_bytes;
     const int64_t peers = std::min<int64_t>(inputs_.cp - 1, 2);
     return peers * (Compute(columns) + 2 * Sums(columns));
   }
@@ -185,7 +194,7 @@ class Planner {
     bytes.output = Compute(q) + Sums(heads);
     bytes.temporaries = Compute(2 * q + kv);  // dout, dq, dkv
     bytes.attention = BackwardSums(heads, q + kv);
-    bytes.slots = SlotBytes(kv);
+    bytes.slots = SlotBytes(branch, kv);
     return bytes;
   }
 
@@ -220,7 +229,8 @@ class Planner {
     const int64_t columns = latent.kv_rank / branch.latent_groups, row = columns + latent.rope_dim;
     const int64_t of_branch = Compute(row) + Sums(row) + (here > 1 ? Compute(q) : 0);
     const int64_t expanding = Compute(heads * (latent.nope_dim + latent.v_dim));
-    if (inputs_.cp == 1) {
+    const PlannedExchange* planned = PlannedFor(branch);
+    if (inputs_.cp == 1 || (planned != nullptr && planned->expanded_at_home)) {
       bytes.attention = of_branch + 2 * Compute(q + v) + BackwardSums(heads, 2 * q + v);
       bytes.momentary = of_branch + 2 * Compute(q + v) + expanding;
     } else {
@@ -228,7 +238,7 @@ class Planner {
     }
     bytes.last = inputs_.tp > 1 ? Compute(whole_x) : 0;
     if (shared) bytes.last = Compute(own * dim) + std::max(Compute(q), bytes.last);
-    bytes.slots = SlotBytes(row);
+    bytes.slots = SlotBytes(branch, row);
     return bytes;
   }
 

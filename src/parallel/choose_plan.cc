@@ -202,25 +202,46 @@ void SimulateTheBest(Pricing* pricing, std::vector<PlanCandidate>* candidates) {
   Sort(candidates);
 }
 
-// The fastest choices of a few kinds in more parts: the first of them are there earlier.
+// ---- Parts --------------------------------------------------------------------------------------
+
+bool ReadsParts(const PlanChoice& choice) {
+  PlanChoice two = choice;
+  two.parts = 2;
+  return ChunkParts(two) != ChunkParts(choice);
+}
+
+// The fastest choices of a few kinds, in one part, that could become the fastest: a block in parts is waited
+// for less, since its first part is there earlier, but not computed with in less time.
 constexpr size_t kKindsInParts = 3;
 
-void TryParts(const std::vector<int>& parts, Pricing* pricing, std::vector<PlanCandidate>* candidates) {
-  std::vector<PlanCandidate> tried;  // in one part
-  for (const PlanCandidate& candidate : *candidates) {
-    if (!candidate.refused.ok() || !candidate.simulated || tried.size() == kKindsInParts) break;
-    PlanChoice two = candidate.choice;
-    two.parts = 2;
-    const bool reads_parts = ChunkParts(two) != ChunkParts(candidate.choice);
-    const bool known = std::any_of(tried.begin(), tried.end(),
+std::vector<PlanCandidate> WorthParts(const std::vector<PlanCandidate>& candidates) {
+  std::vector<PlanCandidate> worth;
+  for (const PlanCandidate& candidate : candidates) {
+    if (!candidate.refused.ok() || !candidate.simulated || worth.size() == kKindsInParts) break;
+    const double computing = candidate.seconds - candidate.exposed_seconds;
+    if (!ReadsParts(candidate.choice) || computing > candidates[0].seconds * (1 - kWorthIt)) continue;
+    const bool known = std::any_of(worth.begin(), worth.end(),
                                    [&](const PlanCandidate& each) { return SameKind(each, candidate); });
-    if (reads_parts && !known) tried.push_back(candidate);
+    if (!known) worth.push_back(candidate);
   }
-  for (const PlanCandidate& candidate : tried) {
+  return worth;
+}
+
+// Of each the numbers of parts in order, as long as one makes it faster than the one before.
+void TryParts(const std::vector<int>& parts, Pricing* pricing, std::vector<PlanCandidate>* candidates) {
+  for (const PlanCandidate& whole : WorthParts(*candidates)) {
+    double fastest = whole.seconds;
     for (const int count : parts) {
-      PlanChoice choice = candidate.choice;
+      const size_t before = candidates->size();
+      PlanChoice choice = whole.choice;
       choice.parts = count;
       pricing->Add(choice, Pricing::How::kSimulate, candidates);
+      const double last = fastest;
+      for (size_t i = before; i < candidates->size(); ++i) {
+        const PlanCandidate& tried = (*candidates)[i];
+        if (tried.refused.ok()) fastest = std::min(fastest, tried.seconds);
+      }
+      if (fastest == last) break;
     }
   }
   Sort(candidates);
@@ -252,10 +273,10 @@ std::vector<PlanCandidate> RankPlans(const AttentionCase& layer, Pass pass, cons
     pricing.Add(choice, many ? Pricing::How::kBound : Pricing::How::kSimulate, &candidates);
   if (many) {
     SimulateTheBest(&pricing, &candidates);
-    TryParts(options.parts, &pricing, &candidates);
   } else {
     Sort(&candidates);
   }
+  TryParts(options.parts, &pricing, &candidates);
   return candidates;
 }
 

@@ -183,11 +183,11 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
   const int64_t heads = HeadsToSplit(spec);
   options.forward = ChoicesOf(exchange.Of(Pass::kForward), ranks, heads);
   options.backward = ChoicesOf(exchange.Of(Pass::kBackward), ranks, heads);
-  // Left open with AUTO: among many ranks steps are short, and it can pay to begin with a part of a block.
+  // Left open with AUTO: where links are slow or steps short, it can pay to begin with a part of a block.
   const auto parts = [&](Pass pass) {
     const PassPlanSpec& plan = exchange.Of(pass);
     const bool open = plan.plan == PlanName::kAuto && plan.parts == 0;
-    return open ? std::vector<int>{2} : std::vector<int>();
+    return open ? std::vector<int>{2, 4} : std::vector<int>();
   };
   options.forward_parts = parts(Pass::kForward);
   options.backward_parts = parts(Pass::kBackward);

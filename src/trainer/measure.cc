@@ -7,6 +7,7 @@
 #include "annulus/device/stream_timer.h"
 #include "annulus/device/transfer.h"
 #include "annulus/ops/elementwise.h"
+#include "run_directory.h"
 
 namespace annulus {
 
@@ -42,6 +43,9 @@ absl::StatusOr<double> SecondsOf(Context& ctx, Communicator world, const Repeats
   double total = 0;
   for (int64_t i = -repeats.warm_ups; i < repeats.timed; ++i) {
     if (i >= 2 && total >= repeats.seconds) break;  // on all ranks: they agree on what each took
+    // With the time: a watchdog sees by it that another one began (Progress::kReports).
+    ctx.recorder.Note("measurement",
+                      absl::StrCat("run ", i + repeats.warm_ups + 1, " at ", UtcNow("%H:%M:%S")), nullptr);
     ctx.lane.Synchronize();
     ANNULUS_RETURN_IF_ERROR(world.Barrier());
     timer.Begin();

@@ -128,4 +128,23 @@ absl::StatusOr<Machine> SetUpMachine(Communicator world, const RunSpec& spec, De
   return machine;
 }
 
+absl::StatusOr<Machine> SetUpWatchedMachine(Communicator world, const RunSpec& spec, Device device) {
+  const bool alone = world.size() == 1 && device.kind == DeviceKind::kCpu;
+  if (alone || spec.step_deadline_seconds == 0) return SetUpMachine(world, spec, device);
+  Watchdog::Options options{.deadline_seconds = spec.step_deadline_seconds,
+                            .progress = Progress::kReports,
+                            .world_rank = world.rank()};
+  FlightRecorder start_up(Device{});
+  start_up.Note("start-up", "communicators and memory", nullptr);
+  options.recorder = &start_up;
+  auto watchdog = std::make_unique<Watchdog>(options);
+  absl::StatusOr<Machine> machine = SetUpMachine(world, spec, device);
+  watchdog.reset();
+  ANNULUS_RETURN_IF_ERROR(machine.status());
+  options.recorder = &machine->ctx->recorder;
+  options.watched = {machine->mesh.cp, machine->mesh.tp, machine->mesh.dp_cp};
+  machine->watchdog = std::make_unique<Watchdog>(std::move(options));
+  return machine;
+}
+
 }  // namespace annulus

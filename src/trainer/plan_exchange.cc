@@ -118,6 +118,16 @@ absl::StatusOr<std::vector<PlannedPass>> PlanExchange(const RunSpec& spec, const
   return all;
 }
 
+PlannedExchanges PlannedExchangesOf(const std::vector<PlannedPass>& passes) {
+  PlannedExchanges exchanges;
+  for (const PlannedPass& pass : passes) {
+    PlannedExchange& exchange = exchanges[pass.kind.attention];
+    exchange.buffer_bytes = std::max(exchange.buffer_bytes, pass.candidates[pass.shown].buffer_bytes);
+    exchange.expanded_at_home |= pass.latents.has_value() && !pass.latents->latents;
+  }
+  return exchanges;
+}
+
 std::vector<TransportKind> TransportsOnOneHost(const RunSpec& spec) {
   if (spec.device != DeviceChoice::kCuda) return {TransportKind::kHost};
   return {TransportKind::kCopyEngine, TransportKind::kNccl};

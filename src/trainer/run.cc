@@ -9,6 +9,7 @@
 #include "annulus/device/gpu.h"
 #include "annulus/train/exchange.h"
 #include "annulus/train/placement.h"
+#include "annulus/train/plan_exchange.h"
 #include "annulus/train/report.h"
 #include "annulus/train/sample.h"
 #include "annulus/train/watchdog.h"
@@ -64,10 +65,13 @@ class Heart {
   std::optional<Watchdog> watchdog_;
 };
 
+// Of this rank: it has bytes to come, or none.
+enum class Sampling { kGoesOn, kEnded };
+
 class TrainingRun {
  public:
   TrainingRun(const ResolvedConfig& config, Machine machine, RunDirectory directory,
-              std::unique_ptr<DataSet> data, LineFile log, Heart& heart)
+              std::unique_ptr<DataSet> data, LineFile log, const MemoryPlan& planned, Heart& heart)
       : config_(config),
         spec_(config.spec),
         ctx_(std::move(machine.ctx)),
@@ -75,6 +79,7 @@ class TrainingRun {
         directory_(std::move(directory)),
         data_(std::move(data)),
         log_(std::move(log)),
+        planned_(planned),
         console_(IsRoot() ? Console::Output::kPrint : Console::Output::kSilent),
         at_start_bytes_(GpuBytesInUse(*ctx_)),
         trainer_(spec_, mesh_, *ctx_, machine.exchange),
@@ -110,6 +115,7 @@ class TrainingRun {
   RunDirectory directory_;
   std::unique_ptr<DataSet> data_;
   LineFile log_;
+  const MemoryPlan planned_;
   Console console_;
   const int64_t at_start_bytes_;  // of the GPU, by CUDA and communicators
   Trainer trainer_;
@@ -134,9 +140,8 @@ absl::Status TrainingRun::PrintStart() {
       absl::StrFormat("model: %s parameters, %s training FLOPs per token causal, %s full",
                       FormatCount(static_cast<double>(trainer_.params().table().logical_elements())),
                       FormatCount(flops.causal), FormatCount(flops.full)));
-  const MemoryPlan memory = PlanMemory(spec_);
-  console_.Line(absl::StrCat("memory per rank, planned: ", MemoryText(memory), ", total ",
-                             FormatBytes(static_cast<double>(memory.total()))));
+  console_.Line(absl::StrCat("memory per rank, planned: ", MemoryText(planned_), ", total ",
+                             FormatBytes(static_cast<double>(planned_.total()))));
   console_.Line(absl::StrFormat("data: %s training tokens, %s validation tokens, fingerprint %s",
                                 FormatCount(static_cast<double>(data_->train_tokens())),
                                 FormatCount(static_cast<double>(data_->validation_tokens())),
@@ -290,16 +295,32 @@ absl::Status TrainingRun::PrintSample() {
   // A tensor-parallel group has all parameters: that of rank 0 samples, and the others have nothing to do but
   // wait.
   ANNULUS_RETURN_IF_ERROR(trainer_.WaitForParameters());
-  heart_.Stop();
+  heart_.Beat();
   std::string text = spec_.sample.prompt;
-  absl::Status status;
+  absl::Status status, met;
+  // All ranks meet at each byte, so that those that wait can tell sampling from a hang.
+  const auto meet = [&](Sampling sampling) {
+    heart_.Beat();
+    ctx_->recorder.Note("sample", absl::StrCat("after ", text.size(), " bytes"), nullptr);
+    const absl::StatusOr<double> more =
+        mesh_.world.AllReduceValue(sampling == Sampling::kGoesOn ? 1 : 0, ReduceOp::kMax);
+    met.Update(more.status());
+    return more.ok() && *more != 0;
+  };
   if (mesh_.at.dp == 0 && mesh_.at.cp == 0) {
     const TrainedModel model{.spec = spec_.model,
                              .params = trainer_.params(),
                              .max_context = spec_.data.seq_len,
                              .tensor = trainer_.tensor()};
-    status = Sample(*ctx_, model, spec_.sample, spec_.seed, [&](char byte) { text += byte; });
+    status = Sample(*ctx_, model, spec_.sample, spec_.seed, [&](char byte) {
+      text += byte;
+      (void)meet(Sampling::kGoesOn);
+    });
+    (void)meet(Sampling::kEnded);
+  } else {
+    while (meet(Sampling::kEnded)) continue;
   }
+  ANNULUS_RETURN_IF_ERROR(met);
   ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(status));
   console_.Line("---- sample ----\n" + text + "\n----------------");
   return absl::OkStatus();
@@ -318,14 +339,30 @@ absl::StatusOr<MemoryPlace> MemoryPlaceOf(Device device) {
   return MemoryPlace{memory.free_bytes, absl::StrCat(HostName(), " ", gpu.name, " ", gpu.identity)};
 }
 
+// With the buffers of the plans that the run will choose: rank 0's answer, which all ranks would give. Plans
+// that cannot be are refused with their reasons once they are built; here they count as a KV ring.
+absl::StatusOr<MemoryPlan> PlannedMemory(Communicator& world, const RunSpec& spec,
+                                         const ExchangeOptions& exchange) {
+  MemoryPlan plan;
+  static_assert(std::is_trivially_copyable_v<MemoryPlan>);
+  if (world.rank() == 0) {
+    const absl::StatusOr<std::vector<PlannedPass>> passes =
+        PlanExchange(spec, ExampleBatchOf(spec).sequences, exchange);
+    plan = PlanMemory(spec, passes.ok() ? PlannedExchangesOf(*passes) : PlannedExchanges());
+  }
+  const TensorRef bytes(&plan, DType::kU8, Device{}, {static_cast<int64_t>(sizeof(plan))});
+  ANNULUS_RETURN_IF_ERROR(world.Broadcast(bytes, 0));
+  return plan;
+}
+
 // Refuses what cannot fit, before it is allocated: the system would kill a rank in the middle of a step.
-absl::Status CheckMemory(Communicator& world, const RunSpec& spec, Device device) {
+absl::Status CheckMemory(Communicator& world, const MemoryPlan& plan, const RunSpec& spec, Device device) {
   const absl::StatusOr<MemoryPlace> place = MemoryPlaceOf(device);
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(place.status()));
   const std::string& host = place->name;
   ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> places, world.AllGatherStrings(host));
   const int64_t ranks = std::count(places.begin(), places.end(), host);
-  const int64_t planned = PlanMemory(spec).total(), available = place->available;
+  const int64_t planned = plan.total(), available = place->available;
   if (available < 0 || planned <= available / ranks) return world.AgreeOk(absl::OkStatus());
   return world.AgreeOk(absl::ResourceExhaustedError(absl::StrFormat(
       "memory: a rank is planned to hold %s (annulus plan shows of what), expected at most %s, as %d ranks "
@@ -340,21 +377,23 @@ absl::Status CheckMemory(Communicator& world, const RunSpec& spec, Device device
 
 absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const RunOptions& options) {
   ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, config.spec));
-  ANNULUS_RETURN_IF_ERROR(CheckMemory(world, config.spec, device));
-  // Data before the directory: a bad path must not leave an empty run behind.
+  // Before the directory: neither a bad path nor too little memory may leave an empty run behind.
   absl::StatusOr<std::unique_ptr<DataSet>> data =
       DataSet::Open(config.spec.data, config.spec.seed, config.spec.model.vocab_size);
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(data.status()));
-  ANNULUS_ASSIGN_OR_RETURN(RunDirectory directory, RunDirectory::Open(world, config, options));
-  absl::StatusOr<LineFile> log =
-      LineFile::Append(absl::StrFormat("%s/logs/rank-%05d.log", directory.path, world.rank()));
-  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(log.status()));
   FlightRecorder start_up(Device{});
   start_up.Note("start-up", "communicators and memory", nullptr);
   Heart heart(config.spec.step_deadline_seconds, world.rank());
   heart.Watch({}, {}, start_up);
   ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, config.spec, device));
-  TrainingRun run(config, std::move(machine), std::move(directory), *std::move(data), *std::move(log), heart);
+  ANNULUS_ASSIGN_OR_RETURN(const MemoryPlan planned, PlannedMemory(world, config.spec, machine.exchange));
+  ANNULUS_RETURN_IF_ERROR(CheckMemory(world, planned, config.spec, device));
+  ANNULUS_ASSIGN_OR_RETURN(RunDirectory directory, RunDirectory::Open(world, config, options));
+  absl::StatusOr<LineFile> log =
+      LineFile::Append(absl::StrFormat("%s/logs/rank-%05d.log", directory.path, world.rank()));
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(log.status()));
+  TrainingRun run(config, std::move(machine), std::move(directory), *std::move(data), *std::move(log),
+                  planned, heart);
   absl::Status status = run.Start(options);
   if (status.ok()) status = run.Train();
   // Before anything is torn down: that would wait for the other ranks, which know of nothing.

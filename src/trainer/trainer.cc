@@ -19,7 +19,7 @@ double SecondsSince(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// The high-water mark: of what is resident, or of the GPU, whose memory is taken once and kept.
+// StepReport::memory_peak_bytes of this rank.
 absl::StatusOr<int64_t> MemoryInUse(Device device) {
   if (device.kind == DeviceKind::kCuda) {
     ANNULUS_ASSIGN_OR_RETURN(const GpuMemory memory, MemoryOfGpu());
@@ -55,7 +55,7 @@ ExchangeMemory ExchangeMemoryOf(const RunSpec& spec) {
 
 }  // namespace
 
-MemoryPlan PlanMemory(const RunSpec& spec) {
+MemoryPlan PlanMemory(const RunSpec& spec, PlannedExchanges planned) {
   const SequenceLayout layout = LayoutOf(spec);
   return PlanMemory(spec.model, {.device = DeviceKindOf(spec.device),
                                  .dtype = DTypeOf(spec.compute),
@@ -66,6 +66,7 @@ MemoryPlan PlanMemory(const RunSpec& spec) {
                                  .tp = spec.parallel.tp,
                                  .shards = spec.parallel.dp * spec.parallel.cp,
                                  .exchange = ExchangeMemoryOf(spec),
+                                 .planned = std::move(planned),
                                  .recompute = spec.recompute,
                                  .gradients = GradientMemoryOf(spec)});
 }

@@ -61,9 +61,16 @@ Watchdog::~Watchdog() {
 void Watchdog::Watch() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stop_requested_.wait_for(lock, kInterval, [this] { return stop_; })) {
+    if (options_.progress == Progress::kReports) BeatIfReportChanged();
     const std::string trouble = Trouble();
     if (!trouble.empty()) EndJob(trouble);
   }
+}
+
+void Watchdog::BeatIfReportChanged() {
+  std::string report = options_.recorder->Report();
+  if (report != last_report_) Beat();
+  last_report_ = std::move(report);
 }
 
 std::string Watchdog::Trouble() const {
@@ -82,8 +89,9 @@ std::string Watchdog::Trouble() const {
 }
 
 void Watchdog::EndJob(const std::string& trouble) {
-  std::string text = absl::StrFormat("annulus: watchdog: rank %d: %s in step %d\n", options_.world_rank,
-                                     trouble, options_.recorder->step());
+  const int64_t step = options_.recorder->step();  // 0: there are none, or it is before the first
+  std::string text = absl::StrCat("annulus: watchdog: rank ", options_.world_rank, ": ", trouble,
+                                  step > 0 ? absl::StrCat(" in step ", step) : "", "\n");
   const std::string report = options_.recorder->Report();
   bool is_lane = false;  // the first line is the step
   for (const absl::string_view line : absl::StrSplit(report, '\n')) {

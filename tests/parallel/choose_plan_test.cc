@@ -345,16 +345,41 @@ TEST(RankPlans, FindsTheFastestAmongManyRanksWithoutSimulatingAll) {
   }
 }
 
-TEST(RankPlans, TriesPartsAmongManyRanksOnly) {
-  for (const int ranks : {8, kManyRanks}) {
+bool InParts(const PlanCandidate& candidate) { return candidate.choice.parts > 1; }
+
+// Few ranks over slow links wait for their first block: in parts it is there earlier.
+TEST(RankPlans, ChoosesPartsOverSlowLinks) {
+  const AttentionCase layer = CausalCase(2, 8192, kGqa);
+  PlanOptions options = By(TransportKind::kCopyEngine);
+  options.throttle = {5e9};
+  for (const Pass pass : kPasses) {
+    const PlanCandidate whole = RankPlans(layer, pass, options, AssumedHopper()).front();
+    PlanOptions in_parts = options;
+    in_parts.parts = {2, 4};
+    const auto ranked = RankPlans(layer, pass, in_parts, AssumedHopper());
+    EXPECT_EQ(ranked[0].choice.parts, 4) << WhyItWon(ranked);
+    EXPECT_LT(ranked[0].seconds, 0.98 * whole.seconds) << WhyItWon(ranked);
+    EXPECT_TRUE(ranked[0].simulated);
+    // What was found is what that choice takes by itself.
+    options.plans = {ranked[0].choice};
+    EXPECT_EQ(RankPlans(layer, pass, options, AssumedHopper()).front().seconds, ranked[0].seconds);
+    options.plans = {};
+  }
+}
+
+// For any number of ranks where blocks are waited for, and nowhere else.
+TEST(RankPlans, TriesPartsWhereTheyCanWin) {
+  for (const int ranks : {2, 4, 8, kManyRanks}) {
     PlanOptions options = By(TransportKind::kCopyEngine);
-    options.parts = {2};
-    const auto ranked =
-        RankPlans(CausalCase(ranks, ranks * 1024, kMha), Pass::kForward, options, AssumedHopper());
-    const bool tried = std::any_of(ranked.begin(), ranked.end(), [](const PlanCandidate& candidate) {
-      return candidate.choice.parts == 2 && candidate.simulated;
-    });
-    EXPECT_EQ(tried, ranks == kManyRanks);
+    options.parts = {2, 4};
+    const AttentionCase layer = CausalCase(ranks, ranks * 4096, kGqa);
+    options.throttle = {1e9};
+    const auto slow = RankPlans(layer, Pass::kForward, options, AssumedHopper());
+    EXPECT_TRUE(std::any_of(slow.begin(), slow.end(), InParts)) << ranks;
+    PlanOptions by_host = By(TransportKind::kHost);
+    by_host.parts = options.parts;
+    const auto fast = RankPlans(layer, Pass::kForward, by_host, EvenMachine(1e12, 1e15));
+    EXPECT_FALSE(std::any_of(fast.begin(), fast.end(), InParts)) << ranks << ": nothing is waited for";
   }
 }
 
@@ -407,7 +432,7 @@ TEST(RankPlans, IsTheSameEveryTime) {
 TEST(RankPlans, IsQuickAmongManyRanks) {
   PlanOptions options = By(TransportKind::kCopyEngine);
   options.transports.push_back(TransportKind::kNccl);
-  options.parts = {2};
+  options.parts = {2, 4};
   const auto begin = std::chrono::steady_clock::now();
   for (const Pass pass : kPasses) RankPlans(CausalCase(64, 1 << 18, kGqa), pass, options, AssumedHopper());
   const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
@@ -418,6 +443,7 @@ TEST(RankPlans, IsQuickAmongManyRanks) {
 TEST(RankPlans, IsQuick) {
   PlanOptions options = By(TransportKind::kCopyEngine);
   options.transports.push_back(TransportKind::kNccl);
+  options.parts = {2, 4};
   const auto begin = std::chrono::steady_clock::now();
   for (const Pass pass : kPasses) RankPlans(CausalCase(8, 1 << 17, kGqa), pass, options, AssumedHopper());
   const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();

@@ -91,6 +91,25 @@ TEST_F(KillTest, TwentyKilledRanksChangeNothing) {
   EXPECT_EQ(CheckpointDifference(run_, whole), "");
 }
 
+// A rank that stands still ends a measurement as it ends training, and the others say what they wait for.
+TEST_F(KillTest, AStoppedRankEndsABench) {
+  Job job({.folder = folder_.path(),
+           .ranks = 2,
+           .arguments = {"bench", "plans", "--length", "64", "--heads", "2", "--dim", "16", "--repeats",
+                         "100000000", "--set", "step_deadline_seconds=2", "--set", "device=CPU"}});
+  ASSERT_TRUE(job.WaitWhileRunning([&job] { return job.RankProcesses().size() == 2; }, 30)) << job.Wait(0);
+  std::this_thread::sleep_for(
+      std::chrono::seconds(5));  // more than the deadline: it measures, and progresses
+  const std::vector<pid_t> ranks = job.RankProcesses();
+  ASSERT_EQ(ranks.size(), 2u) << job.Wait(0);
+  ASSERT_EQ(::kill(ranks[1], SIGSTOP), 0);
+  const JobResult result = job.Wait(30);
+  EXPECT_TRUE(result.in_time) << result;
+  EXPECT_NE(result.exit_code, 0) << result;
+  EXPECT_TRUE(absl::StrContains(result.err, "watchdog: rank 0: no progress for 2")) << result;
+  EXPECT_TRUE(absl::StrContains(result.err, "rank 0:   measurement: ")) << result;
+}
+
 // What batch systems send first. Whether there is time to save is up to mpirun; that nothing is lost is not.
 TEST_F(KillTest, SigtermToMpirunEndsTheJobAndLosesNoCheckpoint) {
   Job job(NextJob());

@@ -94,7 +94,7 @@ TEST(ExchangeOptionsOf, TakesEveryFieldOfTheConfiguration) {
   const ExchangeOptions open =
       ExchangeOptionsOf(SmallRun({"parallel.cp=2"}), {TransportKind::kNccl}, AssumedCpuCore());
   EXPECT_FALSE(open.transport.has_value());
-  EXPECT_EQ(open.forward_parts, std::vector<int>{2});
+  EXPECT_EQ(open.forward_parts, (std::vector<int>{2, 4}));
   EXPECT_TRUE(
       ExchangeOptionsOf(SmallRun({"parallel.exchange.parts=1"}), {TransportKind::kHost}, AssumedCpuCore())
           .backward_parts.empty());

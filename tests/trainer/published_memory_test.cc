@@ -9,6 +9,7 @@
 #include "annulus/base/file.h"
 #include "annulus/train/config.h"
 #include "annulus/train/placement.h"
+#include "annulus/train/plan_exchange.h"
 #include "annulus/train/trainer.h"
 
 namespace annulus::testing {
@@ -37,7 +38,11 @@ MemoryPlan PlanOnGpus(const std::string& name, int64_t ranks, int64_t cp) {
   absl::StatusOr<ResolvedConfig> config = LoadConfig(path, *text, overrides, ranks);
   ANNULUS_CHECK_OK(config.status());
   ANNULUS_CHECK_OK(ResolvePlannedDevice(&config->spec));
-  return PlanMemory(config->spec);
+  const RunSpec& spec = config->spec;
+  const auto passes = PlanExchange(spec, ExampleBatchOf(spec).sequences,
+                                   ExchangeOptionsOf(spec, TransportsOnOneHost(spec), AssumedHopper()));
+  ANNULUS_CHECK(passes.ok()) << passes.status();
+  return PlanMemory(spec, PlannedExchangesOf(*passes));
 }
 
 class PublishedModels : public ::testing::TestWithParam<Published> {};

@@ -240,7 +240,11 @@ TEST(Training, MemoryOfGradientsDoesNotShow) {
 TEST(Training, HoldsWhatWasPlanned) {
   for (const MeshShape& shape : {MeshShape{}, {.dp = 2, .cp = 2}}) {
     const RunSpec spec = SmallRun({"optim.micro_batch=12", "model.pattern=(A -)^3"});
-    const MemoryPlan plan = PlanMemory(OnShape(spec, shape));
+    const RunSpec shaped = OnShape(spec, shape);
+    const auto passes = PlanExchange(shaped, ExampleBatchOf(shaped).sequences,
+                                     ExchangeOptionsOf(shaped, {TransportKind::kHost}, AssumedCpuCore()));
+    ASSERT_TRUE(passes.ok()) << passes.status();
+    const MemoryPlan plan = PlanMemory(shaped, PlannedExchangesOf(*passes));
     OnMesh(spec, shape, [&, ranks = shape.world()](RankOfRun rank) {
       const absl::StatusOr<StepReport> report = NextStep(rank, spec);
       ANNULUS_CHECK(report.ok()) << report.status();

@@ -14,6 +14,7 @@
 #include "annulus/base/check.h"
 #include "annulus/train/config.h"
 #include "annulus/train/exchange.h"
+#include "annulus/train/plan_exchange.h"
 #include "annulus/train/trainer.h"
 #include "support/loopback.h"
 

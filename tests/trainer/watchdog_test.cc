@@ -96,6 +96,26 @@ TEST(WatchdogDeathTest, AnAbortThatHangsDoesNotKeepTheProcess) {
   EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(30));
 }
 
+// What has no steps progresses by what it notes; it hangs when it notes nothing.
+TEST(WatchdogDeathTest, NotesPutTheDeadlineOffWhereReportsAreProgress) {
+  const auto measure = [] {
+    FlightRecorder recorder(Device{});
+    recorder.Note("measurement", "run 0", nullptr);
+    const Watchdog watchdog(
+        {.deadline_seconds = 1, .progress = Progress::kReports, .world_rank = 3, .recorder = &recorder});
+    for (int run = 1; run <= 30; ++run) {
+      Sleep(milliseconds(50));
+      recorder.Note("measurement", absl::StrCat("run ", run), nullptr);
+    }
+    Sleep(std::chrono::seconds(60));
+  };
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_EXIT(measure(), ::testing::ExitedWithCode(kWatchdogExitCode),
+              "rank 3: no progress for [0-9.]* s\n"
+              ".*rank 3:   measurement: finished `run 29`, waits for `run 30`\n");
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(30));
+}
+
 // Ends with 0 though many intervals and more time than the deadline pass.
 TEST(WatchdogDeathTest, LeavesAJobThatProgressesAlone) {
   EXPECT_EXIT(

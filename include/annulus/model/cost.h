@@ -5,9 +5,11 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 
 #include "annulus/base/dtype.h"
 #include "annulus/device/device.h"
+#include "annulus/model/mixer.h"
 #include "annulus/model/params.h"
 #include "annulus/model/spec.h"
 #include "annulus/parallel/state_passing.h"
@@ -66,12 +68,19 @@ struct MemoryPlan {
   int64_t total() const;
 };
 
-// Where the buffers of an exchange between cp ranks lie: as many as a plan ever has.
+// Where the buffers of an exchange between cp ranks lie.
 enum class ExchangeMemory {
   kNone,       // one cp rank
   kWorkspace,  // among the temporaries of the layer
   kOwn,        // memory of their own, which peers write into
 };
+
+// What layers of a class exchange, by the plans that were chosen for them: of the pass that needs more.
+struct PlannedExchange {
+  int64_t buffer_bytes = 0;       // on the rank that needs most
+  bool expanded_at_home = false;  // latent attention: keys and values travel, not latents
+};
+using PlannedExchanges = std::map<AttentionClass, PlannedExchange>;
 
 struct MemoryInputs {
   DeviceKind device = DeviceKind::kCpu;
@@ -83,6 +92,7 @@ struct MemoryInputs {
   int64_t tp = 1;
   int64_t shards = 1;  // dp x cp
   ExchangeMemory exchange = ExchangeMemory::kNone;
+  PlannedExchanges planned = {};  // of classes that are not here: latents, by a KV ring
   Recompute recompute = Recompute::kAttentionOutput;
   GradientMemory gradients = GradientMemory::kAll;
 };

@@ -36,7 +36,8 @@ struct PlanOptions {
   std::vector<TransportKind> transports;  // that the group can use; at least one
   LinkThrottle throttle;
   int64_t buffer_bytes = 0;  // slots that are not home may take this much on a rank; 0: no limit
-  // Among many ranks: numbers of parts that the fastest choices are tried with besides their own.
+  // Rising numbers of parts that the fastest choices of a few kinds are tried with besides their own, where
+  // waiting less for blocks could make them the fastest of all.
   std::vector<int> parts = {};
 };
 

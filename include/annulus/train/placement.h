@@ -7,6 +7,7 @@
 #include "annulus/comm/process_mesh.h"
 #include "annulus/parallel/attention_geometry.h"
 #include "annulus/train/spec.h"
+#include "annulus/train/watchdog.h"
 
 namespace annulus {
 
@@ -35,8 +36,14 @@ struct Machine {
   std::unique_ptr<Context> ctx;
   ProcessMesh mesh;
   ExchangeOptions exchange;
+  std::unique_ptr<Watchdog> watchdog = {};  // of SetUpWatchedMachine; goes first
 };
 // `device` is PlaceRank's. Collective.
 absl::StatusOr<Machine> SetUpMachine(Communicator world, const RunSpec& spec, Device device);
+
+// The same for what is no training run, but measures: while it is set up, and from then on, a rank that for
+// spec.step_deadline_seconds begins and ends nothing ends the job. One CPU rank waits for nobody, and is
+// left alone.
+absl::StatusOr<Machine> SetUpWatchedMachine(Communicator world, const RunSpec& spec, Device device);
 
 }  // namespace annulus

@@ -37,6 +37,9 @@ absl::StatusOr<std::vector<PlannedPass>> PlanExchange(const RunSpec& spec, const
                                                       const ExchangeOptions& options,
                                                       const std::string& shown = "");
 
+// Of the plans shown: what the memory of a rank is planned by.
+PlannedExchanges PlannedExchangesOf(const std::vector<PlannedPass>& passes);
+
 // The transports that ranks on one host of the spec's device would have.
 std::vector<TransportKind> TransportsOnOneHost(const RunSpec& spec);
 

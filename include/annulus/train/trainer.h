@@ -47,8 +47,10 @@ struct StepReport {
   double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next three
   double exposed_reduce_ms = 0;
   double data_ms = 0;
-  double exposed_tensor_ms = 0;       // for tokens and sums of tensor parallelism
-  int64_t memory_peak_bytes = 0;      // of the largest rank: resident, or of its GPU
+  double exposed_tensor_ms = 0;  // for tokens and sums of tensor parallelism
+  // Of the largest rank. On CPUs the most that was ever resident; on GPUs what is in use on the rank's GPU
+  // after the step, by other processes too: a run takes its memory there once and keeps it.
+  int64_t memory_peak_bytes = 0;
   MemoryPlan memory = {};             // held, of each part on the rank that has most of it
   int64_t other_memory_bytes = 0;     // in use besides: the program, CUDA, NCCL, libraries, other processes
   bool skipped = false;               // not finite: parameters were left as they were
@@ -124,7 +126,7 @@ class Trainer {
   int64_t step_ = 0;
 };
 
-// What a rank of this run will hold.
-MemoryPlan PlanMemory(const RunSpec& spec);
+// What a rank of this run will hold; `planned`: PlannedExchangesOf its plans.
+MemoryPlan PlanMemory(const RunSpec& spec, PlannedExchanges planned);
 
 }  // namespace annulus
