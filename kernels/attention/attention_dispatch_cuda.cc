@@ -123,10 +123,10 @@ absl::Status LaunchBackward(Context& ctx, const AttentionBlock& block, const Att
                                                       .dv = CudaHeadsOf<float>(g.dv)};
   if constexpr (kBf16<T>) {
     ArenaScope scope(ctx.scratch);
-    void* workspace =
-        ctx.scratch.Allocate(DType::kU8, {MmaAttentionBackwardWorkspaceBytes(cuda_block)}).raw();
     const MmaQueryGradient order =
         ctx.determinism == Determinism::kRequired ? MmaQueryGradient::kOrdered : MmaQueryGradient::kAtomic;
+    const int64_t bytes = MmaAttentionBackwardWorkspaceBytes(cuda_block, order);
+    void* workspace = ctx.scratch.Allocate(DType::kU8, {bytes}).raw();
     return CudaStatus("attention backward",
                       MmaAttentionBackward(cuda_block, gradients, order, workspace, ctx.stream()));
   } else {

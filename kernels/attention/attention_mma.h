@@ -18,8 +18,8 @@ using MmaAttentionBlock = CudaAttentionBlock<__nv_bfloat16>;
 using MmaAttentionPartial = CudaAttentionPartial<__nv_bfloat16>;
 using MmaAttentionGradients = CudaAttentionGradients<__nv_bfloat16>;
 
-// How dQ is summed over key tiles: by atomic adds, in an order that changes from run to run, or by a second
-// kernel in a fixed order (7 products instead of 5). dK and dV have a fixed order in both.
+// How gradients are summed over thread blocks: by atomic adds, in an order that changes from run to run, or
+// in a fixed order, for which dQ takes a second kernel (7 products instead of 5).
 enum class MmaQueryGradient { kAtomic, kOrdered };
 
 bool MmaAttentionSupports(int64_t dim, int64_t v_dim);
@@ -28,8 +28,9 @@ bool MmaAttentionSupports(int64_t dim, int64_t v_dim);
 cudaError_t MmaAttentionForward(const MmaAttentionBlock& block, const MmaAttentionPartial& partial,
                                 cudaStream_t stream);
 
-// Bytes of device memory the backward needs besides its arguments, about 8 per query row and head.
-int64_t MmaAttentionBackwardWorkspaceBytes(const MmaAttentionBlock& block);
+// Bytes of device memory the backward needs besides its arguments, on the current device: about 8 per query
+// row and head; in a fixed order up to 1 MB per multiprocessor more.
+int64_t MmaAttentionBackwardWorkspaceBytes(const MmaAttentionBlock& block, MmaQueryGradient query_gradient);
 
 // Adds the block's gradients. `workspace` is 16-byte aligned.
 cudaError_t MmaAttentionBackward(const MmaAttentionBlock& block, const MmaAttentionGradients& gradients,

@@ -1,7 +1,8 @@
 #pragma once
 
-// Backward of block attention on tensor cores, over key tiles. One thread block owns 128 keys of one KV head
-// and walks over the query tiles that see them, for every query head of the group. The weights are
+// Backward of block attention on tensor cores, over key tiles. A thread block has 128 keys of one KV head and
+// walks over a share of the query tiles that see them, of all query heads of the group: all of them where
+// there are key tiles and KV heads enough for the device (attention_mma_backward_tables.cu). The weights are
 // recomputed, transposed, from the LSE of all blocks together:
 //
 //   P^T = exp(K Q^T - LSE)   dP^T = V dO^T   dS^T = P^T (dP^T - delta)
@@ -41,6 +42,7 @@ struct BackwardTile {
   static constexpr int kDim = kDim_, kValueDim = kValueDim_, kQueries = BackwardQueries(kDim);
   static constexpr int kM = 2, kPairs = 4;  // a pair of warps owns 16 kM keys
   static constexpr int kKeys = 16 * kM * kPairs, kThreads = 2 * kPairs * 32;
+  static_assert(kKeys == kBackwardKeys);
   // Whether the copy engine adds dQ, where it can: one sum per row, which pays from 512 bytes on.
   static constexpr bool kBulkAdd = kDim >= 128;
   // dQ is shared out over the warps: value warps take the upper half of its rows, key warps the lower.
@@ -76,27 +78,34 @@ struct QueryTileAt {
   bool masked;
 };
 
-// The query tiles a block of keys meets, in order: for each head of the group every tile of [first, last)
-// that touches the keys. One thread walks, two tiles ahead of the others, and leaves the way in shared
-// memory: as registers of every thread it would spill.
+// The query tiles a thread block meets, in order: from a place in the query tiles [first, last) of one head
+// on to the next heads, `left` of them, less those that do not touch the keys. One thread walks, two tiles
+// ahead of the others, and leaves the way in shared memory: as registers of every thread it would spill.
 struct QueryTileWalk {
   static constexpr int kAhead = 2, kSlots = 4;  // of the tiles before, at, and two after a round
 
-  int first, last, group, tile, head;
+  int item, key, kv_head, group;  // of the block: batch item, first key, KV head, its query heads
+  int first, last, tile, head, left;
   QueryTileAt way[kSlots];
 
+  // A share of what a tile of keys meets; after what is of the block.
+  __device__ void Begin(int number, const KeyTileWork& work) {
+    first = work.first, last = work.last;
+    const int tiles = last - first;
+    const int64_t all = int64_t{group} * tiles, begin = all * number / work.shares;
+    head = static_cast<int>(begin / tiles);
+    tile = first + static_cast<int>(begin % tiles);
+    left = static_cast<int>(all * (number + 1) / work.shares - begin);
+  }
+
   // Finds tile number `round`.
-  __device__ void Find(int round, const TileBounds* bounds, int key, int keys) {
+  __device__ void Find(int round, const TileBounds* bounds) {
     QueryTileAt& to = way[round % kSlots];
     to.tile = -1;
-    for (; head < group; ++head, tile = first) {
-      for (; tile < last; ++tile) {
-        const TileBounds bound = bounds[tile];
-        if (!bound.Touches(key, key + keys)) continue;
-        to = {tile, head, bound.Masks(key, key + keys)};
-        ++tile;
-        return;
-      }
+    for (; left > 0 && to.tile < 0; --left) {
+      const TileBounds bound = bounds[tile];
+      if (bound.Touches(key, key + kBackwardKeys)) to = {tile, head, bound.Masks(key, key + kBackwardKeys)};
+      if (++tile == last) tile = first, ++head;
     }
   }
 };
@@ -186,7 +195,7 @@ class ValueWarp {
         dv_, weights_, tile.dout + Tile::DOut::LaneOffset(lane));
   }
 
-  __device__ void Store(const GradientRows& dv) { AddRows(dv_, kUnscaleWeight, row_, dv); }
+  __device__ void Store(const GradientRows& dv) { WriteRows(dv_, kUnscaleWeight, row_, dv); }
 
  private:
   // `key` is the key row of the lane's first row.
@@ -260,7 +269,7 @@ class KeyWarp {
   }
 
   __device__ void Store(float scale, const GradientRows& dk) {
-    AddRows(dk_, scale * kUnscaleWeight, row_, dk);
+    WriteRows(dk_, scale * kUnscaleWeight, row_, dk);
   }
 
  private:
@@ -360,35 +369,6 @@ class QueryGradientPart {
   Fragments<kM, Tile::kGradientColumns> sum_;
 };
 
-// Query tiles [first, last) hold every tile that touches a block of keys; [begin, end) covers the keys that
-// any query sees, within the block of keys.
-struct KeyBlockView {
-  int first, last, begin, end;
-};
-
-template <int kThreads>
-__device__ KeyBlockView FindQueryTiles(const TileBounds* bounds, int tiles, int key, int keys) {
-  __shared__ KeyBlockView warps[kThreads / 32];
-  KeyBlockView view{INT_MAX, 0, INT_MAX, 0};
-  for (int tile = static_cast<int>(threadIdx.x); tile < tiles; tile += kThreads) {
-    const TileBounds bound = bounds[tile];
-    if (!bound.Touches(key, key + keys)) continue;
-    view = {min(view.first, tile), tile + 1, min(view.begin, bound.begin), max(view.end, bound.end)};
-  }
-  view = {__reduce_min_sync(~0u, view.first), __reduce_max_sync(~0u, view.last),
-          __reduce_min_sync(~0u, view.begin), __reduce_max_sync(~0u, view.end)};
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = view;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) {
-    view = {min(view.first, warps[w].first), max(view.last, warps[w].last), min(view.begin, warps[w].begin),
-            max(view.end, warps[w].end)};
-  }
-  view.begin = max(view.begin - key, 0);
-  view.end = min(view.end - key, keys);
-  return view;
-}
-
 // One block of keys and what its threads share.
 template <typename Tile>
 struct BackwardKeyBlock {
@@ -397,17 +377,16 @@ struct BackwardKeyBlock {
   const BackwardTables& tables;
   unsigned char* memory;
   uint32_t shared;  // its address
-  KeyBlockView view;
   QueryTileWalk* walk;
 
-  __device__ static int64_t item() { return blockIdx.z; }
-  __device__ static int64_t kv_head() { return blockIdx.y; }
-  __device__ static int key() { return static_cast<int>(blockIdx.x) * Tile::kKeys; }
+  __device__ int64_t item() const { return walk->item; }
+  __device__ int64_t kv_head() const { return walk->kv_head; }
+  __device__ int key() const { return walk->key; }
   __device__ int64_t head(const QueryTileAt& at) const { return kv_head() * walk->group + at.head; }
 
   // By one thread.
   __device__ void FindQueryTile(int round) const {
-    walk->Find(round, tables.bounds + item() * tables.query_tiles, key(), Tile::kKeys);
+    walk->Find(round, tables.bounds + item() * tables.query_tiles);
   }
   __device__ QueryTileStage Stage(int stage) const {
     const int at = Tile::kStages + stage * Tile::kStageBytes;
@@ -425,15 +404,15 @@ struct BackwardKeyBlock {
   }
 
   // Keys no query sees are not read.
-  __device__ void LoadKeys() const {
+  __device__ void LoadKeys(int item, int key, int64_t kv_head, const KeyTileWork& work) const {
     const auto &k = block.k, &v = block.v;
     Tile::K::template Load<Tile::kThreads>(
-        shared, k.data + key() * k.row_stride + item() * k.batch_stride + kv_head() * Tile::kDim,
-        k.row_stride, view.begin, view.end);
+        shared, k.data + key * k.row_stride + item * k.batch_stride + kv_head * Tile::kDim, k.row_stride,
+        work.begin, work.end);
     Tile::V::template Load<Tile::kThreads>(
         shared + Tile::K::kBytes,
-        v.data + key() * v.row_stride + item() * v.batch_stride + kv_head() * Tile::kValueDim, v.row_stride,
-        view.begin, view.end);
+        v.data + key * v.row_stride + item * v.batch_stride + kv_head * Tile::kValueDim, v.row_stride,
+        work.begin, work.end);
   }
   __device__ void LoadQueries(const QueryTileAt& at, int stage) const {
     const uint32_t to = Stage(stage).q;
@@ -477,11 +456,22 @@ struct BackwardKeyBlock {
     }
   }
 
-  // The block's rows of dk or dv, kColumns wide; keys no query sees are not touched.
-  template <int kColumns>
-  __device__ GradientRows Rows(const CudaHeads<float>& x) const {
+  // The block's rows of dk or dv, kColumns wide, whose sums of shares begin at `column`; keys no query sees
+  // are not touched.
+  template <MmaQueryGradient kQueryGradient, int kColumns>
+  __device__ GradientRows Rows(const CudaHeads<float>& x, int column) const {
+    // Read again: as registers through the walk they would spill.
+    const BackwardShare share = tables.shares[blockIdx.x];
+    const KeyTileWork work = tables.work[share.key_tile];
+    if (kQueryGradient == MmaQueryGradient::kOrdered && work.shares > 1) {
+      constexpr int kWidth = Tile::kDim + Tile::kValueDim;
+      const int64_t slot = kv_head() * tables.slots + work.slot + share.number;
+      return {tables.sums + slot * Tile::kKeys * kWidth + column, kWidth, work.begin, work.end,
+              RowWrite::kSet};
+    }
+    constexpr bool kAtomic = kQueryGradient == MmaQueryGradient::kAtomic;
     return {x.data + key() * x.row_stride + item() * x.batch_stride + kv_head() * kColumns, x.row_stride,
-            view.begin, view.end};
+            work.begin, work.end, kAtomic ? RowWrite::kAtomicAdd : RowWrite::kAdd};
   }
 };
 
@@ -524,33 +514,32 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ QueryTileWalk walk;
   __shared__ uint64_t barriers[Tile::kPairs];
-  using Block = BackwardKeyBlock<Tile>;
-  const KeyBlockView view = FindQueryTiles<Tile::kThreads>(tables.bounds + Block::item() * tables.query_tiles,
-                                                           tables.query_tiles, Block::key(), Tile::kKeys);
-  if (view.first >= view.last) return;
-  const Block keys{block, gradients, tables, shared, SharedAddress(shared), view, &walk};
+  const BackwardShare share = tables.shares[blockIdx.x];
+  if (share.key_tile < 0) return;
+  const KeyTileWork work = tables.work[share.key_tile];
+  const BackwardKeyBlock<Tile> keys{block, gradients, tables, shared, SharedAddress(shared), &walk};
+  const int item = share.key_tile / tables.key_tiles, key = share.key_tile % tables.key_tiles * Tile::kKeys;
   if (threadIdx.x == 0) {
-    walk.first = walk.tile = view.first;
-    walk.last = view.last;
+    walk.item = item, walk.key = key, walk.kv_head = share.kv_head;
     walk.group = static_cast<int>(block.heads / block.kv_heads);
-    walk.head = 0;
+    walk.Begin(share.number, work);
     WeightsHandoff<Tile>::Init(barriers);
     for (int round = 0; round < QueryTileWalk::kAhead; ++round) keys.FindQueryTile(round);
   }
-  keys.LoadKeys();
+  keys.LoadKeys(item, key, share.kv_head, work);
   __syncthreads();
-  keys.LoadQueries(walk.way[0], 0);
+  if (walk.way[0].tile >= 0) keys.LoadQueries(walk.way[0], 0);
   CopyAsyncCommit();
 
   const int warp = static_cast<int>(threadIdx.x / 32);
   if (warp < Tile::kPairs) {
     ValueWarp<Tile> values(keys.shared, warp, barriers);
     WalkQueryTiles<kQueryGradient>(keys, values);
-    values.Store(keys.template Rows<Tile::kValueDim>(gradients.dv));
+    values.Store(keys.template Rows<kQueryGradient, Tile::kValueDim>(gradients.dv, Tile::kDim));
   } else {
     KeyWarp<Tile, kQueryGradient> warp_keys(keys.shared, warp - Tile::kPairs, barriers);
     WalkQueryTiles<kQueryGradient>(keys, warp_keys);
-    warp_keys.Store(block.scale, keys.template Rows<Tile::kDim>(gradients.dk));
+    warp_keys.Store(block.scale, keys.template Rows<kQueryGradient, Tile::kDim>(gradients.dk, 0));
   }
 }
 
@@ -567,10 +556,8 @@ cudaError_t LaunchBackward(const MmaAttentionBlock& block, const MmaAttentionGra
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }
   if (error != cudaSuccess) return error;
-  // Under a causal mask earlier keys are seen by more queries: the longest first.
-  const dim3 grid(static_cast<unsigned>((block.k_rows + Tile::kKeys - 1) / Tile::kKeys),
-                  static_cast<unsigned>(block.kv_heads), static_cast<unsigned>(block.batch));
-  kernel<<<grid, Tile::kThreads, bytes, stream>>>(block, gradients, tables);
+  kernel<<<static_cast<unsigned>(tables.most_shares), Tile::kThreads, bytes, stream>>>(block, gradients,
+                                                                                       tables);
   return cudaGetLastError();
 }
 

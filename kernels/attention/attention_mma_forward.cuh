@@ -20,6 +20,8 @@ struct ForwardTile {
   static constexpr int kStages = kStages_;  // buffers for K and V: 2 need one barrier per key tile, 1 two
   static constexpr int kBlocks = kBlocks_;  // thread blocks that fit a multiprocessor's registers
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
+  static_assert(kQueries == TensorCoreForwardTiles(kDim).queries &&
+                kBlocks == TensorCoreForwardTiles(kDim).walks_per_multiprocessor);
   using Q = SharedTile<kQueries, kDim>;
   using K = SharedTile<kKeys, kDim>;
   using V = SharedTile<kKeys, kValueDim>;

@@ -65,31 +65,49 @@ __device__ void AddProduct(Fragments<kM, kColumns>& to, const Fragments<kM, kDep
   }
 }
 
-// Rows [begin, end) of an f32 tensor, to be added to by one warp each.
+// How a thread block writes rows: it alone adds to them, others may too, or nothing is there yet.
+enum class RowWrite { kAdd, kAtomicAdd, kSet };
+
+// Rows [begin, end) of an f32 tensor, of a thread block each row for one warp.
 struct GradientRows {
   float* data;  // row 0
   int64_t stride;
   int begin, end;
+  RowWrite write = RowWrite::kAdd;
 };
 
-// to += factor from, where `from` is rows row ... row + 16 kM - 1 of `to`.
+// to += factor from (or =), where `from` is rows row ... row + 16 kM - 1 of `to`.
 template <int kM, int kN>
-__device__ void AddRows(const float (&from)[kM][kN][4], float factor, int row, const GradientRows& to) {
+__device__ void WriteRows(const float (&from)[kM][kN][4], float factor, int row, const GradientRows& to) {
+  constexpr int kAtOnce = 8;  // are read before the first is written: one wait for memory, not kAtOnce
+  static_assert(kN % kAtOnce == 0);
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const FragmentRow part = GatherRow(from[m][n], lane);
-      const int at_row = row + m * 16 + part.row;
+    for (int begin = 0; begin < kN; begin += kAtOnce) {
+      FragmentRow parts[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) parts[n] = GatherRow(from[m][begin + n], lane);
+      const int at_row = row + m * 16 + parts[0].row;
       if (at_row < to.begin || at_row >= to.end) continue;
-      float4* at = reinterpret_cast<float4*>(to.data + at_row * to.stride + n * 8 + part.column);
-      float4 value = *at;
-      value.x = fmaf(factor, part.x, value.x);
-      value.y = fmaf(factor, part.y, value.y);
-      value.z = fmaf(factor, part.z, value.z);
-      value.w = fmaf(factor, part.w, value.w);
-      *at = value;
+      float* at = to.data + at_row * to.stride + begin * 8 + parts[0].column;
+      float4 before[kAtOnce] = {};
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        if (to.write == RowWrite::kAdd) before[n] = *reinterpret_cast<const float4*>(at + n * 8);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const FragmentRow& part = parts[n];
+        if (to.write == RowWrite::kAtomicAdd) {
+          AtomicAdd4(at + n * 8, factor * part.x, factor * part.y, factor * part.z, factor * part.w);
+          continue;
+        }
+        *reinterpret_cast<float4*>(at + n * 8) = {
+            fmaf(factor, part.x, before[n].x), fmaf(factor, part.y, before[n].y),
+            fmaf(factor, part.z, before[n].z), fmaf(factor, part.w, before[n].w)};
+      }
     }
   }
 }

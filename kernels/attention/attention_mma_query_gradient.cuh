@@ -82,7 +82,7 @@ class QueryGradientRows {
   }
 
   __device__ void Store(float scale, const GradientRows& dq) {
-    AddRows(dq_, scale * kUnscaleWeight, row_, dq);
+    WriteRows(dq_, scale * kUnscaleWeight, row_, dq);
   }
 
  private:

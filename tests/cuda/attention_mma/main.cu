@@ -1,6 +1,6 @@
 // Checks block attention on CUDA, on tensor cores and in f32, against the naive double reference, then times
 // it.
-//     build/tests/attention_mma_check [all|check|time|sanitize|profile]
+//     build/tests/attention_mma_check [all|check|time|heads|sanitize|profile]
 
 #include <chrono>
 
@@ -18,7 +18,7 @@ using kernels::MmaQueryGradient;
 template <MmaQueryGradient kQueryGradient>
 cudaError_t MmaBackward(const kernels::MmaAttentionBlock& block,
                         const kernels::MmaAttentionGradients& gradients) {
-  const DeviceArray<char> workspace(kernels::MmaAttentionBackwardWorkspaceBytes(block));
+  const DeviceArray<char> workspace(kernels::MmaAttentionBackwardWorkspaceBytes(block, kQueryGradient));
   const cudaError_t error =
       kernels::MmaAttentionBackward(block, gradients, kQueryGradient, workspace.data, nullptr);
   return error == cudaSuccess ? cudaDeviceSynchronize() : error;
@@ -47,6 +47,8 @@ void AddCases(int64_t dim, int64_t v_dim, std::vector<Case>* cases) {
       {"documents 4 striped", dim, v_dim, 385, 385, 2, 4, 2, Mask::kDocuments, 4, true},
       {"random 4 chunks", dim, v_dim, 410, 390, 2, 4, 2, Mask::kRandom, 4},
       {"random 3 striped", dim, v_dim, 200, 700, 1, 3, 1, Mask::kRandom, 3, true},
+      {"full mqa, keys shared", dim, v_dim, 600, 200, 1, 8, 1, Mask::kFull},
+      {"documents mqa, keys shared", dim, v_dim, 411, 411, 2, 8, 1, Mask::kDocuments, 2},
       {"causal 64 chunks", dim, v_dim, 150, 517, 1, 2, 1, Mask::kCausal, 64},
   };
   cases->insert(cases->end(), std::begin(of_dim), std::end(of_dim));
@@ -101,8 +103,9 @@ int main(int argc, char** argv) {
   using namespace annulus::testing;
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // a check that is cut off shows how far it came
   const std::string what = argc > 1 ? argv[1] : "all";
-  if (what != "all" && what != "check" && what != "time" && what != "sanitize" && what != "profile") {
-    std::printf("%s: expected all, check, time, sanitize or profile\n", what.c_str());
+  if (what != "all" && what != "check" && what != "time" && what != "heads" && what != "sanitize" &&
+      what != "profile") {
+    std::printf("%s: expected all, check, time, heads, sanitize or profile\n", what.c_str());
     return 1;
   }
   cudaDeviceProp device;
@@ -114,6 +117,10 @@ int main(int argc, char** argv) {
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
   if (what == "profile") {
     Time(8192, 16, 128, 128, false);
+    return 0;
+  }
+  if (what == "heads") {
+    TimeHeads();
     return 0;
   }
   const bool ok = what == "time" || CheckAll(what);

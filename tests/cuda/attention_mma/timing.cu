@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/attention_mma/device_arrays.h"
+#include "cuda/attention_mma/timing.cuh"
 #include "cuda/attention_mma/timing.h"
 #include "cuda/attention_mma/variants.h"
 #include "kernels/attention/attention_f32_cuda.h"
@@ -17,39 +18,6 @@ using kernels::MmaAttentionBlock;
 using kernels::MmaAttentionGradients;
 using kernels::MmaAttentionPartial;
 using kernels::MmaQueryGradient;
-
-__global__ void FillRandom(bf16* x, int64_t n, uint32_t seed) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t h = (static_cast<uint64_t>(i) + (uint64_t{seed} << 40)) * 0x9E3779B97F4A7C15ull;
-    h ^= h >> 29;
-    h *= 0xBF58476D1CE4E5B9ull;
-    h ^= h >> 32;
-    // Sum of four uniforms, variance one.
-    float sum = -2;
-    for (int b = 0; b < 4; ++b) sum += static_cast<float>((h >> (16 * b)) & 0xFFFF) / 65536;
-    x[i] = __float2bfloat16(sum * 1.7320508f);
-  }
-}
-
-template <typename Fn>
-double MedianSeconds(Fn&& fn, int repeats) {
-  cudaEvent_t start, stop;
-  CUDA(cudaEventCreate(&start));
-  CUDA(cudaEventCreate(&stop));
-  fn();
-  std::vector<float> ms(Size(repeats));
-  for (float& t : ms) {
-    CUDA(cudaEventRecord(start));
-    fn();
-    CUDA(cudaEventRecord(stop));
-    CUDA(cudaEventSynchronize(stop));
-    CUDA(cudaEventElapsedTime(&t, start, stop));
-  }
-  CUDA(cudaGetLastError());
-  std::sort(ms.begin(), ms.end());
-  return ms[ms.size() / 2] * 1e-3;
-}
 
 template <typename T>
 std::vector<double> DownloadRow(const T* data, int64_t at, int64_t n) {
@@ -156,7 +124,7 @@ void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants
   }
   reset();
   CUDA(kernels::MmaAttentionForward(block, partial, nullptr));
-  DeviceArray<char> workspace(kernels::MmaAttentionBackwardWorkspaceBytes(block));
+  DeviceArray<char> workspace(kernels::MmaAttentionBackwardWorkspaceBytes(block, MmaQueryGradient::kOrdered));
   const MmaAttentionGradients gradients{{dout.data, heads * v_dim, heads * v_dim},
                                         lse.data,
                                         delta.data,
@@ -186,13 +154,9 @@ void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants
   for (int i = 0; variants && i < kBackwardVariantCount; ++i) {
     const BackwardVariant& variant = kBackwardVariants[i];
     if (variant.dim != dim) continue;
-    // The tables that the last call left in the workspace.
-    const int64_t queries = kernels::BackwardQueries(dim), tiles = rows / queries;
-    const kernels::BackwardTables tables{
-        reinterpret_cast<kernels::RowStats*>(workspace.data),
-        reinterpret_cast<kernels::KeyRows*>(workspace.data + heads * rows * 8),
-        reinterpret_cast<kernels::TileBounds*>(workspace.data + heads * rows * 8 + rows * 8), rows,
-        static_cast<int>(tiles)};
+    kernels::BackwardTables tables;
+    CUDA(kernels::FillBackwardTables(block, gradients, MmaQueryGradient::kOrdered, workspace.data, &tables,
+                                     nullptr));
     report(variant.name, MedianSeconds([&] { CUDA(variant.launch(block, gradients, tables, nullptr)); }, 5),
            backward_flop);
   }
