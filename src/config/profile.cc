@@ -16,6 +16,7 @@ using config::Section;
 
 constexpr IntRange kHeadDim{1, 1 << 16};
 constexpr IntRange kRanks{1, 1 << 20};
+constexpr IntRange kMultiprocessors{0, 1 << 20};
 constexpr RealRange kSize{0.0, 1e30, RealRange::Bound::kOpen};
 constexpr RealRange kPerSecond{0.0, 1e30, RealRange::Bound::kOpen};
 constexpr RealRange kSeconds{0.0, 1e6};
@@ -93,11 +94,13 @@ LinkRate BindLink(const Section& section) {
 
 MachineProfile Bind(const Section& root) {
   MachineProfile profile;
-  int64_t ranks = 0;
+  int64_t ranks = 0, multiprocessors = 0;
   root.String("device", Presence::kRequired, &profile.device);
   root.Bool("measured", &profile.measured);
   root.Int("ranks", Presence::kRequired, kRanks, &ranks);
   profile.ranks = static_cast<int>(ranks);
+  root.Int("multiprocessors", Presence::kOptional, kMultiprocessors, &multiprocessors);
+  profile.multiprocessors = static_cast<int>(multiprocessors);
   root.Real("launch_seconds", Presence::kRequired, kSeconds, &profile.launch_seconds);
   profile.copy = BindPoints(root, "copy");
   profile.products = BindPoints(root, "product", Presence::kOptional);
@@ -169,6 +172,7 @@ std::string ProfileText(const MachineProfile& profile) {
   message.set_device(profile.device);
   message.set_measured(profile.measured);
   message.set_ranks(profile.ranks);
+  if (profile.multiprocessors > 0) message.set_multiprocessors(profile.multiprocessors);
   message.set_launch_seconds(profile.launch_seconds);
   WritePoints(profile.copy, message.mutable_copy());
   WritePoints(profile.products, message.mutable_product());

@@ -118,6 +118,7 @@ MachineProfile AssumedHopper() {
   MachineProfile profile{.device = "NVIDIA H200, NVLink",
                          .measured = false,
                          .ranks = 4,
+                         .multiprocessors = 132,
                          .attention = HopperAttention(),
                          .links = {},
                          .copy = WithStart(2e-6, 3.7e12, {kMiB, 4 * kMiB, 16 * kMiB, 64 * kMiB, 512 * kMiB}),

@@ -8,6 +8,7 @@
 
 #include "annulus/base/check.h"
 #include "annulus/parallel/attend_calls.h"
+#include "keys_seen.h"
 #include "plan_cost.h"
 #include "slot_fields.h"
 
@@ -21,8 +22,8 @@ struct CallCase {
   int64_t head_dim, v_head_dim;
 };
 
-// Pairs per second of a call with so many: by the rates of the same kernel and mask if there are any, of the
-// nearest head, in proportion to FLOPs.
+// Pairs per second of a call with so many (WorkOf): by the rates of the same kernel and mask if there are
+// any, of the nearest head, in proportion to FLOPs.
 double PairRate(const MachineProfile& machine, const CallCase& call, double pairs) {
   const AttentionRate* best = nullptr;
   const auto distance = [&](const AttentionRate& rate) {
@@ -47,7 +48,8 @@ class StepCost {
         compute_bytes_(static_cast<double>(SizeOf(layer.dtype))),
         accum_bytes_(static_cast<double>(SizeOf(AccumOf(layer.dtype)))),
         whole_(std::all_of(plan.ranks.begin(), plan.ranks.end(),
-                           [](const RankPlan& rank) { return rank.steps.size() == 1; })) {}
+                           [](const RankPlan& rank) { return rank.steps.size() == 1; })),
+        seen_(layer, plan) {}
 
   double Of(int cp_rank, const Step& step) {
     switch (step.kind) {
@@ -203,7 +205,7 @@ class StepCost {
     const std::vector<double> pairs = PairsOf(attend, calls);
     for (size_t i = 0; i < calls.size(); ++i) {
       seconds += CallSeconds(calls[i], group, pairs[i] * static_cast<double>(group.q_heads()));
-      if (!direct) seconds += AddSeconds(calls[i], group, kv.at_once);
+      seconds += direct ? WholeSeconds(calls[i], group) : AddSeconds(calls[i], group, kv.at_once);
     }
     return seconds;
   }
@@ -240,7 +242,7 @@ class StepCost {
                                   .determinism = layer_.determinism});
   }
 
-  double CallSeconds(const AttendCall& call, const HeadGroup& group, double pairs) const {
+  double CallSeconds(const AttendCall& call, const HeadGroup& group, double pairs) {
     if (pairs <= 0 || group.q_heads() == 0) return 0;
     CallCase rates{.kernel = KernelOf(call),
                    .pass = plan_.pass,
@@ -250,17 +252,38 @@ class StepCost {
     // The rates of general masks are those of sums in any order.
     const bool ordered = layer_.determinism == Determinism::kRequired;
     if (ordered && call.shape == MaskShape::kGeneral) rates.shape = MaskShape::kFull;
-    // Backward our own kernel is two, one for each side; the library's are three, with the LSE copied before.
+    // The library's backward is three kernels, and the LSE is copied before; rates of our own hold all of it.
     const bool library = rates.kernel == AttentionKernel::kCudnn;
-    const int launches = plan_.pass == Pass::kForward ? 1 : library ? 4 : 2;
-    return pairs / PairRate(machine_, rates, pairs) + launches * machine_.launch_seconds;
+    const int launches = !library ? 0 : plan_.pass == Pass::kForward ? 1 : 4;
+    const AttentionTiles tiles = TilesOf(rates.kernel, plan_.pass, layer_.head_dim);
+    const double work = tiles.queries == 1 ? pairs
+                                           : WorkOf(tiles, machine_.multiprocessors, group.q_heads(),
+                                                    seen_.By(call, tiles.queries));
+    return work / PairRate(machine_, rates, work) + launches * machine_.launch_seconds;
+  }
+
+  // A call that makes its results whole, in the compute dtype, as the library does anyway. Our own kernels
+  // add to emptied ones, and round outputs themselves but not gradients.
+  double WholeSeconds(const AttendCall& call, const HeadGroup& group) const {
+    if (KernelOf(call) == AttentionKernel::kCudnn) return 0;
+    const double queries = Elements(call.q_rows.size(), group.q_heads(), 1),
+                 keys = Elements(call.keys.size(), KvHeadsOf(group), 1);
+    const double dim = static_cast<double>(layer_.head_dim), v_dim = static_cast<double>(layer_.v_head_dim);
+    if (plan_.pass == Pass::kForward) return PassSeconds(accum_bytes_ * queries * v_dim);
+    double seconds = 0;
+    for (const double elements : {queries * dim, keys * dim, keys * v_dim})
+      seconds += PassSeconds(accum_bytes_ * elements) + RoundSeconds(elements);
+    return seconds;
+  }
+
+  int64_t KvHeadsOf(const HeadGroup& group) const {
+    return layer_.latent.has_value() ? group.q_heads() : static_cast<int64_t>(group.kv_heads.size());
   }
 
   // The library's results are its own: passes add them up, or write them where nothing is yet. Other kernels
   // add.
   double AddSeconds(const AttendCall& call, const HeadGroup& group, bool kv_at_once) const {
-    const auto kv_heads =
-        layer_.latent.has_value() ? group.q_heads() : static_cast<int64_t>(group.kv_heads.size());
+    const int64_t kv_heads = KvHeadsOf(group);
     const bool library = KernelOf(call) == AttentionKernel::kCudnn;
     const double add = library ? compute_bytes_ + 2 * accum_bytes_ : 0;
     const double kv = !kv_at_once ? add : library ? compute_bytes_ + accum_bytes_ : accum_bytes_;
@@ -277,6 +300,7 @@ class StepCost {
   const RowBytes row_bytes_;
   const double compute_bytes_, accum_bytes_;  // of an element
   const bool whole_;                          // nothing is exchanged or carried
+  KeysSeen seen_;
   struct KnownCalls {
     const Attend* attend;
     std::vector<AttendCall> calls;

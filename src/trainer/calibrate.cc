@@ -16,12 +16,15 @@ namespace {
 
 constexpr int64_t kKiB = int64_t{1} << 10, kMiB = int64_t{1} << 20;
 
-absl::StatusOr<std::string> DeviceName(const Context& ctx) {
+absl::Status DescribeDevice(const Context& ctx, MachineProfile* profile) {
   if (ctx.device.kind == DeviceKind::kCpu) {
-    return absl::StrCat("CPU, ", std::thread::hardware_concurrency(), " cores");
+    profile->device = absl::StrCat("CPU, ", std::thread::hardware_concurrency(), " cores");
+    return absl::OkStatus();
   }
   ANNULUS_ASSIGN_OR_RETURN(const GpuInfo gpu, DescribeGpu(ctx.device.index));
-  return gpu.name;
+  profile->device = gpu.name;
+  profile->multiprocessors = gpu.multiprocessors;
+  return absl::OkStatus();
 }
 
 std::vector<CalibrationHeads> DefaultHeads(DeviceKind device) {
@@ -93,8 +96,9 @@ absl::StatusOr<std::vector<LinkRate>> MeasureLinks(Machine& machine, const Calib
   for (const TransportKind kind : machine.exchange.available) {
     ANNULUS_ASSIGN_OR_RETURN(const std::unique_ptr<ExchangeTransport> transport,
                              MakeTransport(kind, machine.mesh.cp, ctx));
-    ANNULUS_ASSIGN_OR_RETURN(const LinkRate link, MeasureLink(ctx, machine.mesh.cp, *transport,
-                                                              [&] { return block.Run(Pass::kForward); }));
+    ANNULUS_ASSIGN_OR_RETURN(const LinkRate link, MeasureLink(ctx, machine.mesh.cp, *transport, [&] {
+                               return block.RunWhole(Pass::kForward);
+                             }));
     links.push_back(link);
   }
   return links;
@@ -121,7 +125,7 @@ absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOpti
   MachineProfile profile;
   profile.measured = true;
   profile.ranks = machine.mesh.cp.size();
-  ANNULUS_ASSIGN_OR_RETURN(profile.device, DeviceName(ctx));
+  ANNULUS_RETURN_IF_ERROR(DescribeDevice(ctx, &profile));
   CalibrationClock clock(world, options.seconds);
   options.progress("copies and launches");
   ANNULUS_ASSIGN_OR_RETURN(profile.copy, MeasureCopies(ctx, world));
@@ -138,7 +142,7 @@ absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOpti
   for (const CalibrationHeads& heads : all) {
     options.progress(absl::StrCat("attention, ", Name(heads.dtype), ", heads of ", heads.head_dim));
     ANNULUS_ASSIGN_OR_RETURN(const std::vector<AttentionRate> rates,
-                             MeasureAttention(ctx, world, heads, clock));
+                             MeasureAttention(ctx, world, heads, profile.multiprocessors, clock));
     profile.attention.insert(profile.attention.end(), rates.begin(), rates.end());
   }
   return profile;
@@ -165,7 +169,7 @@ std::string ProfileTable(const MachineProfile& profile) {
                                  : absl::StrCat(rate.head_dim, "/", rate.v_head_dim);
     absl::StrAppendFormat(&text, "%-9s %-7s %-6s %-8s%s\n", Name(rate.kernel), dims, ShapeName(rate.shape),
                           rate.pass == Pass::kForward ? "forward" : "backward",
-                          PointsText(rate.pairs, 1e9, "G pairs/s by pairs"));
+                          PointsText(rate.pairs, 1e9, "G pairs/s by pairs of tiles"));
   }
   return text;
 }

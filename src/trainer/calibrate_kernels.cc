@@ -5,6 +5,8 @@
 #include <cmath>
 
 #include "annulus/device/transfer.h"
+#include "annulus/ops/elementwise.h"
+#include "annulus/parallel/call_work.h"
 #include "annulus/train/measure.h"
 
 namespace annulus {
@@ -58,21 +60,22 @@ std::vector<Series> SeriesFor(DeviceKind device, const CalibrationHeads& heads) 
 }
 
 absl::StatusOr<RatePoint> MeasureBlock(Context& ctx, Communicator& world, const Series& series,
-                                       CalibrationBlock& block, int64_t heads) {
+                                       CalibrationBlock& block, int multiprocessors) {
   ArenaScope scope(ctx.scratch);
-  const double pairs = static_cast<double>(block.Mask(series.rate.shape) * heads);
   const Pass pass = series.rate.pass;
+  const AttentionKernel kernel = series.rate.kernel;
+  block.Mask(series.rate.shape);
+  const double work = block.Work(kernel, pass, multiprocessors);
+  const auto run = [&] { return block.Run(pass, kernel); };
   ctx.determinism = series.determinism;
   if (pass == Pass::kBackward) ANNULUS_RETURN_IF_ERROR(world.AgreeOk(block.PrepareBackward()));
-  ANNULUS_ASSIGN_OR_RETURN(
-      const double once, SecondsOf(ctx, world, {.warm_ups = 1, .timed = 1}, [&] { return block.Run(pass); }));
+  ANNULUS_ASSIGN_OR_RETURN(const double once, SecondsOf(ctx, world, {.warm_ups = 1, .timed = 1}, run));
   // Enough calls for the clock, and for a GPU to have work while the host launches the next.
   const int64_t calls = std::clamp<int64_t>(static_cast<int64_t>(0.002 / once), 1, 16);
   ANNULUS_ASSIGN_OR_RETURN(
       const double seconds,
-      SecondsOf(ctx, world, {.warm_ups = 0, .timed = 5, .calls = calls, .take = StatisticFor(ctx)},
-                [&] { return block.Run(pass); }));
-  return RatePoint{.size = pairs, .per_second = Rounded(pairs / seconds)};
+      SecondsOf(ctx, world, {.warm_ups = 0, .timed = 5, .calls = calls, .take = StatisticFor(ctx)}, run));
+  return RatePoint{.size = work, .per_second = Rounded(work / seconds)};
 }
 
 }  // namespace
@@ -92,21 +95,35 @@ absl::Status CalibrationBlock::Make() {
   delta_ = arena.Allocate(wide, lse_.shape());
   dq_ = arena.Allocate(dtype, q_.shape());
   dkv_ = arena.Allocate(dtype, kv_.shape());
+  sum_out_ = arena.Allocate(wide, out_.shape());
+  sum_lse_ = arena.Allocate(wide, lse_.shape());
+  sum_dq_ = arena.Allocate(wide, q_.shape());
+  sum_dkv_ = arena.Allocate(wide, kv_.shape());
+  for (const TensorRef& sum : {sum_dq_, sum_dkv_}) ANNULUS_RETURN_IF_ERROR(Zero(ctx_, sum));
+  ANNULUS_RETURN_IF_ERROR(ResetPartial(ctx_, {.out = Out(sum_out_), .lse = sum_lse_}));
   return absl::OkStatus();
 }
 
-int64_t CalibrationBlock::Mask(MaskShape shape) {
+void CalibrationBlock::Mask(MaskShape shape) {
   shape_ = shape;
-  std::vector<int64_t> lo, hi;
-  int64_t pairs = 0;
+  lo_.clear(), hi_.clear();
   for (int64_t row = 0; row < rows_; ++row) {
     // General: a window over a quarter of the rows.
-    lo.push_back(shape == MaskShape::kGeneral ? std::max<int64_t>(0, row + 1 - rows_ / 4) : 0);
-    hi.push_back(shape == MaskShape::kFull ? rows_ : row + 1);
-    pairs += hi.back() - lo.back();
+    lo_.push_back(shape == MaskShape::kGeneral ? std::max<int64_t>(0, row + 1 - rows_ / 4) : 0);
+    hi_.push_back(shape == MaskShape::kFull ? rows_ : row + 1);
   }
-  bounds_ = {Upload<int64_t>(ctx_, ctx_.scratch, lo), Upload<int64_t>(ctx_, ctx_.scratch, hi)};
-  return pairs;
+  bounds_ = {Upload<int64_t>(ctx_, ctx_.scratch, lo_), Upload<int64_t>(ctx_, ctx_.scratch, hi_)};
+}
+
+double CalibrationBlock::Work(AttentionKernel kernel, Pass pass, int multiprocessors) const {
+  const AttentionTiles tiles = TilesOf(kernel, pass, heads_.head_dim);
+  std::vector<QueryTileKeys> call;
+  for (int64_t row = 0; row < rows_; row += tiles.queries) {
+    // Bounds ascend.
+    const int64_t end = std::min(row + tiles.queries, rows_);
+    call.push_back({lo_[static_cast<size_t>(row)], hi_[static_cast<size_t>(end - 1)]});
+  }
+  return WorkOf(tiles, multiprocessors, heads_.heads, call);
 }
 
 HeadsRef CalibrationBlock::Out(const TensorRef& x) const {
@@ -130,11 +147,25 @@ AttentionBlock CalibrationBlock::Operands() const {
 }
 
 absl::Status CalibrationBlock::PrepareBackward() {
-  ANNULUS_RETURN_IF_ERROR(Run(Pass::kForward));
+  ANNULUS_RETURN_IF_ERROR(RunWhole(Pass::kForward));
   return AttentionDelta(ctx_, Out(out_), Out(dout_), delta_);
 }
 
-absl::Status CalibrationBlock::Run(Pass pass) {
+absl::Status CalibrationBlock::Run(Pass pass, AttentionKernel kernel) {
+  if (kernel == AttentionKernel::kCudnn) return RunWhole(pass);
+  if (pass == Pass::kForward)
+    return AttentionForward(ctx_, Operands(), {.out = Out(sum_out_), .lse = sum_lse_});
+  return AttentionBackward(ctx_, Operands(),
+                           {.out = Out(out_),
+                            .dout = Out(dout_),
+                            .lse = lse_,
+                            .delta = delta_,
+                            .dq = HeadsOf(sum_dq_, 0, heads_.heads, heads_.head_dim),
+                            .dk = K(sum_dkv_),
+                            .dv = V(sum_dkv_)});
+}
+
+absl::Status CalibrationBlock::RunWhole(Pass pass) {
   if (pass == Pass::kForward) return AttentionForwardWhole(ctx_, Operands(), Out(out_), lse_);
   return AttentionBackwardWhole(ctx_, Operands(),
                                 {.out = Out(out_),
@@ -168,7 +199,7 @@ double Rounded(double value) {
 
 absl::StatusOr<std::vector<AttentionRate>> MeasureAttention(Context& ctx, Communicator world,
                                                             const CalibrationHeads& heads,
-                                                            CalibrationClock& clock) {
+                                                            int multiprocessors, CalibrationClock& clock) {
   std::vector<Series> all = SeriesFor(ctx.device.kind, heads);
   const Determinism before = ctx.determinism;
   for (const int64_t rows : BlockRowsOf(ctx.device.kind)) {
@@ -181,7 +212,8 @@ absl::StatusOr<std::vector<AttentionRate>> MeasureAttention(Context& ctx, Commun
       std::vector<RatePoint>& points = series.rate.pairs;
       const double largest = static_cast<double>(rows * rows * heads.heads);
       if (!points.empty() && largest / points.front().per_second > kLongestCall) continue;
-      ANNULUS_ASSIGN_OR_RETURN(const RatePoint point, MeasureBlock(ctx, world, series, block, heads.heads));
+      ANNULUS_ASSIGN_OR_RETURN(const RatePoint point,
+                               MeasureBlock(ctx, world, series, block, multiprocessors));
       points.push_back(point);
     }
   }

@@ -23,10 +23,14 @@ class CalibrationClock {
 class CalibrationBlock {
  public:
   CalibrationBlock(Context& ctx, const CalibrationHeads& heads, int64_t rows);
-  absl::Status Make();            // operands; before all else
-  int64_t Mask(MaskShape shape);  // of the calls that follow; unmasked pairs of one head
+  absl::Status Make();         // operands; before all else
+  void Mask(MaskShape shape);  // of the calls that follow
+  // Of a call of the kernel with that mask.
+  double Work(AttentionKernel kernel, Pass pass, int multiprocessors) const;
   absl::Status PrepareBackward();
-  absl::Status Run(Pass pass);
+  // One call, as the rates of a profile want it (AttentionRate).
+  absl::Status Run(Pass pass, AttentionKernel kernel);
+  absl::Status RunWhole(Pass pass);
 
  private:
   HeadsRef Out(const TensorRef& x) const;
@@ -38,14 +42,16 @@ class CalibrationBlock {
   CalibrationHeads heads_;
   int64_t rows_;
   MaskShape shape_ = MaskShape::kFull;
+  std::vector<int64_t> lo_, hi_;
   MaskBounds bounds_;
   TensorRef q_, kv_, out_, dout_, lse_, delta_, dq_, dkv_;
+  TensorRef sum_out_, sum_lse_, sum_dq_, sum_dkv_;  // in the accumulator dtype, of calls that add
 };
 
 // Every kernel that serves a block of these heads on the context's device, each pass and mask shape.
 absl::StatusOr<std::vector<AttentionRate>> MeasureAttention(Context& ctx, Communicator world,
                                                             const CalibrationHeads& heads,
-                                                            CalibrationClock& clock);
+                                                            int multiprocessors, CalibrationClock& clock);
 
 // Of products that expand latents, and of both of their gradients.
 absl::StatusOr<ProductRates> MeasureProducts(Context& ctx, Communicator world);

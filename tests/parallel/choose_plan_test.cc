@@ -79,9 +79,11 @@ const PlanCandidate& Ulysses(const std::vector<PlanCandidate>& ranked, int ranks
 
 // ---- Costs --------------------------------------------------------------------------------------
 
-// A causal sequence of 1024 tokens on one rank: one call with 1024 * 1025 / 2 pairs of 16 heads.
+// A causal sequence of 1024 tokens on one rank: one call with 1024 * 1025 / 2 pairs of 16 heads, in f32,
+// whose kernel is priced by pairs.
 TEST(CostOf, OneRankTakesWhatItsCallTakes) {
-  const AttentionCase layer = CausalCase(1, 1024, kMha);
+  AttentionCase layer = CausalCase(1, 1024, kMha);
+  layer.dtype = DType::kF32;
   const MachineProfile machine = EvenMachine(1e12, 1);
   for (const Pass pass : kPasses) {
     const ExchangePlan plan = PlanFor(layer, pass, {});

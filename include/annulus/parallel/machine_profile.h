@@ -19,10 +19,11 @@ struct RatePoint {
 };
 double RateAt(const std::vector<RatePoint>& points, double size);  // points ascending in size, not empty
 
-// Of one call of a block kernel alone, as AttentionForwardWhole and AttentionBackwardWhole run it: adding to
-// results that are there already is a pass over memory besides. size: unmasked (query, key) pairs times query
-// heads; per_second: those. kTensorCore is asked for full and causal blocks where the order of sums is
-// required: those are rates of its ordered backward.
+// Of one call of a block kernel alone: of the library as AttentionForwardWhole and AttentionBackwardWhole run
+// it, so that adding to results that are there already is a pass over memory besides; of our own adding, so
+// that emptying and rounding results are passes. size: WorkOf the call; per_second: that. kTensorCore is
+// asked for full and causal blocks where the order of sums is required: those are rates of its ordered
+// backward.
 struct AttentionRate {
   AttentionKernel kernel = AttentionKernel::kCpuTiles;
   Pass pass = Pass::kForward;
@@ -44,9 +45,10 @@ struct LinkRate {
 };
 
 struct MachineProfile {
-  std::string device;     // "NVIDIA H200"; "CPU, 2 cores"
-  bool measured = false;  // false: assumed
-  int ranks = 0;          // for which the links were measured
+  std::string device;       // "NVIDIA H200"; "CPU, 2 cores"
+  bool measured = false;    // false: assumed
+  int ranks = 0;            // for which the links were measured
+  int multiprocessors = 0;  // of the GPU
   std::vector<AttentionRate> attention;
   std::vector<LinkRate> links;
   std::vector<RatePoint> copy;  // size: bytes read and written by a pass over memory; per_second: those
