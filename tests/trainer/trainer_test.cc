@@ -286,9 +286,7 @@ std::map<std::string, std::vector<double>> TensorsOf(const Checkpoint& checkpoin
 
 // Saved on tensor-parallel ranks, read on any other mesh and saved again: the same bits; and training goes on
 // as if nothing had happened.
-TEST(Checkpoints, MoveBetweenMeshesBitForBit) {
-  const RunSpec spec = SmallRun({"model.pattern=meta=2 A - A+-{combine=mean-norm}", "model.attention.heads=4",
-                                 "model.attention.head_dim=2", "data.document_mask=true"});
+void ExpectMovesBetweenMeshesBitForBit(const RunSpec& spec) {
   const std::string root = absl::StrCat(::testing::TempDir(), "annulus-moved-", getpid());
   const auto save = [&](RankOfRun& rank, const std::string& name) {
     ANNULUS_CHECK_OK(rank.trainer.Save(absl::StrCat(root, "/", name), "", rank.data.fingerprint(), 1));
@@ -319,6 +317,31 @@ TEST(Checkpoints, MoveBetweenMeshesBitForBit) {
     EXPECT_EQ(TensorsOf(Checkpoint::Open(absl::StrCat(root, "/", again)).value()), want);
   }
   std::filesystem::remove_all(root);
+}
+
+TEST(Checkpoints, MoveBetweenMeshesBitForBit) {
+  ExpectMovesBetweenMeshesBitForBit(
+      SmallRun({"model.pattern=meta=2 A - A+-{combine=mean-norm}", "model.attention.heads=4",
+                "model.attention.head_dim=2", "data.document_mask=true"}));
+}
+
+TEST(Checkpoints, OfEveryKindOfLayerMoveBetweenMeshesBitForBit) {
+  std::vector<std::string> overrides = {"model.pattern=M - T{g=2} L B G",
+                                        "data.document_mask=true",
+                                        "model.mamba.head_dim=2",
+                                        "model.mamba.state=3",
+                                        "model.mamba.groups=4",
+                                        "model.latent.kv_rank=4",
+                                        "model.latent.nope_dim=2",
+                                        "model.latent.rope_dim=2",
+                                        "model.latent.v_dim=2"};
+  for (const char* kind : {"mamba", "latent", "lightning", "based", "delta"}) {
+    overrides.push_back(absl::StrCat("model.", kind, ".heads=4"));
+  }
+  for (const char* kind : {"lightning", "based", "delta"}) {
+    overrides.push_back(absl::StrCat("model.", kind, ".key_dim=2"));
+  }
+  ExpectMovesBetweenMeshesBitForBit(SmallRun(overrides));
 }
 
 TEST(NotFinite, SkippedStepLeavesParametersAndTheNextOneGoesOn) {
