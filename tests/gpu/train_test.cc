@@ -5,14 +5,10 @@
 
 #include <regex>
 
-#include "absl/strings/str_replace.h"
-#include "annulus/device/gpu.h"
-#include "system/tiny_run.h"
+#include "gpu/train_run.h"
 
 namespace annulus::testing {
 namespace {
-
-using Strings = std::vector<std::string>;
 
 // 150 positions give every rank of two padding. %s: the shipped text.
 constexpr char kConfig[] = R"(name: "gpu"
@@ -41,34 +37,8 @@ optim {
 eval { every_steps: 25 sequences: 16 }
 )";
 
-struct Mesh {
-  int dp = 1, cp = 1;
-  int ranks() const { return dp * cp; }
-};
+using Mesh = TrainMesh;
 constexpr Mesh kMeshes[] = {{1, 1}, {1, 2}, {2, 2}};
-
-Strings With(const Mesh& mesh, Strings overrides) {
-  overrides.push_back(absl::StrCat("parallel.dp=", mesh.dp));
-  overrides.push_back(absl::StrCat("parallel.cp=", mesh.cp));
-  return overrides;
-}
-
-// Largest relative difference of losses, validation losses included, in the steps 1..steps; infinite where
-// one is missing.
-double LossDifference(const std::string& run, const std::string& reference, size_t steps) {
-  const std::vector<nlohmann::json> got = ReadMetrics(run), want = ReadMetrics(reference);
-  double worst = 0;
-  for (size_t i = 0; i < steps; ++i) {
-    for (const char* key : {"loss", "val_loss"}) {
-      if (i < want.size() && !want[i].contains(key)) continue;
-      const bool both = i < got.size() && i < want.size() && got[i].contains(key) && got[i][key].is_number();
-      if (!both) return std::numeric_limits<double>::infinity();
-      const double a = got[i][key].get<double>(), b = want[i][key].get<double>();
-      worst = std::max(worst, std::abs(a - b) / b);
-    }
-  }
-  return worst;
-}
 
 double SecondsSince(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -102,28 +72,9 @@ class MemoryFiller {
   std::vector<void*> taken_;
 };
 
-class TrainOnGpu : public ::testing::Test {
+class TrainOnGpu : public GpuTraining {
  protected:
-  void SetUp() override {
-    ASSERT_GT(GpuCount(), 0) << "this test needs a GPU: " << WhyNoGpu();
-    const std::string text = ThisTree().files + "/examples/01_quickstart/data/text.txt";
-    ASSERT_TRUE(std::filesystem::exists(text)) << text;
-    Overwrite(folder_.path() + "/c.textproto", absl::StrReplaceAll(kConfig, {{"%s", text}}));
-  }
-
-  std::string Path(const std::string& run) const { return folder_.path() + "/" + run; }
-  JobSpec SpecOf(const Mesh& mesh, const std::string& run, const Strings& overrides,
-                 const Strings& options = {}) const {
-    return TrainJob(folder_.path(), mesh.ranks(), run, With(mesh, overrides), options);
-  }
-  // Trains to the end, on the device that the overrides ask for.
-  void Train(const Mesh& mesh, const std::string& run, const Strings& overrides,
-             const Strings& options = {}) const {
-    const JobResult result = RunJob(SpecOf(mesh, run, overrides, options), kSecondsToTrain);
-    ExpectDone(result);
-    const bool on_cpu = std::count(overrides.begin(), overrides.end(), "device=CPU") > 0;
-    EXPECT_EQ(absl::StrContains(result.out, "  cuda:0 "), !on_cpu) << result;
-  }
+  TrainOnGpu() : GpuTraining(kConfig) {}
   // The newest checkpoint, which must be whole; its step.
   int64_t SavedStep(const std::string& run) const {
     const absl::StatusOr<Checkpoint> saved = Checkpoint::Open(Path(run) + "/ckpt");
@@ -143,10 +94,8 @@ class TrainOnGpu : public ::testing::Test {
     EXPECT_EQ(LastStep(Path("run")), end);
   }
 
-  static constexpr double kSecondsToTrain = 120;
   // Saves every 20 steps and does not end by itself.
   const Strings endless_ = {"optim.steps=10000000", "checkpoint.every_steps=20"};
-  const TemporaryFolder folder_;
 };
 
 // ---- The same training as on CPUs.
@@ -170,7 +119,7 @@ TEST_F(TrainOnGpu, LossFollowsTheCpu) {
   EXPECT_LT(losses.back()["loss"].get<double>(), 0.6 * losses.front()["loss"].get<double>());
   for (const Bounds& bounds : {kF32, kBf16}) {
     for (const Mesh& mesh : kMeshes) {
-      const std::string run = absl::StrCat(bounds.compute, " dp ", mesh.dp, " cp ", mesh.cp);
+      const std::string run = absl::StrCat(bounds.compute, " ", mesh.Name());
       SCOPED_TRACE(run);
       Train(mesh, run, {bounds.compute});
       ExpectWholeMetrics(Path(run), 50, 25);
@@ -190,15 +139,12 @@ TEST_F(TrainOnGpu, LossFollowsTheCpu) {
 // eight layers f32 on the CPU is within 1.4e-7 of f64: 30 times that.
 TEST_F(TrainOnGpu, LossFollowsTheCpuWhileGradientsTakeTurns) {
   const Strings layers = {"compute=F32", "model.pattern=(A -)^4", "optim.steps=20", "eval.every_steps=10"};
-  const auto with = [&](Strings overrides) {
-    overrides.insert(overrides.end(), layers.begin(), layers.end());
-    return overrides;
-  };
-  Train({1, 1}, "cpu", with({"device=CPU"}));
+  Train({1, 1}, "cpu", Joined({"device=CPU"}, layers));
   for (const Mesh& mesh : kMeshes) {
-    const std::string run = absl::StrCat("dp ", mesh.dp, " cp ", mesh.cp);
+    const std::string run = mesh.Name();
     SCOPED_TRACE(run);
-    Train(mesh, run, with({absl::StrCat("optim.micro_batch=", 8 / mesh.dp), "recompute=ELEMENTWISE"}));
+    Train(mesh, run,
+          Joined({absl::StrCat("optim.micro_batch=", 8 / mesh.dp), "recompute=ELEMENTWISE"}, layers));
     ExpectWholeMetrics(Path(run), 20, 10);
     const double all = LossDifference(Path(run), Path("cpu"), 20);
     std::cout << run << ": losses within " << all << " of the CPU's in 20 steps\n";
@@ -210,14 +156,13 @@ TEST_F(TrainOnGpu, DeterministicRunsAreEqualBitForBit) {
   const std::pair<const char*, Mesh> cases[] = {
       {"compute=BF16", {1, 1}}, {"compute=BF16", {2, 2}}, {"compute=F32", {1, 2}}};
   for (const auto& [compute, mesh] : cases) {
-    SCOPED_TRACE(absl::StrCat(compute, " dp ", mesh.dp, " cp ", mesh.cp));
+    SCOPED_TRACE(absl::StrCat(compute, " ", mesh.Name()));
     Strings runs;
     for (const char* which : {"first ", "second "}) {
       runs.push_back(absl::StrCat(which, compute, mesh.ranks()));
       Train(mesh, runs.back(), {compute, "deterministic=true", "optim.steps=20"});
     }
-    EXPECT_EQ(MetricsDifference(Path(runs[0]), Path(runs[1]), 0), "");
-    EXPECT_EQ(CheckpointDifference(Path(runs[0]), Path(runs[1])), "");
+    ExpectSameRun(runs[0], runs[1]);
     const std::map<std::string, std::string> first = Snapshot(Path(runs[0]) + "/ckpt"),
                                              second = Snapshot(Path(runs[1]) + "/ckpt");
     EXPECT_EQ(first.size(), second.size());
@@ -249,16 +194,13 @@ TEST_F(TrainOnGpu, CheckpointsMoveBetweenGpusAndCpus) {
                         {"CPU to f32", cpu, f32, kF32.in_20_steps},
                         {"bf16 to CPUs", bf16, cpu_cp, kBf16.in_20_steps},
                         {"CPU to bf16 on two ranks", cpu, bf16_cp, kBf16.in_20_steps}};
-  const auto with = [](const Place& place, Strings overrides) {
-    overrides.insert(overrides.end(), place.overrides.begin(), place.overrides.end());
-    return overrides;
-  };
-  Train(cpu.mesh, "whole", with(cpu, {"optim.steps=20", "eval.every_steps=10"}));
+  Train(cpu.mesh, "whole", Joined({"optim.steps=20", "eval.every_steps=10"}, cpu.overrides));
   for (const Move& move : moves) {
     SCOPED_TRACE(move.run);
-    Train(move.from.mesh, move.run, with(move.from, {"optim.steps=10", "eval.every_steps=10"}));
+    Train(move.from.mesh, move.run, Joined({"optim.steps=10", "eval.every_steps=10"}, move.from.overrides));
     EXPECT_EQ(SavedStep(move.run), 10);
-    Train(move.to.mesh, move.run, with(move.to, {"optim.steps=20", "eval.every_steps=10"}), {"--resume"});
+    Train(move.to.mesh, move.run, Joined({"optim.steps=20", "eval.every_steps=10"}, move.to.overrides),
+          {"--resume"});
     ExpectWholeMetrics(Path(move.run), 20, 10);
     EXPECT_LE(LossDifference(Path(move.run), Path("whole"), 20), move.bound);
   }
