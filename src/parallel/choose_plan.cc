@@ -204,7 +204,9 @@ void SimulateTheBest(Pricing* pricing, std::vector<PlanCandidate>* candidates) {
 
 // ---- Parts --------------------------------------------------------------------------------------
 
-bool ReadsParts(const PlanChoice& choice) {
+// Ulysses, whose heads go over all ranks, has one block.
+bool ReadsParts(const PlanChoice& choice, int ranks) {
+  if (choice.head_split == ranks) return false;
   PlanChoice two = choice;
   two.parts = 2;
   return ChunkParts(two) != ChunkParts(choice);
@@ -214,12 +216,12 @@ bool ReadsParts(const PlanChoice& choice) {
 // for less, since its first part is there earlier, but not computed with in less time.
 constexpr size_t kKindsInParts = 3;
 
-std::vector<PlanCandidate> WorthParts(const std::vector<PlanCandidate>& candidates) {
+std::vector<PlanCandidate> WorthParts(const std::vector<PlanCandidate>& candidates, int ranks) {
   std::vector<PlanCandidate> worth;
   for (const PlanCandidate& candidate : candidates) {
     if (!candidate.refused.ok() || !candidate.simulated || worth.size() == kKindsInParts) break;
     const double computing = candidate.seconds - candidate.exposed_seconds;
-    if (!ReadsParts(candidate.choice) || computing > candidates[0].seconds * (1 - kWorthIt)) continue;
+    if (!ReadsParts(candidate.choice, ranks) || computing > candidates[0].seconds * (1 - kWorthIt)) continue;
     const bool known = std::any_of(worth.begin(), worth.end(),
                                    [&](const PlanCandidate& each) { return SameKind(each, candidate); });
     if (!known) worth.push_back(candidate);
@@ -228,8 +230,9 @@ std::vector<PlanCandidate> WorthParts(const std::vector<PlanCandidate>& candidat
 }
 
 // Of each the numbers of parts in order, as long as one makes it faster than the one before.
-void TryParts(const std::vector<int>& parts, Pricing* pricing, std::vector<PlanCandidate>* candidates) {
-  for (const PlanCandidate& whole : WorthParts(*candidates)) {
+void TryParts(const std::vector<int>& parts, int ranks, Pricing* pricing,
+              std::vector<PlanCandidate>* candidates) {
+  for (const PlanCandidate& whole : WorthParts(*candidates, ranks)) {
     double fastest = whole.seconds;
     for (const int count : parts) {
       const size_t before = candidates->size();
@@ -276,7 +279,7 @@ std::vector<PlanCandidate> RankPlans(const AttentionCase& layer, Pass pass, cons
   } else {
     Sort(&candidates);
   }
-  TryParts(options.parts, &pricing, &candidates);
+  TryParts(options.parts, ranks, &pricing, &candidates);
   return candidates;
 }
 

@@ -134,7 +134,7 @@ TEST_F(PlanCommands, ACalibratedProfilePredictsWhatBenchPlansMeasures) {
       Run(3, {"bench",    "plans",     "--json",      "--repeats", "1",          "--set",      "device=CPU",
               "--length", "50",        "--heads",     "3",         "--kv_heads", "1",          "--dim",
               "8",        "--profile", "m.textproto", "--svg",     "b.svg",      "--throttle", "5"}));
-  ASSERT_EQ(results.size(), 2 * AllChoices(3, 3).size());
+  ASSERT_GE(results.size(), 2 * AllChoices(3, 3).size());  // some in parts, too
   for (const nlohmann::json& result : results) {
     EXPECT_EQ(result["bytes_sent"], result["predicted_bytes"]) << result;
     EXPECT_LT(result["difference_to_one_rank"], 1e-5) << result;
