@@ -10,9 +10,6 @@
 namespace annulus {
 namespace {
 
-// Up to so many ranks of a sequence gather all states; more pass them on.
-constexpr int64_t kMostGatheringRanks = 8;
-
 bool KeepsNorms(Recompute recompute) { return recompute == Recompute::kNone; }
 bool KeepsProducts(Recompute recompute) {
   return recompute == Recompute::kNone || recompute == Recompute::kElementwise;

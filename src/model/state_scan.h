@@ -1,7 +1,14 @@
 #pragma once
 
 // The scan of a state-space layer over a sequence that is split over ranks: chunk states, the exchange of
-// segment states, output; and back. What a layer computes besides goes on while states travel.
+// segment states, output; and back. A product of the layer that knows nothing of states runs while they
+// travel: of its gate or queries in forward, of its output's weights in backward.
+//
+// The work inside chunks is not what hides them. One kernel makes y of it and of the states at the start of
+// chunks, which all depend on what arrives: to begin before, it would have to be followed by a second pass
+// over y and over those states. With 80 heads of 64, a state of 128 and a width of 2560, at 8192 tokens a rank
+// that pass moves 0.34 GB, some 80 us at the memory of an H200, and more with every token; what travels is
+// 5 MB to each other rank whatever the length, and the gate's product is 0.2 TFLOP, some 270 us.
 
 #include <functional>
 

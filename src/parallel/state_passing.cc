@@ -8,10 +8,6 @@
 namespace annulus {
 namespace {
 
-// Gathering moves all other segments' states past each rank, the scan log2 of their number; below so many
-// ranks one collective is the faster.
-constexpr int kMostGatheringRanks = 8;
-
 // Rows [begin, end) of the first dimension, without it.
 template <typename Ref>
 Ref Index(const Ref& tensor, int64_t i) {

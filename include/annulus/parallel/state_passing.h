@@ -33,6 +33,9 @@ std::vector<RowRange> SegmentsOf(AttentionGeometry& geometry);
 
 enum class StateOrder { kForward, kBackward };  // from earlier to later segments, or the other way round
 enum class StateMethod { kAuto, kGather, kScan };
+// Gathering moves all other segments' states past each rank, the scan log2 of their number; up to so many
+// ranks one collective is the faster: kAuto.
+inline constexpr int kMostGatheringRanks = 8;
 
 // One exchange of states; its memory is of ctx.scratch.
 class StatePassing {
