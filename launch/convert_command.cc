@@ -23,8 +23,8 @@ absl::StatusOr<LatentTransform> TransformFrom(const std::string& name) {
 }
 
 struct Data {
-  std::vector<std::vector<int32_t>> calibration;  // of the training split
-  std::vector<Sequence> measured;                 // of the validation split
+  std::vector<CalibrationSequence> calibration;  // of the training split
+  std::vector<Sequence> measured;                // of the validation split
 };
 
 absl::StatusOr<Data> ReadData(const RunSpec& spec, int64_t sequences) {
@@ -33,8 +33,13 @@ absl::StatusOr<Data> ReadData(const RunSpec& spec, int64_t sequences) {
   Data data;
   for (int64_t i = 0; i < sequences; ++i) {
     ANNULUS_ASSIGN_OR_RETURN(Sequence sequence, set->Train(i));
-    sequence.tokens.resize(static_cast<size_t>(sequence.length));
-    data.calibration.push_back(std::move(sequence.tokens));
+    const auto length = static_cast<size_t>(sequence.length);
+    CalibrationSequence& to = data.calibration.emplace_back();
+    to.tokens = std::move(sequence.tokens);
+    to.tokens.resize(length);
+    if (!spec.data.document_mask) continue;
+    to.document_starts = std::move(sequence.document_starts);
+    to.document_starts.resize(length);
   }
   const int64_t measured = std::min(kMeasuredSequences, set->validation_sequences());
   if (measured == 0) return Invalid("data: expected a validation split to measure perplexity on");

@@ -1,63 +1,55 @@
 #include "layer_inputs.h"
 
-#include <cstring>
+#include <numeric>
 
 #include "annulus/device/transfer.h"
-#include "annulus/model/decoder.h"
 
 namespace annulus {
-namespace {
 
-ModelSpec SpecBefore(ModelSpec spec, size_t layer) {
-  spec.layers.resize(layer);
-  spec.vocab_size = std::max(spec.vocab_size, spec.d_model);  // rows of the head
-  spec.tied_head = false;
-  return spec;
+LayerInputs::Stream::Stream(SequenceBatch sequence, DType dtype, int64_t d_model)
+    : geometry(SequenceLayout(LayoutKind::kContiguous, sequence.lengths[0], 1), MakeLoopbackGroup(1)[0]),
+      step{.geometry = geometry},
+      x(Device{}, dtype, {sequence.lengths[0], d_model}) {
+  geometry.SetBatch(std::move(sequence));
 }
 
-void CopyFront(ConstTensorRef from, TensorRef to) {
-  std::memcpy(to.raw(), from.raw(), static_cast<size_t>(std::min(from.bytes(), to.bytes())));
+LayerInputs::LayerInputs(const ModelSpec& spec, const ParamStore& params)
+    : spec_(spec), params_(params), ctx_(Device{}), decoder_(spec, Recompute::kBlock, params) {}
+
+absl::Status LayerInputs::Add(const CalibrationSequence& sequence) {
+  ANNULUS_CHECK(layer_ == 0) << "sequences come before layers";
+  SequenceBatch batch{
+      .batch = 1, .lengths = {static_cast<int64_t>(sequence.tokens.size())}, .document_starts = {}};
+  if (!sequence.document_starts.empty()) batch.document_starts = {sequence.document_starts};
+  streams_.push_back(
+      std::make_unique<Stream>(WithMetaTokens(spec_, std::move(batch)), params_.dtype(), spec_.d_model));
+  Stream& stream = *streams_.back();
+  std::vector<int32_t> tokens(static_cast<size_t>(spec_.meta_tokens));
+  std::iota(tokens.begin(), tokens.end(), static_cast<int32_t>(spec_.vocab_size));
+  tokens.insert(tokens.end(), sequence.tokens.begin(), sequence.tokens.end());
+  ArenaScope scope(ctx_.scratch);
+  const TensorRef rows = Upload<int32_t>(ctx_, ctx_.scratch, LocalTokens(spec_, params_.table(), tokens));
+  return decoder_.Embed(ctx_, stream.step, rows, stream.x.ref());
 }
 
-}  // namespace
-
-LayerInputs::LayerInputs(const ModelSpec& spec, const ParamStore& params, size_t layer)
-    : spec_(SpecBefore(spec, layer)),
-      params_(Device{}, params.dtype(), BuildParamTable(spec_), 1),
-      width_(spec.d_model) {
-  ANNULUS_CHECK(spec.meta_tokens == 0);
-  const ParamTable& from = params.table();
-  for (size_t i = 0; i < params_.table().params.size(); ++i) {
-    const std::string& name = params_.table().params[i].name;
-    const TensorRef to = params_.Value(static_cast<int>(i));
-    if (name == "head.weight") {
-      VisitFloat(to.dtype(), [&]<class T>() {
-        for (int64_t r = 0; r < width_; ++r) to.data<T>()[r * width_ + r] = 1;
-      });
-    } else if (name == "final_norm.weight") {
-      CopyFront(params.Value(from.IndexOf(absl::StrCat("layers.", layer, ".norm.weight"))), to);
-    } else {
-      CopyFront(params.Value(from.IndexOf(name)), to);  // of the embedding, rows that are more stay zero
+absl::Status LayerInputs::AdvanceTo(size_t layer) {
+  ANNULUS_CHECK(layer_ <= layer) << "layer " << layer << " comes before " << layer_;
+  for (; layer_ < layer; ++layer_) {
+    for (const std::unique_ptr<Stream>& stream : streams_) {
+      ANNULUS_RETURN_IF_ERROR(decoder_.Advance(ctx_, stream->step, layer_, stream->x.ref()));
     }
   }
+  return absl::OkStatus();
 }
 
-absl::StatusOr<Dense> LayerInputs::Of(const std::vector<int32_t>& tokens) const {
-  const auto length = static_cast<int64_t>(tokens.size());
-  Context ctx{Device{}};
-  Decoder decoder(spec_, Recompute::kBlock, params_);
-  AttentionGeometry geometry(SequenceLayout(LayoutKind::kContiguous, length, 1), MakeLoopbackGroup(1)[0]);
-  geometry.SetBatch({.batch = 1, .lengths = {length}, .document_starts = {}});
-  ModelStep step{.geometry = geometry};
-  const Tensor logits(Device{}, params_.dtype(), {length, spec_.vocab_size});
-  const TensorRef local = Upload<int32_t>(ctx, ctx.scratch, LocalTokens(spec_, params_.table(), tokens));
-  ANNULUS_RETURN_IF_ERROR(decoder.Logits(ctx, step, local, 0, logits.ref()));
-  Dense inputs = Dense::Zeros(length, width_);
-  VisitFloat(params_.dtype(), [&]<class T>() {
-    for (int64_t r = 0; r < length; ++r) {
-      std::copy_n(logits.ref().data<T>() + r * spec_.vocab_size, width_, inputs.row(r));
-    }
-  });
+absl::StatusOr<Dense> LayerInputs::Of(size_t sequence) {
+  const TensorRef x = streams_[sequence]->x.ref();
+  ArenaScope scope(ctx_.scratch);
+  const TensorRef normed = ctx_.scratch.Allocate(x.dtype(), x.shape());
+  ANNULUS_RETURN_IF_ERROR(decoder_.NormedInput(ctx_, layer_, x, normed));
+  Dense inputs = Dense::Zeros(x.dim(0), x.dim(1));
+  VisitFloat(x.dtype(),
+             [&]<class T>() { std::copy_n(normed.data<T>(), normed.elements(), inputs.values.begin()); });
   return inputs;
 }
 

@@ -31,7 +31,7 @@ Dense Read(const ParamStore& params, const std::string& name) {
   return matrix;
 }
 
-void Write(const Dense& matrix, const std::string& name, ParamStore& params) {
+void Assign(const Dense& matrix, const std::string& name, ParamStore& params) {
   const TensorRef value = params.Value(params.table().IndexOf(name));
   ANNULUS_CHECK(value.elements() == matrix.rows * matrix.columns) << name;
   VisitFloat(value.dtype(), [&]<class T>() {
@@ -81,9 +81,15 @@ Dense Hadamard(int64_t r, const RandomStream& signs) {
   return u;
 }
 
+// What a layer sees of a sequence.
+struct Seen {
+  Dense x;                     // normed input, [tokens, d_model]
+  std::vector<KeyRange> keys;  // of each token's query
+};
+
 class LayerConversion {
  public:
-  LayerConversion(const ModelSpec& spec, const TplaOptions& options, Layer layer, std::vector<Dense> inputs)
+  LayerConversion(const ModelSpec& spec, const TplaOptions& options, Layer layer, std::vector<Seen> inputs)
       : latent_(spec.latent),
         options_(options),
         width_(spec.latent.kv_rank / options.groups),
@@ -111,15 +117,15 @@ class LayerConversion {
   }
 
   void Store(const std::string& prefix, ParamStore& params) const {
-    Write(layer_.kv_down, prefix + "kv_down.weight", params);
-    Write({latent_.kv_rank, 1, std::vector<double>(static_cast<size_t>(latent_.kv_rank), 1.0)},
+    Assign(layer_.kv_down, prefix + "kv_down.weight", params);
+    Assign({latent_.kv_rank, 1, std::vector<double>(static_cast<size_t>(latent_.kv_rank), 1.0)},
           prefix + "kv_norm.weight", params);
     for (int64_t b = 0; b < options_.groups; ++b) {
       Dense part = Dense::Zeros(layer_.kv_up.rows, width_);
       for (int64_t row = 0; row < part.rows; ++row) {
         std::copy_n(layer_.kv_up.row(row) + b * width_, width_, part.row(row));
       }
-      Write(part, absl::StrCat(prefix, "kv_up.", b, ".weight"), params);
+      Assign(part, absl::StrCat(prefix, "kv_up.", b, ".weight"), params);
     }
   }
 
@@ -128,8 +134,8 @@ class LayerConversion {
 
   Dense SecondMoments() const {
     Dense moments = Dense::Zeros(latent_.kv_rank, latent_.kv_rank);
-    for (const Dense& inputs : inputs_) {
-      const Dense columns = Transposed(Normed(Latents(inputs)));
+    for (const Seen& inputs : inputs_) {
+      const Dense columns = Transposed(Normed(Latents(inputs.x)));
       const Dense of_sequence = TimesTransposed(columns, columns);
       for (size_t i = 0; i < moments.values.size(); ++i) moments.values[i] += of_sequence.values[i];
     }
@@ -153,8 +159,8 @@ class LayerConversion {
   void ScaleParts() {
     std::vector<double> sums(static_cast<size_t>(options_.groups));
     double tokens = 0;
-    for (const Dense& inputs : inputs_) {
-      const Dense latents = Latents(inputs);
+    for (const Seen& inputs : inputs_) {
+      const Dense latents = Latents(inputs.x);
       for (int64_t t = 0; t < latents.rows; ++t) {
         const double whole = Rms(latents.row(t), latent_.kv_rank);
         for (int64_t b = 0; b < options_.groups; ++b) {
@@ -184,8 +190,8 @@ class LayerConversion {
   void ScaleKeys() {
     const int64_t parts = options_.groups;
     Dense with = Dense::Zeros(latent_.heads, parts), own = with;
-    for (const Dense& inputs : inputs_) {
-      const Dense latents = Latents(inputs), queries = Queries(inputs);
+    for (const Seen& inputs : inputs_) {
+      const Dense latents = Latents(inputs.x), queries = Queries(inputs.x);
       Dense keys = latents;  // each part normed alone
       const Dense whole = Normed(latents);
       for (int64_t t = 0; t < keys.rows; ++t) {
@@ -194,9 +200,10 @@ class LayerConversion {
           for (int64_t c = b * width_; c < (b + 1) * width_; ++c) keys(t, c) /= rms;
         }
       }
-      const int64_t stride = std::max<int64_t>(1, inputs.rows / kMostQueries);
-      for (int64_t t = stride; t < inputs.rows; t += stride) {
-        for (int64_t h = 0; h < latent_.heads; ++h) AddScores({queries, whole, keys}, t, h, &with, &own);
+      const Scored scored{queries, whole, keys, inputs.keys};
+      const int64_t stride = std::max<int64_t>(1, latents.rows / kMostQueries);
+      for (int64_t t = stride; t < latents.rows; t += stride) {
+        for (int64_t h = 0; h < latent_.heads; ++h) AddScores(scored, t, h, &with, &own);
       }
     }
     ScaleRows(0, latent_.nope_dim,
@@ -205,6 +212,7 @@ class LayerConversion {
 
   struct Scored {
     const Dense &queries, &whole, &keys;
+    const std::vector<KeyRange>& visible;
   };
   void AddScores(const Scored& of, int64_t t, int64_t h, Dense* with, Dense* own) const {
     const int64_t parts = options_.groups, r = latent_.kv_rank;
@@ -218,14 +226,16 @@ class LayerConversion {
         plain[static_cast<size_t>(c)] += q[i] * unscaled[c];
       }
     }
-    const auto keys = t + 1;
+    const KeyRange visible = of.visible[static_cast<size_t>(t)];
+    const int64_t keys = visible.hi - visible.lo;
     Dense scores = Dense::Zeros(parts + 1, keys);  // of each part, and the whole
     for (int64_t k = 0; k < keys; ++k) {
+      const double *own_key = of.keys.row(visible.lo + k), *whole_key = of.whole.row(visible.lo + k);
       for (int64_t b = 0; b < parts; ++b) {
-        scores(b, k) = std::inner_product(of.keys.row(k) + b * width_, of.keys.row(k) + (b + 1) * width_,
+        scores(b, k) = std::inner_product(own_key + b * width_, own_key + (b + 1) * width_,
                                           scaled.begin() + b * width_, 0.0);
       }
-      scores(parts, k) = std::inner_product(of.whole.row(k), of.whole.row(k) + r, plain.begin(), 0.0);
+      scores(parts, k) = std::inner_product(whole_key, whole_key + r, plain.begin(), 0.0);
     }
     for (int64_t row = 0; row <= parts; ++row) {
       const double mean =
@@ -243,18 +253,27 @@ class LayerConversion {
   int64_t width_;  // of a part
   Layer layer_;
   Dense unscaled_;  // kv_up, before parts were scaled
-  std::vector<Dense> inputs_;
+  std::vector<Seen> inputs_;
 };
+
+// What a branch of the layer that `inputs` have advanced to sees.
+absl::StatusOr<std::vector<Seen>> SeenBy(const BranchSpec& branch, LayerInputs& inputs) {
+  std::vector<Seen> all;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    Seen& seen = all.emplace_back();
+    ANNULUS_ASSIGN_OR_RETURN(seen.x, inputs.Of(i));
+    for (int64_t t = 0; t < seen.x.rows; ++t) {
+      seen.keys.push_back(VisibleKeys(inputs.Masks(i), branch.window, 0, t));
+    }
+  }
+  return all;
+}
 
 }  // namespace
 
 absl::StatusOr<ModelSpec> TplaSpec(const ModelSpec& spec, const TplaOptions& options) {
   if (!Uses(spec, BranchKind::kLatentAttention)) {
     return Invalid("model.pattern: no layer has latent attention (T); there is nothing to convert");
-  }
-  if (spec.meta_tokens > 0) return Invalid("model.pattern: meta=", spec.meta_tokens, ": expected none");
-  if (Uses(spec, BranchKind::kLightning)) {  // whose decays are not those of the layers below T alone
-    return Invalid("model.pattern: expected no lightning attention (L) beside T in a model to convert");
   }
   const int64_t rank = spec.latent.kv_rank;
   if (options.groups < 1 || rank % options.groups != 0) {
@@ -278,27 +297,29 @@ absl::StatusOr<ModelSpec> TplaSpec(const ModelSpec& spec, const TplaOptions& opt
   return converted;
 }
 
-absl::StatusOr<std::unique_ptr<ParamStore>> ConvertToTpla(
-    const ModelSpec& spec, const ParamStore& params, const TplaOptions& options,
-    const std::vector<std::vector<int32_t>>& sequences) {
+absl::StatusOr<std::unique_ptr<ParamStore>> ConvertToTpla(const ModelSpec& spec, const ParamStore& params,
+                                                          const TplaOptions& options,
+                                                          const std::vector<CalibrationSequence>& sequences) {
   ANNULUS_ASSIGN_OR_RETURN(const ModelSpec converted, TplaSpec(spec, options));
   auto result = std::make_unique<ParamStore>(Device{}, params.dtype(), BuildParamTable(converted), 1);
   for (const ParamInfo& info : result->table().params) {
     const bool split = info.name.find(".latent.kv_up.") != std::string::npos;
-    if (!split) Write(Read(params, info.name), info.name, *result);
+    if (!split) Assign(Read(params, info.name), info.name, *result);
+  }
+  LayerInputs inputs(spec, params);
+  const bool calibrated = options.transform != LatentTransform::kNone;
+  for (size_t s = 0; calibrated && s < sequences.size(); ++s) {
+    ANNULUS_RETURN_IF_ERROR(inputs.Add(sequences[s]));
   }
   std::set<std::string> done;  // tied layers have one set of parameters
   for (size_t i = 0; i < spec.layers.size(); ++i) {
     for (size_t b = 0; b < spec.layers[i].branches.size(); ++b) {
+      const BranchSpec& branch = spec.layers[i].branches[b];
       const std::string prefix = ParamPrefix(spec, i, b);
-      if (spec.layers[i].branches[b].kind != BranchKind::kLatentAttention || !done.insert(prefix).second)
-        continue;
-      const LayerInputs layer_inputs(spec, params, i);
-      std::vector<Dense> inputs;
-      for (const std::vector<int32_t>& tokens : sequences) {
-        ANNULUS_ASSIGN_OR_RETURN(inputs.emplace_back(), layer_inputs.Of(tokens));
-      }
-      LayerConversion conversion(spec, options, ReadLayer(spec, params, prefix), std::move(inputs));
+      if (branch.kind != BranchKind::kLatentAttention || !done.insert(prefix).second) continue;
+      ANNULUS_RETURN_IF_ERROR(inputs.AdvanceTo(i));
+      ANNULUS_ASSIGN_OR_RETURN(std::vector<Seen> seen, SeenBy(branch, inputs));
+      LayerConversion conversion(spec, options, ReadLayer(spec, params, prefix), std::move(seen));
       conversion.Run(RandomStream(options.seed, "tpla/" + prefix));
       conversion.Store(prefix, *result);
     }

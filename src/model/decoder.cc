@@ -226,6 +226,14 @@ absl::Status Decoder::Embed(Context& ctx, ModelStep& step, ConstTensorRef tokens
   return sum.Finish(ctx);
 }
 
+absl::Status Decoder::Advance(Context& ctx, ModelStep& step, size_t layer, TensorRef x) {
+  return LayerForward(ctx, step, layers_[layer], x, Keep::kNothing, x);
+}
+
+absl::Status Decoder::NormedInput(Context& ctx, size_t layer, ConstTensorRef x, TensorRef normed) const {
+  return RmsNormForward(ctx, x, layers_[layer].norm, eps_, normed);
+}
+
 // The residual stream after the last layer; without backward one buffer serves all layers.
 absl::StatusOr<TensorRef> Decoder::Trunk(Context& ctx, ModelStep& step, ConstTensorRef tokens, Keep keep,
                                          const BucketHooks& hooks) {

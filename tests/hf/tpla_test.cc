@@ -4,20 +4,25 @@
 #include "annulus/train/tpla.h"
 
 #include "../../src/hf/dense.h"
-#include "model/mesh_run.h"
+#include "model/named_specs.h"
 
 namespace annulus::testing {
 namespace {
 
-ModelSpec LatentSpecOf(const std::string& pattern, int64_t kv_rank = 8, int64_t q_rank = 10) {
-  ModelSpec spec = SmallSpec({});
+ModelSpec LatentSpecOf(const std::string& text, int64_t kv_rank = 8, int64_t q_rank = 10) {
+  ModelSpec spec = WithStates(2, 3, SmallSpec({}));
   spec.latent = {.heads = 2, .q_rank = q_rank, .kv_rank = kv_rank, .nope_dim = 6, .rope_dim = 4, .v_dim = 5};
-  spec.layers = ParsePattern(pattern, {}).value().layers;
+  Pattern pattern = ParsePattern(text, {}).value();
+  spec.layers = std::move(pattern.layers), spec.meta_tokens = pattern.meta_tokens;
   return spec;
 }
 
-std::vector<std::vector<int32_t>> Sequences(const ModelSpec& spec) {
-  return RandomBatch(spec, {.length = 33, .batch = 3}).tokens;
+std::vector<CalibrationSequence> Sequences(const ModelSpec& spec) {
+  std::vector<CalibrationSequence> sequences;
+  for (std::vector<int32_t>& tokens : RandomBatch(spec, {.length = 33, .batch = 3}).tokens) {
+    sequences.push_back({.tokens = std::move(tokens)});
+  }
+  return sequences;
 }
 
 std::vector<double> LogitsWith(const ModelSpec& spec, const ParamStore& params) {
@@ -64,13 +69,81 @@ void ScaleRows(ParamStore& params, const std::string& suffix, Fn&& factor) {
 }
 
 TEST(TplaTest, OneBranchIsTheSameModel) {
-  for (const int64_t q_rank : {0, 10}) {
-    const Converted model(LatentSpecOf("(T -)^2 A", 8, q_rank), [](ParamStore&) {});
-    for (const LatentTransform transform :
-         {LatentTransform::kNone, LatentTransform::kHadamard, LatentTransform::kPca}) {
-      EXPECT_LE(model.Error({.groups = 1, .transform = transform, .seed = 3}), 1e-12);
+  for (const std::string pattern : {"(T -)^2 A", "L T{w=5} - M T", "meta=3 A T A{kv=@-2} T"}) {
+    for (const int64_t q_rank : {0, 10}) {
+      const Converted model(LatentSpecOf(pattern, 8, q_rank), [](ParamStore&) {});
+      for (const LatentTransform transform :
+           {LatentTransform::kNone, LatentTransform::kHadamard, LatentTransform::kPca}) {
+        EXPECT_LE(model.Error({.groups = 1, .transform = transform, .seed = 3}), 1e-12) << pattern;
+      }
     }
   }
+}
+
+// Parameters of a random model converted with these sequences.
+std::unique_ptr<ParamStore> ConvertedWith(const ModelSpec& spec,
+                                          const std::vector<CalibrationSequence>& sequences) {
+  ParamStore params(Device{}, DType::kF64, BuildParamTable(spec), 1);
+  FillRandom(params);
+  return ConvertToTpla(spec, params, {.groups = 2}, sequences).value();
+}
+
+// Of all parameters, relative to the largest of each.
+double Distance(const ParamStore& got, const ParamStore& want) {
+  double worst = 0;
+  for (size_t i = 0; i < want.table().params.size(); ++i) {
+    const TensorRef a = got.Value(static_cast<int>(i)), b = want.Value(static_cast<int>(i));
+    const auto values = [](TensorRef t) {
+      return std::vector<double>(t.data<double>(), t.data<double>() + t.elements());
+    };
+    worst = std::max(worst, RelativeDifference(values(a), values(b)));
+  }
+  return worst;
+}
+
+TEST(TplaTest, DocumentsAreCalibratedWithAsSequencesOfTheirOwn) {
+  const ModelSpec spec = LatentSpecOf("T - M T{w=6} L T");
+  CalibrationSequence together, unmasked;
+  std::vector<CalibrationSequence> apart(3);
+  const std::vector<int32_t> tokens = Sequences(spec)[0].tokens;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const size_t document = i < 7 ? 0 : i < 20 ? 1 : 2;
+    apart[document].tokens.push_back(tokens[i]);
+    together.document_starts.push_back(document == 0 ? 0 : document == 1 ? 7 : 20);
+  }
+  together.tokens = unmasked.tokens = tokens;
+  const auto want = ConvertedWith(spec, apart);
+  EXPECT_LE(Distance(*ConvertedWith(spec, {together}), *want), 1e-9);
+  EXPECT_GT(Distance(*ConvertedWith(spec, {unmasked}), *want), 1e-3);
+}
+
+// A query that sees one key has nothing to weigh keys by: they are scaled as values are, but for the factor
+// that makes a mean of the parts' sum.
+TEST(TplaTest, KeysThatAWindowHidesCountForNothing) {
+  const auto difference_of_rows = [](const std::string& pattern) {
+    const ModelSpec spec = LatentSpecOf(pattern);
+    ParamStore params(Device{}, DType::kF64, BuildParamTable(spec), 1);
+    FillRandom(params);
+    const auto up = [&](const ParamStore& of, const std::string& part) {
+      return of.Value(of.table().IndexOf(absl::StrCat("layers.0.latent.kv_up.", part, ".weight")));
+    };
+    const TensorRef all = up(params, "0");  // the first head's first key and value alike
+    std::memcpy(all.Rows(spec.latent.nope_dim, spec.latent.nope_dim + 1).raw(), all.Rows(0, 1).raw(),
+                static_cast<size_t>(all.dim(1)) * sizeof(double));
+    const auto converted = ConvertToTpla(spec, params, {.groups = 2}, Sequences(spec)).value();
+    double worst = 0;
+    for (const char* part : {"0", "1"}) {
+      const TensorRef rows = up(*converted, part);
+      for (int64_t c = 0; c < rows.dim(1); ++c) {
+        const double key = rows.data<double>()[c],
+                     value = rows.data<double>()[spec.latent.nope_dim * rows.dim(1) + c];
+        worst = std::max(worst, std::abs(2 * key - value) / std::abs(value));
+      }
+    }
+    return worst;
+  };
+  EXPECT_LE(difference_of_rows("T{w=1}"), 1e-12);
+  EXPECT_GT(difference_of_rows("T{w=2}"), 1e-3);
 }
 
 // Keys by position only, and two halves of a latent that are equal: nothing is left to approximate.
@@ -124,8 +197,6 @@ TEST(TplaTest, RefusesWhatItCannotConvert) {
   };
   EXPECT_EQ(message(LatentSpecOf("A -"), {}),
             "model.pattern: no layer has latent attention (T); there is nothing to convert");
-  EXPECT_EQ(message(LatentSpecOf("L T -"), {}),
-            "model.pattern: expected no lightning attention (L) beside T in a model to convert");
   EXPECT_EQ(message(LatentSpecOf("T{g=2} -"), {}),
             "model.pattern: g=2: expected g=1 in every layer of latent attention");
   EXPECT_EQ(message(LatentSpecOf("T -", 9), {.groups = 2}),

@@ -63,6 +63,13 @@ class Decoder {
   // group. For sampling and tests: not in chunks.
   absl::Status Logits(Context& ctx, ModelStep& step, ConstTensorRef tokens, int64_t first, TensorRef logits);
 
+  // For what looks into layers, without backward: x is the residual stream, [tokens / tp, d_model]. Embed
+  // begins it, Advance takes it through a layer in place; keys and values for later layers stay in ctx.saved.
+  absl::Status Embed(Context& ctx, ModelStep& step, ConstTensorRef tokens, TensorRef x);
+  absl::Status Advance(Context& ctx, ModelStep& step, size_t layer, TensorRef x);
+  // What the branches of a layer see.   normed: as x, overwritten
+  absl::Status NormedInput(Context& ctx, size_t layer, ConstTensorRef x, TensorRef normed) const;
+
  private:
   struct Branch {
     std::unique_ptr<SequenceMixer> mixer;
@@ -81,7 +88,6 @@ class Decoder {
 
   static Layer MakeLayer(const ModelSpec& spec, size_t index, const ParamStore& params);
   absl::Status ForShared(const std::function<absl::Status(int)>& hook) const;
-  absl::Status Embed(Context& ctx, ModelStep& step, ConstTensorRef tokens, TensorRef x);
   absl::StatusOr<TensorRef> Trunk(Context& ctx, ModelStep& step, ConstTensorRef tokens, Keep keep,
                                   const BucketHooks& hooks);
   LinearCrossEntropy LossArgs(Context& ctx, const ModelStep& step, ConstTensorRef normed,

@@ -17,6 +17,7 @@
 // so that its scores are nearly the whole ones, and what the other parts add to the output is small.
 
 #include <memory>
+#include <vector>
 
 #include "annulus/model/params.h"
 
@@ -37,9 +38,16 @@ struct TplaOptions {
 // The same model with `groups` branches in every layer of latent attention, which have one now.
 absl::StatusOr<ModelSpec> TplaSpec(const ModelSpec& spec, const TplaOptions& options);
 
-// Its parameters.   params: on the CPU, whole; sequences: tokens to calibrate with
+// A sequence to calibrate with, meta tokens left out.
+struct CalibrationSequence {
+  std::vector<int32_t> tokens;
+  // Position at which each token's document starts, which attention keeps inside of; empty: it does not.
+  std::vector<int64_t> document_starts = {};
+};
+
+// Its parameters.   params: on the CPU, whole
 absl::StatusOr<std::unique_ptr<ParamStore>> ConvertToTpla(const ModelSpec& spec, const ParamStore& params,
                                                           const TplaOptions& options,
-                                                          const std::vector<std::vector<int32_t>>& sequences);
+                                                          const std::vector<CalibrationSequence>& sequences);
 
 }  // namespace annulus
