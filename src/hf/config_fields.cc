@@ -158,4 +158,19 @@ const T& Cached(HfClass of, T (*make)(HfClass)) {
 const Fields& FieldsOf(HfClass of) { return Cached(of, MakeFields); }
 const std::vector<HfFixed>& FixedOf(HfClass of) { return Cached(of, MakeFixed); }
 
+std::string NemotronPattern(const ModelSpec& spec) {
+  std::string letters;
+  for (const LayerSpec& layer : spec.layers) {
+    for (const NemotronLetter& known : kNemotronLetters) {
+      if (layer.branches[0].kind == known.kind) letters += known.letter;
+    }
+  }
+  return letters;
+}
+
+absl::Status Unexpected(absl::string_view field, const json& value, absl::string_view expected) {
+  return Invalid("config.json: ", field, "=", value.dump(-1, ' ', true, json::error_handler_t::replace),
+                 ": expected ", expected);
+}
+
 }  // namespace annulus

@@ -30,4 +30,16 @@ struct HfFixed {
 };
 const std::vector<HfFixed>& FixedOf(HfClass of);
 
+// Layers of a NemotronH as its letters: "M-M*-".
+struct NemotronLetter {
+  BranchKind kind;
+  char letter;
+};
+inline constexpr NemotronLetter kNemotronLetters[] = {
+    {BranchKind::kMamba, 'M'}, {BranchKind::kAttention, '*'}, {BranchKind::kMlp, '-'}};
+std::string NemotronPattern(const ModelSpec& spec);
+
+// InvalidArgument: "config.json: field=value: expected ...".
+absl::Status Unexpected(absl::string_view field, const nlohmann::json& value, absl::string_view expected);
+
 }  // namespace annulus

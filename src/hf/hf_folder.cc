@@ -1,5 +1,6 @@
 // Reads a folder: configuration, one file of weights or several with their index.
 
+#include <cstring>
 #include <set>
 
 #include "annulus/base/file.h"
@@ -13,6 +14,7 @@ namespace {
 using nlohmann::json;
 
 constexpr int kIndexDepth = 4;
+constexpr char kHead[] = "lm_head.weight";
 
 // Names of the files of weights.
 absl::StatusOr<std::set<std::string>> ShardNames(const std::string& directory) {
@@ -54,7 +56,9 @@ struct HfFolder::Contents {
       const absl::StatusOr<ConstTensorRef> found = file.Find(name);
       if (found.ok()) return found;
     }
-    return absl::NotFoundError(absl::StrCat(directory, ": tensor \"", name, "\" is in no file of weights"));
+    const absl::string_view why = name == kHead ? ": expected it, as tie_word_embeddings=false says" : "";
+    return absl::NotFoundError(
+        absl::StrCat(directory, ": tensor \"", name, "\" is in no file of weights", why));
   }
 };
 
@@ -101,11 +105,15 @@ absl::Status HfFolder::CheckTensors() const {
         found.dtype() == DType::kF32 || found.dtype() == DType::kF64 || found.dtype() == DType::kBF16;
     if (!floating || !(found.shape() == tensor.shape)) {
       return Invalid(contents_->directory, ": tensor \"", tensor.name, "\" is ", Name(found.dtype()), " ",
-                     ToString(found.shape()), ": expected bf16, f32 or f64 ", ToString(tensor.shape));
+                     ToString(found.shape()), ": expected bf16, f32 or f64 ", ToString(tensor.shape),
+                     ", as config.json says");
     }
     expected.insert(tensor.name);
   }
-  if (spec_.tied_head) expected.insert("lm_head.weight");  // some writers repeat it
+  if (spec_.tied_head) {
+    ANNULUS_RETURN_IF_ERROR(CheckTiedHead());
+    expected.insert(kHead);
+  }
   for (const SafetensorsFile& file : contents_->files) {
     for (const NamedTensor& tensor : file.tensors()) {
       if (expected.count(tensor.name) > 0) continue;
@@ -114,6 +122,20 @@ absl::Status HfFolder::CheckTensors() const {
     }
   }
   return absl::OkStatus();
+}
+
+// Some writers repeat the embedding as the head.
+absl::Status HfFolder::CheckTiedHead() const {
+  const absl::StatusOr<ConstTensorRef> head = contents_->Find(kHead);
+  if (absl::IsNotFound(head.status())) return absl::OkStatus();
+  ANNULUS_RETURN_IF_ERROR(head.status());
+  const std::string& name = contents_->tensors[contents_->places.at("embed.weight").tensor].name;
+  ANNULUS_ASSIGN_OR_RETURN(const ConstTensorRef embedding, contents_->Find(name));
+  const bool same = head->dtype() == embedding.dtype() && head->shape() == embedding.shape() &&
+                    std::memcmp(head->raw(), embedding.raw(), static_cast<size_t>(embedding.bytes())) == 0;
+  if (same) return absl::OkStatus();
+  return Invalid(contents_->directory, ": tensor \"", kHead, "\" differs from \"", name,
+                 "\": expected the same, as tie_word_embeddings=true says");
 }
 
 absl::StatusOr<Tensor> HfFolder::Read(const ParamInfo& info, DType dtype) const {

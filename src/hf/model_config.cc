@@ -8,6 +8,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "agreement.h"
 #include "checkpoint/strict_json.h"
 #include "config_fields.h"
 #include "rope_config.h"
@@ -21,8 +22,6 @@ constexpr int kConfigDepth = 16;
 constexpr char kInfinity[] = "Infinity";  // as Python writes it, without quotes
 constexpr int64_t kAbsentLength = 2048;   // classes without positions name no length
 
-const std::pair<BranchKind, char> kNemotronLetters[] = {
-    {BranchKind::kMamba, 'M'}, {BranchKind::kAttention, '*'}, {BranchKind::kMlp, '-'}};
 // Names of the same in layers_block_type: of today and of before.
 struct BlockType {
   const char* name;
@@ -34,11 +33,6 @@ constexpr BlockType kBlockTypes[] = {
 bool HasTimeStepLimit(HfClass of) {
   return of == HfClass::kMamba2 || of == HfClass::kNemotronH || of == HfClass::kFalconH1 ||
          of == HfClass::kAnnulus;
-}
-
-absl::Status Unexpected(absl::string_view field, const json& value, absl::string_view expected) {
-  return Invalid("config.json: ", field, "=", value.dump(-1, ' ', true, json::error_handler_t::replace),
-                 ": expected ", expected);
 }
 
 // ---- export
@@ -72,16 +66,9 @@ void WriteOwn(HfClass of, const ModelSpec& spec, json* to) {
     case HfClass::kMamba2:
       config["expand"] = inner / spec.d_model;
       break;
-    case HfClass::kNemotronH: {
-      std::string letters;
-      for (const LayerSpec& layer : spec.layers) {
-        for (const auto& [kind, letter] : kNemotronLetters) {
-          if (layer.branches[0].kind == kind) letters += letter;
-        }
-      }
-      config["hybrid_override_pattern"] = letters;
+    case HfClass::kNemotronH:
+      config["hybrid_override_pattern"] = NemotronPattern(spec);
       break;
-    }
     case HfClass::kFalconH1:
       config["mamba_d_ssm"] = inner;
       break;
@@ -242,8 +229,9 @@ absl::Status ReadOwn(const json& config, HfConfig* to) {
             "first_k_dense_replace", dense,
             absl::StrCat("at least num_hidden_layers=", layers / 2, ": experts are not supported"));
       }
-      to->pairs = config.value("rope_interleave", json(true)) == json(false) ? RopePairs::kHalves
-                                                                             : RopePairs::kInterleaved;
+      const json interleave = config.value("rope_interleave", json(true));
+      if (!interleave.is_boolean()) return Unexpected("rope_interleave", interleave, "true or false");
+      to->pairs = interleave.get<bool>() ? RopePairs::kInterleaved : RopePairs::kHalves;
       break;
     }
     case HfClass::kAnnulus: {
@@ -307,8 +295,13 @@ absl::StatusOr<HfConfig> ReadHfConfig(const json& config) {
   }
   ANNULUS_ASSIGN_OR_RETURN(read.spec.layers, ReadLayers(read.of, config, theta));
   ANNULUS_RETURN_IF_ERROR(ReadOwn(config, &read));
+  if (read.spec.kv_heads > 0 && read.spec.heads % read.spec.kv_heads != 0) {
+    return Unexpected("num_key_value_heads", read.spec.kv_heads,
+                      absl::StrCat("a divisor of num_attention_heads=", read.spec.heads));
+  }
   ANNULUS_RETURN_IF_ERROR(Prefixed(Validate(read.spec), "config.json: "));
   if (const std::string misfits = Misfits(read.of, read.spec); !misfits.empty()) return Invalid(misfits);
+  ANNULUS_RETURN_IF_ERROR(CheckAgreement(read, config));
   return read;
 }
 

@@ -15,6 +15,8 @@ std::string Number(double value) {
   return std::string(text, end);
 }
 
+constexpr char kMlp[] = "-";
+
 // What layers take where the pattern says nothing.
 struct Thetas {
   std::optional<double> attention, latent;
@@ -63,6 +65,37 @@ std::string UnitText(const LayerSpec& layer, const Thetas& thetas) {
   return attributes.empty() ? text : absl::StrCat(text, "{", absl::StrJoin(attributes, ","), "}");
 }
 
+// Units that stand several times in a row, from one place on.
+struct Run {
+  size_t period = 1, times = 1;
+  size_t covered() const { return period * times; }
+};
+// The one that covers most, of those that cover as much the one of the shortest period.
+Run LongestRun(absl::Span<const std::string> units) {
+  Run longest;
+  for (size_t period = 1; 2 * period <= units.size() && longest.covered() < units.size(); ++period) {
+    size_t same = period;
+    while (same < units.size() && units[same] == units[same - period]) ++same;
+    const Run run{period, same / period};
+    if (run.times > 1 && run.covered() > longest.covered()) longest = run;
+    if (units[0] == kMlp) break;  // a block of several begins with what mixes tokens
+  }
+  return longest;
+}
+
+// "(M -)^3 T - A": repetitions as groups, those inside of groups too.
+std::string Grouped(absl::Span<const std::string> units) {
+  std::vector<std::string> items;
+  for (size_t at = 0; at < units.size();) {
+    const Run run = LongestRun(units.subspan(at));
+    std::string item = run.period == 1 ? units[at] : Grouped(units.subspan(at, run.period));
+    if (run.period > 1) item = absl::StrCat("(", item, ")");
+    items.push_back(run.times == 1 ? item : absl::StrCat(item, "^", run.times));
+    at += run.covered();
+  }
+  return absl::StrJoin(items, " ");
+}
+
 std::string Position(std::optional<double> theta) {
   return theta.has_value() ? absl::StrCat("rope_theta: ", Number(*theta)) : "rope: NONE";
 }
@@ -92,19 +125,8 @@ std::string PatternText(const ModelSpec& spec) {
   const Thetas thetas = ThetasOf(spec);
   std::vector<std::string> units;
   for (const LayerSpec& layer : spec.layers) units.push_back(UnitText(layer, thetas));
-  size_t period = 1;
-  const auto repeats = [&](size_t n) {
-    if (units.size() % n != 0) return false;
-    for (size_t i = n; i < units.size(); ++i) {
-      if (units[i] != units[i - n]) return false;
-    }
-    return true;
-  };
-  while (period < units.size() && !repeats(period)) ++period;
-  const std::string meta = spec.meta_tokens > 0 ? absl::StrCat("meta=", spec.meta_tokens, " ") : "";
-  const std::string block = absl::StrJoin(units.begin(), units.begin() + static_cast<ptrdiff_t>(period), " ");
-  if (period == units.size()) return meta + block;
-  return absl::StrCat(meta, "(", block, ")^", units.size() / period);
+  return absl::StrCat(spec.meta_tokens > 0 ? absl::StrCat("meta=", spec.meta_tokens, " ") : "",
+                      Grouped(units));
 }
 
 std::string ModelText(const ModelSpec& spec) {

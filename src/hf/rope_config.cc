@@ -1,6 +1,6 @@
 #include "rope_config.h"
 
-#include "checkpoint/strict_json.h"
+#include "config_fields.h"
 
 namespace annulus {
 namespace {
@@ -30,11 +30,6 @@ const std::vector<Number>& NumbersOf(RopeScalingKind kind) {
   return kind == RopeScalingKind::kLlama3 ? llama3 : yarn;
 }
 
-absl::Status Unexpected(absl::string_view field, const json& value, absl::string_view expected) {
-  return Invalid("config.json: ", field, "=", value.dump(-1, ' ', true, json::error_handler_t::replace),
-                 ": expected ", expected);
-}
-
 json NumberJson(double value) {
   const auto whole = static_cast<int64_t>(value);
   return static_cast<double>(whole) == value ? json(whole) : json(value);
@@ -42,6 +37,9 @@ json NumberJson(double value) {
 
 absl::Status ReadScaling(const json& from, RopeScaling* scaling) {
   const json type = from.value("rope_type", from.value("type", json("default")));
+  if (const json older = from.value("type", type); older != type) {
+    return Unexpected("type", older, absl::StrCat(type.dump(), ", as rope_type says"));
+  }
   if (type == json("default")) return absl::OkStatus();
   if (type != json("llama3") && type != json("yarn")) {
     return Unexpected("rope_type", type, "default, llama3 or yarn");
@@ -98,16 +96,24 @@ void WriteRope(HfClass of, const ModelSpec& spec, json* config) {
 absl::StatusOr<std::optional<double>> ReadRope(HfClass of, const json& config, ModelSpec* spec) {
   if (!HasOneTheta(of) && of != HfClass::kAnnulus) return std::optional<double>();
   json parameters = config.value(HasOneTheta(of) ? "rope_parameters" : "long_rope", json());
-  if (parameters.is_null()) parameters = config.value("rope_scaling", json());
+  const json older = config.value("rope_scaling", json());
+  if (parameters.is_null()) parameters = older;
+  if (!older.is_null() && older != parameters) {
+    return Unexpected("rope_scaling", older, "the same as rope_parameters, or none");
+  }
   if (parameters.is_null()) parameters = json::object();
   if (!parameters.is_object()) return Unexpected("rope_parameters", parameters, "an object");
   ANNULUS_RETURN_IF_ERROR(ReadScaling(parameters, &spec->rope_scaling));
   if (!HasOneTheta(of)) return std::optional<double>();
   json theta = parameters.value("rope_theta", config.value("rope_theta", json()));
+  if (const json outside = config.value("rope_theta", json()); !outside.is_null() && outside != theta) {
+    return Unexpected("rope_theta", outside, absl::StrCat(theta.dump(), ", as rope_parameters says"));
+  }
   if (theta.is_null() && of == HfClass::kLlama) theta = kLlamaTheta;
   if (!theta.is_number()) return Unexpected("rope_theta", theta, "a number");
-  if (const json partial = parameters.value("partial_rotary_factor", json(1.0)); partial != json(1.0)) {
-    return Unexpected("partial_rotary_factor", partial, "1");
+  for (const json* from : std::initializer_list<const json*>{&parameters, &config}) {
+    const json partial = from->value("partial_rotary_factor", json());
+    if (!partial.is_null() && partial != json(1.0)) return Unexpected("partial_rotary_factor", partial, "1");
   }
   return std::optional<double>(theta.get<double>());
 }

@@ -75,9 +75,16 @@ CASES = {
                    [branch("attention", rope_theta=None)], [branch("latent", window=9, rope_theta=500.0)]],
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rotary_dim": 6,
         "intermediate_size": 48, "hidden_act": "relu2", "latent_attention_heads": 3, "q_lora_rank": 14,
-        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "mamba_n_heads": 6, "mamba_d_head": 8,
-        "mamba_n_groups": 2, "mamba_d_state": 12, "mamba_d_conv": 4, "mamba_chunk_size": 16,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "mamba_n_heads": 6,
+        "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 12, "mamba_d_conv": 4, "mamba_chunk_size": 16,
         "time_step_limit": (0.0, float("inf")), "long_rope": YARN}),
+    "annulus_gated": ("Annulus", {
+        "layers": [[branch("mamba")], [branch("mlp")], [branch("latent")], [branch("mlp"), branch("attention")]],
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "rotary_dim": 0,
+        "intermediate_size": 40, "hidden_act": "silu", "latent_attention_heads": 2, "q_lora_rank": None,
+        "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "mamba_n_heads": 4,
+        "mamba_d_head": 6, "mamba_n_groups": 1, "mamba_d_state": 10, "mamba_d_conv": 3, "mamba_chunk_size": 9,
+        "time_step_limit": (0.02, 0.4), "tie_word_embeddings": True}),
 }
 
 
@@ -144,6 +151,15 @@ def module_of(architecture):
     return __import__("modeling_annulus")
 
 
+def code_hash():
+    """FNV-1a of the code that is exported: golden files of other code are out of date."""
+    with open(module_of("Annulus").__file__, "rb") as file:
+        value = 0xcbf29ce484222325
+        for byte in file.read():
+            value = (value ^ byte) * 0x100000001b3 % 2**64
+        return f"{value:016x}"
+
+
 def model_of(case):
     architecture, fields = CASES[case]
     module = module_of(architecture)
@@ -163,9 +179,12 @@ def make(case):
     logits = logits_of(model, tokens_of(config.vocab_size)).reshape(-1)
     assert logits.dtype == torch.float64
     index = [n * logits.numel() // SAMPLES for n in range(SAMPLES)]
+    made_by = {"script": "tests/golden/make_hf_golden.py", "seed": 0, "torch": torch.__version__,
+               "transformers": transformers.__version__, "python": platform.python_version()}
+    if architecture == "Annulus":
+        made_by["code"] = code_hash()
     return {
-        "made_by": {"script": "tests/golden/make_hf_golden.py", "seed": 0, "torch": torch.__version__,
-                    "transformers": transformers.__version__, "python": platform.python_version()},
+        "made_by": made_by,
         "config": json.loads(config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]},
         "sequences": SEQUENCES, "length": LENGTH,
         "tensors": [{"name": on_disk(architecture, name), "shape": shape} for name, shape in tensors],

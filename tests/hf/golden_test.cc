@@ -1,5 +1,6 @@
 // Models imported from folders of Transformers compute its logits; tests/golden/make_hf_golden.py made them.
 
+#include "annulus/base/hash.h"
 #include "hf/hf_testing.h"
 #include "model/mesh_run.h"
 
@@ -54,6 +55,17 @@ TEST_P(Golden, ImportedModelComputesTheLogits) {
   }
 
   EXPECT_LE(worst, kTolerance);
+}
+
+// Of our own class the logits are those of the code that is exported, as it is now.
+TEST(GoldenCode, IsTheCodeThatIsExported) {
+  const std::string code = ReadFile(std::string(ANNULUS_SOURCE_DIR) + "/src/hf/modeling_annulus.py").value();
+  uint64_t fnv = 0xcbf29ce484222325;
+  for (const char c : code) fnv = (fnv ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+  for (const char* name : {"annulus", "annulus_gated"}) {
+    EXPECT_EQ(ReadGolden(name)["made_by"]["code"], Hex64(fnv))
+        << "python3 tests/golden/make_hf_golden.py " << name << " makes it of the code as it is now";
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Classes, Golden, ::testing::ValuesIn(GoldenCases()),

@@ -15,8 +15,9 @@ namespace annulus::testing {
 using Json = nlohmann::json;
 
 inline const std::vector<std::string>& GoldenCases() {
-  static const std::vector<std::string> cases = {"llama",  "llama_tied", "deepseek_v3", "deepseek_v3_plain",
-                                                 "mamba2", "nemotron_h", "falcon_h1",   "annulus"};
+  static const std::vector<std::string> cases = {
+      "llama",      "llama_tied", "deepseek_v3", "deepseek_v3_plain", "mamba2",
+      "nemotron_h", "falcon_h1",  "annulus",     "annulus_gated"};
   return cases;
 }
 

@@ -163,10 +163,6 @@ TEST_F(Refusal, NamesFieldValueAndExpectation) {
             "config.json: attention_bias=true: expected false");
   EXPECT_EQ(OfConfig([](Json& c) { c["rope_parameters"]["rope_type"] = "longrope"; }),
             "config.json: rope_type=\"longrope\": expected default, llama3 or yarn");
-  EXPECT_EQ(
-      OfConfig([](Json& c) { c["num_key_value_heads"] = 3; }),
-      "config.json: model.attention.heads=4: expected a multiple of model.attention.kv_heads=3 (nearest "
-      "valid value 3 or 6)");
   EXPECT_EQ(OfConfig([](Json& c) { c["mamba_norm_before_gate"] = true; }, "falcon_h1"),
             "config.json: mamba_norm_before_gate=true: expected false");
   EXPECT_EQ(OfConfig([](Json& c) { c["ssm_multipliers"][2] = 0.5; }, "falcon_h1"),
@@ -178,12 +174,53 @@ TEST_F(Refusal, NamesFieldValueAndExpectation) {
             "config.json: layers_block_type=\"moe\": expected mamba, attention or mlp");
 }
 
+// What a configuration says twice must agree.
+TEST_F(Refusal, NamesFieldsThatContradictEachOther) {
+  const struct {
+    const char *name, *field, *value, *expected;
+  } cases[] = {
+      {"llama", "model_type", "\"mistral\"", "\"llama\", as architectures says"},
+      {"llama", "num_key_value_heads", "3", "a divisor of num_attention_heads=4"},
+      {"llama", "hidden_act", "\"gelu\"", "\"silu\""},
+      {"llama", "mlp_bias", "true", "false"},
+      {"llama", "rope_theta", "500.0", "10000.0, as rope_parameters says"},
+      {"llama", "rope_scaling", "{\"rope_type\":\"default\"}", "the same as rope_parameters, or none"},
+      {"llama", "partial_rotary_factor", "0.5", "1"},
+      {"deepseek_v3", "num_key_value_heads", "2", "4, as num_attention_heads says"},
+      {"deepseek_v3", "qk_head_dim", "15", "14, as qk_nope_head_dim + qk_rope_head_dim says"},
+      {"deepseek_v3", "head_dim", "14", "6, as qk_rope_head_dim says"},
+      {"deepseek_v3", "rope_interleave", "1", "true or false"},
+      {"mamba2", "expand", "3", "2, as num_heads * head_dim / hidden_size says"},
+      {"mamba2", "use_conv_bias", "false", "true"},
+      {"nemotron_h", "num_hidden_layers", "4", "5, as the layers listed says"},
+      {"nemotron_h", "hybrid_override_pattern", "\"M-M--\"", "\"M-M*-\", as layers_block_type says"},
+      {"nemotron_h", "mamba_n_groups", "2", "3, as n_groups says"},
+      {"nemotron_h", "mlp_hidden_act", "\"silu\"", "\"relu2\""},
+      {"falcon_h1", "mamba_d_ssm", "64", "48, as mamba_n_heads * mamba_d_head says"},
+      {"falcon_h1", "num_key_value_heads", "3", "a divisor of num_attention_heads=4"},
+      {"annulus", "num_hidden_layers", "5", "6, as layers says"},
+  };
+  for (const auto& [name, field, value, expected] : cases) {
+    EXPECT_EQ(OfConfig([&](Json& c) { c[field] = Json::parse(value); }, name),
+              absl::StrCat("config.json: ", field, "=", value, ": expected ", expected))
+        << name;
+  }
+  // A field that is not there stands for what the class takes then.
+  EXPECT_EQ(OfConfig([](Json& c) { c.erase("mamba_d_ssm"); }, "falcon_h1"),
+            "config.json: mamba_d_ssm=1024: expected 48, as mamba_n_heads * mamba_d_head says");
+  EXPECT_EQ(OfConfig([](Json& c) { c["mamba_d_ssm"] = nullptr; }, "falcon_h1"),
+            "config.json: mamba_expand=2: expected 1.5, as mamba_n_heads * mamba_d_head / hidden_size says");
+  EXPECT_EQ(OfConfig([](Json& c) { c["rope_parameters"]["type"] = "yarn"; }),
+            "config.json: type=\"yarn\": expected \"llama3\", as rope_type says");
+}
+
 TEST_F(Refusal, NamesTheTensor) {
   Json golden = ReadGolden("llama");
   golden["tensors"][2]["shape"] = {31};
   WriteGoldenFolder(golden, directory_.path());
   const std::string name = golden["tensors"][2]["name"];
-  EXPECT_EQ(Message(), absl::StrCat("tensor \"", name, "\" is f64 [31]: expected bf16, f32 or f64 [32]"));
+  EXPECT_EQ(Message(), absl::StrCat("tensor \"", name,
+                                    "\" is f64 [31]: expected bf16, f32 or f64 [32], as config.json says"));
 
   golden = ReadGolden("llama");
   golden["tensors"][2]["name"] = "model.layers.0.other";
@@ -191,6 +228,28 @@ TEST_F(Refusal, NamesTheTensor) {
   const absl::Status missing = HfFolder::Open(directory_.path()).status();
   EXPECT_EQ(missing.code(), absl::StatusCode::kNotFound) << missing;
   EXPECT_NE(missing.message().find(absl::StrCat("tensor \"", name, "\"")), std::string::npos) << missing;
+
+  // Sizes of the configuration that its tensors do not have.
+  golden = ReadGolden("llama");
+  golden["config"]["head_dim"] = 14;
+  WriteGoldenFolder(golden, directory_.path());
+  EXPECT_EQ(Message(),
+            "tensor \"model.layers.0.self_attn.q_proj.weight\" is f64 [48, 32]: expected bf16, f32 or f64 "
+            "[56, 32], as config.json says");
+
+  golden = ReadGolden("llama_tied");
+  golden["tensors"].push_back({{"name", "lm_head.weight"}, {"shape", {97, 32}}});
+  WriteGoldenFolder(golden, directory_.path());
+  EXPECT_EQ(Message(),
+            "tensor \"lm_head.weight\" differs from \"model.embed_tokens.weight\": expected the same, as "
+            "tie_word_embeddings=true says");
+  golden["tensors"].erase(golden["tensors"].size() - 1);
+  golden["config"]["tie_word_embeddings"] = false;
+  WriteGoldenFolder(golden, directory_.path());
+  EXPECT_EQ(HfFolder::Open(directory_.path()).status().message(),
+            absl::StrCat(directory_.path(),
+                         ": tensor \"lm_head.weight\" is in no file of weights: expected "
+                         "it, as tie_word_embeddings=false says"));
 
   golden = ReadGolden("llama");
   golden["tensors"].push_back({{"name", "model.layers.0.self_attn.q_proj.bias"}, {"shape", {48}}});
@@ -257,9 +316,27 @@ TEST(PatternTextTest, ReadsBackAsTheSamePattern) {
     EXPECT_EQ(got->layers, want.layers) << pattern << " as " << PatternText(spec);
     EXPECT_EQ(got->meta_tokens, want.meta_tokens);
   }
-  ModelSpec spec;
-  spec.layers = ParsePattern("A - A - A - A -", {}).value().layers;
-  EXPECT_EQ(PatternText(spec), "(A -)^4");
+}
+
+TEST(PatternTextTest, RepetitionsAreGroups) {
+  const auto text_of = [](const std::string& pattern) {
+    ModelSpec spec;
+    Pattern parsed = ParsePattern(pattern, {}).value();
+    spec.layers = std::move(parsed.layers), spec.meta_tokens = parsed.meta_tokens;
+    return PatternText(spec);
+  };
+  for (const std::string pattern :
+       {"A", "(A -)^4", "M^48", "((M -)^3 T{g=2} -)^8", "A - (M -)^8", "(A -)^4 A", "A -^3 M^2 T -",
+        "meta=8 (M+A{combine=mean-norm} -)^2 (M+A{w=8,combine=mean-norm} -)^5 L",
+        "((M -)^2 (G^3 -)^4)^5 (A{w=64} -)^2"}) {
+    EXPECT_EQ(text_of(pattern), pattern);
+  }
+  EXPECT_EQ(text_of("A - A - A - A -"), "(A -)^4");
+  EXPECT_EQ(text_of("M - M - M A - M -"), "(M -)^2 M A - M -");
+  const std::string nemotron = "(M -)^2 M A - (M -)^3 M A - (M -)^3 M A - (M -)^4 M A - (M -)^4 M A -";
+  EXPECT_EQ(ParsePattern(text_of(nemotron), {})->layers, ParsePattern(nemotron, {})->layers);
+  EXPECT_LE(text_of(nemotron).size(), nemotron.size());
+  EXPECT_EQ(text_of("(M -)^5000"), "(M -)^5000");
 }
 
 }  // namespace

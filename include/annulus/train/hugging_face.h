@@ -50,6 +50,7 @@ class HfFolder {
   struct Contents;
   HfFolder();
   absl::Status CheckTensors() const;
+  absl::Status CheckTiedHead() const;
 
   std::string architecture_;
   ModelSpec spec_;
@@ -61,6 +62,7 @@ class HfFolder {
 std::string ModelText(const ModelSpec& spec);
 // The same as an override of LoadConfig, in place of the model of another run.
 std::string ModelOverride(const ModelSpec& spec);
+// Its pattern, with repetitions as groups: "((M -)^3 T{g=2} -)^8".
 std::string PatternText(const ModelSpec& spec);
 
 }  // namespace annulus
