@@ -98,6 +98,13 @@ void CheckData(const RunSpec& spec, std::vector<std::string>* findings) {
                                                              : "data.validation or data.validation_fraction",
                                      " to evaluate on (nearest valid value 0)"));
   }
+  if (data.document_mask && spec.model.meta_tokens > 0) {
+    findings->push_back(
+        absl::StrCat("data.document_mask=true: expected false with meta=", spec.model.meta_tokens,
+                     " in model.pattern, since a query sees one range of keys: meta tokens and its own "
+                     "document are two in "
+                     "all documents but the first (nearest valid value false)"));
+  }
   const auto check_starts = [&](const std::vector<SourceSpec>& sources, absl::string_view name) {
     for (size_t i = 0; i < sources.size(); ++i) {
       const int64_t token = sources[i].document_start_token;

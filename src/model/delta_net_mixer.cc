@@ -189,7 +189,7 @@ absl::Status DeltaNetMixer::Forward(Context& ctx, ModelStep& step, ConstTensorRe
                              StatePassing::Start(ctx, step.geometry, StateOrder::kForward, summary));
     const absl::Status gate = LinearForward(ctx, all, wgate_, Write::kOverwrite, now.gate);
     ANNULUS_RETURN_IF_ERROR(passing.Finish(ctx, now.initial));
-    step.stats.bytes_sent += passing.bytes_sent();
+    step.AddStateBytes(passing.bytes_sent());
     ANNULUS_RETURN_IF_ERROR(gate);
   }
   ANNULUS_RETURN_IF_ERROR(
@@ -272,7 +272,7 @@ absl::Status DeltaNetMixer::Backward(Context& ctx, ModelStep& step, ConstTensorR
                              StatePassing::Start(ctx, step.geometry, StateOrder::kBackward, summary));
     const absl::Status weight = LinearBackwardWeight(ctx, dy_all, gated, dout_);
     ANNULUS_RETURN_IF_ERROR(passing.Finish(ctx, final_gradient));
-    step.stats.bytes_sent += passing.bytes_sent();
+    step.AddStateBytes(passing.bytes_sent());
     ANNULUS_RETURN_IF_ERROR(weight);
   }
   const TensorRef dnormalised = ctx.scratch.Allocate(dtype, now.normalised.shape());

@@ -45,7 +45,7 @@ absl::StatusOr<HaloExchange> ShortConv::StartHalo(Context& ctx, ModelStep& step,
   const TensorRef edges = ctx.scratch.Allocate(x.dtype(), halo.shape());
   ANNULUS_RETURN_IF_ERROR(project(last, AsRows(edges)));
   ANNULUS_ASSIGN_OR_RETURN(HaloExchange exchange, HaloExchange::Start(ctx, step.geometry, edges, halo));
-  step.stats.bytes_sent += exchange.bytes_sent();
+  step.AddStateBytes(exchange.bytes_sent());
   return exchange;
 }
 
@@ -111,7 +111,7 @@ absl::Status ShortConv::AddHaloGradients(Context& ctx, ModelStep& step, TensorRe
   const TensorRef dedges = ctx.scratch.Allocate(dhalo.dtype(), dhalo.shape());
   ANNULUS_ASSIGN_OR_RETURN(HaloExchange exchange,
                            HaloExchange::StartBackward(ctx, step.geometry, dhalo, dedges));
-  step.stats.bytes_sent += exchange.bytes_sent();
+  step.AddStateBytes(exchange.bytes_sent());
   ANNULUS_RETURN_IF_ERROR(exchange.Finish(ctx));
   const TensorRef edges = AsRows(dedges);
   int64_t end = 0;

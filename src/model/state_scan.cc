@@ -47,7 +47,7 @@ absl::Status ScanForward(Context& ctx, ModelStep& step, const Ssd& ssd, SegmentS
                            StatePassing::Start(ctx, step.geometry, StateOrder::kForward, summary));
   const absl::Status other = meanwhile ? meanwhile() : absl::OkStatus();
   ANNULUS_RETURN_IF_ERROR(passing.Finish(ctx, initial));
-  step.stats.bytes_sent += passing.bytes_sent();
+  step.AddStateBytes(passing.bytes_sent());
   ANNULUS_RETURN_IF_ERROR(other);
   return SsdForward(ctx, ssd, Alone(step) ? ConstTensorRef() : ConstTensorRef(initial), states, y);
 }
@@ -70,7 +70,7 @@ absl::Status ScanBackward(Context& ctx, ModelStep& step, const Ssd& ssd, ConstHe
   const absl::Status other = meanwhile ? meanwhile() : absl::OkStatus();
   const TensorRef final_gradient = ctx.scratch.Allocate(summary.state.dtype(), summary.state.shape());
   ANNULUS_RETURN_IF_ERROR(passing.Finish(ctx, final_gradient));
-  step.stats.bytes_sent += passing.bytes_sent();
+  step.AddStateBytes(passing.bytes_sent());
   ANNULUS_RETURN_IF_ERROR(other);
   return SsdBackward(ctx, ssd, dy, states, gradients,
                      Alone(step) ? ConstTensorRef() : ConstTensorRef(final_gradient), out);

@@ -20,6 +20,7 @@ namespace {
 
 // A run of steps whose loss stays not finite will not recover: nothing was updated in between.
 constexpr int kMaxSkippedInRow = 10;
+constexpr double kSecondsBetweenEvaluationLines = 10;
 
 double Now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -94,6 +95,7 @@ class TrainingRun {
   absl::Status Resume();
   absl::StatusOr<StepReport> OneStep();
   absl::Status Finish(const StepReport& report);
+  absl::StatusOr<Evaluation> Evaluate();
   std::string HeldText(const StepReport& report) const;
   absl::Status WriteLogs(const StepReport& report, const std::string& line,
                          const std::optional<Evaluation>& evaluation);
@@ -235,10 +237,27 @@ absl::Status TrainingRun::Finish(const StepReport& report) {
   if (report.step == first_step_ + 1) console_.Line(HeldText(report));
   std::optional<Evaluation> evaluation;
   if (evaluate) {
-    ANNULUS_ASSIGN_OR_RETURN(evaluation, trainer_.Evaluate(*data_, [this] { heart_.Beat(); }));
+    ANNULUS_ASSIGN_OR_RETURN(evaluation, Evaluate());
     console_.Line(absl::StrCat("step ", report.step, ": ", EvaluationText(*evaluation)));
   }
   return mesh_.world.AgreeOk(WriteLogs(report, line, evaluation));
+}
+
+// Says how far it is where it takes long, as all of a validation split may.
+absl::StatusOr<Evaluation> TrainingRun::Evaluate() {
+  const int64_t all = data_->validation_sequences(), most = spec_.eval.sequences;
+  const int64_t sequences = most > 0 ? std::min(all, most) : all;
+  int64_t done = 0;
+  double told = Now();
+  return trainer_.Evaluate(*data_, [&] {
+    heart_.Beat();
+    done += spec_.optim.micro_batch * mesh_.shape.dp;
+    if (Now() - told < kSecondsBetweenEvaluationLines) return;
+    told = Now();
+    console_.Line(absl::StrFormat("step %d: evaluated %d of %d validation sequences%s", trainer_.step(),
+                                  std::min(done, sequences), sequences,
+                                  most > 0 ? "" : " (eval.sequences: 0 takes all of them)"));
+  });
 }
 
 // With the first step everything has been allocated.

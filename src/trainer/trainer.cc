@@ -108,6 +108,7 @@ TokenSlice Trainer::UploadTokens(const MicroBatch& micro) {
 // Adds to stats_; leaves the gradients' reduction under way.
 absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
   ANNULUS_RETURN_IF_ERROR(Zero(ctx_, stats_.ref()));
+  state_bytes_ = 0;
   ctx_.progress = [this] {
     optimizer_.Poll();
     tensor_.Poll(ctx_);
@@ -125,6 +126,7 @@ absl::Status Trainer::ForwardBackward(const Batch& batch, double loss_scale) {
     const TokenSlice slice = UploadTokens(micro);
     ANNULUS_RETURN_IF_ERROR(
         decoder_.LossAndGradients(ctx_, step, slice, loss_scale, hooks, stats_.ref().Rows(1, 2)));
+    state_bytes_ += step.state_bytes;
   }
   ctx_.progress = nullptr;
   return absl::OkStatus();
@@ -179,18 +181,20 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
       ctx_.waits.TakeSeconds(WaitKind::kGradients) + ctx_.waits.TakeSeconds(WaitKind::kParameters);
   const double tensor = ctx_.waits.TakeSeconds(WaitKind::kTensor);
   report->attention = AttentionReports();
-  std::vector<double> worst = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3, tensor * 1e3};
-  const size_t times = worst.size();
+  std::vector<double> worst = {exchange * 1e3, reduce * 1e3, data_seconds * 1e3, tensor * 1e3,
+                               static_cast<double>(state_bytes_)};
+  const size_t before = worst.size();
   for (const AttentionReport& attention : report->attention) worst.push_back(attention.measured_ms);
   const Shape all = {static_cast<int64_t>(worst.size())};
   ANNULUS_RETURN_IF_ERROR(
       mesh_.world.AllReduce(TensorRef(worst.data(), DType::kF64, Device{}, all), ReduceOp::kMax));
-  for (size_t i = times; i < worst.size(); ++i) report->attention[i - times].measured_ms = worst[i];
+  for (size_t i = before; i < worst.size(); ++i) report->attention[i - before].measured_ms = worst[i];
   report->throttle_gb_per_second = spec_.parallel.exchange.throttle_gb_per_second;
   report->exposed_exchange_ms = worst[0];
   report->exposed_reduce_ms = worst[1];
   report->data_ms = worst[2];
   report->exposed_tensor_ms = worst[3];
+  report->state_bytes = static_cast<int64_t>(worst[4]);
   report->step_ms = seconds * 1e3;
   report->tokens_per_second = static_cast<double>(report->tokens) / seconds;
   const double per_rank = report->tokens_per_second / mesh_.world.size() / 1e12;

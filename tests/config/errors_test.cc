@@ -256,6 +256,11 @@ TEST(ConfigErrors, BetweenFields) {
                              "seq_len: 64 validation_fraction: 0.5 validation { text { path: \"v\" } }")),
             "c.textproto:10:15: data.validation_fraction=0.5: expected 0, since data.validation is given "
             "(nearest valid value 0)");
+  EXPECT_EQ(ErrorsOf(Changed("seq_len: 64", "seq_len: 64 document_mask: true"), {"model.pattern=meta=3 A -"}),
+            "c.textproto:10:15: data.document_mask=true: expected false with meta=3 in model.pattern, since "
+            "a query "
+            "sees one range of keys: meta tokens and its own document are two in all documents but the first "
+            "(nearest valid value false)");
   EXPECT_EQ(ErrorsOf(Changed("optim {", "eval { every_steps: 5 } optim {")),
             "c.textproto:12:8: eval.every_steps=5: expected data.validation or data.validation_fraction to "
             "evaluate "

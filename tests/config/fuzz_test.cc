@@ -14,7 +14,7 @@ std::string SampleWithMore() {
 }
 parallel {
   dp: 2 cp: 2 layout: ZIGZAG exchange { plan: KV_RING head_split: 2 backward { plan: MESH inner: 1 } })");
-  absl::StrReplaceAll({{"seq_len: 64", R"(seq_len: 64 document_mask: true packing: DOCUMENTS
+  absl::StrReplaceAll({{"seq_len: 64", R"(seq_len: 64 document_mask: false packing: DOCUMENTS
   train { megatron { prefix: "p" } weight: 2 }
   validation { llmc { path: "l" document_start_token: 3 } })"},
                        {"(A -)^2", "meta=3 (A+M{combine=mean-norm} -)^2 T{g=2}"},

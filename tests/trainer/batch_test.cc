@@ -41,11 +41,9 @@ void GatherRank(const Batch& batch, const SequenceLayout& layout, int cp_rank, s
   }
 }
 
-// Meta tokens stand before every sequence, at the rows of the first positions, and belong to its first
-// document.
+// Meta tokens stand before every sequence, at the rows of the first positions.
 TEST(MakeMicroBatch, MetaTokensComeFirst) {
-  const RunSpec spec =
-      SmallRun({"model.pattern=meta=2 A -", "data.document_mask=true", "parallel.tp=2", "parallel.cp=2"});
+  const RunSpec spec = SmallRun({"model.pattern=meta=2 A -", "parallel.tp=2", "parallel.cp=2"});
   Sequence sequence{
       .tokens = {5, 6, 7, 8}, .targets = {6, -1, 8, 9}, .document_starts = {0, 0, 2, 2}, .length = 3};
   const SequenceLayout layout(LayoutKind::kContiguous, 4 + 2, 2, 2);  // 4 rows a rank
@@ -53,7 +51,7 @@ TEST(MakeMicroBatch, MetaTokensComeFirst) {
   EXPECT_EQ(first.tokens, (std::vector<int32_t>{256, 257, 5, 6}));
   EXPECT_EQ(first.targets, (std::vector<int32_t>{-1, -1, 6, -1}));
   EXPECT_EQ(first.sequences.lengths, (std::vector<int64_t>{5}));
-  EXPECT_EQ(first.sequences.document_starts, (std::vector<std::vector<int64_t>>{{0, 0, 0, 0, 4, 4}}));
+  EXPECT_TRUE(first.sequences.document_starts.empty());
   EXPECT_EQ(first.counted_tokens, 3);
   const MicroBatch second = MakeMicroBatch({sequence}, spec, layout, 1);
   EXPECT_EQ(second.tokens, (std::vector<int32_t>{7, 0, 0, 0}));

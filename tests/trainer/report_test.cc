@@ -69,6 +69,13 @@ TEST(StepLine, SaysWhatTensorParallelRanksWaitFor) {
   EXPECT_TRUE(absl::StrContains(MetricsJson(report, std::nullopt), "\"exposed_tensor_ms\":148.24"));
 }
 
+TEST(Metrics, SayWhatStateSpaceLayersSent) {
+  StepReport report = Report();
+  EXPECT_FALSE(absl::StrContains(MetricsJson(report, std::nullopt), "state_bytes"));
+  report.state_bytes = 123456;
+  EXPECT_TRUE(absl::StrContains(MetricsJson(report, std::nullopt), "\"state_bytes\":123456"));
+}
+
 TEST(StepLine, SaysWhatHappenedAndWhatIsLeft) {
   const std::string line = StepLine(Report(), 2000, 8, 2760);
   for (const char* part :

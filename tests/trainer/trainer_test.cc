@@ -138,7 +138,7 @@ std::vector<SplitRun> SplitRuns() {
   return {{"attention", {"model.pattern=A - A{w=4} -", documents}},
           {"tied_head", {"model.pattern=A -", "model.tied_head=true"}},
           {"untied_head", {"model.pattern=A -", "model.tied_head=false"}},
-          {"meta_tokens", {"model.pattern=meta=3 A -", documents}},
+          {"meta_tokens", {"model.pattern=meta=3 A -"}},
           {"parallel", {"model.pattern=(A+-{combine=mean-norm})^2 A+-", documents}}};
 }
 
@@ -164,6 +164,25 @@ TEST(TensorParallel, TrainsAsOneRankDoes) {
         }
       }
     }
+  }
+}
+
+// Of each micro-batch of a rank and each layer what both passes are said to send. The rows before a segment
+// come from its neighbour and their gradients go back: of two ranks each sends one of the two, of three one
+// sends both.
+TEST(Trainer, ReportsWhatStateSpaceLayersSend) {
+  for (const int cp : {1, 2, 3}) {
+    const RunSpec spec = SmallRun({"model.pattern=(M -)^2 A", "parallel.layout=CONTIGUOUS",
+                                   "model.mamba={heads: 2 head_dim: 4 state: 4 chunk: 4}"});
+    const StateExchangeInputs inputs{
+        .layout = LayoutOf(OnShape(spec, {.cp = cp})), .sequences = 2, .dtype = DType::kF64};
+    int64_t want = 0;
+    for (const StateOrder order : {StateOrder::kForward, StateOrder::kBackward}) {
+      const StateExchange sent = StateExchangeOf(spec.model, BranchKind::kMamba, order, inputs);
+      want += 6 * 2 * (sent.state_bytes + (cp == 2 && order == StateOrder::kBackward ? 0 : sent.halo_bytes));
+    }
+    EXPECT_EQ(want > 0, cp > 1);
+    for (const StepReport& report : StepsOn(spec, {.cp = cp}, 2)) EXPECT_EQ(report.state_bytes, want) << cp;
   }
 }
 

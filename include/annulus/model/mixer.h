@@ -52,9 +52,12 @@ struct SharedKv {
 struct ModelStep {
   AttentionGeometry& geometry;
   ExchangeStats stats = {};                   // added to
+  int64_t state_bytes = 0;                    // of stats.bytes_sent those of states and of convolutions
   AttentionClocks* clocks = nullptr;          // null: nothing is timed
   TensorParallel tensor = {};                 // one rank
   std::map<size_t, SharedKv> shared_kv = {};  // by the layer that owns them
+
+  void AddStateBytes(int64_t bytes) { stats.bytes_sent += bytes, state_bytes += bytes; }
 
   int64_t rows() const { return geometry.layout().local_rows(); }
   int64_t batch() const { return geometry.sequences().batch; }

@@ -48,6 +48,8 @@ struct StepReport {
   double exposed_reduce_ms = 0;
   double data_ms = 0;
   double exposed_tensor_ms = 0;  // for tokens and sums of tensor parallelism
+  // Sent by state-space layers, states and rows before convolutions; of the rank that sent most.
+  int64_t state_bytes = 0;
   // Of the largest rank. On CPUs the most that was ever resident; on GPUs what is in use on the rank's GPU
   // after the step, by other processes too: a run takes its memory there once and keeps it.
   int64_t memory_peak_bytes = 0;
@@ -123,6 +125,7 @@ class Trainer {
   Tensor clip_factor_;   // f64 [1]
   Readback stats_read_;  // stats_ on the host
   AttentionClocks clocks_;
+  int64_t state_bytes_ = 0;  // sent in the step
   int64_t step_ = 0;
 };
 
