@@ -1,7 +1,7 @@
-// A cluster of CTAs a row, each with its slice of the logits in shared memory: a logit is read once and its
-// gradient written once, 6 bytes from f32 to bf16, which is the floor. (From global memory a second pass
-// would read again: at a vocabulary of 128K the rows in work do not fit in L2.) That is 1/12 of the time of
-// the three products at d = 4096.
+// A cluster of CTAs a row, each with its slice of the logits on chip, in shared memory and registers: a logit
+// is read once and its gradient written once, 6 bytes from f32 to bf16, which is the floor. (From global
+// memory a second pass would read again: at a vocabulary of 128K the rows in work do not fit in L2.) That is
+// 1/12 of the time of the three products at d = 4096.
 //
 //   row t:   (max, sum) of the slice by warps -> to every CTA of the row -> cluster barrier -> (max, sum) of
 //            the row -> gradient of the slice
@@ -12,13 +12,11 @@
 //
 // After the barrier every logit of the row is on chip, so a narrower gradient may overwrite any of them. As
 // many clusters run as the device holds and each takes many rows: a cluster that starts waits for room in as
-// many CTAs at once, and then for memory. (With a cluster for every row, loss and gradient took 1-9% longer
-// on an H200.) Of copy speed that is 86-91% at vocabularies of 32K and 50K, 82% at 128K and 75% at 256K,
-// where only two dozen rows are at work at a time.
+// many CTAs at once, and then for memory. What matters is how many rows are at work at a time, which is why
+// registers hold a part of them: at a vocabulary of 256K 90% of copy speed on an H200, and 83% without them.
+// From 32K to 256K it is 88-90%.
 
 #include <cooperative_groups.h>
-
-#include <bit>
 
 #include "kernels/common/async_copy.cuh"
 #include "kernels/common/exp2.cuh"
@@ -30,13 +28,13 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kPortableCluster = 8, kMaxCluster = 16;  // the latter on devices of compute capability 9.0
-// Two CTAs of an SM, three where slices are short: some load while another stores. (With shorter slices in
-// larger clusters rows wait for more of their CTAs: 72 KiB is 12-18% slower.)
-constexpr int64_t kSliceBytes = 108 << 10;
-constexpr int N = 4;  // logits of a vector
-constexpr int64_t kVectorBytes = N * sizeof(float);
+constexpr int kThreads = 512, kWarps = kThreads / 32, kCtas = 2;  // of an SM: one loads, one stores
+constexpr int kMaxCluster = 16;  // on devices of compute capability 9.0; 8 are portable
+constexpr int N = 4;             // logits of a vector
+constexpr int kVectorBytes = N * static_cast<int>(sizeof(float));
+constexpr int kHeld = 4;                 // vectors of a row that a thread holds in registers
+constexpr int kSharedBytes = 109 << 10;  // of a slice, the rest of it
+constexpr int SliceBytes(int held) { return kSharedBytes + held * kThreads * kVectorBytes; }
 static_assert(kCudaCrossEntropyMaxVocab * sizeof(float) <= kMaxCluster * (112 << 10), "what the header says");
 
 using Logits = Pack<float, N>;
@@ -73,54 +71,70 @@ __device__ SumExp WarpMerge(const SumExp& x) {
   return {top, WarpSum(x.SumAt(top))};
 }
 
-// Vectors [begin, end) of a row belong to this CTA. The last of the row may reach past the vocabulary, where
-// the row's stride covers it.
-struct Slice {
-  int64_t vocab, begin, end;
-};
-
-__device__ Slice SliceOf(int64_t vocab, int64_t vectors, int rank, int ranks) {
-  const int64_t share = (vectors + ranks - 1) / ranks;
-  const int64_t begin = min(rank * share, vectors);
-  return {vocab, begin, min(begin + share, vectors)};
+// Vectors of a CTA, whole lines of memory.
+__host__ __device__ inline int ShareOf(int64_t vocab, int ranks) {
+  constexpr int kLine = 128 / kVectorBytes;
+  return static_cast<int>((vocab + int64_t{N} * kLine * ranks - 1) / (int64_t{N} * kLine * ranks)) * kLine;
 }
 
-// Calls use(vector) for this thread's share.
-template <typename Use>
-__device__ void ForEachVector(int64_t begin, int64_t end, Use&& use) {
-#pragma unroll 4
-  for (int64_t vector = begin + threadIdx.x; vector < end; vector += kThreads) use(vector);
-}
-
-// The slice of a row in shared memory, of the next row where this one is done with. A thread reads only what
-// it copied, so that it may ask for the next row's vector as soon as it has used this one's.
-struct Kept {
-  Logits* logits;
-  Slice slice;
-
-  __device__ const Logits& At(int64_t vector) const { return logits[vector - slice.begin]; }
-  __device__ void Ask(int64_t vector, const float* row) const {
-    CopyAsync16(SharedAddress(logits + (vector - slice.begin)), row + vector * N);
+// A CTA's slice of a row on chip, of the next row where this one is done with: vectors [begin, end), the
+// first kVectors of each thread in its registers, the others in shared memory. A thread reads only what it
+// asked for itself, so that it may ask for the next row's vector as soon as it has used this one's.
+template <int kVectors>
+class Kept {
+ public:
+  __device__ Kept(void* shared, int64_t vocab, int rank, int ranks)
+      : shared_(static_cast<Logits*>(shared)), whole_(static_cast<int>(vocab / N)) {
+    const int vectors = static_cast<int>((vocab + N - 1) / N), share = ShareOf(vocab, ranks);
+    begin_ = min(rank * share, vectors);
+    end_ = min(begin_ + share, vectors);
   }
-  // -inf past the vocabulary.
-  __device__ Logits Inside(int64_t vector) const {
-    Logits pack = At(vector);
-    const int64_t inside = slice.vocab - vector * N;
-    if (inside < N) {
+  // The slice of a row, while nothing is kept.
+  __device__ void Ask(const float* row) {
+    ForEach([](int, const Logits&) {}, row, [] {});
+  }
+  // Calls use(vector, logits) for this thread's share, in the order in which it was asked for, and asks for
+  // the same of `next`, unless that is null. Shared memory goes in two halves, each a group of copies with
+  // wait() before it: one is under way while the other is worked on.
+  template <typename Use, typename Wait>
+  __device__ void ForEach(const Use& use, const float* next, const Wait& wait) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = begin_ + i * kThreads + static_cast<int>(threadIdx.x);
+      if (vector >= end_) break;
+      use(vector, held_[i]);
+      if (next != nullptr) held_[i] = LoadPack<N>(next + int64_t{vector} * N);
+    }
+    const int first = min(begin_ + kVectors * kThreads, end_);
+    const int passes = (end_ - first + kThreads - 1) / kThreads, middle = first + passes / 2 * kThreads;
+    const auto half = [&](int from, int to) {
+      wait();
+#pragma unroll 4
+      for (int vector = from + static_cast<int>(threadIdx.x); vector < to; vector += kThreads) {
+        Logits& kept = shared_[vector - first];
+        use(vector, kept);
+        if (next != nullptr) CopyAsync16(SharedAddress(&kept), next + int64_t{vector} * N);
+      }
+      CopyAsyncCommit();
+    };
+    half(first, middle);
+    half(middle, end_);
+  }
+  // -inf past the vocabulary: the last vector of a row may reach there, where the row's stride covers it.
+  __device__ Logits Inside(int vector, int64_t vocab, Logits pack) const {
+    if (vector >= whole_) {
+      const auto inside = static_cast<int>(vocab - int64_t{vector} * N);
 #pragma unroll
       for (int i = 0; i < N; ++i) pack.value[i] = i < inside ? pack.value[i] : -INFINITY;
     }
     return pack;
   }
-  // Calls use(vector) for this thread's share in two halves, each copied by a group of its own, the older one
-  // first: one is under way while the other is worked on.
-  template <typename Use>
-  __device__ void ForEachHalf(Use&& use) const {
-    const int64_t passes = (slice.end - slice.begin + kThreads - 1) / kThreads;
-    const int64_t middle = min(slice.begin + passes / 2 * kThreads, slice.end);
-    use(slice.begin, middle);
-    use(middle, slice.end);
-  }
+
+ private:
+  Logits* const shared_;
+  Logits held_[kVectors > 0 ? kVectors : 1];
+  int begin_, end_;
+  const int whole_;  // vectors
 };
 
 // The total of the row from the sums of its warps, in every thread.
@@ -139,28 +153,26 @@ struct RowGradient {
   bool counted;        // else zero
 };
 
-template <typename Grad>
-__device__ void WriteVector(const Logits& logits, int64_t vector, const RowGradient& row, Grad* gradient) {
-  const auto target = static_cast<int32_t>(row.target - vector * N);
-  float value[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    value[i] = !row.counted ? 0.0f : row.factor * Exp2(fmaf(logits[i], kLog2E, -row.log2_maximum));
-    if (i == target) value[i] = row.of_target;
-  }
-  StorePack<N>(PackOf<Grad>(value), gradient + vector * N);
-}
-
 // Over the row's logits; asks for the next row's on the way.
-template <typename Grad>
-__device__ void WriteGradient(const Kept& kept, const RowGradient& of_row, float* row, const float* next) {
-  kept.ForEachHalf([&](int64_t begin, int64_t end) {
-    ForEachVector(begin, end, [&](int64_t vector) {
-      WriteVector(kept.At(vector), vector, of_row, reinterpret_cast<Grad*>(row));
-      if (next != nullptr) kept.Ask(vector, next);
-    });
-    CopyAsyncCommit();
-  });
+template <typename Grad, int kVectors>
+__device__ void WriteGradient(Kept<kVectors>& kept, const RowGradient& of_row, float* row,
+                              const float* next) {
+  Grad* const gradient = reinterpret_cast<Grad*>(row);
+  const int target_vector = of_row.target < 0 ? -1 : of_row.target / N;
+  const auto write = [&](int vector, const Logits& logits) {
+    float value[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      value[i] = of_row.factor * Exp2(fmaf(logits[i], kLog2E, -of_row.log2_maximum));
+      if (!of_row.counted) value[i] = 0;
+    }
+    if (vector == target_vector) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) value[i] = i == of_row.target % N ? of_row.of_target : value[i];
+    }
+    StorePack<N>(PackOf<Grad>(value), gradient + int64_t{vector} * N);
+  };
+  kept.ForEach(write, next, [] {});
 }
 
 // Which logit of a row is its token's target; -1: in another part, or not counted.
@@ -173,20 +185,17 @@ enum class Result { kLoss, kLossAndGradient, kStats };
 
 // A cluster takes every step-th row.
 template <typename Grad, Result kResult>
-__global__ void __launch_bounds__(kThreads, 3) RowKernel(const __grid_constant__ CudaCrossEntropyArgs args) {
+__global__ void __launch_bounds__(kThreads, kCtas)
+    RowKernel(const __grid_constant__ CudaCrossEntropyArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ SumExp sums[2][kMaxCluster][kWarps];  // of the row; the next row's come while these are read
   const cg::cluster_group cluster = cg::this_cluster();
   const auto rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
   const int64_t step = gridDim.x / static_cast<uint32_t>(ranks);
   const int lane = threadIdx.x % 32;
-  const Slice slice = SliceOf(args.vocab, (args.vocab + N - 1) / N, rank, ranks);
-  const Kept kept{reinterpret_cast<Logits*>(memory), slice};
+  Kept<kHeld> kept(memory, args.vocab, rank, ranks);
   int64_t t = blockIdx.x / static_cast<uint32_t>(ranks);
-  kept.ForEachHalf([&](int64_t begin, int64_t end) {
-    ForEachVector(begin, end, [&](int64_t vector) { kept.Ask(vector, args.logits + t * args.stride); });
-    CopyAsyncCommit();
-  });
+  kept.Ask(args.logits + t * args.stride);
   cluster.sync();  // memory of others exists
   int32_t target = TargetInRow(args, t);
   for (int turn = 0; t < args.tokens; t += step, turn ^= 1) {
@@ -196,19 +205,17 @@ __global__ void __launch_bounds__(kThreads, 3) RowKernel(const __grid_constant__
     SumExp sum;
     float target_logit = 0;
     bool owner = rank == 0 && threadIdx.x == 0 && target < 0;  // of the row's result
-    kept.ForEachHalf([&](int64_t begin, int64_t end) {
-      CopyAsyncWait<1>();
-      ForEachVector(begin, end, [&](int64_t vector) {
-        const Logits logits = kept.Inside(vector);
-        sum.Add(logits);
-        if (target >= 0 && vector == target / N) {
-          owner = true;
-          target_logit = kept.At(vector).value[target % N];
-        }
-        if (kResult != Result::kLossAndGradient && next != nullptr) kept.Ask(vector, next);
-      });
-      CopyAsyncCommit();  // a group of no copies where the gradient is still to come
-    });
+    const int target_vector = target < 0 ? -1 : target / N;
+    const auto add = [&](int vector, const Logits& logits) {
+      sum.Add(kept.Inside(vector, args.vocab, logits));
+      if (vector == target_vector) {
+        owner = true;
+#pragma unroll
+        for (int i = 0; i < N; ++i) target_logit = i == target % N ? logits[i] : target_logit;
+      }
+    };
+    // A group of no copies where the gradient is still to come.
+    kept.ForEach(add, kResult == Result::kLossAndGradient ? nullptr : next, [] { CopyAsyncWait<1>(); });
     sum = WarpMerge(sum);
     if (lane < ranks) *cluster.map_shared_rank(&sums[turn][rank][threadIdx.x / 32], lane) = sum;
     cluster.sync();  // from here all logits of the row are on chip
@@ -233,23 +240,22 @@ __global__ void __launch_bounds__(kThreads, 3) RowKernel(const __grid_constant__
   }
 }
 
-// The gradient of a part's slice from the stats of the whole row.
+// The gradient of a part's slice from the stats of the whole row. All of it goes through shared memory, whose
+// copies can be waited for before the barrier.
 template <typename Grad>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kCtas)
     GradientKernel(const __grid_constant__ CudaCrossEntropyArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
   const cg::cluster_group cluster = cg::this_cluster();
   const auto rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
   const int64_t step = gridDim.x / static_cast<uint32_t>(ranks);
-  const Slice slice = SliceOf(args.vocab, (args.vocab + N - 1) / N, rank, ranks);
-  const Kept kept{reinterpret_cast<Logits*>(memory), slice};
+  Kept<0> kept(memory, args.vocab, rank, ranks);
   const auto scale = static_cast<float>(args.scale);
   for (int64_t t = blockIdx.x / static_cast<uint32_t>(ranks); t < args.tokens; t += step) {
     float* const row = args.logits + t * args.stride;
     const int32_t target = TargetInRow(args, t);
     const float target_logit = row[max(target, 0)], log2_sum = args.stats[2 * t] * kLog2E;
-    ForEachVector(slice.begin, slice.end, [&](int64_t vector) { kept.Ask(vector, row); });
-    CopyAsyncCommit();
+    kept.Ask(row);
     CopyAsyncWait<0>();
     cluster.sync();  // every logit of the row is on chip
     WriteGradient<Grad>(kept,
@@ -304,27 +310,21 @@ __global__ void __launch_bounds__(kThreads)
   AddSum(count, loss, total);
 }
 
-// CTAs of a row: a power of two while it is portable (at a vocabulary of 128K eight are 2% faster than five),
-// then as few as hold it (at 256K ten, two an SM, are 10% faster than sixteen at the loss alone).
-int ClusterOf(int64_t row_bytes) {
-  const auto ranks = static_cast<uint64_t>(CeilDiv(row_bytes, kSliceBytes));
-  if (ranks <= kPortableCluster) return static_cast<int>(std::bit_ceil(ranks));
-  return static_cast<int>(std::min<uint64_t>(ranks, kMaxCluster));
-}
-
-// One of the kernels of rows.
-cudaError_t Launch(void (*kernel)(CudaCrossEntropyArgs), const CudaCrossEntropyArgs& args,
+// One of the kernels of rows; held: vectors in its registers. A row takes as few CTAs as hold it, so that as
+// many rows as possible are at work.
+cudaError_t Launch(void (*kernel)(CudaCrossEntropyArgs), int held, const CudaCrossEntropyArgs& args,
                    cudaStream_t stream) {
-  const int64_t vectors = CeilDiv(args.vocab, N);
-  const int ranks = ClusterOf(vectors * kVectorBytes);
-  const int64_t slice_bytes = CeilDiv(vectors, ranks) * kVectorBytes;
+  const int64_t row_bytes = CeilDiv(args.vocab, N) * kVectorBytes;
+  const auto ranks =
+      static_cast<int>(std::clamp<int64_t>(CeilDiv(row_bytes, SliceBytes(held)), 1, kMaxCluster));
+  const int shared_vectors = std::max(ShareOf(args.vocab, ranks) - held * kThreads, 0);
+  const int slice_bytes = shared_vectors * kVectorBytes;
   if (args.stride % 8 != 0 || !Aligned(args.logits) || args.tokens * ranks > INT32_MAX ||
       args.vocab > kCudaCrossEntropyMaxVocab) {
     return cudaErrorInvalidValue;
   }
   if (args.tokens == 0) return cudaSuccess;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(slice_bytes));
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slice_bytes);
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;
@@ -350,17 +350,17 @@ cudaError_t Launch(void (*kernel)(CudaCrossEntropyArgs), const CudaCrossEntropyA
 
 template <typename Grad>
 cudaError_t CudaCrossEntropy(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
-  return Launch(RowKernel<Grad, Result::kLossAndGradient>, args, stream);
+  return Launch(RowKernel<Grad, Result::kLossAndGradient>, kHeld, args, stream);
 }
 cudaError_t CudaCrossEntropyLoss(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
-  return Launch(RowKernel<float, Result::kLoss>, args, stream);
+  return Launch(RowKernel<float, Result::kLoss>, kHeld, args, stream);
 }
 cudaError_t CudaCrossEntropyStats(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
-  return Launch(RowKernel<float, Result::kStats>, args, stream);
+  return Launch(RowKernel<float, Result::kStats>, kHeld, args, stream);
 }
 template <typename Grad>
 cudaError_t CudaCrossEntropyGradient(const CudaCrossEntropyArgs& args, cudaStream_t stream) {
-  return Launch(GradientKernel<Grad>, args, stream);
+  return Launch(GradientKernel<Grad>, 0, args, stream);
 }
 
 cudaError_t CudaAddLossOfStats(const float* stats, const int32_t* targets, int64_t tokens, double* sum,
