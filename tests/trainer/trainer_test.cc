@@ -341,7 +341,7 @@ void ExpectMovesBetweenMeshesBitForBit(const RunSpec& spec) {
 TEST(Checkpoints, MoveBetweenMeshesBitForBit) {
   ExpectMovesBetweenMeshesBitForBit(
       SmallRun({"model.pattern=meta=2 A - A+-{combine=mean-norm}", "model.attention.heads=4",
-                "model.attention.head_dim=2", "data.document_mask=true"}));
+                "model.attention.head_dim=2"}));
 }
 
 TEST(Checkpoints, OfEveryKindOfLayerMoveBetweenMeshesBitForBit) {
