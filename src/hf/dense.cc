@@ -4,7 +4,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "annulus/base/check.h"
+#include "annulus/ops/linear.h"
 
 namespace annulus {
 namespace {
@@ -40,11 +40,12 @@ Dense Transposed(const Dense& a) {
 Dense TimesTransposed(const Dense& a, const Dense& b) {
   ANNULUS_CHECK(a.columns == b.columns) << a.columns << " and " << b.columns;
   Dense product = Dense::Zeros(a.rows, b.rows);
-  for (int64_t r = 0; r < a.rows; ++r) {
-    for (int64_t c = 0; c < b.rows; ++c) {
-      product(r, c) = std::inner_product(a.row(r), a.row(r) + a.columns, b.row(c), 0.0);
-    }
-  }
+  const auto matrix = [](const Dense& m) {
+    return ConstMatrixRef(m.values.data(), DType::kF64, m.rows, m.columns, m.columns);
+  };
+  Context ctx{Device{}};
+  ANNULUS_CHECK_OK(LinearForward(ctx, matrix(a), matrix(b), Write::kOverwrite,
+                                 {product.values.data(), DType::kF64, a.rows, b.rows, b.rows}));
   return product;
 }
 
