@@ -119,7 +119,7 @@ class DeltaNetMixer : public SequenceMixer {
   absl::Status ComputeAgain(Context& ctx, ModelStep& step, ConstTensorRef x, Activations* now) const;
   absl::Status PrepareBackward(Context& ctx, ModelStep& step, const Activations& now,
                                const DeltaGradients& gradients, TensorRef dnormalised, TensorRef dconvolved,
-                               TensorRef dqkv, TensorRef dsmall) const;
+                               TensorRef dsmall) const;
 
   Recompute recompute_;
   int64_t heads_, key_dim_, value_dim_, chunk_;
@@ -226,20 +226,18 @@ absl::Status DeltaNetMixer::ComputeAgain(Context& ctx, ModelStep& step, ConstTen
   return DeltaForward(ctx, rule, now->initial, now->states, HeadsOf(now->o, 0, heads_, value_dim_));
 }
 
-// From the gradients of q, k, v, beta and a to those of the projections.
+// From the gradients of q, k, v, beta and a to those behind the convolution, and of the small projections.
 absl::Status DeltaNetMixer::PrepareBackward(Context& ctx, ModelStep& step, const Activations& now,
                                             const DeltaGradients& gradients, TensorRef dnormalised,
-                                            TensorRef dconvolved, TensorRef dqkv, TensorRef dsmall) const {
+                                            TensorRef dconvolved, TensorRef dsmall) const {
   ANNULUS_RETURN_IF_ERROR(L2NormBackward(ctx, HeadsOf(now.convolved, 0, 2 * heads_, key_dim_), kLengthEps,
                                          HeadsOf(dnormalised, 0, 2 * heads_, key_dim_),
                                          HeadsOf(dconvolved, 0, 2 * heads_, key_dim_)));
   const Shape shape{step.tokens(), heads_};
   ANNULUS_RETURN_IF_ERROR(SigmoidBackward(ctx, now.beta.Reshaped(shape), gradients.dbeta.Reshaped(shape),
                                           MatrixRef(dsmall).Cols(0, heads_)));
-  ANNULUS_RETURN_IF_ERROR(MambaGatesBackward(ctx, DecaysOf(now), {}, gradients.da.Reshaped(shape),
-                                             MatrixRef(dsmall).Cols(heads_, 2 * heads_), ddt_bias_, da_log_));
-  return short_conv_.has_value() ? short_conv_->Backward(ctx, step, now.qkv, now.halo, dconvolved, dqkv)
-                                 : SiluBackward(ctx, now.qkv, dconvolved, dqkv);
+  return MambaGatesBackward(ctx, DecaysOf(now), {}, gradients.da.Reshaped(shape),
+                            MatrixRef(dsmall).Cols(heads_, 2 * heads_), ddt_bias_, da_log_);
 }
 
 absl::Status DeltaNetMixer::Backward(Context& ctx, ModelStep& step, ConstTensorRef x, ConstTensorRef dy,
@@ -285,7 +283,15 @@ absl::Status DeltaNetMixer::Backward(Context& ctx, ModelStep& step, ConstTensorR
                                  .dbeta = ctx.scratch.Allocate(now.beta.dtype(), now.beta.shape()),
                                  .da = ctx.scratch.Allocate(now.a.dtype(), now.a.shape())};
   ANNULUS_RETURN_IF_ERROR(DeltaBackward(ctx, rule, dout_heads, now.states, final_gradient, gradients));
-  ANNULUS_RETURN_IF_ERROR(PrepareBackward(ctx, step, now, gradients, dnormalised, dconvolved, dqkv, dsmall));
+  ANNULUS_RETURN_IF_ERROR(PrepareBackward(ctx, step, now, gradients, dnormalised, dconvolved, dsmall));
+  const auto gate_weights = [&] { return LinearBackwardWeight(ctx, dgate, all, dwgate_); };
+  if (short_conv_.has_value()) {
+    ANNULUS_RETURN_IF_ERROR(
+        short_conv_->Backward(ctx, step, now.qkv, now.halo, dconvolved, gate_weights, dqkv));
+  } else {
+    ANNULUS_RETURN_IF_ERROR(SiluBackward(ctx, now.qkv, dconvolved, dqkv));
+    ANNULUS_RETURN_IF_ERROR(gate_weights());
+  }
 
   const TensorRef partial = step.tensor.Partial(ctx, dx);
   ANNULUS_RETURN_IF_ERROR(
@@ -294,7 +300,6 @@ absl::Status DeltaNetMixer::Backward(Context& ctx, ModelStep& step, ConstTensorR
   ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, dsmall, wsmall_, Write::kAccumulate, partial));
   ANNULUS_ASSIGN_OR_RETURN(PendingSum sum, step.tensor.StartSum(ctx, partial, Write::kOverwrite, dx));
   absl::Status status = LinearBackwardWeight(ctx, dqkv, all, dwqkv_);
-  if (status.ok()) status = LinearBackwardWeight(ctx, dgate, all, dwgate_);
   if (status.ok()) status = LinearBackwardWeight(ctx, dsmall, all, dwsmall_);
   ANNULUS_RETURN_IF_ERROR(sum.Finish(ctx));
   return status;

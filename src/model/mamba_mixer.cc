@@ -6,6 +6,8 @@
 //
 // Between ranks of a sequence go the last conv - 1 rows of [b | c | x] before the convolution, and states.
 // Projected first, the former travel under the projection of everything else; states travel under that of z.
+// In backward gradients of states travel under the product for those of the output's weights, gradients of
+// the rows under that for z's.
 
 #include <cmath>
 
@@ -302,10 +304,14 @@ absl::Status MambaMixer::Backward(Context& ctx, ModelStep& step, ConstTensorRef 
       ctx, {Columns(now.proj, conv_columns() + inner(), heads_), dt_bias_, a_log_, dt_min_, dt_max_},
       ddt.Reshaped({tokens, heads_}), da.Reshaped({tokens, heads_}),
       Columns(dproj, conv_columns() + inner(), heads_), ddt_bias_, da_log_));
-  ANNULUS_RETURN_IF_ERROR(short_conv_.Backward(ctx, step, now.proj, now.halo, dxbc, dproj));
+  const auto zdt_weights = [&] {
+    return LinearBackwardWeight(ctx, Columns(dproj, conv_columns(), inner() + heads_), all, dw_.zdt);
+  };
+  ANNULUS_RETURN_IF_ERROR(short_conv_.Backward(ctx, step, now.proj, now.halo, dxbc, zdt_weights, dproj));
   return ProjectBackward(ctx, step, all, dproj, dx);
 }
 
+// All but the gradients of the weights of z and dt.
 absl::Status MambaMixer::ProjectBackward(Context& ctx, ModelStep& step, ConstTensorRef x, TensorRef dproj,
                                          TensorRef dx) const {
   const int64_t bc = bc_columns();
@@ -313,7 +319,7 @@ absl::Status MambaMixer::ProjectBackward(Context& ctx, ModelStep& step, ConstTen
     TensorRef w, dw;
     int64_t begin, columns;
   };
-  std::vector<Product> products = {{w_.zdt, dw_.zdt, conv_columns(), inner() + heads_}};
+  std::vector<Product> products;
   if (w_.bcx.defined()) {
     products.push_back({w_.bcx, dw_.bcx, 0, conv_columns()});
   } else {
@@ -322,11 +328,11 @@ absl::Status MambaMixer::ProjectBackward(Context& ctx, ModelStep& step, ConstTen
     products.push_back({w_.x, dw_.x, 2 * bc, inner()});
   }
   const TensorRef partial = step.tensor.Partial(ctx, dx);
-  Write write = step.tensor.PartialWrite(dx, Write::kOverwrite);
+  ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, Columns(dproj, conv_columns(), inner() + heads_), w_.zdt,
+                                              step.tensor.PartialWrite(dx, Write::kOverwrite), partial));
   for (const Product& p : products) {
     ANNULUS_RETURN_IF_ERROR(
-        LinearBackwardInput(ctx, Columns(dproj, p.begin, p.columns), p.w, write, partial));
-    write = Write::kAccumulate;
+        LinearBackwardInput(ctx, Columns(dproj, p.begin, p.columns), p.w, Write::kAccumulate, partial));
   }
   ANNULUS_ASSIGN_OR_RETURN(PendingSum sum, step.tensor.StartSum(ctx, partial, Write::kOverwrite, dx));
   absl::Status status;

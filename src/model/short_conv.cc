@@ -83,7 +83,7 @@ absl::Status ShortConv::Forward(Context& ctx, ModelStep& step, TensorRef proj, T
 }
 
 absl::Status ShortConv::Backward(Context& ctx, ModelStep& step, TensorRef proj, TensorRef halo,
-                                 TensorRef dout, TensorRef dproj) const {
+                                 TensorRef dout, const Meanwhile& meanwhile, TensorRef dproj) const {
   ArenaScope scope(ctx.scratch);
   const TensorRef dhalo = ctx.scratch.Allocate(halo.dtype(), halo.shape());
   int64_t begin = 0;
@@ -101,18 +101,20 @@ absl::Status ShortConv::Backward(Context& ctx, ModelStep& step, TensorRef proj, 
         MoveColumns(ctx, AsRows(down), {{0, begin, part.channels()}}, Write::kOverwrite, AsRows(dhalo)));
     begin += part.channels();
   }
-  return AddHaloGradients(ctx, step, dhalo, dproj);
+  return AddHaloGradients(ctx, step, dhalo, meanwhile, dproj);
 }
 
 // What later segments' convolutions owe the last rows of this rank's segments.
 absl::Status ShortConv::AddHaloGradients(Context& ctx, ModelStep& step, TensorRef dhalo,
-                                         TensorRef dproj) const {
-  if (width_ == 0 || step.geometry.cp().size() == 1) return absl::OkStatus();
+                                         const Meanwhile& meanwhile, TensorRef dproj) const {
+  if (width_ == 0 || step.geometry.cp().size() == 1) return meanwhile();
   const TensorRef dedges = ctx.scratch.Allocate(dhalo.dtype(), dhalo.shape());
   ANNULUS_ASSIGN_OR_RETURN(HaloExchange exchange,
                            HaloExchange::StartBackward(ctx, step.geometry, dhalo, dedges));
   step.AddStateBytes(exchange.bytes_sent());
+  const absl::Status other = meanwhile();
   ANNULUS_RETURN_IF_ERROR(exchange.Finish(ctx));
+  ANNULUS_RETURN_IF_ERROR(other);
   const TensorRef edges = AsRows(dedges);
   int64_t end = 0;
   for (const RowRange& segment : SegmentsOf(step.geometry)) {

@@ -39,14 +39,17 @@ class ShortConv {
   // out = silu(conv(columns [0, channels) of proj)).   proj: [rows, batch, >= channels]   out: [rows, batch,
   // channels]
   absl::Status Forward(Context& ctx, ModelStep& step, TensorRef proj, TensorRef halo, TensorRef out) const;
-  // Those columns of dproj are overwritten; gradients of the parameters are added to.
+  // Those columns of dproj are overwritten; gradients of the parameters are added to. `meanwhile` runs while
+  // gradients of halos travel.
+  using Meanwhile = std::function<absl::Status()>;
   absl::Status Backward(Context& ctx, ModelStep& step, TensorRef proj, TensorRef halo, TensorRef dout,
-                        TensorRef dproj) const;
+                        const Meanwhile& meanwhile, TensorRef dproj) const;
 
  private:
   Conv1d ConvOf(Context& ctx, ModelStep& step, const ConvPart& part, ConstTensorRef halo) const;
   absl::StatusOr<TensorRef> HaloOf(Context& ctx, TensorRef halo, int64_t begin, const ConvPart& part) const;
-  absl::Status AddHaloGradients(Context& ctx, ModelStep& step, TensorRef dhalo, TensorRef dproj) const;
+  absl::Status AddHaloGradients(Context& ctx, ModelStep& step, TensorRef dhalo, const Meanwhile& meanwhile,
+                                TensorRef dproj) const;
 
   std::vector<ConvPart> parts_;
   int64_t channels_ = 0, width_ = 0;  // width: k - 1
