@@ -11,6 +11,8 @@
 //     };
 //     __device__ Block At(int64_t index) const;
 //   };
+//
+// Sums are taken over kProductDepth at a time and then over those: chains of thousands would lose digits.
 
 #include "kernels/common/vector.cuh"
 
@@ -37,13 +39,19 @@ __global__ void __launch_bounds__(kProductThreads)
       right[e / kProductTile][e % kProductTile] = j < block.n && r < block.k ? block.Right(r, j) : 0;
     }
     __syncthreads();
+    float part[4][4] = {};
 #pragma unroll
     for (int l = 0; l < kProductDepth; ++l) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] += left[l][y + 16 * i] * right[l][x + 16 * j];
+        for (int j = 0; j < 4; ++j) part[i][j] += left[l][y + 16 * i] * right[l][x + 16 * j];
       }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[i][j] += part[i][j];
     }
     __syncthreads();
   }

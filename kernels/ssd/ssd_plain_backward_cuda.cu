@@ -6,8 +6,8 @@
 //   dB = dS^T C + (to_end dt X) G^T      dC = dS B + (from_start dY) h_in^T       both summed over heads
 //
 // A decay is e^(sum_t - sum_s): what it gets goes to sum_t and is taken from sum_s, and a_t gets all that
-// later rows of its document got. These terms cancel where a row lies outside of [s, t], so they are summed
-// in double.
+// later rows of its document got. These terms cancel where a row lies outside of [s, t], so they are
+// multiplied and summed in double: a term that is rounded on one side is felt by all rows before.
 
 #include "kernels/common/parts.cuh"
 #include "kernels/ssd/ssd_plain.cuh"
@@ -210,7 +210,9 @@ __global__ void __launch_bounds__(kGateThreads)
   double to_end = 0, skip = 0;
   for (int64_t r = threadIdx.x; r < rows; r += kGateThreads) {
     double own = 0, column = 0, end = 0, start = 0;
-    for (int64_t s = 0; s <= r; ++s) own += slice.energies[of.square + r * of.side + s] * at.Dt(s);
+    for (int64_t s = 0; s <= r; ++s) {
+      own += static_cast<double>(slice.energies[of.square + r * of.side + s]) * at.Dt(s);
+    }
     for (int64_t t = r; t < rows; ++t) column += slice.energies[of.square + t * of.side + r];
     for (int64_t p = 0; p < dim; ++p) {
       end += at.X(r, p) * slice.from_end[of.panel + r * dim + p];

@@ -85,18 +85,19 @@ inline double Distance(const std::vector<double>& a, const std::vector<double>& 
   return std::sqrt(sum);
 }
 
-// Of each parameter the worst naive error, twice. What has few elements, as biases of heads have, has few
-// chances to show how far off it may be: those errors are judged together, by the root of their mean square,
-// each in units of its naive ones.
+// What has few elements, as biases of heads have, has few chances to show how far off it may be.
+inline bool IsFew(const std::vector<double>& gradient) { return gradient.size() < 64; }
+
+// Of each parameter the worst naive error, twice. Errors of those of few elements are judged together, by the
+// root of their mean square, each in units of its naive ones; few_elements.h judges them kind by kind.
 inline void ExpectStep(const Outcome& got, const References& references, DType dtype) {
-  constexpr size_t kFew = 64;
   ExpectLoss(got.loss, references, dtype);
   ASSERT_EQ(got.gradients.size(), references.exact.gradients.size());
   double squares = 0, few = 0;
   for (const auto& [name, gradient] : got.gradients) {
     SCOPED_TRACE(name);
     const std::vector<double>& exact = references.exact.gradients.at(name);
-    if (gradient.size() >= kFew) {
+    if (!IsFew(gradient)) {
       ExpectWithinRule(gradient, references.WorstNaive(dtype, name), exact, 0);
       continue;
     }

@@ -16,6 +16,8 @@ namespace annulus::testing {
 // have nothing to do with each other.
 struct Rounding {
   double grid = 1;  // 0: nothing is rounded
+  // kStored: a mistake that tests must find, gradients of decays and steps rounded after every token.
+  enum class GateSums { kWide, kStored } gate_sums = GateSums::kWide;
 };
 inline constexpr Rounding kNoRounding = {0}, kToBFloat16 = {1};
 
@@ -104,6 +106,8 @@ class RoundedOps {
     ANNULUS_CHECK_OK(Copy(ctx, x, y));
     return y;
   }
+
+  const Rounding& rounding() const { return rounding_; }
 
   const ModelSpec& spec;
   RankModel& model;

@@ -11,6 +11,31 @@
 
 namespace annulus::testing {
 
+// Gradients of time steps and decays, [tokens, heads], and where those of what they come from go.
+struct RoundedGates {
+  ConstTensorRef ddt, da;
+  MatrixRef draw;
+  RoundedOps::Weights dt_bias, a_log;
+};
+inline void GatesBackward(RoundedOps& ops, const MambaGates& gates, const RoundedGates& to) {
+  const auto rows = []<class Byte>(BasicMatrixRef<Byte> m, int64_t begin, int64_t end) {
+    using Double = std::conditional_t<std::is_const_v<Byte>, const double, double>;
+    m.data = static_cast<Double*>(m.data) + begin * m.stride;
+    m.rows = end - begin;
+    return m;
+  };
+  const bool wide = ops.rounding().gate_sums == Rounding::GateSums::kWide;
+  const int64_t tokens = gates.raw.rows, step = wide ? tokens : 1;
+  for (int64_t t = 0; t < tokens; t += step) {
+    MambaGates some = gates;
+    some.raw = rows(gates.raw, t, t + step);
+    ANNULUS_CHECK_OK(
+        MambaGatesBackward(ops.ctx, some, to.ddt.defined() ? to.ddt.Rows(t, t + step) : ConstTensorRef(),
+                           to.da.Rows(t, t + step), rows(to.draw, t, t + step), to.dt_bias.dw, to.a_log.dw));
+    if (!wide) ops.Stored(to.dt_bias.dw), ops.Stored(to.a_log.dw);
+  }
+}
+
 class RoundedMamba : public RoundedBranch {
  public:
   RoundedMamba(RoundedOps& ops, const std::string& prefix)
@@ -58,9 +83,12 @@ class RoundedMamba : public RoundedBranch {
                     .da = da,
                     .dskip = skip_.dw});
     ops_.Stored(dconvolved);
-    ANNULUS_CHECK_OK(MambaGatesBackward(ops_.ctx, Gates(), PerToken(ddt), PerToken(da),
-                                        MatrixRef(dzdt).Cols(inner(), inner() + mamba_.heads), dt_bias_.dw,
-                                        a_log_.dw));
+    GatesBackward(ops_, Gates(),
+                  {.ddt = PerToken(ddt),
+                   .da = PerToken(da),
+                   .draw = MatrixRef(dzdt).Cols(inner(), inner() + mamba_.heads),
+                   .dt_bias = dt_bias_,
+                   .a_log = a_log_});
     const TensorRef dbcx = ops_.New(convolved_.shape());
     conv_.Backward(dconvolved, dbcx);
     ops_.LinearBackward(ops_.Stored(dzdt), x_, zdt_, write, dx);
@@ -291,8 +319,9 @@ class RoundedDeltaNet : public RoundedBranch {
                                     QueriesAndKeys(dconvolved)));
     ops_.Stored(dconvolved);
     ANNULUS_CHECK_OK(SigmoidBackward(ops_.ctx, PerToken(beta_), PerToken(dbeta), Betas(dsmall)));
-    ANNULUS_CHECK_OK(
-        MambaGatesBackward(ops_.ctx, Gates(), {}, PerToken(da), Decays(dsmall), dt_bias_.dw, a_log_.dw));
+    GatesBackward(
+        ops_, Gates(),
+        {.ddt = {}, .da = PerToken(da), .draw = Decays(dsmall), .dt_bias = dt_bias_, .a_log = a_log_});
     const TensorRef dqkv = ops_.New(products_.shape());
     if (conv_.has_value()) {
       conv_->Backward(dconvolved, dqkv);

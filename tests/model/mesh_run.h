@@ -53,12 +53,13 @@ struct BatchShape {
   int64_t length = 0, batch = 1;
   Lengths lengths = Lengths::kFull;
   Documents documents = Documents::kNone;
+  uint64_t seed = 11;  // of the tokens
 };
 
 // Random tokens; the target is the next token, and is not counted at the end of a sequence and one time in
 // eight.
 inline WholeBatch RandomBatch(const ModelSpec& spec, const BatchShape& shape) {
-  const RandomStream random(11, "tokens");
+  const RandomStream random(shape.seed, "tokens");
   WholeBatch whole{.length = shape.length,
                    .sequences = RandomSequences(5, shape.length, shape.batch, shape.lengths, shape.documents),
                    .tokens = {},
