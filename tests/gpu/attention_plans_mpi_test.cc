@@ -10,18 +10,18 @@ namespace {
 
 TEST(GpuAttentionPlans, FollowTheRule) {
   GpuRank gpu;
-  ExpectEveryPlan<BFloat16>(gpu.ctx, gpu.cp, gpu.Transports());
+  ExpectEveryPlan<BFloat16>(gpu.ctx, gpu.cp, gpu.Transports(), BlockGradients::kRounded);
 }
 
-// Other kernels of backward; by the best transport.
+// By our own kernels; by the best transport.
 TEST(GpuAttentionPlans, FollowTheRuleDeterministic) {
   GpuRank gpu(Determinism::kRequired);
-  ExpectEveryPlan<BFloat16>(gpu.ctx, gpu.cp, {gpu.Transports().back()});
+  ExpectEveryPlan<BFloat16>(gpu.ctx, gpu.cp, {gpu.Transports().back()}, BlockGradients::kSummed);
 }
 
 TEST(GpuAttentionPlans, MayNotLoseKeys) {
   GpuRank gpu;
-  ExpectMissingKeysAreRefused<BFloat16>(gpu.ctx, gpu.cp, gpu.Transports().back());
+  ExpectMissingKeysAreRefused<BFloat16>(gpu.ctx, gpu.cp, gpu.Transports().back(), BlockGradients::kRounded);
 }
 
 }  // namespace

@@ -16,12 +16,12 @@ TEST(EveryPlan, IsOfEveryKind) {
 
 TEST(EveryPlan, FollowsTheRule) {
   Context ctx{Device{}};
-  ExpectEveryPlan<float>(ctx, World(), {TransportKind::kHost});
+  ExpectEveryPlan<float>(ctx, World(), {TransportKind::kHost}, BlockGradients::kSummed);
 }
 
 TEST(EveryPlan, MayNotLoseKeys) {
   Context ctx{Device{}};
-  ExpectMissingKeysAreRefused<float>(ctx, World(), TransportKind::kHost);
+  ExpectMissingKeysAreRefused<float>(ctx, World(), TransportKind::kHost, BlockGradients::kSummed);
 }
 
 }  // namespace
