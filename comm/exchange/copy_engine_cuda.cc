@@ -102,7 +102,7 @@ class CopyEngineTransport : public StreamTransport {
                                                 const SlotSource& source) override {
     const StreamPlan& mine = PlanOf(plan);
     layout_ = PoolLayout(mine, source);
-    ANNULUS_RETURN_IF_ERROR(Reserve(mine));
+    ANNULUS_RETURN_IF_ERROR(Fit(mine, layout_));
     const std::vector<StreamPlan::PoolSlot>& pool = mine.pools[static_cast<size_t>(cp_.rank())];
     std::vector<SlotMemory> slots(mine.rank.slots.size());
     for (size_t place = 0; place < pool.size(); ++place) {
@@ -136,6 +136,8 @@ class CopyEngineTransport : public StreamTransport {
 
  private:
   static constexpr uint32_t kLastCount = uint32_t{1} << 30;  // far from where differences of numbers overflow
+  // Documents of the next batch cut what one message moves into a few; flags are small, making room is not.
+  static constexpr int64_t kSpareFlags = 4;
 
   static int64_t Aligned(int64_t bytes) {
     return (bytes + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
@@ -170,14 +172,18 @@ class CopyEngineTransport : public StreamTransport {
     return memory_.at(cp_rank) + FlagBytes() + layout_.OffsetOf(cp_rank, place, field);
   }
 
+  absl::Status MakeRoom(const StreamPlan& plan, const SlotSource& source) override {
+    return Fit(plan, PoolLayout(plan, source));
+  }
+
   // What every rank decides alike, from what is the same on all of them.
-  absl::Status Reserve(const StreamPlan& plan) {
-    const int64_t pool = layout_.bytes();
-    const bool enough = plan.messages <= messages_ && FlagBytes() + pool <= memory_.bytes();
+  absl::Status Fit(const StreamPlan& plan, const PoolLayout& layout) {
+    const bool enough = plan.messages <= messages_ && FlagBytes() + layout.bytes() <= memory_.bytes();
     if (plan.messages == 0 || (enough && count_ + 1 < kLastCount)) return absl::OkStatus();
-    messages_ = std::max<int64_t>(messages_, plan.messages);
+    messages_ = std::max<int64_t>(messages_, kSpareFlags * plan.messages);
+    pool_bytes_ = std::max(pool_bytes_, layout.bytes());
     own_flags_ = nullptr;
-    ANNULUS_RETURN_IF_ERROR(memory_.Resize(std::max(FlagBytes() + pool, memory_.bytes())));
+    ANNULUS_RETURN_IF_ERROR(memory_.Resize(FlagBytes() + pool_bytes_));
     own_flags_ = Arrived(cp_.rank(), 0);
     count_ = 0;
     return absl::OkStatus();
@@ -266,6 +272,7 @@ class CopyEngineTransport : public StreamTransport {
   StreamFlags flags_;
   PeerMemory memory_;
   int64_t messages_ = 0;       // flags of each kind
+  int64_t pool_bytes_ = 0;     // of slots
   PoolLayout layout_;          // of the last Slots call
   uint32_t count_ = 0;         // executions on this memory
   std::vector<size_t> sends_;  // so far, by peer and lane

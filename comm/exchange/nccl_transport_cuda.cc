@@ -70,10 +70,13 @@ class NcclTransport : public StreamTransport {
     return absl::StrCat("exchange ", Name(static_cast<ExchangeLane>(lane)));
   }
 
+  absl::Status Begin(const Run& run) override { return Connect(run.plan); }
+  absl::Status MakeRoom(const StreamPlan& plan, const SlotSource&) override { return Connect(plan); }
+
   // Communicators are made at the first plan that needs them, on all ranks or on none.
-  absl::Status Begin(const Run& run) override {
+  absl::Status Connect(const StreamPlan& plan) {
     for (size_t lane = 0; lane < kTransferLanes; ++lane) {
-      if (!run.plan.lanes[lane] || comms_[lane] != nullptr) continue;
+      if (!plan.lanes[lane] || comms_[lane] != nullptr) continue;
       ANNULUS_ASSIGN_OR_RETURN(comms_[lane], ConnectNccl(cp_, device_, kMaxCtas));
     }
     return absl::OkStatus();

@@ -20,6 +20,16 @@ absl::StatusOr<std::vector<SlotMemory>> StreamTransport::Slots(Context& ctx, con
   return ScratchSlots(ctx, plan, cp_.rank(), source);
 }
 
+absl::Status StreamTransport::Reserve(const ExchangePlan& plan, const SlotSource& source) {
+  const StreamPlan& mine = PlanOf(plan);
+  MakeEvents(mine);
+  return MakeRoom(mine, source);
+}
+
+void StreamTransport::MakeEvents(const StreamPlan& plan) {
+  while (events_.size() < plan.rank.steps.size()) events_.emplace_back(device_);
+}
+
 absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
                                       ExchangeStats* stats) {
   if (aborted_) return absl::AbortedError("the exchange was aborted");
@@ -29,7 +39,7 @@ absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, co
                 .rank = plan.ranks[static_cast<size_t>(cp_.rank())],
                 .binding = binding,
                 .clock = stats->clock};
-  while (events_.size() < run.plan.rank.steps.size()) events_.emplace_back(device_);
+  MakeEvents(run.plan);
   ++run_;
   begin_.Record(ctx.stream());
   if (run.clock != nullptr) run.clock->BeginRun(run.rank.steps.size(), ctx.stream());

@@ -35,6 +35,7 @@ class StreamTransport : public ExchangeTransport {
   ~StreamTransport() override;
   absl::StatusOr<std::vector<SlotMemory>> Slots(Context& ctx, const ExchangePlan& plan,
                                                 const SlotSource& source) override;
+  absl::Status Reserve(const ExchangePlan& plan, const SlotSource& source) final;
   absl::Status Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
                        ExchangeStats* stats) final;
 
@@ -58,6 +59,10 @@ class StreamTransport : public ExchangeTransport {
     int64_t BytesOf(int s) const;  // of all fields of a transfer
   };
 
+  // What a transport takes beside events. Collective.
+  virtual absl::Status MakeRoom(const StreamPlan& /*plan*/, const SlotSource& /*source*/) {
+    return absl::OkStatus();
+  }
   virtual absl::Status Begin(const Run& run) = 0;
   // Enqueues the transfers of a round: each is completed (Complete) on the stream of some lane.
   virtual absl::Status Transfer(const Run& run, const Launch& round) = 0;
@@ -90,6 +95,7 @@ class StreamTransport : public ExchangeTransport {
     int unmarked = -1;  // its last step without event and note, if none with them follows
   };
 
+  void MakeEvents(const StreamPlan& plan);
   absl::Status Compute(const Run& run, int s);
   // ctx.stream() waits, which is counted.
   void AwaitTransfers(const Run& run, const std::vector<int>& transfers);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "annulus/device/transfer.h"
+#include "slot_fields.h"
 
 namespace annulus {
 namespace {
@@ -122,11 +123,16 @@ absl::StatusOr<AttentionGeometry::Choice> AttentionGeometry::Choose(const Attent
   return choice;
 }
 
+absl::StatusOr<ExchangePlan> AttentionGeometry::BuildFor(const AttentionCase& layer,
+                                                         const SequenceBatch& sequences, Pass pass,
+                                                         const PlanChoice& choice) const {
+  return BuildPlan(
+      MakeExchangeProblem(layout_, sequences, layer.window, layer.heads, layer.kv_heads, ChunkParts(choice)),
+      pass, choice);
+}
+
 absl::Status AttentionGeometry::Build(Pass pass, Schedule* schedule) {
-  const AttentionCase& layer = schedule->layer;
-  const ExchangeProblem problem = MakeExchangeProblem(layout_, sequences_, layer.window, layer.heads,
-                                                      layer.kv_heads, ChunkParts(schedule->choice.plan));
-  absl::StatusOr<ExchangePlan> plan = BuildPlan(problem, pass, schedule->choice.plan);
+  absl::StatusOr<ExchangePlan> plan = BuildFor(schedule->layer, sequences_, pass, schedule->choice.plan);
   absl::Status status = plan.status();
 #if ANNULUS_VALIDATE_PLANS
   if (status.ok()) status = Validate(*plan);
@@ -134,6 +140,43 @@ absl::Status AttentionGeometry::Build(Pass pass, Schedule* schedule) {
   ANNULUS_RETURN_IF_ERROR(cp_.AgreeOk(status));
   schedule->plan = *std::move(plan);
   return AgreeOnPlan(schedule->plan, cp_);
+}
+
+absl::Status AttentionGeometry::Reserve(Context& ctx, const Schedule& schedule) {
+  const AttentionCase& layer = schedule.layer;
+  ANNULUS_ASSIGN_OR_RETURN(ExchangeTransport * transport, Transport(ctx, schedule.choice.transport));
+  const auto reserve = [&](const ExchangePlan& plan) {
+    return transport->Reserve(plan, {.home = {}, .fields = [&](const SlotSpec& slot) {
+                                       return FieldsOf(layer, plan.pass, GroupOf(layer, plan, slot), slot);
+                                     }});
+  };
+  ANNULUS_RETURN_IF_ERROR(reserve(schedule.plan));
+  if (sequences_.document_starts.empty()) return absl::OkStatus();
+  const std::vector<int64_t> whole(static_cast<size_t>(sequences_.batch), layout_.length());
+  ANNULUS_ASSIGN_OR_RETURN(const ExchangePlan most, BuildFor(layer,
+                                                             {.batch = sequences_.batch,
+                                                              .lengths = whole,
+                                                              .document_starts = {},
+                                                              .visibility = sequences_.visibility},
+                                                             schedule.plan.pass, schedule.choice.plan));
+  return reserve(most);
+}
+
+absl::Status AttentionGeometry::Prepare(Context& ctx, const std::vector<AttentionCase>& layers) {
+  if (cp_.size() == 1) return absl::OkStatus();
+  for (const AttentionCase& layer : layers) {
+    for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+      bool expanded = false;
+      if (layer.latent.has_value()) {
+        ANNULUS_ASSIGN_OR_RETURN(const LatentDecision* decision, DecisionOf(layer, pass));
+        expanded = !decision->latents;
+      }
+      ANNULUS_ASSIGN_OR_RETURN(const Schedule* schedule,
+                               ScheduleOf(ctx, expanded ? Expanded(layer) : layer, pass));
+      ANNULUS_RETURN_IF_ERROR(Reserve(ctx, *schedule));
+    }
+  }
+  return absl::OkStatus();
 }
 
 void AttentionGeometry::MakeCalls(Context& ctx, Schedule* schedule) {
@@ -190,7 +233,10 @@ absl::StatusOr<const AttentionGeometry::Choice*> AttentionGeometry::ChoiceFor(co
 absl::StatusOr<const LatentDecision*> AttentionGeometry::DecisionFor(Context& ctx,
                                                                      const ContextAttentionShape& shape,
                                                                      DType dtype, Pass pass) {
-  const AttentionCase layer = CaseOf(ctx, shape, dtype);
+  return DecisionOf(CaseOf(ctx, shape, dtype), pass);
+}
+
+absl::StatusOr<const LatentDecision*> AttentionGeometry::DecisionOf(const AttentionCase& layer, Pass pass) {
   const Key key = KeyOf(layer, pass);
   if (const auto known = decisions_.find(key); known != decisions_.end()) return &known->second;
   LatentDecision decision;
@@ -224,7 +270,12 @@ const LatentDecision* AttentionGeometry::FindDecision(const AttentionCase& layer
 
 absl::StatusOr<const AttentionGeometry::Schedule*> AttentionGeometry::ScheduleFor(
     Context& ctx, const ContextAttentionShape& shape, DType dtype, Pass pass) {
-  AttentionCase layer = CaseOf(ctx, shape, dtype);
+  return ScheduleOf(ctx, CaseOf(ctx, shape, dtype), pass);
+}
+
+absl::StatusOr<const AttentionGeometry::Schedule*> AttentionGeometry::ScheduleOf(Context& ctx,
+                                                                                 AttentionCase layer,
+                                                                                 Pass pass) {
   const Key key = KeyOf(layer, pass);
   if (const auto found = schedules_.find(key); found != schedules_.end()) return &found->second;
   ANNULUS_ASSIGN_OR_RETURN(const Choice* choice, ChoiceFor(layer, pass));

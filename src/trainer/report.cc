@@ -66,6 +66,10 @@ std::string FormatDuration(double seconds) {
   return absl::StrCat(s / 3600, "h ", s % 3600 / 60, "m");
 }
 
+std::string CountText(int64_t count, absl::string_view what) {
+  return absl::StrCat(count, " ", what, count == 1 ? "" : "s");
+}
+
 std::string FormatCount(double value) {
   if (value >= 1e9) return absl::StrFormat("%.2fG", value / 1e9);
   if (value >= 1e6) return absl::StrFormat("%.2fM", value / 1e6);

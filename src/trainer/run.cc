@@ -93,6 +93,7 @@ class TrainingRun {
  private:
   bool IsRoot() const { return mesh_.world.rank() == 0; }
   absl::Status Resume();
+  absl::StatusOr<Batch> LoadStep();
   absl::StatusOr<StepReport> OneStep();
   absl::Status Finish(const StepReport& report);
   absl::StatusOr<Evaluation> Evaluate();
@@ -165,9 +166,14 @@ absl::Status TrainingRun::Start(const RunOptions& options) {
   if (options.start == StartFrom::kLatestCheckpoint) ANNULUS_RETURN_IF_ERROR(Resume());
   if (saved_step_ < 0) ANNULUS_RETURN_IF_ERROR(trainer_.Initialize());
   heart_.Beat();
+  if (trainer_.step() < spec_.optim.steps) {
+    ANNULUS_ASSIGN_OR_RETURN(const Batch first, LoadStep());
+    ANNULUS_RETURN_IF_ERROR(trainer_.PrepareExchange(first.front().sequences));
+    heart_.Beat();
+  }
   return OnRoot([&]() -> absl::Status {
     ANNULUS_RETURN_IF_ERROR(directory_.Describe(config_, options, mesh_.world.size()));
-    return directory_.Event("start", trainer_.step(), absl::StrCat(mesh_.world.size(), " ranks"));
+    return directory_.Event("start", trainer_.step(), CountText(mesh_.world.size(), "rank"));
   });
 }
 
@@ -184,13 +190,19 @@ absl::Status TrainingRun::Resume() {
   return OnRoot([&] { return directory_.TrimMetrics(trainer_.step()); });
 }
 
-absl::StatusOr<StepReport> TrainingRun::OneStep() {
-  const double start = Now();
-  NoteStep(trainer_.step() + 1);
+// Of the step that comes next.
+absl::StatusOr<Batch> TrainingRun::LoadStep() {
   absl::StatusOr<Batch> batch =
       LoadBatch(*data_, spec_, trainer_.layout(), trainer_.step(), mesh_.at.dp, mesh_.shape.dp, mesh_.at.cp);
   ANNULUS_RETURN_IF_ERROR(mesh_.world.AgreeOk(batch.status()));
-  ANNULUS_ASSIGN_OR_RETURN(StepReport report, trainer_.Step(*batch, Now() - start));
+  return batch;
+}
+
+absl::StatusOr<StepReport> TrainingRun::OneStep() {
+  const double start = Now();
+  NoteStep(trainer_.step() + 1);
+  ANNULUS_ASSIGN_OR_RETURN(const Batch batch, LoadStep());
+  ANNULUS_ASSIGN_OR_RETURN(StepReport report, trainer_.Step(batch, Now() - start));
   heart_.Beat();
   skipped_in_row_ = report.skipped ? skipped_in_row_ + 1 : 0;
   if (skipped_in_row_ >= kMaxSkippedInRow) {
@@ -384,12 +396,12 @@ absl::Status CheckMemory(Communicator& world, const MemoryPlan& plan, const RunS
   const int64_t planned = plan.total(), available = place->available;
   if (available < 0 || planned <= available / ranks) return world.AgreeOk(absl::OkStatus());
   return world.AgreeOk(absl::ResourceExhaustedError(absl::StrFormat(
-      "memory: a rank is planned to hold %s (annulus plan shows of what), expected at most %s, as %d ranks "
-      "share the "
-      "%s that are available on %s: lower optim.micro_batch=%d, data.seq_len=%d or the model, or use more "
-      "ranks",
-      FormatBytes(static_cast<double>(planned)), FormatBytes(static_cast<double>(available / ranks)), ranks,
-      FormatBytes(static_cast<double>(available)), host, spec.optim.micro_batch, spec.data.seq_len)));
+      "memory: a rank is planned to hold %s (annulus plan shows of what), expected at most %s, of the %s "
+      "that are available to %s on %s: lower optim.micro_batch=%d, data.seq_len=%d or the model, or use "
+      "more ranks",
+      FormatBytes(static_cast<double>(planned)), FormatBytes(static_cast<double>(available / ranks)),
+      FormatBytes(static_cast<double>(available)), CountText(ranks, "rank"), host, spec.optim.micro_batch,
+      spec.data.seq_len)));
 }
 
 }  // namespace

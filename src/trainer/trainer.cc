@@ -97,6 +97,14 @@ absl::StatusOr<std::vector<ExchangeTransport*>> Trainer::SetUpExchange() {
   return geometry_.Transports(ctx_);
 }
 
+absl::Status Trainer::PrepareExchange(const SequenceBatch& sequences) {
+  geometry_.SetBatch(sequences);
+  std::vector<AttentionCase> layers;
+  for (const AttentionKind& kind : AttentionKindsOf(spec_.model))
+    layers.push_back(AttentionCaseOf(spec_, kind.attention, sequences));
+  return geometry_.Prepare(ctx_, layers);
+}
+
 absl::Status Trainer::Initialize() { return optimizer_.Initialize(spec_.seed); }
 
 TokenSlice Trainer::UploadTokens(const MicroBatch& micro) {

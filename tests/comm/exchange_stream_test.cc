@@ -225,6 +225,38 @@ TEST(StreamPlan, WaitsForAllThatItComesAfter) {
   }
 }
 
+// What a group makes room for before the first batch of documents, by the plan without any, is enough for all
+// of them: but for balanced plans, which share out the work of each batch anew, and rings of blocks in parts.
+TEST(PoolLayout, IsNoLargerForDocuments) {
+  constexpr int64_t kSpareFlags = 4;  // of the copy engine
+  const SlotSource source{.home = {}, .fields = [](const SlotSpec& slot) -> std::vector<SlotField> {
+                            return {{.dtype = DType::kF32, .row = {slot.width == Width::kCompute ? 1 : 2}}};
+                          }};
+  int fewer = 0;
+  for (const int ranks : {2, 3, 4, 8}) {
+    for (const PlanChoice& choice : testing::ManyChoices(ranks, 4)) {
+      const auto plan_of = [&](uint64_t seed, CaseMask mask, Pass pass) {
+        const ExchangeCase made =
+            ExchangeCaseMaker(seed).Make(ranks, 16, 16 * ranks, CaseLayout::kZigzag, mask,
+                                         {.parts = ChunkParts(choice), .heads = 4, .kv_heads = 2});
+        return StreamPlan(BuildPlan(made.problem, pass, choice).value(), 0);
+      };
+      for (const Pass pass : kPasses) {
+        const StreamPlan whole = plan_of(1, CaseMask::kCausal, pass);
+        const int64_t bytes = PoolLayout(whole, source).bytes();
+        for (uint64_t seed = 2; seed < 6; ++seed) {
+          const StreamPlan documents = plan_of(seed, CaseMask::kDocuments, pass);
+          EXPECT_LE(documents.messages, kSpareFlags * whole.messages) << documents.name;
+          fewer += documents.messages < whole.messages ? 1 : 0;
+          if (choice.kind == PlanKind::kBalanced || choice.parts > 1) continue;
+          EXPECT_LE(PoolLayout(documents, source).bytes(), bytes) << documents.name << " on " << ranks;
+        }
+      }
+    }
+  }
+  EXPECT_GT(fewer, 0);
+}
+
 TEST(StreamPlan, IsKeptAndToldApart) {
   const auto problem = [](CaseMask mask) {
     return ExchangeCaseMaker(1).Make(3, 4, 12, CaseLayout::kZigzag, mask).problem;

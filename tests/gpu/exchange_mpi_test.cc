@@ -160,6 +160,36 @@ TEST(GpuExchange, TakesMoreMemoryForLargerBlocks) {
   });
 }
 
+// Reserved is all that plans of the same choice take, whatever documents leave of their work: Slots takes no
+// more. Rows are as large as a page of memory.
+TEST(GpuExchange, TakesNoMoreThanWasReserved) {
+  OnTransports([](GpuRank& gpu, ExchangeTransport& transport) {
+    if (transport.kind() != TransportKind::kCopyEngine) return;  // others have slots in the arena
+    const int ranks = gpu.cp.size();
+    const Tensor home(gpu.ctx.device, DType::kU8, {4, int64_t{2} << 20});
+    const SlotSource source{.home = [&](Payload) { return SlotMemory{.fields = {home.ref()}}; },
+                            .fields = [&](const SlotSpec&) -> std::vector<SlotField> {
+                              return {{.dtype = DType::kU8, .row = {home.ref().dim(1)}}};
+                            }};
+    const int64_t before = transport.device_bytes();
+    for (const PlanKind kind : {PlanKind::kDirectCast, PlanKind::kKvRing, PlanKind::kTokenRing}) {
+      const auto plan_of = [&](uint64_t seed, CaseMask mask) {
+        const ExchangeProblem problem =
+            ExchangeCaseMaker(seed).Make(ranks, 4, 4 * ranks, CaseLayout::kZigzag, mask).problem;
+        return BuildPlan(problem, Pass::kBackward, {.kind = kind}).value();
+      };
+      ASSERT_TRUE(transport.Reserve(plan_of(1, CaseMask::kCausal), source).ok());
+      const int64_t reserved = transport.device_bytes();
+      EXPECT_EQ(reserved > before, ranks > 1);
+      for (uint64_t seed = 2; seed < 8; ++seed) {
+        const ArenaScope scope(gpu.ctx.scratch);
+        ASSERT_TRUE(transport.Slots(gpu.ctx, plan_of(seed, CaseMask::kDocuments), source).ok());
+        EXPECT_EQ(transport.device_bytes(), reserved) << Name(kind) << ", documents " << seed;
+      }
+    }
+  });
+}
+
 // Blocks of 16 MiB, which take the pool of memory far beyond one page: all their rows get to all ranks.
 TEST(GpuExchange, MovesLargeBlocks) {
   OnTransports([](GpuRank& gpu, ExchangeTransport& transport) {

@@ -270,7 +270,7 @@ TEST_F(TrainOnGpu, ARunThatAFilledGpuCannotHoldIsRefused) {
       << result;  // launch/mpirun may have to end an mpirun that hangs
   EXPECT_TRUE(absl::StartsWith(result.err, "error: memory: ")) << result;
   EXPECT_TRUE(Finds(result.err, "memory: a rank is planned to hold [0-9.]+ GiB")) << result;
-  EXPECT_TRUE(Finds(result.err, "1 ranks share the ([0-9.]+ [KM]?i?B|1.0 GiB) that are available")) << result;
+  EXPECT_TRUE(Finds(result.err, "of the ([0-9.]+ [KM]?i?B|1.0 GiB) that are available to 1 rank on ")) << result;
   EXPECT_FALSE(std::filesystem::exists(Path("run"))) << "it never started";
 }
 

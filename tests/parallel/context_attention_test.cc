@@ -52,6 +52,42 @@ TEST_P(ContextAttention, EqualsDenseSoftmax) {
   }
 }
 
+// What was prepared for all layers of a batch is what its layers then find, and those of batches like it.
+TEST(Geometry, PreparesAllLayersOfABatch) {
+  OnLoopback(2, [](Communicator cp) {
+    Context ctx{Device{}};
+    const SequenceLayout layout(LayoutKind::kZigzag, 29, 2);
+    for (const Documents documents : {Documents::kNone, Documents::kRandom}) {
+      AttentionGeometry geometry(layout, cp);
+      const SequenceBatch sequences = RandomSequences(1, 29, 2, Lengths::kFull, documents);
+      geometry.SetBatch(sequences);
+      std::vector<AttentionCase> layers;
+      for (const int64_t window : {0, 4}) {
+        const ContextAttentionShape shape = ShapeOf(window);
+        layers.push_back({.layout = layout,
+                          .sequences = sequences,
+                          .heads = shape.heads,
+                          .kv_heads = shape.kv_heads,
+                          .head_dim = shape.head_dim,
+                          .v_head_dim = shape.v_head_dim,
+                          .window = window,
+                          .dtype = DType::kF64});
+      }
+      ASSERT_TRUE(geometry.Prepare(ctx, layers).ok());
+      EXPECT_EQ(geometry.schedules().size(), 4u);
+      geometry.SetBatch(sequences);
+      for (const AttentionCase& layer : layers) {
+        for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+          const auto* kept = geometry.FindSchedule(layer, pass);
+          EXPECT_EQ(kept != nullptr, documents == Documents::kNone) << "documents are planned anew";
+          const auto* used = geometry.ScheduleFor(ctx, ShapeOf(layer.window), DType::kF64, pass).value();
+          EXPECT_TRUE(kept == nullptr || used == kept);
+        }
+      }
+    }
+  });
+}
+
 // One geometry serves layers of several windows and batches of several document structures.
 TEST(Geometry, FollowsTheBatchAndTheWindow) {
   const SequenceLayout layout(LayoutKind::kZigzag, 29, 3);

@@ -114,7 +114,7 @@ const BadInput kBadConfigurations[] = {
      {"sample.tokens=5", "model.vocab_size=200"}},
     {"TooLargeForTheMemory",
      With(kFresh, {"--set", "model.d_model=65536", "--set", "model.mlp.d_ff=1000000"}),
-     {"memory:", "optim.micro_batch=2", "2 ranks share"}},
+     {"memory:", "optim.micro_batch=2", "available to 2 ranks on "}},
     {"UnknownOption", With(kFresh, {"--resum"}), {"unknown option --resum"}},
 };
 INSTANTIATE_TEST_SUITE_P(Configuration, FreshRun, ::testing::ValuesIn(kBadConfigurations), NameOf);

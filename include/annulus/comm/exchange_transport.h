@@ -72,6 +72,13 @@ class ExchangeTransport {
   virtual absl::StatusOr<std::vector<SlotMemory>> Slots(Context& ctx, const ExchangePlan& plan,
                                                         const SlotSource& source) = 0;
 
+  // Takes now what Slots and Execute would take at first use of this plan, or of one that needs no more:
+  // memory that peers map, connections, events. Neither of them then allocates or waits for the device, which
+  // a step may not. Home slots of `source` are not asked for. Collective.
+  virtual absl::Status Reserve(const ExchangePlan& /*plan*/, const SlotSource& /*source*/) {
+    return absl::OkStatus();
+  }
+
   // Runs this rank's part of the plan on slots of the last Slots call. Transfers start before the computing
   // that hides them. On GPUs everything is enqueued and the results are ordered on ctx.stream(); on CPUs
   // transfers progress through ctx.progress while computing (the previous one is restored afterwards).

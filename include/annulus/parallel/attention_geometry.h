@@ -83,6 +83,12 @@ class AttentionGeometry {
     bool alone = false;  // every rank of the group computes in one step: nothing is sent
     bool whole = false;  // one call with all keys that this rank's queries see: nothing is carried or sent
   };
+  // Decides, chooses and builds for both passes of these layers, which are of the current batch, and takes
+  // the memory of their exchange, so that no step waits for that; where the batch has documents, as much as
+  // without any. Balanced plans and rings of blocks in parts may need more for the documents of another
+  // batch: then transports take it when they get there. Collective.
+  absl::Status Prepare(Context& ctx, const std::vector<AttentionCase>& layers);
+
   // Built, and agreed on by the group, at first use: collective then.
   absl::StatusOr<const Schedule*> ScheduleFor(Context& ctx, const ContextAttentionShape& shape, DType dtype,
                                               Pass pass);
@@ -118,9 +124,14 @@ class AttentionGeometry {
 
  private:
   AttentionCase CaseOf(const Context& ctx, const ContextAttentionShape& shape, DType dtype) const;
+  absl::StatusOr<const LatentDecision*> DecisionOf(const AttentionCase& layer, Pass pass);
+  absl::StatusOr<const Schedule*> ScheduleOf(Context& ctx, AttentionCase layer, Pass pass);
   absl::StatusOr<const Choice*> ChoiceFor(const AttentionCase& layer, Pass pass);
   absl::StatusOr<Choice> Choose(const AttentionCase& layer, Pass pass);
+  absl::StatusOr<ExchangePlan> BuildFor(const AttentionCase& layer, const SequenceBatch& sequences, Pass pass,
+                                        const PlanChoice& choice) const;
   absl::Status Build(Pass pass, Schedule* schedule);
+  absl::Status Reserve(Context& ctx, const Schedule& schedule);
   void MakeCalls(Context& ctx, Schedule* schedule);
 
   SequenceLayout layout_;

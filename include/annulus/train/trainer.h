@@ -75,6 +75,9 @@ class Trainer {
   // Makes the transports that plans may use, which the first step would make otherwise; none where nothing is
   // exchanged. Collective.
   absl::StatusOr<std::vector<ExchangeTransport*>> SetUpExchange();
+  // Chooses the plans of all layers on sequences of the first micro-batch and takes the memory of their
+  // exchange, which the first step would do otherwise. Collective.
+  absl::Status PrepareExchange(const SequenceBatch& sequences);
   // Parameters from spec.seed. Collective; before anything else, unless Restore follows.
   absl::Status Initialize();
 
