@@ -84,7 +84,9 @@ absl::Status RunOn(Communicator world, const Arguments& arguments) {
       "%s\nwritten to %s after %.0f s; a run uses it with parallel { exchange { profile: \"%s\" } }\n",
       ProfileTable(profile).c_str(), path.c_str(), took, path.c_str());
   if (world.size() == 1)
-    std::printf("links were not measured: that takes launch/mpirun with 2 ranks or more\n");
+    std::printf(
+        "links were not measured, so AUTO cannot choose between plans of several ranks by this profile: for "
+        "those measure with launch/mpirun -n 2 annulus calibrate, or more ranks\n");
   return absl::OkStatus();
 }
 

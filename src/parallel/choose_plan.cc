@@ -1,10 +1,12 @@
 #include "annulus/parallel/choose_plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <map>
 #include <numeric>
+#include <thread>
 #include <tuple>
 
 #include "absl/strings/str_format.h"
@@ -72,14 +74,69 @@ Bound BoundOf(const ExchangePlan& plan, const std::vector<std::vector<double>>& 
   return bound;
 }
 
+// Whether no message by `a` takes longer than by `b`, so that no plan does.
+bool NoSlower(const ExchangeCost& a, const ExchangeCost& b) {
+  return a.egress_bytes_per_second >= b.egress_bytes_per_second &&
+         a.ingress_bytes_per_second >= b.ingress_bytes_per_second &&
+         a.link_bytes_per_second(0, 1) >= b.link_bytes_per_second(0, 1) &&
+         a.message_overhead_seconds <= b.message_overhead_seconds && a.message_seconds <= b.message_seconds &&
+         a.computing_slowdown <= b.computing_slowdown &&
+         (a.order == b.order || b.order == MessageOrder::kRounds);
+}
+
 // Choices on each transport.
 class Pricing {
  public:
   Pricing(const AttentionCase& layer, Pass pass, const PlanOptions& options, const MachineProfile& machine)
       : layer_(layer), pass_(pass), options_(options), machine_(machine) {}
 
+  void Add(const PlanChoice& choice, std::vector<PlanCandidate>* candidates) {
+    (void)Candidates(choice, How::kSimulate, candidates);
+  }
+
+  // Bounds of all choices, in their order, by as many threads as there are cores.
+  void AddBounds(const std::vector<PlanChoice>& choices, std::vector<PlanCandidate>* candidates) {
+    constexpr size_t kMostThreads = 8;  // each holds a plan
+    // Threads only read them.
+    for (const PlanChoice& choice : choices) ProblemOf(ChunkParts(choice));
+    std::vector<std::vector<PlanCandidate>> found(choices.size());
+    bounded_.resize(choices.size());
+    std::atomic<size_t> next = 0;
+    const auto work = [&] {
+      for (size_t i = next++; i < choices.size(); i = next++)
+        bounded_[i] = {choices[i], Candidates(choices[i], How::kBound, &found[i])};
+    };
+    std::vector<std::thread> others(std::clamp<size_t>(std::thread::hardware_concurrency(), 1, kMostThreads) -
+                                    1);
+    for (std::thread& other : others) other = std::thread(work);
+    work();
+    for (std::thread& other : others) other.join();
+    for (const std::vector<PlanCandidate>& each : found)
+      candidates->insert(candidates->end(), each.begin(), each.end());
+  }
+
+  // Of a candidate that was only bounded. On a transport that is no faster it takes at least as long.
+  void Simulate(PlanCandidate* candidate, std::vector<PlanCandidate>* candidates) {
+    const absl::StatusOr<ExchangePlan> plan = Build(candidate->choice);
+    ANNULUS_CHECK(plan.ok()) << candidate->name << ": " << plan.status();
+    const auto known = std::find_if(bounded_.begin(), bounded_.end(),
+                                    [&](const Bounded& each) { return each.choice == candidate->choice; });
+    const LinkRate* link = FindLink(machine_, candidate->transport);
+    Price(*plan, link, known->seconds, How::kSimulate, candidate);
+    const ExchangeCost cost = MessageCostOf(layer_, *plan, link, options_.throttle);
+    for (PlanCandidate& other : *candidates) {
+      if (other.simulated || !other.refused.ok() || !(other.choice == candidate->choice)) continue;
+      const LinkRate* others = FindLink(machine_, other.transport);
+      if (NoSlower(cost, MessageCostOf(layer_, *plan, others, options_.throttle)))
+        other.seconds = std::max(other.seconds, candidate->seconds);
+    }
+  }
+
+ private:
   enum class How { kSimulate, kBound };
-  void Add(const PlanChoice& choice, How how, std::vector<PlanCandidate>* candidates) {
+  // Those of the choice, on each transport. Returns the seconds of computing steps.
+  std::vector<std::vector<double>> Candidates(const PlanChoice& choice, How how,
+                                              std::vector<PlanCandidate>* candidates) {
     PlanCandidate candidate;
     candidate.choice = choice;
     candidate.name = NameOf(choice, layer_.layout.ranks());
@@ -90,31 +147,28 @@ class Pricing {
       candidate.buffer_bytes = BufferBytesOf(layer_, *plan);
     }
     candidate.refused = plan.ok() ? CheckBuffers(candidate) : plan.status();
-    if (!candidate.refused.ok()) return candidates->push_back(candidate);
-    const std::vector<std::vector<double>> seconds = ComputeSecondsOf(layer_, *plan, machine_);
+    if (!candidate.refused.ok()) {
+      candidates->push_back(candidate);
+      return {};
+    }
+    std::vector<std::vector<double>> seconds = ComputeSecondsOf(layer_, *plan, machine_);
     for (const TransportKind transport : options_.transports) {
       candidate.transport = transport;
       const LinkRate* link = FindLink(machine_, transport);
       candidate.refused = absl::OkStatus();
       if (link == nullptr && layer_.layout.ranks() > 1) {
-        candidate.refused = Invalid("machine profile of ", machine_.device,
-                                    ": expected rates of messages by ", Name(transport));
+        candidate.refused =
+            Invalid("machine profile of ", machine_.device, ": no rates of messages by ", Name(transport),
+                    machine_.measured && machine_.ranks == 1 ? ", as it was measured with 1 rank" : "",
+                    ": expected a profile that launch/mpirun -n 2 annulus calibrate wrote");
       } else {
         Price(*plan, link, seconds, how, &candidate);
       }
       candidates->push_back(candidate);
     }
+    return seconds;
   }
 
-  // Of a candidate that was only bounded.
-  void Simulate(PlanCandidate* candidate) {
-    const absl::StatusOr<ExchangePlan> plan = Build(candidate->choice);
-    ANNULUS_CHECK(plan.ok()) << candidate->name << ": " << plan.status();
-    Price(*plan, FindLink(machine_, candidate->transport), ComputeSecondsOf(layer_, *plan, machine_),
-          How::kSimulate, candidate);
-  }
-
- private:
   absl::StatusOr<ExchangePlan> Build(const PlanChoice& choice) {
     return BuildPlan(ProblemOf(ChunkParts(choice)), pass_, choice);
   }
@@ -153,6 +207,11 @@ class Pricing {
   const PlanOptions& options_;
   const MachineProfile& machine_;
   std::map<int, ExchangeProblem> problems_;  // by parts
+  struct Bounded {
+    PlanChoice choice;
+    std::vector<std::vector<double>> seconds;  // of computing steps
+  };
+  std::vector<Bounded> bounded_;
 };
 
 bool SameKind(const PlanCandidate& a, const PlanCandidate& b) {
@@ -194,8 +253,9 @@ void SimulateTheBest(Pricing* pricing, std::vector<PlanCandidate>* candidates) {
   int simulated = 0;
   for (PlanCandidate& candidate : *candidates) {
     const bool worth_it = candidate.refused.ok() && candidate.seconds < fastest * (1 - kWorthIt);
-    if (!worth_it || simulated == kMostSimulated) break;
-    pricing->Simulate(&candidate);
+    if (!worth_it) continue;
+    if (simulated == kMostSimulated) break;
+    pricing->Simulate(&candidate, candidates);
     fastest = std::min(fastest, candidate.seconds);
     ++simulated;
   }
@@ -238,7 +298,7 @@ void TryParts(const std::vector<int>& parts, int ranks, Pricing* pricing,
       const size_t before = candidates->size();
       PlanChoice choice = whole.choice;
       choice.parts = count;
-      pricing->Add(choice, Pricing::How::kSimulate, candidates);
+      pricing->Add(choice, candidates);
       const double last = fastest;
       for (size_t i = before; i < candidates->size(); ++i) {
         const PlanCandidate& tried = (*candidates)[i];
@@ -272,11 +332,11 @@ std::vector<PlanCandidate> RankPlans(const AttentionCase& layer, Pass pass, cons
       options.plans.empty() ? AllChoices(ranks, layer.heads) : options.plans;
   const bool many = ranks > kSimulateAllRanks && plans.size() > 1;
   std::vector<PlanCandidate> candidates;
-  for (const PlanChoice& choice : plans)
-    pricing.Add(choice, many ? Pricing::How::kBound : Pricing::How::kSimulate, &candidates);
   if (many) {
+    pricing.AddBounds(plans, &candidates);
     SimulateTheBest(&pricing, &candidates);
   } else {
+    for (const PlanChoice& choice : plans) pricing.Add(choice, &candidates);
     Sort(&candidates);
   }
   TryParts(options.parts, ranks, &pricing, &candidates);

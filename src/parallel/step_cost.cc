@@ -139,8 +139,29 @@ class StepCost {
 
   // ---- Attends ----------------------------------------------------------------------------------
 
-  // Ranks that share the same rows for different heads have the same calls.
-  const std::vector<AttendCall>& CallsFor(int cp_rank, const Attend& attend) {
+  // A result of an attend.
+  struct Result {
+    bool exists = false;
+    bool overwritten = false;
+    bool at_once = false;  // by one call that makes all of its rows
+    bool rounded = false;  // rows are in the compute dtype
+    int64_t rows = 0;
+    friend bool operator==(const Result&, const Result&) = default;
+  };
+  // What the price of calls depends on besides them.
+  struct Terms {
+    int64_t q_heads = 0, kv_heads = 0;
+    Result q = {}, kv = {};
+    friend bool operator==(const Terms&, const Terms&) = default;
+  };
+  struct KnownCalls {
+    const Attend* attend;
+    std::vector<AttendCall> calls;
+    std::vector<std::pair<Terms, double>> seconds;
+  };
+
+  // Ranks that share the same rows for different heads have the same calls, and most of them the same price.
+  KnownCalls& CallsFor(int cp_rank, const Attend& attend) {
     const bool shared = SlotOf(cp_rank, attend.q_slot).span == Span::kSuper && !attend.pairs.empty();
     // Those of the same first pair.
     std::vector<KnownCalls>& alike =
@@ -149,23 +170,15 @@ class StepCost {
     const auto known = std::find_if(alike.begin(), alike.end(), [&](const KnownCalls& each) {
       return each.attend->pairs == attend.pairs;
     });
-    if (known != alike.end()) return known->calls;
-    alike.push_back({&attend, CallsOf(layer_.layout, layer_.sequences, plan_, cp_rank, attend)});
-    return alike.back().calls;
+    if (known != alike.end()) return *known;
+    alike.push_back({&attend, CallsOf(layer_.layout, layer_.sequences, plan_, cp_rank, attend), {}});
+    return alike.back();
   }
 
-  // A result of an attend.
-  struct Result {
-    int slot = -1;
-    bool overwritten = false;
-    bool at_once = false;  // by one call that makes all of its rows
-    bool rounded = false;  // rows are in the compute dtype
-    int64_t rows = 0;
-  };
   Result ResultOf(int cp_rank, int slot, ResultWrite write, const std::vector<BlockRows>& rows,
                   const RowRange* call_rows) const {
-    Result result{.slot = slot, .overwritten = write == ResultWrite::kOverwrite};
-    if (slot < 0) return result;
+    if (slot < 0) return {};
+    Result result{.exists = true, .overwritten = write == ResultWrite::kOverwrite};
     for (const BlockRows& each : rows) result.rows += each.rows.size();
     result.at_once = result.overwritten && call_rows != nullptr && call_rows->size() == result.rows;
     result.rounded = SlotOf(cp_rank, slot).width == Width::kCompute && accum_bytes_ != compute_bytes_;
@@ -179,22 +192,31 @@ class StepCost {
   }
 
   double AttendSeconds(int cp_rank, const Attend& attend) {
-    const std::vector<AttendCall>& calls = CallsFor(cp_rank, attend);
+    KnownCalls& known = CallsFor(cp_rank, attend);
+    const std::vector<AttendCall>& calls = known.calls;
     const HeadGroup group = GroupOf(layer_, plan_, SlotOf(cp_rank, attend.q_slot));
     const AttendCall* only = calls.size() == 1 ? &calls[0] : nullptr;
     const Result q = ResultOf(cp_rank, attend.q_result, attend.q_write, attend.q_rows,
                               only == nullptr ? nullptr : &only->q_rows);
     const Result kv = ResultOf(cp_rank, attend.kv_result, attend.kv_write, attend.kv_rows,
                                only == nullptr ? nullptr : &only->keys);
+    const Terms terms{group.q_heads(), static_cast<int64_t>(group.kv_heads.size()), q, kv};
+    for (const auto& [of, seconds] : known.seconds) {
+      if (of == terms) return seconds;
+    }
+    known.seconds.emplace_back(terms, SecondsOf(attend, calls, group, terms));
+    return known.seconds.back().second;
+  }
+
+  double SecondsOf(const Attend& attend, const std::vector<AttendCall>& calls, const HeadGroup& group,
+                   const Terms& terms) {
+    const Result &q = terms.q, &kv = terms.kv;
     const bool forward = plan_.pass == Pass::kForward;
     const bool direct = whole_ || (q.at_once && q.rounded && (forward || (kv.at_once && kv.rounded)));
     double seconds = 0;
     if (!direct) {
-      const auto kv_heads = static_cast<int64_t>(group.kv_heads.size());
       seconds += AroundSeconds(q, group.q_heads(), forward ? layer_.v_head_dim : layer_.head_dim, true);
-      if (kv.slot >= 0) {
-        seconds += AroundSeconds(kv, kv_heads, KvColumns(layer_), !kv.at_once);
-      }
+      if (kv.exists) seconds += AroundSeconds(kv, terms.kv_heads, KvColumns(layer_), !kv.at_once);
     }
     if (layer_.latent.has_value()) {
       int64_t keys = 0;
@@ -301,10 +323,6 @@ class StepCost {
   const double compute_bytes_, accum_bytes_;  // of an element
   const bool whole_;                          // nothing is exchanged or carried
   KeysSeen seen_;
-  struct KnownCalls {
-    const Attend* attend;
-    std::vector<AttendCall> calls;
-  };
   std::map<std::pair<int, int>, std::vector<KnownCalls>> calls_;
   std::vector<KnownCalls> own_calls_;  // of the last attend whose calls no other has
 };

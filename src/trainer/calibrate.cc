@@ -149,8 +149,8 @@ absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOpti
 }
 
 std::string ProfileTable(const MachineProfile& profile) {
-  std::string text = absl::StrFormat("%s, %s, %d ranks\n", profile.device,
-                                     profile.measured ? "measured" : "assumed", profile.ranks);
+  std::string text = absl::StrCat(profile.device, ", ", profile.measured ? "measured" : "assumed", ", ",
+                                  CountText(profile.ranks, "rank"), "\n");
   absl::StrAppendFormat(&text, "launch             %.3g us\n", profile.launch_seconds * 1e6);
   absl::StrAppendFormat(&text, "copy               %s\n", PointsText(profile.copy, 1e9, "GB/s by bytes"));
   absl::StrAppendFormat(&text, "products           %s\n",

@@ -167,8 +167,9 @@ absl::StatusOr<MachineProfile> ProfileOf(Communicator world, const RunSpec& spec
 std::string ProfileSource(const ExchangeSpec& exchange, const MachineProfile& machine) {
   std::string text = absl::StrCat("assumed: ", machine.device, " (annulus calibrate measures one)");
   if (!exchange.profile.empty()) {
-    text = absl::StrCat(exchange.profile, ": ", machine.device, ", ",
-                        machine.measured ? "measured" : "assumed", " with ", machine.ranks, " ranks");
+    text =
+        absl::StrCat(exchange.profile, ": ", machine.device, ", ", machine.measured ? "measured" : "assumed",
+                     " with ", CountText(machine.ranks, "rank"));
     if (machine.products.empty()) absl::StrAppend(&text, "; rates of products assumed");
   }
   const std::string throttled = Label(ThrottleOf(exchange));
@@ -262,14 +263,14 @@ std::string DetailsText(const AttentionClass& layers) {
 const char* NameOf(const AttentionClass& layers) {
   return layers.branch == BranchKind::kLatentAttention ? "latent attention" : "attention";
 }
-std::string CountText(size_t count, absl::string_view what) {
-  return absl::StrCat(count, " ", what, " layer", count == 1 ? "" : "s");
+std::string LayerCountText(size_t count, absl::string_view kind) {
+  return CountText(static_cast<int64_t>(count), absl::StrCat(kind, " layer"));
 }
 
 }  // namespace
 
 std::string LayersText(const AttentionKind& kind) {
-  return absl::StrCat(CountText(kind.layers.size(), NameOf(kind.attention)), " ",
+  return absl::StrCat(LayerCountText(kind.layers.size(), NameOf(kind.attention)), " ",
                       DetailsText(kind.attention));
 }
 
@@ -307,7 +308,7 @@ std::string StateText(const StateKind& kind) {
     return absl::StrCat(text(forward), " forward, ", text(backward), " backward");
   };
   std::string text =
-      absl::StrCat(CountText(kind.layers.size(), Name(kind.branch)), ": a rank sends states of ",
+      absl::StrCat(LayerCountText(kind.layers.size(), Name(kind.branch)), ": a rank sends states of ",
                    both(kind.forward.state_bytes, kind.backward.state_bytes));
   if (kind.forward.halo_bytes > 0) {
     absl::StrAppend(&text, "; rows before a convolution of ",

@@ -43,8 +43,8 @@ absl::StatusOr<size_t> IndexOf(const std::vector<PlanCandidate>& candidates, con
       if (each.refused.ok()) add(name_of(each));
     }
   }
-  return Invalid("\"", shown, "\": expected one of the ", Name(pass), " plans (of a kind the first) ",
-                 absl::StrJoin(lines, "; "));
+  return Invalid("choice=", shown, ": expected a ", Name(pass),
+                 " plan, by its kind (the fastest of it) or name: ", absl::StrJoin(lines, "; "));
 }
 
 }  // namespace

@@ -265,7 +265,13 @@ TEST(RankPlans, RefusesWithTheReason) {
   EXPECT_EQ(ranked[0].choice.kind, PlanKind::kTokenRing);
   EXPECT_EQ(ranked[1].refused.message().substr(0, 32), "head_split=3: expected a divisor")
       << ranked[1].refused;
-  EXPECT_EQ(ranked[2].refused.message(), "machine profile of even: expected rates of messages by nccl");
+  const std::string reason = "machine profile of even: no rates of messages by nccl",
+                    cure = ": expected a profile that launch/mpirun -n 2 annulus calibrate wrote";
+  EXPECT_EQ(ranked[2].refused.message(), reason + cure);
+  MachineProfile alone = EvenMachine(500e12, 10e9);
+  alone.measured = true, alone.ranks = 1;
+  EXPECT_EQ(RankPlans(CausalCase(4, 4096, kGqa), Pass::kForward, options, alone)[2].refused.message(),
+            reason + ", as it was measured with 1 rank" + cure);
   options.plans = {{.head_split = 3}};
   EXPECT_EQ(WhyItWon(RankPlans(CausalCase(4, 4096, kGqa), Pass::kForward, options, EvenMachine(1, 1))),
             "no plan can be");

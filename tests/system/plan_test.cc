@@ -109,7 +109,7 @@ TEST_F(PlanCommands, PlanShowsAndDrawsTheChoice) {
   EXPECT_TRUE(absl::StrContains(one.out, "  no exchange: one rank has all keys; predicted ")) << one;
   const JobResult wrong = Run(1, {"plan", "c.textproto", "--set", "parallel.cp=2", "--choice", "ring"});
   EXPECT_EQ(ErrorLines(wrong).size(), 1u) << wrong;
-  EXPECT_TRUE(absl::StrContains(wrong.err, "\"ring\": expected one of the forward plans ")) << wrong;
+  EXPECT_TRUE(absl::StrContains(wrong.err, "choice=ring: expected a forward plan, by its kind ")) << wrong;
 }
 
 // Objects that a bench prints.

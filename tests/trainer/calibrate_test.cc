@@ -94,7 +94,7 @@ TEST(Calibrate, OneRankHasNoLinks) {
   EXPECT_TRUE(profile.links.empty());
   const std::string table = ProfileTable(profile);
   for (const char* part :
-       {"measured, 1 ranks", "launch", "copy", "products", "gradients", "cpu tiles 8/4", "causal backward"}) {
+       {"measured, 1 rank\n", "launch", "copy", "products", "gradients", "cpu tiles 8/4", "causal backward"}) {
     EXPECT_TRUE(absl::StrContains(table, part)) << part << " in\n" << table;
   }
 }
