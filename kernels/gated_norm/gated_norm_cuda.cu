@@ -2,22 +2,15 @@
 //   kSiluBefore  v = x a, up = w dy        else  v = x, up = w dy a          a = silu(gate) or sigmoid(gate)
 // and r the inverse norm of v:   y = w x r a     dv = r (up - v r^2 mean(up v))     sum(up v) = sum(w dy x a)
 //
-// CTAs stay and walk along rows; a row's reads begin while those before it are worked on, and arrive through
-// shared memory, of which each thread has a ring of its own: registers would not hold enough of them.
 // Floors, elements moved per element of x: forward 3, backward 5. Both run at memory speed (on H200 94% and
 // 91% of a copy's); the backward issues 42 instructions an element, 0.6 of what its memory takes.
 
-#include "kernels/common/async_copy.cuh"
-#include "kernels/common/parts.cuh"
+#include "kernels/common/row_walk.cuh"
 #include "kernels/common/sigmoid.cuh"
 #include "kernels/gated_norm/gated_norm_cuda.h"
 
 namespace annulus::kernels {
 namespace {
-
-constexpr int kBlockThreads = 128;   // several short rows to a CTA
-constexpr int kPairThreads = 320;    // of one row, two such CTAs to an SM
-constexpr int kMaxRowThreads = 512;  // of one row
 
 // Of a gate and its sigmoid.
 template <CudaGate kGate>
@@ -31,19 +24,6 @@ __device__ float Slope(float activation, float sigmoid) {
   return fmaf(activation, 1.0f - sigmoid, sigmoid);
 }
 
-// How a row's vectors lie in threads: N elements each, V to a thread; kThreads: of a CTA at most. A warp
-// takes a row where it can, and then several warps make a CTA.
-template <int kElements, int kVectors, int kMostThreads>
-struct RowShape {
-  static constexpr int N = kElements, V = kVectors, kThreads = kMostThreads;
-  // Of one row: blockDim.x, which is known where a warp takes it.
-  static __device__ int RowThreads() { return kThreads == kBlockThreads ? 32 : static_cast<int>(blockDim.x); }
-  static __device__ int64_t Column(int v) {
-    return int64_t{v * RowThreads() + static_cast<int>(threadIdx.x)} * N;
-  }
-  // Whether the row has this thread's vector v: all but the last are whole wherever elements come in vectors.
-  static __device__ bool Has(int v, int64_t columns) { return (N > 1 && v < V - 1) || Column(v) < columns; }
-};
 // CTAs for whose threads an SM has registers.
 template <typename S>
 constexpr int kForwardCtas = S::kThreads == kBlockThreads  ? 5
@@ -57,24 +37,6 @@ constexpr int kBackwardCtas = S::kThreads == kBlockThreads  ? 4
 template <typename S>
 constexpr bool kKeepsSigmoids = S::kThreads == kBlockThreads;
 
-// Sums over the threads of a row, the same bits in all of them.
-//   part: [blockDim.y, blockDim.x / 32]; its next use is two calls later
-template <typename S>
-__device__ float2 RowSums(float2 x, float2* part) {
-  x = {WarpSum(x.x), WarpSum(x.y)};
-  const int warps = S::RowThreads() / 32;
-  if (warps == 1) return x;
-  part += threadIdx.y * warps;
-  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
-  __syncthreads();
-  float2 sum = {0, 0};
-  for (int w = 0; w < warps; ++w) {
-    sum.x += part[w].x;
-    sum.y += part[w].y;
-  }
-  return sum;
-}
-
 // What the sums of a row's columns are worth.
 struct RowScale {
   float per_column, eps;
@@ -82,18 +44,6 @@ struct RowScale {
   __device__ explicit RowScale(const CudaGatedNormArgs<T>& args)
       : per_column(1.0f / static_cast<float>(args.group_columns)), eps(static_cast<float>(args.eps)) {}
   __device__ float InverseNorm(float squares) const { return rsqrtf(fmaf(squares, per_column, eps)); }
-};
-
-// What a thread holds of a row: V vectors, zeros where the row has none.
-template <typename T, typename S>
-struct RowPart {
-  Pack<T, S::N> pack[S::V] = {};
-  __device__ RowPart(const T* row, int64_t columns) {
-#pragma unroll
-    for (int v = 0; v < S::V; ++v) {
-      if (S::Has(v, columns)) pack[v] = LoadPack<S::N>(row + S::Column(v));
-    }
-  }
 };
 
 // The sigmoids of a row's gates, kept or computed again.
@@ -109,85 +59,6 @@ struct Sigmoids {
   }
 };
 
-// What one thread reads of the rows of some operands, kStages - 1 rows ahead; where elements go one by one,
-// or a ring would take too much memory, when they are taken. A thread reads only what it has copied itself.
-template <typename T, typename S, int kOperands>
-class RowRing {
- public:
-  static constexpr int N = S::N, V = S::V;
-  static constexpr bool kCopies = N > 1 && V <= 4;
-  static constexpr int kStages = V <= 3 ? 3 : 2;
-  static constexpr int kThreadBytes = kCopies ? kStages * kOperands * V * 16 : 0;
-  struct Operand {
-    const T* first;  // of this thread's group in the first row
-    int64_t stride;
-  };
-
-  __device__ RowRing(void* shared, int64_t tokens, int64_t columns, const Operand (&operands)[kOperands])
-      : slots_(static_cast<char*>(shared) + (threadIdx.y * S::RowThreads() + threadIdx.x) * 16),
-        tokens_(tokens),
-        columns_(columns) {
-#pragma unroll
-    for (int i = 0; i < kOperands; ++i) operands_[i] = operands[i];
-  }
-
-  // Into a stage, which takes the place of what is there.
-  __device__ void Start(int stage, int64_t token) const {
-    if constexpr (kCopies) {
-#pragma unroll
-      for (int operand = 0; operand < kOperands; ++operand) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          CopyAsync16(SharedAddress(Slot(stage, operand, v)), At(operand, token) + S::Column(v),
-                      token < tokens_ && S::Has(v, columns_));
-        }
-      }
-      CopyAsyncCommit();
-    }
-  }
-  // For the oldest row that was started and not waited for.
-  __device__ void Wait() const {
-    if constexpr (kCopies) CopyAsyncWait<kStages - 2>();
-  }
-  // Zeros past the last token and column.
-  __device__ Pack<T, N> Load(int stage, int64_t token, int operand, int v) const {
-    if constexpr (kCopies) return LoadPack<N>(reinterpret_cast<const T*>(Slot(stage, operand, v)));
-    if (token >= tokens_ || !S::Has(v, columns_)) return {};
-    return LoadPack<N>(At(operand, token) + S::Column(v));
-  }
-
- private:
-  __device__ const T* At(int operand, int64_t token) const {
-    return operands_[operand].first + token * operands_[operand].stride;
-  }
-  __device__ char* Slot(int stage, int operand, int v) const {
-    const int rows = S::kThreads == kBlockThreads ? kBlockThreads / 32 : static_cast<int>(blockDim.y);
-    return slots_ + ((stage * kOperands + operand) * V + v) * S::RowThreads() * rows * 16;
-  }
-
-  char* const slots_;
-  const int64_t tokens_, columns_;
-  Operand operands_[kOperands];
-};
-
-// Calls fn(token, load) for every gridDim.x-th blockDim.y tokens, the same number of times in all threads of
-// the CTA; load(operand, v): this thread's vector of it, zeros past the last token.
-template <typename Ring, typename Fn>
-__device__ void WalkRows(const Ring& ring, int64_t tokens, const Fn& fn) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.y;
-  int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-#pragma unroll
-  for (int stage = 0; stage < Ring::kStages - 1; ++stage) ring.Start(stage, token + stage * step);
-  int stage = 0, last = Ring::kStages - 1;
-  for (int64_t begin = int64_t{blockIdx.x} * blockDim.y; begin < tokens; begin += step, token += step) {
-    ring.Wait();
-    ring.Start(last, token + (Ring::kStages - 1) * step);
-    fn(token, [&](int operand, int v) { return ring.Load(stage, token, operand, v); });
-    last = stage;
-    stage = stage + 1 < Ring::kStages ? stage + 1 : 0;
-  }
-}
-
 // CTAs (part, group) take rows as WalkRows does.
 template <typename T, typename S, CudaGate kGate>
 __global__ void __launch_bounds__(S::kThreads, kForwardCtas<S>)
@@ -195,7 +66,7 @@ __global__ void __launch_bounds__(S::kThreads, kForwardCtas<S>)
                   int64_t out_stride) {
   constexpr int N = S::N, V = S::V;
   constexpr bool kBefore = kGate == CudaGate::kSiluBefore;
-  __shared__ float2 part[2][S::kThreads / 32];
+  __shared__ float part[2][S::kThreads / 32];
   extern __shared__ uint4 ring_memory[];
   const int64_t group = blockIdx.y, first = group * args.columns;
   const RowPart<T, S> w(args.w + group * args.weight_step, args.columns);
@@ -217,7 +88,7 @@ __global__ void __launch_bounds__(S::kThreads, kForwardCtas<S>)
       }
     }
     float* given = args.sums + token * args.groups + group;
-    if (args.pass != NormPass::kFinish) squares = RowSums<S>({squares, 0}, part[parity]).x;
+    if (args.pass != NormPass::kFinish) squares = RowSum<S>(squares, part[parity]);
     parity ^= 1;
     if (token >= args.tokens) return;
     if (args.pass == NormPass::kSums) {
@@ -272,7 +143,7 @@ __global__ void __launch_bounds__(S::kThreads, kBackwardCtas<S>)
       }
     }
     float* given = args.sums + token * 2 * args.groups + group;
-    if (args.pass != NormPass::kFinish) sums = RowSums<S>(sums, part[parity]);
+    if (args.pass != NormPass::kFinish) sums = RowSum<S>(sums, part[parity]);
     parity ^= 1;
     if (token >= args.tokens) return;
     if (args.pass == NormPass::kSums) {
@@ -316,23 +187,18 @@ constexpr int64_t kMostParts = 2048;  // of all groups together, unless there ar
 template <typename S, int kOperands, typename T, typename... To>
 cudaError_t LaunchWalk(void (*kernel)(CudaGatedNormArgs<T>, To...), const CudaGatedNormArgs<T>& args,
                        cudaStream_t stream, int64_t* part_rows, const To&... to) {
-  const int64_t vectors = CeilDiv(args.columns, S::N);
-  const auto threads = static_cast<int>(32 * CeilDiv(vectors, 32 * S::V));
-  if (threads > S::kThreads || args.groups > UINT16_MAX) return cudaErrorInvalidValue;
-  const int rows = std::max(1, kBlockThreads / threads);
-  const int shared = threads * rows * RowRing<T, S, kOperands>::kThreadBytes;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  int resident = 0;
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * rows,
-                                                          static_cast<size_t>(shared));
-  }
+  if (args.groups > UINT16_MAX) return cudaErrorInvalidValue;
+  RingCtas cta;
+  const cudaError_t error = PlanRingCtas<S, RowRing<T, S, kOperands>>(kernel, args.columns, &cta);
   if (error != cudaSuccess) return error;
-  const int64_t ctas = std::min(int64_t{SmCount()} * std::max(resident, 1), kMostParts);
+  // Of long rows no more: CTAs drift apart, and with three of 256 threads the forward took a sixth longer.
+  const int enough = 2 * kPairThreads / static_cast<int>(cta.threads.x * cta.threads.y);
+  const int most = S::kThreads == kBlockThreads ? cta.resident : std::min(cta.resident, enough);
+  const int64_t rows = cta.threads.y, ctas = std::min(int64_t{SmCount()} * std::max(most, 1), kMostParts);
   const int64_t parts = std::clamp<int64_t>(ctas / args.groups, 1, CeilDiv(args.tokens, rows));
   *part_rows = parts * rows;
   const dim3 grid(static_cast<uint32_t>(parts), static_cast<uint32_t>(args.groups));
-  kernel<<<grid, dim3(threads, rows), static_cast<size_t>(shared), stream>>>(args, to...);
+  kernel<<<grid, cta.threads, cta.shared_bytes, stream>>>(args, to...);
   return cudaGetLastError();
 }
 

@@ -252,9 +252,12 @@ TYPED_TEST(GpuOps, RmsNormEdges) {
   }
 }
 
+// More rows than the device holds: CTAs of the backward walk along several.
 TYPED_TEST(GpuOps, RmsNormAtSize) {
-  for (const int64_t d : {1024, 2048}) {
-    const auto ops = RmsNormOps<TypeParam>(700, d);
+  for (const auto& [tokens, d] :
+       std::vector<std::pair<int64_t, int64_t>>{{700, 1024}, {8001, 136}, {7001, 520}, {3001, 2048}}) {
+    SCOPED_TRACE(absl::StrCat(tokens, " ", d));
+    const auto ops = RmsNormOps<TypeParam>(tokens, d);
     ExpectOnGpu<TypeParam>(ops);
     ExpectSameBitsTwice<TypeParam>(ops);
   }
@@ -263,8 +266,10 @@ TYPED_TEST(GpuOps, RmsNormAtSize) {
 // Rows of more than 2048 elements go by whole vectors only.
 TYPED_TEST(GpuOps, RmsNormOfWideRows) {
   using T = TypeParam;
-  for (const int64_t d : {4096, 5120, 8192}) {
-    const auto ops = RmsNormOps<T>(33, d);
+  for (const auto& [tokens, d] :
+       std::vector<std::pair<int64_t, int64_t>>{{1101, 4096}, {33, 5120}, {701, 8192}}) {
+    SCOPED_TRACE(absl::StrCat(tokens, " ", d));
+    const auto ops = RmsNormOps<T>(tokens, d);
     OpRun<double> in_double(Device{});
     OpRun<T> gpu(kGpu), off(kGpu, 1);
     const Outputs wide = ops(in_double), naive = NaiveOf<T>(ops), got = ops(gpu);
@@ -308,10 +313,11 @@ TYPED_TEST(GpuOps, RopeEdges) {
   }
 }
 
-// More tiles than CTAs: each takes several.
+// Many CTAs; of the last shape a row is more than a CTA has in flight at once.
 TYPED_TEST(GpuOps, RopeAtSize) {
   ExpectOnGpu<TypeParam>(RopeOps<TypeParam>({9001, 1, 0, 1, 128, 128}));
   ExpectOnGpu<TypeParam>(RopeOps<TypeParam>({1501, 1, 64, 16, 64, 0}));
+  ExpectOnGpu<TypeParam>(RopeOps<TypeParam>({701, 3, 0, 32, 128, 8}));
 }
 
 template <typename T>
