@@ -361,6 +361,19 @@ TEST(GpuScanOnTensorCores, StrongDecaysAndZeroStepsStayFinite) {
   ExpectOnGpu<BFloat16>(ScanOps<BFloat16>(values, Gates::kAll), ChunkedNaive(values, Gates::kAll));
 }
 
+// Where nothing is left of a row in the next one, it gives sums of decays what it takes from them.
+TEST(GpuScan, DecaysOfRowsThatForgetAtOnceGetNothing) {
+  SsdValues<double> values = RandomSsd<double>(
+      {.rows = 300, .batch = 2, .heads = 3, .groups = 1, .head_dim = 40, .state = 20, .chunk = 128});
+  values.a.assign(values.a.size(), -60);
+  values.dt = Rounded<float>(values.dt);
+  OpRun<float> gpu(kGpu);
+  const Outputs got = ScanOps<float>(values, Gates::kAll)(gpu);
+  EXPECT_GT(MaxAbs(got[9].values), 1);  // of dt
+  // Products of f32 are exact in double: what is left is their sums' rounding, 2^-53 of a few thousand.
+  EXPECT_LT(MaxAbs(got[8].values), 1e-9);
+}
+
 TYPED_TEST(GpuStateSpace, DeltaRuleEdges) {
   for (const DeltaShape& s :
        {DeltaShape{0, 1, 2, 4, 4, 4, {{0, 0}}}, DeltaShape{1, 1, 1, 1, 1, 4, {{0, 1}}},
