@@ -9,9 +9,12 @@
 //
 // Each rank keeps the times of the links from it and to it.
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <set>
+#include <utility>
+#include <vector>
 
 #include "../gpu_backend.h"
 #include "../nccl_call.h"
@@ -31,6 +34,7 @@ class NcclTransport : public StreamTransport {
  public:
   NcclTransport(Communicator cp, Device device, LinkThrottle throttle)
       : StreamTransport(std::move(cp), device) {
+    for (size_t lane = 0; lane < kTransferLanes; ++lane) gates_.emplace_back(device);
     if (throttle.bytes_per_second <= 0) return;
     hold_.emplace(device, throttle, 2 * cp_.size(), kTransferLanes);
     meeting_ = Buffer(device, 2 * cp_.size());
@@ -70,7 +74,10 @@ class NcclTransport : public StreamTransport {
     return absl::StrCat("exchange ", Name(static_cast<ExchangeLane>(lane)));
   }
 
-  absl::Status Begin(const Run& run) override { return Connect(run.plan); }
+  absl::Status Begin(const Run& run) override {
+    begun_ = {};
+    return Connect(run.plan);
+  }
   absl::Status MakeRoom(const StreamPlan& plan, const SlotSource&) override { return Connect(plan); }
 
   // Communicators are made at the first plan that needs them, on all ranks or on none.
@@ -93,6 +100,7 @@ class NcclTransport : public StreamTransport {
         ANNULUS_RETURN_IF_ERROR(hold_->Take(stream, lane, link, run.BytesOf(s)));
       }
     }
+    if (!std::exchange(begun_[lane], true) && WaitsForNothing(run, round)) LetComputingFollow(run, lane);
     for (const int s : round.steps) Start(run, s, stream);
     ANNULUS_RETURN_IF_ERROR(InGroup(comms_[lane], [&]() -> absl::Status {
       for (const int s : round.steps) ANNULUS_RETURN_IF_ERROR(Enqueue(run, s, comms_[lane], stream));
@@ -101,6 +109,22 @@ class NcclTransport : public StreamTransport {
     if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Hold(stream, lane));
     for (const int s : round.steps) Complete(run, s, lane);
     return absl::OkStatus();
+  }
+
+  static bool WaitsForNothing(const Run& run, const Launch& round) {
+    return std::all_of(round.steps.begin(), round.steps.end(),
+                       [&](int s) { return run.step(s).after.empty(); });
+  }
+
+  // Computing that is enqueued from here on becomes ready when the lane's first messages do, whose stream
+  // then goes first: computing that started before would keep their kernel out until its CTAs end, and those
+  // of a persistent kernel end with it.
+  void LetComputingFollow(const Run& run, size_t lane) {
+    const StreamHandle computing = run.ctx.stream();
+    gates_[lane].Record(StreamOf(lane));
+    run.ctx.waits.Begin(WaitKind::kExchange, computing);
+    gates_[lane].Hold(computing);
+    run.ctx.waits.End(WaitKind::kExchange, computing);
   }
 
   // What `fn` enqueues starts together.
@@ -146,6 +170,8 @@ class NcclTransport : public StreamTransport {
   }
 
   std::array<std::atomic<ncclComm_t>, kTransferLanes> comms_{};
+  std::vector<Event> gates_;                  // by lane
+  std::array<bool, kTransferLanes> begun_{};  // lanes, in this run
   std::optional<LinkHold> hold_;
   Buffer meeting_;  // two bytes for each rank: to it, from it
 };

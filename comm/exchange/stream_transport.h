@@ -9,11 +9,12 @@
 //     operands to rank 3:    [send 0]  [send 1]
 //
 // Computing does not keep transfers out. The host enqueues the transfers of a level ahead of its computing,
-// on streams of the highest priority, so where both may start their kernels (NCCL's; copy engines have none)
-// take multiprocessors first. Kernels of a transfer that becomes ready while computing fills the device take
-// those of the next CTAs that end, before any CTA that has not started. So they are late by one CTA of
-// attention at most, of the many that each multiprocessor runs one after the other in a kernel worth hiding
-// behind; they need no multiprocessors set aside, and computing need not wait until they run.
+// on streams of the highest priority, and NCCL lets computing become ready no sooner than its first messages:
+// where both may start, their kernels take multiprocessors first (copy engines have none). Kernels of a
+// transfer that becomes ready while computing fills the device take those of the next CTAs that end, before
+// any CTA that has not started. So they are late by one CTA of attention at most, of the many that each
+// multiprocessor runs one after the other in a kernel worth hiding behind; they need no multiprocessors set
+// aside.
 //
 // A run begins behind what was enqueued on ctx.stream() before it, and ctx.stream() ends behind all transfers
 // of this rank, so memory of the caller and of arenas follows the usual rule: whoever comes later on

@@ -310,6 +310,30 @@ void TryParts(const std::vector<int>& parts, int ranks, Pricing* pricing,
   Sort(candidates);
 }
 
+// ---- About as fast ------------------------------------------------------------------------------
+
+// Predictions are good to a few per cent, and ranks that drift apart wait longer for each other than any
+// prediction says. So of what is about as fast the plan goes first that waits least, of these the one that
+// sends least, and of one plan's transports NCCL last, which takes multiprocessors from computing.
+constexpr double kAboutAsFast = 0.02;
+constexpr double kNoticed = 0.001;  // waiting, of a pass
+
+void PreferTheCalmest(std::vector<PlanCandidate>* candidates) {
+  if (candidates->empty() || !candidates->front().refused.ok()) return;
+  const double fastest = candidates->front().seconds;
+  const auto slower = std::find_if(candidates->begin(), candidates->end(), [&](const PlanCandidate& c) {
+    return !c.refused.ok() || !c.simulated || c.seconds > fastest * (1 + kAboutAsFast);
+  });
+  const auto place = [&](const PlanCandidate& c) {
+    return std::tuple(std::round(c.exposed_seconds / (fastest * kNoticed)), c.bytes_sent,
+                      c.transport == TransportKind::kNccl);
+  };
+  const auto calmest =
+      std::min_element(candidates->begin(), slower,
+                       [&](const PlanCandidate& a, const PlanCandidate& b) { return place(a) < place(b); });
+  std::rotate(candidates->begin(), calmest, calmest + 1);
+}
+
 }  // namespace
 
 void SetPredicted(const Simulation& simulation, PlanCandidate* candidate) {
@@ -340,6 +364,7 @@ std::vector<PlanCandidate> RankPlans(const AttentionCase& layer, Pass pass, cons
     Sort(&candidates);
   }
   TryParts(options.parts, ranks, &pricing, &candidates);
+  PreferTheCalmest(&candidates);
   return candidates;
 }
 
@@ -356,6 +381,11 @@ std::string WhyItWon(const std::vector<PlanCandidate>& ranked) {
   const double computed = other->seconds - won.seconds - exposed;
   std::string reason = absl::StrCat("which computes ", Milliseconds(computed), " longer");
   if (exposed > computed) reason = absl::StrCat("which exposes ", Milliseconds(exposed), " more");
+  if (other->seconds < won.seconds) {
+    reason =
+        absl::StrCat("which is about as fast but ",
+                     exposed > 0 ? absl::StrCat("exposes ", Milliseconds(exposed), " more") : "sends more");
+  }
   if (TimePlace(*other) == TimePlace(won)) {
     reason = other->buffer_bytes > won.buffer_bytes ? "which needs more memory"
              : other->bytes_sent > won.bytes_sent   ? "which sends more"

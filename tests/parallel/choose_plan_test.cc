@@ -223,10 +223,50 @@ TEST(RankPlans, FasterLinksAreNeverSlower) {
     for (const double rate : {1e9, 4e9, 16e9, 64e9, 256e9, 1e12}) {
       const auto ranked =
           RankPlans(CausalCase(4, 1 << 14, kGqa), pass, By(TransportKind::kHost), EvenMachine(500e12, rate));
-      EXPECT_LE(ranked[0].seconds, before * (1 + 1e-9)) << rate;
-      before = ranked[0].seconds;
+      const auto fastest = std::min_element(ranked.begin(), ranked.end(), [](const auto& a, const auto& b) {
+        return std::pair(!a.refused.ok(), a.seconds) < std::pair(!b.refused.ok(), b.seconds);
+      });
+      EXPECT_LE(fastest->seconds, before * (1 + 1e-9)) << rate;
+      before = fastest->seconds;
     }
   }
+}
+
+// Between plans about as fast, waiting and bytes decide; a plan that is faster by more wins whatever it
+// sends.
+TEST(RankPlans, WaitsAndSendsLittleWhereThatIsAboutAsFast) {
+  for (const Pass pass : kPasses) {
+    for (const double rate : {1e9, 10e9, 100e9, 1e12}) {
+      const auto ranked =
+          RankPlans(CausalCase(4, 1 << 15, kMha), pass, By(TransportKind::kHost), EvenMachine(500e12, rate));
+      double fastest = 1e30;
+      for (const PlanCandidate& each : ranked) {
+        if (each.refused.ok()) fastest = std::min(fastest, each.seconds);
+      }
+      const PlanCandidate& won = ranked[0];
+      EXPECT_LE(won.seconds, 1.02 * fastest);
+      for (const PlanCandidate& each : ranked) {
+        if (!each.refused.ok() || each.seconds > 1.02 * fastest) continue;
+        EXPECT_LE(won.exposed_seconds, each.exposed_seconds + 0.0011 * fastest) << each.name;
+        if (each.exposed_seconds != won.exposed_seconds) continue;
+        EXPECT_LE(won.bytes_sent, each.bytes_sent) << each.name;
+      }
+    }
+  }
+}
+
+TEST(RankPlans, PrefersCopyEnginesToNcclOfTheSameSpeed) {
+  MachineProfile machine = EvenMachine(500e12, 1e12);
+  LinkRate nccl = machine.links.front(), copies = nccl;
+  nccl.transport = TransportKind::kNccl, copies.transport = TransportKind::kCopyEngine;
+  copies.computing_slowdown = 1.015;
+  machine.links = {nccl, copies};
+  PlanOptions options = By(TransportKind::kNccl);
+  options.transports = {TransportKind::kNccl, TransportKind::kCopyEngine};
+  options.plans = {{.kind = PlanKind::kAllGather}};
+  const auto ranked = RankPlans(CausalCase(4, 1 << 15, kGqa), Pass::kForward, options, machine);
+  ASSERT_GE(ranked.size(), 2u);
+  EXPECT_EQ(ranked[0].transport, TransportKind::kCopyEngine) << WhyItWon(ranked);
 }
 
 TEST(RankPlans, KeepsToTheBufferBudget) {
@@ -305,6 +345,11 @@ TEST(RankPlans, SaysWhatTellsEqualsApart) {
   ends_with(", which needs more memory");
   other.seconds = 2;
   ends_with(", which computes 1e+03 ms longer");
+  other.seconds = 0.99;
+  ends_with(", which is about as fast but sends more");
+  other.exposed_seconds = 0.5;
+  ends_with(", which is about as fast but exposes 500 ms more");
+  other.exposed_seconds = 0;
   other.simulated = false;
   ends_with(": others take about as long or longer");
   other.refused = absl::ResourceExhaustedError("no");
