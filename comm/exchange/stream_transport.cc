@@ -95,6 +95,14 @@ StreamHandle StreamTransport::StreamOf(size_t lane) {
   return used.stream.handle();
 }
 
+StreamHandle StreamTransport::StreamBehind(size_t lane, size_t before) {
+  const StreamHandle stream = StreamOf(lane);
+  Event& so_far = lanes_[before]->end;
+  so_far.Record(lanes_[before]->stream.handle());
+  so_far.Hold(stream);
+  return stream;
+}
+
 void StreamTransport::Await(const Run& run, int s, StreamHandle stream) {
   for (const int before : run.step(s).after) events_[static_cast<size_t>(before)].Hold(stream);
 }

@@ -73,6 +73,8 @@ class StreamTransport : public ExchangeTransport {
   StreamHandle StreamOf(size_t lane);
   // `stream` goes on once all steps that step s comes after are complete.
   void Await(const Run& run, int s, StreamHandle stream);
+  // The stream of `lane`, behind what is enqueued on that of `before` so far.
+  StreamHandle StreamBehind(size_t lane, size_t before);
   // Step s, a transfer, begins with what is enqueued on the stream next.
   void Start(const Run& run, int s, StreamHandle stream) const;
   // Step s is complete with what is enqueued on the lane's stream. An event and a note for the recorder hold
