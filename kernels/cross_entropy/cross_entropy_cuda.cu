@@ -15,29 +15,22 @@
 // many CTAs at once, and then for memory. What matters is how many rows are at work at a time, which is why
 // registers hold a part of them: at a vocabulary of 256K 90% of copy speed on an H200, and 83% without them.
 // From 32K to 256K it is 88-90%.
+//
+// So from sm_90. Code for GPUs before, which have no clusters, is row_logits.cuh's.
 
-#include <cooperative_groups.h>
-
-#include "kernels/common/async_copy.cuh"
 #include "kernels/common/exp2.cuh"
-#include "kernels/common/vector.cuh"
 #include "kernels/cross_entropy/cross_entropy_cuda.h"
+#include "kernels/cross_entropy/row_logits.cuh"
 
 namespace annulus::kernels {
 namespace {
 
-namespace cg = cooperative_groups;
-
-constexpr int kThreads = 512, kWarps = kThreads / 32, kCtas = 2;  // of an SM: one loads, one stores
-constexpr int kMaxCluster = 16;  // on devices of compute capability 9.0; 8 are portable
-constexpr int N = 4;             // logits of a vector
-constexpr int kVectorBytes = N * static_cast<int>(sizeof(float));
-constexpr int kHeld = 4;                 // vectors of a row that a thread holds in registers
-constexpr int kSharedBytes = 109 << 10;  // of a slice, the rest of it
+constexpr int kCtas = 2;  // of an SM: one loads, one stores
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxCluster = 16;          // on devices of compute capability 9.0; 8 are portable
+constexpr int kSharedBytes = 109 << 10;  // of a slice, but for what registers hold
 constexpr int SliceBytes(int held) { return kSharedBytes + held * kThreads * kVectorBytes; }
 static_assert(kCudaCrossEntropyMaxVocab * sizeof(float) <= kMaxCluster * (112 << 10), "what the header says");
-
-using Logits = Pack<float, N>;
 
 // sum of 2^(x - maximum) over values x seen so far. Logits are taken times log2(e), one multiply-add each.
 struct SumExp {
@@ -54,14 +47,14 @@ struct SumExp {
   __device__ void Add(const Logits& logits) {
     float top = logits[0];
 #pragma unroll
-    for (int i = 1; i < N; ++i) top = fmaxf(top, logits[i]);
+    for (int i = 1; i < kWidth; ++i) top = fmaxf(top, logits[i]);
     top *= kLog2E;
     if (top > maximum) {
       sum *= Exp2(maximum - top);
       maximum = top;
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) sum += Exp2(fmaf(logits[i], kLog2E, -maximum));
+    for (int i = 0; i < kWidth; ++i) sum += Exp2(fmaf(logits[i], kLog2E, -maximum));
   }
 };
 
@@ -70,72 +63,6 @@ __device__ SumExp WarpMerge(const SumExp& x) {
   const float top = WarpMax(x.maximum);
   return {top, WarpSum(x.SumAt(top))};
 }
-
-// Vectors of a CTA, whole lines of memory.
-__host__ __device__ inline int ShareOf(int64_t vocab, int ranks) {
-  constexpr int kLine = 128 / kVectorBytes;
-  return static_cast<int>((vocab + int64_t{N} * kLine * ranks - 1) / (int64_t{N} * kLine * ranks)) * kLine;
-}
-
-// A CTA's slice of a row on chip, of the next row where this one is done with: vectors [begin, end), the
-// first kVectors of each thread in its registers, the others in shared memory. A thread reads only what it
-// asked for itself, so that it may ask for the next row's vector as soon as it has used this one's.
-template <int kVectors>
-class Kept {
- public:
-  __device__ Kept(void* shared, int64_t vocab, int rank, int ranks)
-      : shared_(static_cast<Logits*>(shared)), whole_(static_cast<int>(vocab / N)) {
-    const int vectors = static_cast<int>((vocab + N - 1) / N), share = ShareOf(vocab, ranks);
-    begin_ = min(rank * share, vectors);
-    end_ = min(begin_ + share, vectors);
-  }
-  // The slice of a row, while nothing is kept.
-  __device__ void Ask(const float* row) {
-    ForEach([](int, const Logits&) {}, row, [] {});
-  }
-  // Calls use(vector, logits) for this thread's share, in the order in which it was asked for, and asks for
-  // the same of `next`, unless that is null. Shared memory goes in two halves, each a group of copies with
-  // wait() before it: one is under way while the other is worked on.
-  template <typename Use, typename Wait>
-  __device__ void ForEach(const Use& use, const float* next, const Wait& wait) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int vector = begin_ + i * kThreads + static_cast<int>(threadIdx.x);
-      if (vector >= end_) break;
-      use(vector, held_[i]);
-      if (next != nullptr) held_[i] = LoadPack<N>(next + int64_t{vector} * N);
-    }
-    const int first = min(begin_ + kVectors * kThreads, end_);
-    const int passes = (end_ - first + kThreads - 1) / kThreads, middle = first + passes / 2 * kThreads;
-    const auto half = [&](int from, int to) {
-      wait();
-#pragma unroll 4
-      for (int vector = from + static_cast<int>(threadIdx.x); vector < to; vector += kThreads) {
-        Logits& kept = shared_[vector - first];
-        use(vector, kept);
-        if (next != nullptr) CopyAsync16(SharedAddress(&kept), next + int64_t{vector} * N);
-      }
-      CopyAsyncCommit();
-    };
-    half(first, middle);
-    half(middle, end_);
-  }
-  // -inf past the vocabulary: the last vector of a row may reach there, where the row's stride covers it.
-  __device__ Logits Inside(int vector, int64_t vocab, Logits pack) const {
-    if (vector >= whole_) {
-      const auto inside = static_cast<int>(vocab - int64_t{vector} * N);
-#pragma unroll
-      for (int i = 0; i < N; ++i) pack.value[i] = i < inside ? pack.value[i] : -INFINITY;
-    }
-    return pack;
-  }
-
- private:
-  Logits* const shared_;
-  Logits held_[kVectors > 0 ? kVectors : 1];
-  int begin_, end_;
-  const int whole_;  // vectors
-};
 
 // The total of the row from the sums of its warps, in every thread.
 __device__ SumExp RowTotal(const SumExp (&sums)[kMaxCluster][kWarps], int ranks) {
@@ -158,19 +85,19 @@ template <typename Grad, int kVectors>
 __device__ void WriteGradient(Kept<kVectors>& kept, const RowGradient& of_row, float* row,
                               const float* next) {
   Grad* const gradient = reinterpret_cast<Grad*>(row);
-  const int target_vector = of_row.target < 0 ? -1 : of_row.target / N;
+  const int target_vector = of_row.target < 0 ? -1 : of_row.target / kWidth;
   const auto write = [&](int vector, const Logits& logits) {
-    float value[N];
+    float value[kWidth];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < kWidth; ++i) {
       value[i] = of_row.factor * Exp2(fmaf(logits[i], kLog2E, -of_row.log2_maximum));
       if (!of_row.counted) value[i] = 0;
     }
     if (vector == target_vector) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) value[i] = i == of_row.target % N ? of_row.of_target : value[i];
+      for (int i = 0; i < kWidth; ++i) value[i] = i == of_row.target % kWidth ? of_row.of_target : value[i];
     }
-    StorePack<N>(PackOf<Grad>(value), gradient + int64_t{vector} * N);
+    StorePack<kWidth>(PackOf<Grad>(value), gradient + int64_t{vector} * kWidth);
   };
   kept.ForEach(write, next, [] {});
 }
@@ -189,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     RowKernel(const __grid_constant__ CudaCrossEntropyArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ SumExp sums[2][kMaxCluster][kWarps];  // of the row; the next row's come while these are read
-  const cg::cluster_group cluster = cg::this_cluster();
+  const auto cluster = ThisCluster();
   const auto rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
   const int64_t step = gridDim.x / static_cast<uint32_t>(ranks);
   const int lane = threadIdx.x % 32;
@@ -205,13 +132,13 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     SumExp sum;
     float target_logit = 0;
     bool owner = rank == 0 && threadIdx.x == 0 && target < 0;  // of the row's result
-    const int target_vector = target < 0 ? -1 : target / N;
+    const int target_vector = target < 0 ? -1 : target / kWidth;
     const auto add = [&](int vector, const Logits& logits) {
       sum.Add(kept.Inside(vector, args.vocab, logits));
       if (vector == target_vector) {
         owner = true;
 #pragma unroll
-        for (int i = 0; i < N; ++i) target_logit = i == target % N ? logits[i] : target_logit;
+        for (int i = 0; i < kWidth; ++i) target_logit = i == target % kWidth ? logits[i] : target_logit;
       }
     };
     // A group of no copies where the gradient is still to come.
@@ -246,7 +173,7 @@ template <typename Grad>
 __global__ void __launch_bounds__(kThreads, kCtas)
     GradientKernel(const __grid_constant__ CudaCrossEntropyArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const cg::cluster_group cluster = cg::this_cluster();
+  const auto cluster = ThisCluster();
   const auto rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
   const int64_t step = gridDim.x / static_cast<uint32_t>(ranks);
   Kept<0> kept(memory, args.vocab, rank, ranks);
@@ -314,7 +241,7 @@ __global__ void __launch_bounds__(kThreads)
 // many rows as possible are at work.
 cudaError_t Launch(void (*kernel)(CudaCrossEntropyArgs), int held, const CudaCrossEntropyArgs& args,
                    cudaStream_t stream) {
-  const int64_t row_bytes = CeilDiv(args.vocab, N) * kVectorBytes;
+  const int64_t row_bytes = CeilDiv(args.vocab, kWidth) * kVectorBytes;
   const auto ranks =
       static_cast<int>(std::clamp<int64_t>(CeilDiv(row_bytes, SliceBytes(held)), 1, kMaxCluster));
   const int shared_vectors = std::max(ShareOf(args.vocab, ranks) - held * kThreads, 0);
@@ -324,7 +251,14 @@ cudaError_t Launch(void (*kernel)(CudaCrossEntropyArgs), int held, const CudaCro
     return cudaErrorInvalidValue;
   }
   if (args.tokens == 0) return cudaSuccess;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slice_bytes);
+  cudaFuncAttributes compiled = {};
+  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error != cudaSuccess) return error;
+  if (compiled.ptxVersion < 90) {  // by one CTA, out of global memory (row_logits.cuh)
+    kernel<<<static_cast<uint32_t>(args.tokens), kThreads, 0, stream>>>(args);
+    return cudaGetLastError();
+  }
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slice_bytes);
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;

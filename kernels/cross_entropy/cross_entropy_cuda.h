@@ -2,7 +2,7 @@
 
 // CUDA kernels of annulus/ops/cross_entropy.h: from one chunk's logits to its loss and, in place, their
 // gradient. Of a part of the vocabulary in two steps, between which the stats of all parts are combined.
-// Clusters of CTAs: compute capability 9.0 or newer.
+// Clusters of CTAs from compute capability 9.0, CTAs alone before.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
