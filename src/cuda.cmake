@@ -5,7 +5,8 @@
 set(ANNULUS_CUDA AUTO CACHE STRING
   "GPUs: ON, OFF, or AUTO: on where nvcc is found (CUDACXX, PATH, /usr/local/cuda/bin)")
 set_property(CACHE ANNULUS_CUDA PROPERTY STRINGS AUTO ON OFF)
-set(ANNULUS_CUDA_ARCHITECTURES 90a-real CACHE STRING "GPU architectures, as CMAKE_CUDA_ARCHITECTURES")
+set(ANNULUS_CUDA_ARCHITECTURES 90a-real CACHE STRING
+  "GPU architectures by their numbers, as CMAKE_CUDA_ARCHITECTURES: 80 or newer, Hopper as 90a")
 set(ANNULUS_CUDNN_FRONTEND "" CACHE PATH
   "Folder that holds cudnn_frontend.h; empty: where launch/install_packages puts it")
 set(ANNULUS_HAS_CUDA 0)
@@ -15,8 +16,11 @@ set(ANNULUS_CUBLAS)
 set(ANNULUS_CUDNN)
 set(ANNULUS_NCCL)
 
-if(NOT ANNULUS_CUDA)
-  message(STATUS "CUDA: off, as ANNULUS_CUDA=${ANNULUS_CUDA} says")
+if(NOT ANNULUS_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "ANNULUS_CUDA=${ANNULUS_CUDA}: expected AUTO, ON or OFF")
+endif()
+if(ANNULUS_CUDA STREQUAL OFF)
+  message(STATUS "CUDA: off, as ANNULUS_CUDA=OFF says")
   return()
 endif()
 if(NOT "$ENV{CUDACXX}" STREQUAL "")
@@ -36,6 +40,18 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 
+if(NOT ANNULUS_CUDA_ARCHITECTURES)
+  message(FATAL_ERROR "ANNULUS_CUDA_ARCHITECTURES: expected architectures, such as 90a-real or 80-real;90a-real")
+endif()
+foreach(architecture ${ANNULUS_CUDA_ARCHITECTURES})
+  if(NOT architecture MATCHES "^([0-9]+)(a?)(-real|-virtual)?$" OR CMAKE_MATCH_1 LESS 80)
+    message(FATAL_ERROR "ANNULUS_CUDA_ARCHITECTURES=${ANNULUS_CUDA_ARCHITECTURES}: expected numbers of 80 or more, "
+      "each alone or with -real or -virtual, found ${architecture}")
+  elseif(CMAKE_MATCH_1 EQUAL 90 AND NOT CMAKE_MATCH_2 STREQUAL a)
+    message(FATAL_ERROR "ANNULUS_CUDA_ARCHITECTURES=${ANNULUS_CUDA_ARCHITECTURES}: expected 90a${CMAKE_MATCH_3}, "
+      "found ${architecture}: kernels for Hopper use instructions that only 90a has")
+  endif()
+endforeach()
 set(CMAKE_CUDA_ARCHITECTURES ${ANNULUS_CUDA_ARCHITECTURES})
 set(CMAKE_CUDA_STANDARD_REQUIRED OFF)  # CMake 3.25 does not know the C++20 flag of newer nvcc: annulus_options gives it
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
