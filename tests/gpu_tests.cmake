@@ -32,7 +32,7 @@ set(small_gpu_tests "tests/gpu_test --gtest_filter=*Edges*:GpuCast.*:GpuClipFact
 set(memcheck "tests/attention_mma_check sanitize" "tests/cuda_check ela" "${small_gpu_tests}")
 set(synccheck ${memcheck})
 set(racecheck "tests/attention_mma_check sanitize" "tests/cuda_check ea"
-  "${small_gpu_tests}-GpuProducts/1.*:*Linear*")
+  "${small_gpu_tests}-GpuProducts/*:GpuLoss/1.*")
 list(TRANSFORM memcheck PREPEND "compute-sanitizer --tool memcheck --error-exitcode 1 ")
 foreach(tool synccheck racecheck)
   list(TRANSFORM ${tool} PREPEND
