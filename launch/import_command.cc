@@ -33,7 +33,9 @@ absl::StatusOr<ResolvedConfig> ConfigFor(const HfFolder& folder, const Arguments
   }
   const std::string text =
       absl::StrCat("name: \"imported\"\nseed: 1\n", ModelText(folder.spec()), RestOfRun(folder));
-  return LoadConfig("config.textproto", text, overrides);
+  const absl::StatusOr<ResolvedConfig> config = LoadConfig("config.textproto", text, overrides);
+  if (!config.ok()) return Prefixed(config.status(), "made from " + arguments.operand() + "/config.json: ");
+  return config;
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {

@@ -20,7 +20,6 @@ constexpr IntRange kCount{0, int64_t{1} << 40};
 constexpr IntRange kSteps{1, int64_t{1} << 32};
 constexpr IntRange kWarmup{0, int64_t{1} << 32};
 constexpr IntRange kSequences{1, int64_t{1} << 24};
-constexpr IntRange kSeqLen{1, kMaxSeqLen};
 constexpr IntRange kRanks{1, int64_t{1} << 20};
 constexpr RealRange kFraction{0.0, 1.0, Bound::kClosed, Bound::kOpen};
 constexpr RealRange kRatio{0.0, 1.0};
@@ -45,7 +44,7 @@ SourceSpec BindSource(const Section& source) {
     out.format = SourceFormat::kLlmC;
     const Section llmc = source.Child("llmc");
     llmc.Path("path", Presence::kRequired, &out.path);
-    llmc.Int("document_start_token", Presence::kOptional, {-1, kVocabulary.high - 1},
+    llmc.Int("document_start_token", Presence::kOptional, {-1, kVocabularyRange.high - 1},
              &out.document_start_token);
   } else {
     source.provenance()->Missing(source.path(), "one of text { path }, megatron { prefix }, llmc { path }");
@@ -69,8 +68,8 @@ std::vector<annulus::RecallTask> BindTasks(const Section& recall, const std::str
   std::vector<annulus::RecallTask> out;
   for (const Section& task : recall.Children(name)) {
     annulus::RecallTask& bound = out.emplace_back();
-    task.Int("length", Presence::kRequired, kSeqLen, &bound.length);
-    task.Int("pairs", Presence::kRequired, kSeqLen, &bound.pairs);
+    task.Int("length", Presence::kRequired, kLengthRange, &bound.length);
+    task.Int("pairs", Presence::kRequired, kLengthRange, &bound.pairs);
   }
   return out;
 }
@@ -97,7 +96,7 @@ void BindData(const Section& data, DataSpec* out) {
                                "at least one source, such as train { text { path: \"...\" } }");
   }
   data.Real("validation_fraction", Presence::kOptional, kFraction, &out->validation_fraction);
-  data.Int("seq_len", Presence::kRequired, kSeqLen, &out->seq_len);
+  data.Int("seq_len", Presence::kRequired, kLengthRange, &out->seq_len);
   data.Bool("document_mask", &out->document_mask);
   data.Enum<Packing>("packing", {{"STREAM", Packing::kStream}, {"DOCUMENTS", Packing::kDocuments}},
                      &out->packing);
@@ -141,7 +140,7 @@ void BindBatch(const Section& optim, int64_t seq_len, int64_t* sequences) {
     return optim.Int("sequences_per_step", Presence::kRequired, kSequences, sequences);
   }
   int64_t tokens = 0;
-  optim.Int("tokens_per_step", Presence::kRequired, {1, kSequences.high * kSeqLen.high}, &tokens);
+  optim.Int("tokens_per_step", Presence::kRequired, {1, kSequences.high * kLengthRange.high}, &tokens);
   if (tokens == 0 || seq_len == 0) return;  // already refused
   const std::string path = optim.PathOf("tokens_per_step");
   if (tokens % seq_len != 0) {

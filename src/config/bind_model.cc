@@ -5,21 +5,6 @@
 namespace annulus::config {
 namespace {
 
-using Bound = RealRange::Bound;
-
-// Bounds on sizes are far above any use; they keep the products that later code forms (parameters, bytes)
-// inside 64 bits.
-constexpr IntRange kWidth{1, int64_t{1} << 20};
-constexpr IntRange kHeads{1, int64_t{1} << 16};
-constexpr IntRange kHeadDim{1, int64_t{1} << 16};
-constexpr IntRange kCount{0, int64_t{1} << 40};
-constexpr IntRange kTaps{0, 8};
-constexpr IntRange kChunk{1, int64_t{1} << 16};
-constexpr IntRange kLength{1, kMaxSeqLen};
-constexpr RealRange kRopeTheta{1.0, 1e15};
-constexpr RealRange kFactor{1.0, 1e6};
-constexpr RealRange kPositive{0.0, 1e9, Bound::kOpen};
-constexpr RealRange kNotNegative{0.0, 1e9};
 constexpr int64_t kByteVocabulary = 256;
 
 // Sets an absent width from others: total / parts. What is 0 has been refused.
@@ -39,7 +24,7 @@ void DeriveQuotient(const Section& section, const std::string& name, int64_t tot
 // d_model / heads where `name` is left away.
 void BindWidthOfHead(const Section& section, const std::string& name, int64_t d_model, int64_t heads,
                      int64_t* value) {
-  if (section.Has(name)) return section.Int(name, Presence::kRequired, kHeadDim, value);
+  if (section.Has(name)) return section.Int(name, Presence::kRequired, kHeadDimRange, value);
   DeriveQuotient(section, name, d_model, "model.d_model", heads, "heads", value);
 }
 
@@ -58,54 +43,54 @@ void BindRope(const Section& section, std::optional<double>* theta) {
     section.Enum<bool>("rope", {{"NONE", false}}, &rope);
     theta->reset();
   } else {
-    section.Real("rope_theta", Presence::kOptional, kRopeTheta, &**theta);
+    section.Real("rope_theta", Presence::kOptional, kRopeThetaRange, &**theta);
   }
 }
 
 void BindAttention(const Section& attention, ModelSpec* model, PatternDefaults* defaults) {
-  attention.Int("heads", Presence::kRequired, kHeads, &model->heads);
-  BindOrCopy(attention, "kv_heads", kHeads, model->heads, "heads", &model->kv_heads);
+  attention.Int("heads", Presence::kRequired, kHeadsRange, &model->heads);
+  BindOrCopy(attention, "kv_heads", kHeadsRange, model->heads, "heads", &model->kv_heads);
   BindWidthOfHead(attention, "head_dim", model->d_model, model->heads, &model->head_dim);
-  attention.Int("window", Presence::kOptional, kCount, &defaults->window);
+  attention.Int("window", Presence::kOptional, kWindowRange, &defaults->window);
   BindRope(attention, &defaults->rope_theta);
-  attention.Int("rotary_dim", Presence::kOptional, {0, kHeadDim.high}, &model->rotary_dim);
+  attention.Int("rotary_dim", Presence::kOptional, {0, kHeadDimRange.high}, &model->rotary_dim);
 }
 
 void BindLatent(const Section& section, LatentSpec* latent, PatternDefaults* defaults) {
-  section.Int("heads", Presence::kRequired, kHeads, &latent->heads);
-  section.Int("q_rank", Presence::kOptional, {0, kWidth.high}, &latent->q_rank);
-  section.Int("kv_rank", Presence::kRequired, kWidth, &latent->kv_rank);
-  section.Int("nope_dim", Presence::kRequired, kHeadDim, &latent->nope_dim);
-  section.Int("rope_dim", Presence::kRequired, kHeadDim, &latent->rope_dim);
-  BindOrCopy(section, "v_dim", kHeadDim, latent->nope_dim, "nope_dim", &latent->v_dim);
+  section.Int("heads", Presence::kRequired, kHeadsRange, &latent->heads);
+  section.Int("q_rank", Presence::kOptional, {0, kWidthRange.high}, &latent->q_rank);
+  section.Int("kv_rank", Presence::kRequired, kWidthRange, &latent->kv_rank);
+  section.Int("nope_dim", Presence::kRequired, kHeadDimRange, &latent->nope_dim);
+  section.Int("rope_dim", Presence::kRequired, kHeadDimRange, &latent->rope_dim);
+  BindOrCopy(section, "v_dim", kHeadDimRange, latent->nope_dim, "nope_dim", &latent->v_dim);
   BindRope(section, &defaults->latent_rope_theta);
 }
 
 void BindMamba(const Section& section, int64_t d_model, MambaSpec* mamba) {
-  section.Int("head_dim", Presence::kRequired, kHeadDim, &mamba->head_dim);
+  section.Int("head_dim", Presence::kRequired, kHeadDimRange, &mamba->head_dim);
   if (section.Has("heads")) {
-    section.Int("heads", Presence::kRequired, kHeads, &mamba->heads);
+    section.Int("heads", Presence::kRequired, kHeadsRange, &mamba->heads);
   } else {
     DeriveQuotient(section, "heads", 2 * d_model, "2 * model.d_model", mamba->head_dim, "head_dim",
                    &mamba->heads);
   }
-  section.Int("state", Presence::kRequired, kHeadDim, &mamba->state);
-  section.Int("groups", Presence::kOptional, kHeads, &mamba->groups);
-  section.Int("conv", Presence::kOptional, {1, kTaps.high}, &mamba->conv);
-  section.Int("chunk", Presence::kOptional, kChunk, &mamba->chunk);
-  section.Real("dt_min", Presence::kOptional, kNotNegative, &mamba->dt_min);
-  section.Real("dt_max", Presence::kOptional, kNotNegative, &mamba->dt_max);
+  section.Int("state", Presence::kRequired, kHeadDimRange, &mamba->state);
+  section.Int("groups", Presence::kOptional, kHeadsRange, &mamba->groups);
+  section.Int("conv", Presence::kOptional, {1, kTapsRange.high}, &mamba->conv);
+  section.Int("chunk", Presence::kOptional, kChunkRange, &mamba->chunk);
+  section.Real("dt_min", Presence::kOptional, kNotNegativeRange, &mamba->dt_min);
+  section.Real("dt_max", Presence::kOptional, kNotNegativeRange, &mamba->dt_max);
 }
 
 void BindLinear(const Section& section, int64_t d_model, LinearSpec* linear) {
-  section.Int("heads", Presence::kRequired, kHeads, &linear->heads);
+  section.Int("heads", Presence::kRequired, kHeadsRange, &linear->heads);
   BindWidthOfHead(section, "key_dim", d_model, linear->heads, &linear->key_dim);
   BindWidthOfHead(section, "value_dim", d_model, linear->heads, &linear->value_dim);
-  section.Int("chunk", Presence::kOptional, kChunk, &linear->chunk);
+  section.Int("chunk", Presence::kOptional, kChunkRange, &linear->chunk);
 }
 
 void BindMlp(const Section& section, ModelSpec* model) {
-  section.Int("d_ff", Presence::kRequired, kWidth, &model->d_ff);
+  section.Int("d_ff", Presence::kRequired, kWidthRange, &model->d_ff);
   section.Enum<Activation>("activation",
                            {{"SWIGLU", Activation::kSwiglu}, {"RELU_SQUARED", Activation::kReluSquared}},
                            &model->activation);
@@ -118,19 +103,19 @@ void BindRopeScaling(const Section& section, RopeScaling* scaling) {
   }
   const Section of = section.Child(kind);
   int64_t length = 0;
-  of.Real("factor", Presence::kRequired, kFactor, &scaling->factor);
-  of.Int("original_length", Presence::kRequired, kLength, &length);
+  of.Real("factor", Presence::kRequired, kFactorRange, &scaling->factor);
+  of.Int("original_length", Presence::kRequired, kLengthRange, &length);
   scaling->original_length = static_cast<double>(length);
   if (kind == "llama3") {
     scaling->kind = RopeScalingKind::kLlama3;
-    of.Real("low_freq_factor", Presence::kOptional, kPositive, &scaling->low_freq_factor);
-    of.Real("high_freq_factor", Presence::kOptional, kPositive, &scaling->high_freq_factor);
+    of.Real("low_freq_factor", Presence::kOptional, kPositiveRange, &scaling->low_freq_factor);
+    of.Real("high_freq_factor", Presence::kOptional, kPositiveRange, &scaling->high_freq_factor);
   } else {
     scaling->kind = RopeScalingKind::kYarn;
-    of.Real("beta_fast", Presence::kOptional, kPositive, &scaling->beta_fast);
-    of.Real("beta_slow", Presence::kOptional, kPositive, &scaling->beta_slow);
-    of.Real("mscale", Presence::kOptional, kNotNegative, &scaling->mscale);
-    of.Real("mscale_all_dim", Presence::kOptional, kNotNegative, &scaling->mscale_all_dim);
+    of.Real("beta_fast", Presence::kOptional, kPositiveRange, &scaling->beta_fast);
+    of.Real("beta_slow", Presence::kOptional, kPositiveRange, &scaling->beta_slow);
+    of.Real("mscale", Presence::kOptional, kNotNegativeRange, &scaling->mscale);
+    of.Real("mscale_all_dim", Presence::kOptional, kNotNegativeRange, &scaling->mscale_all_dim);
   }
 }
 
@@ -147,7 +132,7 @@ void BindBranches(const Section& model, ModelSpec* out, PatternDefaults* default
   with("based", [&](const Section& section) { BindLinear(section, out->d_model, &out->based); });
   with("delta", [&](const Section& section) {
     BindLinear(section, out->d_model, &out->delta);
-    section.Int("conv", Presence::kOptional, kTaps, &out->delta.conv);
+    section.Int("conv", Presence::kOptional, kTapsRange, &out->delta.conv);
   });
 }
 
@@ -180,9 +165,9 @@ bool AllText(const RunSpec& spec) {
 
 void BindModel(const Section& model, RunSpec* spec) {
   ModelSpec* out = &spec->model;
-  model.Int("d_model", Presence::kRequired, kWidth, &out->d_model);
+  model.Int("d_model", Presence::kRequired, kWidthRange, &out->d_model);
   if (model.Has("vocab_size") || !AllText(*spec)) {
-    model.Int("vocab_size", Presence::kRequired, kVocabulary, &out->vocab_size);
+    model.Int("vocab_size", Presence::kRequired, kVocabularyRange, &out->vocab_size);
   } else {
     out->vocab_size = kByteVocabulary;
     model.Derive("vocab_size", kByteVocabulary, "text is read as bytes");
@@ -190,8 +175,8 @@ void BindModel(const Section& model, RunSpec* spec) {
   PatternDefaults defaults;
   BindBranches(model, out, &defaults);
   if (model.Has("rope_scaling")) BindRopeScaling(model.Child("rope_scaling"), &out->rope_scaling);
-  model.Real("norm_eps", Presence::kOptional, {0.0, 1.0, Bound::kOpen, Bound::kOpen}, &out->norm_eps);
-  model.Real("init_stddev", Presence::kOptional, {0.0, 10.0}, &out->init_stddev);
+  model.Real("norm_eps", Presence::kOptional, kEpsilonRange, &out->norm_eps);
+  model.Real("init_stddev", Presence::kOptional, kStddevRange, &out->init_stddev);
   model.Bool("tied_head", &out->tied_head);
   BindPattern(model, defaults, spec);
 }

@@ -9,9 +9,7 @@
 namespace annulus {
 namespace {
 
-using config::IntRange;
 using config::Presence;
-using config::RealRange;
 using config::Section;
 
 constexpr IntRange kHeadDim{1, 1 << 16};

@@ -1,7 +1,5 @@
 #include "section.h"
 
-#include <cmath>
-
 #include "absl/strings/match.h"
 #include "absl/strings/str_join.h"
 #include "path.h"
@@ -10,26 +8,6 @@ namespace annulus::config {
 namespace {
 
 namespace pb = google::protobuf;
-
-std::string Describe(const IntRange& range) {
-  if (range.high == std::numeric_limits<int64_t>::max())
-    return absl::StrCat("an integer of at least ", range.low);
-  return absl::StrCat("an integer from ", range.low, " to ", range.high);
-}
-
-std::string Describe(const RealRange& range) {
-  const bool open_low = range.low_bound == RealRange::Bound::kOpen;
-  const bool open_high = range.high_bound == RealRange::Bound::kOpen;
-  return absl::StrCat("a number in ", open_low ? "(" : "[", range.low, ", ", range.high,
-                      open_high ? ")" : "]");
-}
-
-bool Contains(const RealRange& range, double value) {
-  if (!std::isfinite(value)) return false;
-  const bool above = range.low_bound == RealRange::Bound::kOpen ? value > range.low : value >= range.low;
-  const bool below = range.high_bound == RealRange::Bound::kOpen ? value < range.high : value <= range.high;
-  return above && below;
-}
 
 // Only a closed bound is a valid value itself.
 std::string NearestIn(const RealRange& range, double value) {
@@ -104,7 +82,7 @@ void Section::Int(const std::string& name, Presence presence, const IntRange& ra
     return;
   }
   const int64_t given = reflection->GetInt64(*message_, field);
-  if (given < range.low || given > range.high) {
+  if (!range.Contains(given)) {
     const int64_t nearest = given < range.low ? range.low : range.high;
     provenance_->Refuse(PathOf(name), absl::StrCat(given),
                         absl::StrCat("expected ", Describe(range), " (nearest valid value ", nearest, ")"));
@@ -130,7 +108,7 @@ void Section::Real(const std::string& name, Presence presence, const RealRange& 
     return;
   }
   const double given = reflection->GetDouble(*message_, field);
-  if (!Contains(range, given)) {
+  if (!range.Contains(given)) {
     provenance_->Refuse(PathOf(name), absl::StrCat(given),
                         absl::StrCat("expected ", Describe(range), NearestIn(range, given)));
     return;

@@ -7,26 +7,16 @@
 #include <google/protobuf/message.h>
 
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "annulus/base/check.h"
+#include "annulus/train/ranges.h"
 #include "provenance.h"
 
 namespace annulus::config {
-
-struct IntRange {
-  int64_t low = 1, high = std::numeric_limits<int64_t>::max();
-};
-
-struct RealRange {
-  enum class Bound { kClosed, kOpen };
-  double low = 0.0, high = 0.0;
-  Bound low_bound = Bound::kClosed, high_bound = Bound::kClosed;
-};
 
 enum class Presence { kRequired, kOptional };
 

@@ -5,8 +5,10 @@
 
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <variant>
 #include <vector>
 
+#include "annulus/train/ranges.h"
 #include "tensor_names.h"
 
 namespace annulus {
@@ -15,7 +17,8 @@ struct HfField {
   const char* name;
   std::function<nlohmann::json(const ModelSpec&)> get;
   std::function<void(const nlohmann::json&, ModelSpec*)> set;
-  enum class Type { kCount, kNumber, kBool } type = Type::kCount;
+  // Of booleans: none.
+  std::variant<std::monostate, IntRange, RealRange> range;
   // Where it is absent or null. Empty: it must be there.
   std::function<nlohmann::json(const ModelSpec&)> absent = {};
 };
@@ -41,5 +44,9 @@ std::string NemotronPattern(const ModelSpec& spec);
 
 // InvalidArgument: "config.json: field=value: expected ...".
 absl::Status Unexpected(absl::string_view field, const nlohmann::json& value, absl::string_view expected);
+
+// Numbers of a range. Errors as above.
+absl::StatusOr<int64_t> ReadInt(absl::string_view field, const nlohmann::json& value, const IntRange& range);
+absl::StatusOr<double> ReadReal(absl::string_view field, const nlohmann::json& value, const RealRange& range);
 
 }  // namespace annulus

@@ -1,5 +1,7 @@
 // Reads a folder: configuration, one file of weights or several with their index.
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <set>
 
@@ -15,6 +17,13 @@ using nlohmann::json;
 
 constexpr int kIndexDepth = 4;
 constexpr char kHead[] = "lm_head.weight";
+
+bool AllFinite(ConstTensorRef values) {
+  return VisitFloat(values.dtype(), [&]<class T>() {
+    const T* begin = values.data<T>();
+    return std::all_of(begin, begin + values.elements(), [](T x) { return std::isfinite(x); });
+  });
+}
 
 // Names of the files of weights.
 absl::StatusOr<std::set<std::string>> ShardNames(const std::string& directory) {
@@ -146,6 +155,10 @@ absl::StatusOr<Tensor> HfFolder::Read(const ParamInfo& info, DType dtype) const 
                            contents_->Find(contents_->tensors[place.tensor].name));
   Tensor param(Device{}, dtype, info.logical);
   Unpack(place.part, tensor, param.ref());
+  if (!AllFinite(param.ref())) {
+    return Invalid(contents_->directory, ": tensor \"", contents_->tensors[place.tensor].name,
+                   "\" holds numbers that are not finite as ", Name(dtype), ": expected finite ones");
+  }
   return param;
 }
 

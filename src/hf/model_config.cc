@@ -20,7 +20,8 @@ using nlohmann::json;
 
 constexpr int kConfigDepth = 16;
 constexpr char kInfinity[] = "Infinity";  // as Python writes it, without quotes
-constexpr int64_t kAbsentLength = 2048;   // classes without positions name no length
+constexpr IntRange kBlocks{0, 100000};
+constexpr int64_t kAbsentLength = 2048;  // classes without positions name no length
 
 // Names of the same in layers_block_type: of today and of before.
 struct BlockType {
@@ -85,22 +86,17 @@ void WriteOwn(HfClass of, const ModelSpec& spec, json* to) {
 // ---- import
 
 absl::Status ReadField(const HfField& field, const json& config, ModelSpec* spec) {
-  const json value = config.value(field.name, json());
+  json value = config.value(field.name, json());
   if (value.is_null()) {
     if (!field.absent) return Invalid("config.json: ", field.name, ": missing");
-    field.set(field.absent(*spec), spec);
-    return absl::OkStatus();
+    value = field.absent(*spec);
   }
-  switch (field.type) {
-    case HfField::Type::kCount:
-      ANNULUS_RETURN_IF_ERROR(AsCount(value, absl::StrCat("config.json: ", field.name)).status());
-      break;
-    case HfField::Type::kNumber:
-      if (!value.is_number()) return Unexpected(field.name, value, "a number");
-      break;
-    case HfField::Type::kBool:
-      if (!value.is_boolean()) return Unexpected(field.name, value, "true or false");
-      break;
+  if (const auto* ints = std::get_if<IntRange>(&field.range)) {
+    ANNULUS_RETURN_IF_ERROR(ReadInt(field.name, value, *ints).status());
+  } else if (const auto* reals = std::get_if<RealRange>(&field.range)) {
+    ANNULUS_RETURN_IF_ERROR(ReadReal(field.name, value, *reals).status());
+  } else if (!value.is_boolean()) {
+    return Unexpected(field.name, value, "true or false");
   }
   field.set(value, spec);
   return absl::OkStatus();
@@ -119,8 +115,7 @@ absl::Status CheckFixed(HfClass of, const json& config) {
 absl::StatusOr<double> TimeStep(json value) {
   if (value.is_object()) value = value.value("__float__", json());
   if (value == json(kInfinity)) return std::numeric_limits<double>::infinity();
-  if (!value.is_number()) return Unexpected("time_step_limit", value, "numbers");
-  return value.get<double>();
+  return ReadReal("time_step_limit", value, kNotNegativeRange);
 }
 
 absl::Status ReadTimeStepLimit(const json& config, MambaSpec* mamba) {
@@ -130,6 +125,33 @@ absl::Status ReadTimeStepLimit(const json& config, MambaSpec* mamba) {
   ANNULUS_ASSIGN_OR_RETURN(mamba->dt_min, TimeStep(limit[0]));
   ANNULUS_ASSIGN_OR_RETURN(const double most, TimeStep(limit[1]));
   mamba->dt_max = std::isinf(most) ? 0 : most;
+  return absl::OkStatus();
+}
+
+// A branch says all that its kind has, and nothing else.
+absl::Status ReadBranch(const json& from, BranchSpec* branch) {
+  const bool latent = branch->kind == BranchKind::kLatentAttention;
+  const bool attends = latent || branch->kind == BranchKind::kAttention;
+  for (const auto& [key, value] : from.items()) {
+    const bool known = key == "kind" || (attends && (key == "window" || key == "rope_theta")) ||
+                       (latent && key == "latent_groups");
+    if (known) continue;
+    const char* more = latent    ? ", window, rope_theta or latent_groups"
+                       : attends ? ", window or rope_theta"
+                                 : "";
+    return Unexpected(absl::StrCat("layers: ", key), value,
+                      absl::StrCat("of ", Name(branch->kind), " no fields but kind", more));
+  }
+  if (!attends) return absl::OkStatus();
+  if (!from.contains("rope_theta")) return Unexpected("layers", from, "a rope_theta, null for no positions");
+  if (const json& theta = from["rope_theta"]; !theta.is_null()) {
+    ANNULUS_ASSIGN_OR_RETURN(branch->rope_theta, ReadReal("layers: rope_theta", theta, kRopeThetaRange));
+  }
+  ANNULUS_ASSIGN_OR_RETURN(branch->window,
+                           ReadInt("layers: window", from.value("window", json()), kWindowRange));
+  if (!latent) return absl::OkStatus();
+  ANNULUS_ASSIGN_OR_RETURN(branch->latent_groups, ReadInt("layers: latent_groups",
+                                                          from.value("latent_groups", json()), kWidthRange));
   return absl::OkStatus();
 }
 
@@ -145,11 +167,7 @@ absl::StatusOr<LayerSpec> ReadLayer(const json& branches) {
       branch.kind = place.kind, found = true;
     }
     if (!found) return Unexpected("layers", from, "a branch with its kind");
-    const json theta = from.value("rope_theta", json());
-    if (theta.is_number()) branch.rope_theta = theta.get<double>();
-    ANNULUS_ASSIGN_OR_RETURN(branch.window, AsCount(from.value("window", json(0u)), "config.json: window"));
-    ANNULUS_ASSIGN_OR_RETURN(branch.latent_groups,
-                             AsCount(from.value("latent_groups", json(1u)), "config.json: latent_groups"));
+    ANNULUS_RETURN_IF_ERROR(ReadBranch(from, &branch));
     layer.branches.push_back(std::move(branch));
   }
   return layer;
@@ -196,10 +214,8 @@ absl::StatusOr<std::vector<LayerSpec>> ReadLayers(HfClass of, const json& config
     }
     return layers;
   }
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t blocks, AsCount(config.value("num_hidden_layers", json()),
-                                                         "config.json: num_hidden_layers"));
-  constexpr int64_t kMostBlocks = 100000;
-  if (blocks > kMostBlocks) return Unexpected("num_hidden_layers", blocks, "at most 100000");
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t blocks,
+                           ReadInt("num_hidden_layers", config.value("num_hidden_layers", json()), kBlocks));
   for (int64_t i = 0; i < blocks; ++i) {
     for (const HfLayout::Layer& from : LayoutOf(of).block) {
       LayerSpec layer;
@@ -263,10 +279,10 @@ json HfConfigOf(HfClass of, const ModelSpec& spec, int64_t max_length) {
   json config = {{"architectures", {layout.architecture}},
                  {"model_type", layout.model_type},
                  {"num_hidden_layers", spec.layers.size() / layout.block.size()},
-                 {"max_position_embeddings", max_length},
                  {"bos_token_id", nullptr},
                  {"eos_token_id", nullptr},
                  {"pad_token_id", nullptr}};
+  if (max_length > 0) config["max_position_embeddings"] = max_length;
   for (const HfField& field : FieldsOf(of)) config[field.name] = field.get(spec);
   for (const HfFixed& fixed : FixedOf(of)) config[fixed.name] = fixed.value;
   WriteRope(of, spec, &config);
@@ -286,9 +302,12 @@ absl::StatusOr<HfConfig> ReadHfConfig(const json& config) {
     ANNULUS_RETURN_IF_ERROR(ReadField(field, config, &read.spec));
   }
   ANNULUS_RETURN_IF_ERROR(CheckFixed(read.of, config));
-  ANNULUS_ASSIGN_OR_RETURN(read.max_length, AsCount(config.value("max_position_embeddings",
-                                                                 json(static_cast<uint64_t>(kAbsentLength))),
-                                                    "config.json: max_position_embeddings"));
+  if (const json quantized = config.value("quantization_config", json()); !quantized.is_null()) {
+    return Unexpected("quantization_config", quantized, "none: weights are read as bf16, f32 or f64");
+  }
+  ANNULUS_ASSIGN_OR_RETURN(
+      read.max_length, ReadInt("max_position_embeddings",
+                               config.value("max_position_embeddings", json(kAbsentLength)), kLengthRange));
   ANNULUS_ASSIGN_OR_RETURN(const std::optional<double> theta, ReadRope(read.of, config, &read.spec));
   if (HasTimeStepLimit(read.of) && read.of != HfClass::kNemotronH) {
     ANNULUS_RETURN_IF_ERROR(ReadTimeStepLimit(config, &read.spec.mamba));

@@ -9,24 +9,28 @@ using nlohmann::json;
 
 constexpr double kLlamaTheta = 10000.0;  // of the class, in configurations older than the field
 
+constexpr RealRange kPositionsRange{static_cast<double>(kLengthRange.low),
+                                    static_cast<double>(kLengthRange.high)};
+
 struct Number {
   const char* name;
   double RopeScaling::* of;
+  RealRange range;
   std::optional<double> absent;
 };
 const std::vector<Number>& NumbersOf(RopeScalingKind kind) {
   static const std::vector<Number> llama3 = {
-      {"factor", &RopeScaling::factor, {}},
-      {"original_max_position_embeddings", &RopeScaling::original_length, {}},
-      {"low_freq_factor", &RopeScaling::low_freq_factor, {}},
-      {"high_freq_factor", &RopeScaling::high_freq_factor, {}}};
+      {"factor", &RopeScaling::factor, kFactorRange, {}},
+      {"original_max_position_embeddings", &RopeScaling::original_length, kPositionsRange, {}},
+      {"low_freq_factor", &RopeScaling::low_freq_factor, kPositiveRange, {}},
+      {"high_freq_factor", &RopeScaling::high_freq_factor, kPositiveRange, {}}};
   static const std::vector<Number> yarn = {
-      {"factor", &RopeScaling::factor, {}},
-      {"original_max_position_embeddings", &RopeScaling::original_length, {}},
-      {"beta_fast", &RopeScaling::beta_fast, 32},
-      {"beta_slow", &RopeScaling::beta_slow, 1},
-      {"mscale", &RopeScaling::mscale, 0},
-      {"mscale_all_dim", &RopeScaling::mscale_all_dim, 0}};
+      {"factor", &RopeScaling::factor, kFactorRange, {}},
+      {"original_max_position_embeddings", &RopeScaling::original_length, kPositionsRange, {}},
+      {"beta_fast", &RopeScaling::beta_fast, kPositiveRange, 32},
+      {"beta_slow", &RopeScaling::beta_slow, kPositiveRange, 1},
+      {"mscale", &RopeScaling::mscale, kNotNegativeRange, 0},
+      {"mscale_all_dim", &RopeScaling::mscale_all_dim, kNotNegativeRange, 0}};
   return kind == RopeScalingKind::kLlama3 ? llama3 : yarn;
 }
 
@@ -48,8 +52,7 @@ absl::Status ReadScaling(const json& from, RopeScaling* scaling) {
   for (const Number& number : NumbersOf(scaling->kind)) {
     json value = from.value(number.name, json());
     if (value.is_null() && number.absent.has_value()) value = *number.absent;
-    if (!value.is_number()) return Unexpected(number.name, value, "a number");
-    scaling->*number.of = value.get<double>();
+    ANNULUS_ASSIGN_OR_RETURN(scaling->*number.of, ReadReal(number.name, value, number.range));
   }
   if (scaling->kind == RopeScalingKind::kLlama3) return absl::OkStatus();
   if (const json factor = from.value("attention_factor", json()); !factor.is_null()) {
@@ -85,6 +88,16 @@ std::optional<double> FirstTheta(const ModelSpec& spec) {
   return std::nullopt;
 }
 
+// Names of other classes would mean nothing in ours.
+absl::Status RefuseOthersRope(const json& config) {
+  for (const char* name : {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}) {
+    if (const json value = config.value(name, json()); !value.is_null()) {
+      return Unexpected(name, value, "none: bases stand in layers, scaling in long_rope");
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 void WriteRope(HfClass of, const ModelSpec& spec, json* config) {
@@ -95,6 +108,7 @@ void WriteRope(HfClass of, const ModelSpec& spec, json* config) {
 
 absl::StatusOr<std::optional<double>> ReadRope(HfClass of, const json& config, ModelSpec* spec) {
   if (!HasOneTheta(of) && of != HfClass::kAnnulus) return std::optional<double>();
+  if (of == HfClass::kAnnulus) ANNULUS_RETURN_IF_ERROR(RefuseOthersRope(config));
   json parameters = config.value(HasOneTheta(of) ? "rope_parameters" : "long_rope", json());
   const json older = config.value("rope_scaling", json());
   if (parameters.is_null()) parameters = older;
@@ -110,12 +124,12 @@ absl::StatusOr<std::optional<double>> ReadRope(HfClass of, const json& config, M
     return Unexpected("rope_theta", outside, absl::StrCat(theta.dump(), ", as rope_parameters says"));
   }
   if (theta.is_null() && of == HfClass::kLlama) theta = kLlamaTheta;
-  if (!theta.is_number()) return Unexpected("rope_theta", theta, "a number");
+  ANNULUS_ASSIGN_OR_RETURN(const double base, ReadReal("rope_theta", theta, kRopeThetaRange));
   for (const json* from : std::initializer_list<const json*>{&parameters, &config}) {
     const json partial = from->value("partial_rotary_factor", json());
     if (!partial.is_null() && partial != json(1.0)) return Unexpected("partial_rotary_factor", partial, "1");
   }
-  return std::optional<double>(theta.get<double>());
+  return std::optional<double>(base);
 }
 
 }  // namespace annulus

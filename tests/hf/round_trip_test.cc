@@ -158,7 +158,7 @@ TEST_F(Refusal, NamesFieldValueAndExpectation) {
             "AnnulusForCausalLM");
   EXPECT_EQ(OfConfig([](Json& c) { c.erase("hidden_size"); }), "config.json: hidden_size: missing");
   EXPECT_EQ(OfConfig([](Json& c) { c["hidden_size"] = -1; }),
-            "config.json: hidden_size=-1: expected an integer from 0 to 2^63 - 1");
+            "config.json: hidden_size=-1: expected an integer from 1 to 1048576");
   EXPECT_EQ(OfConfig([](Json& c) { c["attention_bias"] = true; }),
             "config.json: attention_bias=true: expected false");
   EXPECT_EQ(OfConfig([](Json& c) { c["rope_parameters"]["rope_type"] = "longrope"; }),
@@ -172,6 +172,108 @@ TEST_F(Refusal, NamesFieldValueAndExpectation) {
             "supported");
   EXPECT_EQ(OfConfig([](Json& c) { c["layers_block_type"][1] = "moe"; }, "nemotron_h"),
             "config.json: layers_block_type=\"moe\": expected mamba, attention or mlp");
+}
+
+// Sizes and numbers have the ranges of the configuration, far below where products of them overflow.
+TEST_F(Refusal, OfNumbersOutOfRange) {
+  const std::string width = "an integer from 1 to 1048576", head = "an integer from 1 to 65536";
+  const std::string huge = "4611686018427387904";  // 2^62
+  const struct {
+    const char *name, *field;
+    std::string value, expected;
+  } cases[] = {
+      {"llama", "vocab_size", huge, "an integer from 1 to 2147483647"},
+      {"llama", "hidden_size", huge, width},
+      {"llama", "hidden_size", "18446744073709551615", width},
+      {"llama", "hidden_size", "32.0", width},
+      {"llama", "hidden_size", "\"32\"", width},
+      {"llama", "hidden_size", "true", width},
+      {"llama", "intermediate_size", huge, width},
+      {"llama", "intermediate_size", "0", width},
+      {"llama", "num_attention_heads", huge, head},
+      {"llama", "num_attention_heads", "576460752303423488", head},
+      {"llama", "num_key_value_heads", "65537", head},
+      {"llama", "head_dim", huge, head},
+      {"llama", "num_hidden_layers", huge, "an integer from 0 to 100000"},
+      {"llama", "max_position_embeddings", "0", "an integer from 1 to 1073741824"},
+      {"llama", "max_position_embeddings", huge, "an integer from 1 to 1073741824"},
+      {"llama", "rms_norm_eps", "1e+300", "a number in (0, 1)"},
+      {"llama", "initializer_range", "11", "a number in [0, 10]"},
+      {"llama", "tie_word_embeddings", "1", "true or false"},
+      {"deepseek_v3", "kv_lora_rank", huge, width},
+      {"deepseek_v3", "q_lora_rank", huge, "an integer from 0 to 1048576"},
+      {"deepseek_v3", "qk_nope_head_dim", huge, head},
+      {"deepseek_v3", "qk_rope_head_dim", huge, head},
+      {"deepseek_v3", "v_head_dim", huge, head},
+      {"mamba2", "num_heads", huge, head},
+      {"mamba2", "state_size", huge, head},
+      {"mamba2", "n_groups", huge, head},
+      {"mamba2", "conv_kernel", "9", "an integer from 1 to 8"},
+      {"mamba2", "chunk_size", "65537", head},
+      {"nemotron_h", "mamba_num_heads", huge, "an integer from 0 to 65536"},
+      {"nemotron_h", "time_step_min", "-1.0", "a number in [0, 1e+09]"},
+      {"annulus", "rotary_dim", huge, "an integer from 0 to 65536"},
+      {"annulus", "latent_attention_heads", huge, "an integer from 0 to 65536"},
+  };
+  for (const auto& [name, field, value, expected] : cases) {
+    EXPECT_EQ(OfConfig([&](Json& c) { c[field] = Json::parse(value); }, name),
+              absl::StrCat("config.json: ", field, "=", value, ": expected ", expected))
+        << name;
+  }
+  const auto largest = [](Json& c) {
+    c["vocab_size"] = (int64_t{1} << 31) - 1, c["hidden_size"] = c["intermediate_size"] = 1 << 20;
+    c["num_attention_heads"] = c["num_key_value_heads"] = c["head_dim"] = 1 << 16;
+  };
+  EXPECT_EQ(OfConfig(largest),
+            "tensor \"model.embed_tokens.weight\" is f64 [97, 32]: expected bf16, f32 or f64 [2147483647, "
+            "1048576], as config.json says");
+  EXPECT_EQ(OfConfig([](Json& c) { c["rope_parameters"]["rope_theta"] = 0.5; }),
+            "config.json: rope_theta=0.5: expected a number in [1, 1e+15]");
+  EXPECT_EQ(OfConfig([](Json& c) { c["rope_parameters"]["factor"] = 1e7; }),
+            "config.json: factor=10000000.0: expected a number in [1, 1e+06]");
+  EXPECT_EQ(OfConfig([](Json& c) { c["time_step_limit"] = {0.0, -1.0}; }, "mamba2"),
+            "config.json: time_step_limit=-1.0: expected a number in [0, 1e+09]");
+  EXPECT_EQ(OfConfig([](Json& c) { c["quantization_config"] = {{"quant_method", "fp8"}}; }),
+            "config.json: quantization_config={\"quant_method\":\"fp8\"}: expected none: weights are read as "
+            "bf16, f32 or f64");
+}
+
+// In folders of our own class a branch says what it is in full, and nothing else.
+TEST_F(Refusal, OfBranchesThatSayMoreOrLess) {
+  const std::string theta = "a number in [1, 1e+15]";
+  const struct {
+    size_t layer, branch;
+    const char *field, *value;
+    std::string expected;
+  } cases[] = {
+      {4, 0, "rope_theta", "\"10000\"", theta},
+      {4, 0, "rope_theta", "true", theta},
+      {2, 0, "rope_theta", "0.5", theta},
+      {4, 0, "window", "-1", "an integer from 0 to 1099511627776"},
+      {4, 0, "window", "null", "an integer from 0 to 1099511627776"},
+      {2, 0, "latent_groups", "0", "an integer from 1 to 1048576"},
+      {4, 0, "kv", "\"@-2\"", "of attention no fields but kind, window or rope_theta"},
+      {4, 0, "latent_groups", "1", "of attention no fields but kind, window or rope_theta"},
+      {2, 0, "tie", "\"a\"", "of latent no fields but kind, window, rope_theta or latent_groups"},
+      {0, 0, "combine", "\"mean-norm\"", "of mamba no fields but kind"},
+      {1, 0, "rope_theta", "10000.0", "of mlp no fields but kind"},
+  };
+  for (const auto& [layer, branch, field, value, expected] : cases) {
+    EXPECT_EQ(OfConfig([&](Json& c) { c["layers"][layer][branch][field] = Json::parse(value); }, "annulus"),
+              absl::StrCat("config.json: layers: ", field, "=", value, ": expected ", expected));
+  }
+  EXPECT_EQ(OfConfig([](Json& c) { c["layers"][4][0].erase("rope_theta"); }, "annulus"),
+            "config.json: layers={\"kind\":\"attention\",\"window\":0}: expected a rope_theta, null for no "
+            "positions");
+  EXPECT_EQ(OfConfig([](Json& c) { c["layers"][2][0].erase("latent_groups"); }, "annulus"),
+            "config.json: layers: latent_groups=null: expected an integer from 1 to 1048576");
+  for (const char* field : {"rope_scaling", "rope_parameters"}) {
+    EXPECT_EQ(
+        OfConfig([&](Json& c) { c[field] = {{"rope_type", "default"}}; }, "annulus"),
+        absl::StrCat(
+            "config.json: ", field,
+            "={\"rope_type\":\"default\"}: expected none: bases stand in layers, scaling in long_rope"));
+  }
 }
 
 // What a configuration says twice must agree.
@@ -255,6 +357,29 @@ TEST_F(Refusal, NamesTheTensor) {
   golden["tensors"].push_back({{"name", "model.layers.0.self_attn.q_proj.bias"}, {"shape", {48}}});
   WriteGoldenFolder(golden, directory_.path());
   EXPECT_EQ(Message(), "tensor \"model.layers.0.self_attn.q_proj.bias\" has no place in a LlamaForCausalLM");
+}
+
+// Infinity or NaN in a file, or as narrow as it is read.
+TEST_F(Refusal, OfNumbersThatAreNotFinite) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const double bad : {kInfinity, -kInfinity, std::nan(""), 1e300}) {
+    const Json golden = ReadGolden("llama");
+    WriteGoldenFolder(golden, directory_.path());
+    const std::string path = directory_.path() + "/model.safetensors";
+    std::string bytes = Contents(path);
+    bytes.replace(bytes.size() - sizeof(bad), sizeof(bad), reinterpret_cast<const char*>(&bad), sizeof(bad));
+    Overwrite(path, bytes);
+    const absl::StatusOr<HfFolder> folder = HfFolder::Open(directory_.path());
+    ASSERT_TRUE(folder.ok()) << folder.status();
+    const std::string last = SafetensorsFile::Open(path)->tensors().back().name;
+    std::string refused;
+    for (const ParamInfo& info : BuildParamTable(folder->spec()).params) {
+      const absl::Status status = folder->Read(info, DType::kF32).status();
+      if (!status.ok()) absl::StrAppend(&refused, status.message());
+    }
+    EXPECT_EQ(refused, absl::StrCat(directory_.path(), ": tensor \"", last,
+                                    "\" holds numbers that are not finite as f32: expected finite ones"));
+  }
 }
 
 TEST_F(Refusal, OfAModelThatNoClassCanHold) {

@@ -27,7 +27,7 @@ absl::StatusOr<std::string> HfArchitecture(const ModelSpec& spec);
 struct HfExport {
   std::string directory;                   // made if need be
   DType dtype = DType::kF32;               // or BF16, F64; A_log, D and dt_bias are never BF16
-  int64_t max_length = 0;                  // tokens; for information
+  int64_t max_length = 0;                  // tokens; for information; 0: not said
   int64_t shard_bytes = int64_t{5} << 30;  // of a file of weights, and of memory
 };
 // Writes the model whose parameters `find` gives as whole host tensors.
