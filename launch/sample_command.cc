@@ -23,8 +23,8 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   Context ctx{Device{}};
   const DType dtype = spec.compute == ComputeType::kF64 ? DType::kF64 : DType::kF32;
   ParamStore params(Device{}, dtype, BuildParamTable(spec.model), 1);
-  ANNULUS_RETURN_IF_ERROR(
-      RestoreParameters(ctx, params, [&](absl::string_view name) { return checkpoint.Find(name); }));
+  const auto find = [&](absl::string_view name) { return checkpoint.Find(name); };
+  ANNULUS_RETURN_IF_ERROR(Prefixed(RestoreParameters(ctx, params, find), checkpoint.path() + ": "));
 
   SampleSpec sample = spec.sample;
   sample.prompt = arguments.Last("--prompt", "");

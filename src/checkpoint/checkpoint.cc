@@ -79,10 +79,26 @@ bool IsStepDirectory(const std::string& path) {
   return Exists(path) && StepFromName(std::filesystem::path(path).filename().string()).has_value();
 }
 
-// The step that LATEST names, if there is such a directory, else the highest committed one.
+// Committed ones, the highest first.
+std::string OtherSteps(const std::vector<StepDirectory>& steps, const std::string& path) {
+  const std::string name = std::filesystem::path(path).filename().string();
+  std::string others;
+  for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
+    const bool chosen = std::filesystem::path(step->path).filename().string() == name;
+    if (step->committed && !chosen) absl::StrAppend(&others, " ", step->path);
+  }
+  return others;
+}
+
+// A step that is named; else the step that LATEST names, if there is such a directory, else the highest
+// committed one.
 absl::StatusOr<Choice> ChooseStep(std::string path) {
   while (path.size() > 1 && path.back() == '/') path.pop_back();
-  if (IsStepDirectory(path)) return Choice{.path = path, .other_steps = ""};
+  if (IsStepDirectory(path)) {
+    const std::string run = std::filesystem::path(path).parent_path().string();
+    const absl::StatusOr<std::vector<StepDirectory>> beside = ListSteps(run.empty() ? "." : run);
+    return Choice{.path = path, .other_steps = beside.ok() ? OtherSteps(*beside, path) : ""};
+  }
   ANNULUS_ASSIGN_OR_RETURN(const std::vector<StepDirectory> steps, ListSteps(path));
   std::optional<int64_t> latest;
   if (const absl::StatusOr<std::string> text = ReadFile(JoinPath(path, kLatestName)); text.ok())
@@ -94,10 +110,7 @@ absl::StatusOr<Choice> ChooseStep(std::string path) {
   for (const StepDirectory& step : steps)
     if (latest == step.step) chosen = &step;  // without COMMIT it is damaged: LATEST follows COMMIT
   if (chosen == nullptr) return absl::NotFoundError(absl::StrCat(path, ": no committed checkpoint in it"));
-  Choice choice{.path = chosen->path, .other_steps = ""};
-  for (auto step = steps.rbegin(); step != steps.rend(); ++step)
-    if (step->committed && step->path != chosen->path) absl::StrAppend(&choice.other_steps, " ", step->path);
-  return choice;
+  return Choice{.path = chosen->path, .other_steps = OtherSteps(steps, chosen->path)};
 }
 
 absl::Status WithOtherSteps(const absl::Status& status, const std::string& other_steps) {
@@ -156,7 +169,7 @@ std::vector<std::string> Checkpoint::tensor_names() const {
 absl::StatusOr<ConstTensorRef> Checkpoint::Find(absl::string_view name) const {
   const auto found = tensors_.find(name);
   if (found == tensors_.end())
-    return absl::NotFoundError(absl::StrCat(path_, ": tensor \"", name, "\" is not in this checkpoint"));
+    return absl::NotFoundError(absl::StrCat("tensor \"", name, "\" is not in this checkpoint"));
   return found->second;
 }
 

@@ -118,6 +118,8 @@ TEST_F(DamageTest, TheErrorNamesOtherStepsWhichAreTakenOnlyWhenAskedFor) {
   EXPECT_TRUE(absl::EndsWith(status.message(),
                              "; other committed checkpoints, to be named in its place: " + older_step))
       << status;
+  EXPECT_EQ(Checkpoint::Open(step_).status(), status);
+  EXPECT_EQ(Checkpoint::Open(step_ + "/").status(), status);
   EXPECT_EQ(Difference(Checkpoint::Open(older_step), older), "");
 }
 
@@ -168,13 +170,10 @@ TEST_F(ForgeryTest, FilesAndTensorsMustBeThoseOfTheManifest) {
                 "shard-00007.safetensors: missing from this checkpoint");
   ExpectRefused([](json& m) { m["files"][0]["tensors"].erase(0); }, "(manifest)");
   ExpectRefused(
-      [](json& m) {
-        m["files"][0]["tensors"].push_back({{"name", "zz"}, {"dtype", "F32"}, {"shape", {2}}});
-      },
+      [](json& m) { m["files"][0]["tensors"].push_back({{"name", "zz"}, {"dtype", "F32"}, {"shape", {2}}}); },
       "holds no tensor: expected \"zz\" F32 [2] (manifest)");
   ExpectRefused([](json& m) { m["files"][0]["tensors"][0]["shape"] = {1}; }, "(manifest)");
-  ExpectRefused([](json& m) { m["files"][0]["tensors"][0]["dtype"] = "F16"; },
-                "dtype=F16 is not supported");
+  ExpectRefused([](json& m) { m["files"][0]["tensors"][0]["dtype"] = "F16"; }, "dtype=F16 is not supported");
   ExpectRefused([](json& m) { m["files"][1]["tensors"].push_back(m["files"][0]["tensors"][0]); },
                 "is in shard-00000.safetensors and in shard-00001.safetensors");
 }
