@@ -24,6 +24,39 @@ struct Seen {
   int64_t pairs = 0;
 };
 
+int64_t CeilDiv(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }
+
+// Sum over i in [0, n) of i + k, clamped to [0, most].
+int64_t SumClamped(int64_t k, int64_t n, int64_t most) {
+  const int64_t rise = std::clamp<int64_t>(-k, 0, n), full = std::clamp(most - k, rise, n);
+  return (full - rise) * (rise + full - 1 + 2 * k) / 2 + (n - full) * most;
+}
+
+// The same as AddVisible for one sequence without documents, in time independent of its length: query i sees
+// the key rows [i + lo, i + hi), as far as there are such.
+void AddBand(const LayoutChunk& q, const std::vector<LayoutChunk>& chunks, const SequenceBatch& sequences,
+             int64_t window, int64_t item, std::vector<Seen>* seen) {
+  const int64_t length = sequences.lengths[static_cast<size_t>(item)], stride = q.stride;
+  const int64_t queries = std::clamp<int64_t>(CeilDiv(length - q.position, stride), 0, q.rows);
+  for (size_t j = 0; j < chunks.size(); ++j) {
+    const LayoutChunk& of = chunks[j];
+    ANNULUS_CHECK(of.stride == stride) << of.stride << " and " << stride;
+    const int64_t rows = std::clamp<int64_t>(CeilDiv(length - of.position, stride), 0, of.rows);
+    const int64_t ahead = q.position - of.position;
+    const int64_t lo = window > 0 ? CeilDiv(ahead - window + 1, stride) : -queries;
+    const int64_t hi = sequences.visibility == Visibility::kCausal ? CeilDiv(ahead + 1, stride)
+                       : window > 0                                ? CeilDiv(ahead + window, stride)
+                                                                   : rows;
+    const int64_t pairs = SumClamped(hi, queries, rows) - SumClamped(lo, queries, rows);
+    if (pairs == 0) continue;
+    const int64_t first = std::max<int64_t>(0, 1 - hi), last = std::min(queries - 1, rows - 1 - lo);
+    const RowRange band{of.row + std::max<int64_t>(0, first + lo), of.row + std::min(rows, last + hi)};
+    RowRange& hull = (*seen)[j].hull;
+    hull = hull.empty() ? band : RowRange{std::min(hull.begin, band.begin), std::max(hull.end, band.end)};
+    (*seen)[j].pairs += pairs;
+  }
+}
+
 // Adds what the queries of `q` see, by chunk of keys: once for those next to each other that see the same.
 void AddVisible(const LayoutChunk& q, const std::vector<LayoutChunk>& chunks, const SequenceBatch& sequences,
                 int64_t window, std::vector<Seen>* seen) {
@@ -38,6 +71,10 @@ void AddVisible(const LayoutChunk& q, const std::vector<LayoutChunk>& chunks, co
     }
   };
   for (int64_t item = 0; item < sequences.batch; ++item) {
+    if (sequences.document_starts.empty()) {
+      AddBand(q, chunks, sequences, window, item, seen);
+      continue;
+    }
     KeyRange same;
     int64_t queries = 0;
     for (int64_t i = 0; i < q.rows; ++i) {

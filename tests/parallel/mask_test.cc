@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <numeric>
+
 #include "annulus/comm/exchange_build.h"
 #include "parallel/sequences.h"
 
@@ -170,6 +172,21 @@ TEST(ExchangeProblem, HoldsHullsAndPairCounts) {
         }
       }
     }
+  }
+}
+
+// In time that does not grow with the length, which is the longest of a configuration here.
+TEST(ExchangeProblem, OfTheLongestSequenceIsMadeAtOnce) {
+  const int64_t length = int64_t{1} << 30, window = 1000;
+  const SequenceBatch whole{.batch = 1, .lengths = {length}, .document_starts = {}};
+  for (const LayoutKind kind : {LayoutKind::kContiguous, LayoutKind::kZigzag, LayoutKind::kStriped}) {
+    const SequenceLayout layout(kind, length, 4);
+    const auto pairs_with = [&](int64_t width) {
+      const ExchangeProblem problem = MakeExchangeProblem(layout, whole, width, 1, 1, 2);
+      return std::accumulate(problem.pairs.begin(), problem.pairs.end(), int64_t{0});
+    };
+    EXPECT_EQ(pairs_with(0), length * (length + 1) / 2);
+    EXPECT_EQ(pairs_with(window), length * window - window * (window - 1) / 2);
   }
 }
 
