@@ -47,8 +47,10 @@ __device__ inline void GroupUse(float (&c)[kN][4]) {
 template <int kRows>
 __device__ inline uint64_t OperandAt(uint32_t tile, int row, int chunk) {
   constexpr uint64_t kGroupBytes = 8 * 128, kPanelBytes = kRows * 128, kSwizzle128 = 1;
-  const uint32_t start = tile + static_cast<uint32_t>(chunk / 8 * (kRows * 128) + row * 128 + chunk % 8 * 16);
-  return (start >> 4) | (kPanelBytes >> 4 << 16) | (kGroupBytes >> 4 << 32) | (kSwizzle128 << 62);
+  // All but the tile is one constant where row and chunk are.
+  const auto offset = static_cast<uint32_t>(chunk / 8 * (kRows * 128) + row * 128 + chunk % 8 * 16);
+  const uint32_t low = (tile >> 4) + ((offset >> 4) + static_cast<uint32_t>(kPanelBytes >> 4 << 16));
+  return (kGroupBytes >> 4 << 32) | (kSwizzle128 << 62) | low;
 }
 
 // c (=, +=) a b for 16 of k: `keep` 0 or 1.

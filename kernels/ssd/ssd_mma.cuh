@@ -196,6 +196,16 @@ __device__ inline int FoldedRow(int place) {
 // In rows, from the place of this thread of kSsdThreads to that 32 on.
 __device__ inline int FoldedStep() { return threadIdx.x & 64 ? -16 : 16; }
 
+// Mirrored rows: each 16 rows 16 i ... of the first half lie in front of 112 - 16 i ... of the second.
+__device__ inline int MirroredRow(int place) {
+  return (place & 16 ? 112 - place / 32 * 16 : place / 32 * 16) + place % 16;
+}
+__device__ inline int MirroredPlace(int row) {
+  return (row < 64 ? row / 16 * 32 : 240 - row / 16 * 32) + row % 16;
+}
+// In rows, from the place of this thread of kSsdThreads to that 32 on.
+__device__ inline int MirroredStep() { return threadIdx.x & 128 ? -16 : 16; }
+
 // LoadRows with the rows folded.
 template <int kColumns>
 __device__ void LoadFolded(uint32_t tile, const StridedRows<const Bf16>& x, const ChunkRows& rows,
@@ -351,11 +361,14 @@ __device__ void StoreFragment(const float (&c)[kN][4], const Row& row) {
 }
 
 // c += factor x over the folded rows of warp `warp` and columns from `column` on, a multiple of 16.
-//   x: tile whose rows are in order
-template <int kN>
+//   x: tile whose rows are in kOrder
+enum class Order { kPlain, kMirrored };
+template <Order kOrder, int kN>
 __device__ void AddFolded(uint32_t x, int warp, int column, float factor, float (&c)[kN][4]) {
   const int lane = static_cast<int>(Again(threadIdx.x) % 32);
-  const uint32_t lane_at = x + ValueTile::Offset(FoldedRow(16 * warp + lane % 16), lane / 16);
+  const int row = FoldedRow(16 * warp + lane % 16);
+  const uint32_t lane_at =
+      x + ValueTile::Offset(kOrder == Order::kPlain ? row : MirroredPlace(row), lane / 16);
 #pragma unroll
   for (int k = 0; k < kN / 2; ++k) {
     uint32_t values[4];

@@ -21,6 +21,9 @@
 //                           writes dx 128, db dc 51                           742 B 1.85 ms  81 k 1.42 ms
 //
 // Backward reads dy and the gradients of states a second time, of which L2 keeps a part: 256 B at most.
+//
+// Measured on an H200: 1.14, 1.66, 1.08 and 4.98 ms. Shared memory leaves the backward CTA 28 KB of L1, so
+// that what its loops spill comes from L2.
 
 #include "kernels/ssd/ssd_cuda.h"
 

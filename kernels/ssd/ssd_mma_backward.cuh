@@ -17,7 +17,7 @@
 // registers with which four warpgroups fit.
 //
 // In the first pass rows are folded (ssd_mma.cuh), those of the tiles of X, B and dS^T too: row s of dS^T has
-// columns t >= s.
+// columns t >= s. The tile of dY has its rows mirrored.
 //
 // Decays. a_s takes part in what reaches row t >= s from u < s, in what row t >= s gets from the state
 // before, in what the state after gets from u < s, and in what goes from state to state. With the energies
@@ -218,33 +218,21 @@ class BackwardCta {
     FinishFirstPass();
   }
 
-  // dx = (S o L)^T dY and dS^T, 32 columns t at a time: more would not leave registers for what is summed
-  // over units.
+  // dx = (S o L)^T dY and dS^T, in four parts. Part p takes the blocks of 8 columns t m = 2 p and 2 p + 1 and
+  // their mirror images 15 - m, which lie together in the tile of dY. Of these a warp has the lower rows of
+  // 15 - m, and either the lower rows of m or the upper ones of 15 - m, or on the diagonal both: no branch
+  // but that for the latter.
   __device__ void Inside(int u, RowPair* rows, float (&dx)[8][4], ProductGradients& ds) {
-    const float* sums = OfHead(Memory::kSums, u);
+    const float* sums = OfHead(Memory::kSums, u) + thread_ % 4 * 2;
     float gradients[4][4];
-    uint32_t weights[2][4];
     StartGradients(u, 0, gradients);
 #pragma unroll
-    for (int part = 0; part < kSsdRows / 32; ++part) {
+    for (int part = 0; part < 4; ++part) {
       GroupWait<0>();
       GroupUse(gradients);
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        float columns[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int m = 4 * part + 2 * k + i;
-          const float (&gradient)[4] = gradients[2 * k + i];
-          weights[k][2 * i] =
-              m < 8 && m < warp_ ? 0 : WeighPiece<Half::kLower>(m, sums, gradient, rows, columns + 2 * i, ds);
-          weights[k][2 * i + 1] = m < 8 || m < 15 - warp_ ? 0
-                                                          : WeighPiece<Half::kUpper>(m, sums, gradient, rows,
-                                                                                     columns + 2 * i, ds);
-        }
-        StoreColumns(32 * part + 16 * k, columns);
-      }
-      if (part + 1 < kSsdRows / 32) StartGradients(u, part + 1, gradients);
+      uint32_t weights[2][4];  // of dY
+      WeighPart(part, sums, gradients, rows, weights, ds);
+      if (part < 3) StartGradients(u, part + 1, gradients);
       GroupFence();
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -257,7 +245,7 @@ class BackwardCta {
     GroupUse(dx);
   }
 
-  // X dY^T of 32 columns t, left in flight.
+  // X dY^T of a part's columns t, left in flight.
   __device__ void StartGradients(int u, int part, float (&gradients)[4][4]) {
     GroupFence();
 #pragma unroll
@@ -269,55 +257,76 @@ class BackwardCta {
     GroupCommit();
   }
 
-  // Piece m of the lower or upper rows: from gradients X dY^T to the weights of dY, dS^T and energies.
-  enum class Half { kLower = 0, kUpper = 1 };
-  template <Half kHalf>
-  __device__ uint32_t WeighPiece(int m, const float* sums, const float (&gradients)[4], RowPair* rows,
-                                 float* columns, ProductGradients& ds) {
-    constexpr int kOf = static_cast<int>(kHalf);
-    const bool diagonal = kHalf == Half::kLower ? m < 8 && m == warp_ : m == 15 - warp_;
-    const int column = thread_ % 4 * 2;
-    const float2 to = *reinterpret_cast<const float2*>(sums + 8 * m + column);
-    const float2 s = *Product(kHalf == Half::kLower ? m : diagonal ? kPieces - 1 : 15 - m);
-    float decay[2] = {Exp2(to.x - rows->sum[kOf]), Exp2(to.y - rows->sum[kOf])};
-    const float gradient[2] = {gradients[2 * kOf], gradients[2 * kOf + 1]};
-    if (diagonal) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int later = column + i - thread_ % 32 / 4;
-        if (later < 0) decay[i] = 0;
-        if (later == 0) rows->skip += gradient[i];
-      }
+  __device__ void WeighPart(int part, const float* sums, const float (&gradients)[4][4], RowPair* rows,
+                            uint32_t (&weights)[2][4], ProductGradients& ds) {
+    const int warp = static_cast<int>(Again(static_cast<uint32_t>(warp_)));
+    const int own_first = thread_ % 32 / 4 - thread_ % 4 * 2;  // on the diagonal
+    const auto to = [&](int m) { return *reinterpret_cast<const float2*>(sums + 8 * m); };
+    // The upper rows on the diagonal.
+    Piece upper = {0, 0, {0, 0}};
+    if (warp / 2 == part) {
+      const bool odd = warp % 2;
+      const float lower_gradient[2] = {odd ? gradients[1][0] : gradients[0][0],
+                                       odd ? gradients[1][1] : gradients[0][1]};
+      const float gradient[2] = {odd ? gradients[2][2] : gradients[3][2],
+                                 odd ? gradients[2][3] : gradients[3][3]};
+      upper = WeighPiece(gradient, to(15 - warp), *Product(kPieces - 1), rows->sum[1], rows->dt[1], own_first,
+                         ds[kPieces - 1]);
+      rows->energy[1] += upper.energy;
+      if (own_first == 0) rows->skip += lower_gradient[0] + gradient[0];
+      if (own_first == 1) rows->skip += lower_gradient[1] + gradient[1];
     }
-    const float weight[2] = {s.x * decay[0], s.y * decay[1]};
+    float columns[2][2][2];  // of m and 15 - m, block of two, column of the lane
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      rows->energy[kOf] = fmaf(gradient[i], weight[i], rows->energy[kOf]);
-      const float of_dt = gradient[i] * rows->dt[kOf];
-      columns[i] = fmaf(of_dt, weight[i], columns[i]);
-      if (kHalf == Half::kLower || !diagonal) {
-        float& sum = ds[kHalf == Half::kLower ? m : 15 - m][i];
-        sum = fmaf(of_dt, decay[i], sum);
-      } else {
-        ds[kPieces - 1][i] = fmaf(of_dt, decay[i], ds[kPieces - 1][i]);
+      const int m = 2 * part + i, f = 3 - i;
+      const bool diagonal = m == warp, low = m >= warp;
+      const float of_lower[2] = {gradients[f][0], gradients[f][1]};
+      const Piece lower =
+          WeighPiece(of_lower, to(15 - m), *Product(15 - m), rows->sum[0], rows->dt[0], 0, ds[15 - m]);
+      const float of_either[2] = {low ? gradients[i][0] : gradients[f][2],
+                                  low ? gradients[i][1] : gradients[f][3]};
+      const Piece either =
+          WeighPiece(of_either, to(low ? m : 15 - m), *Product(m), low ? rows->sum[0] : rows->sum[1],
+                     low ? rows->dt[0] : rows->dt[1], diagonal ? own_first : 0, ds[m]);
+      rows->energy[0] += lower.energy;
+      rows->energy[0] += low ? either.energy : 0;
+      rows->energy[1] += low ? 0 : either.energy;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        columns[0][i][c] = low ? either.columns[c] : 0;
+        columns[1][1 - i][c] = lower.columns[c] + (diagonal ? upper.columns[c] : low ? 0 : either.columns[c]);
       }
+      weights[0][2 * i] = low ? either.weights : 0;
+      weights[0][2 * i + 1] = 0;
+      weights[1][2 * (1 - i)] = lower.weights;
+      weights[1][2 * (1 - i) + 1] = diagonal ? upper.weights : low ? 0 : either.weights;
     }
-    return PackBf16(weight[0], weight[1]);
+    StoreColumns(16 * part, columns);
   }
 
-  // Sums over the warp's rows of columns [t, t + 16), of which each lane brings four.
-  __device__ void StoreColumns(int t, const float (&columns)[4]) {
+  // Sums over the warp's rows of columns [t, t + 16) and of their mirror images [112 - t, 128 - t): of two
+  // halves, of two blocks, of two columns each lane keeps one and passes on the other.
+  __device__ void StoreColumns(int t, const float (&columns)[2][2][2]) {
     const int lane = static_cast<int>(Again(threadIdx.x) % 32);
-    const bool second = lane & 16, odd = lane & 8;
-    const float left =
-        (second ? columns[2] : columns[0]) + __shfl_xor_sync(~0u, second ? columns[0] : columns[2], 16);
-    const float right =
-        (second ? columns[3] : columns[1]) + __shfl_xor_sync(~0u, second ? columns[1] : columns[3], 16);
-    float sum = (odd ? right : left) + __shfl_xor_sync(~0u, odd ? left : right, 8);
-    sum += __shfl_xor_sync(~0u, sum, 4);
-    if (lane & 4) return;
-    const int column = (second ? 8 : 0) + lane % 4 * 2 + (odd ? 1 : 0);
-    Floats(Memory::kWarpColumns)[warp_ * kSsdRows + t + column] = sum;
+    const bool far = lane & 16, second = lane & 8, odd = lane & 4;
+    float half[2][2], block[2];
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        half[b][c] = (far ? columns[1][b][c] : columns[0][b][c]) +
+                     __shfl_xor_sync(~0u, far ? columns[0][b][c] : columns[1][b][c], 16);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      block[c] =
+          (second ? half[1][c] : half[0][c]) + __shfl_xor_sync(~0u, second ? half[0][c] : half[1][c], 8);
+    }
+    const float sum = (odd ? block[1] : block[0]) + __shfl_xor_sync(~0u, odd ? block[0] : block[1], 4);
+    const int column = (far ? 112 - t : t) + (second ? 8 : 0) + lane % 4 * 2 + (odd ? 1 : 0);
+    Floats(Memory::kWarpColumns)[warp_ * kSsdRows + column] = sum;
   }
   __device__ void AddColumns(int u) {
     if (thread_ >= kSsdRows) return;
@@ -363,12 +372,12 @@ class BackwardCta {
     RowCopies x, dy;
     __device__ explicit FirstLoad(const BackwardCta& cta)
         : x(cta.Copies(cta.mma_.ssd.x, FoldedRow(cta.thread_ / 8), FoldedStep(), 4)),
-          dy(cta.Copies(cta.out_.dy, cta.thread_ / 8, 32, 4)) {}
+          dy(cta.Copies(cta.out_.dy, MirroredRow(cta.thread_ / 8), MirroredStep(), 4)) {}
     // All of unit u but what of its state passes through registers.
     __device__ void Start(const BackwardCta& cta, int u) const {
       const uint32_t thread = Again(threadIdx.x % kSsdThreads);
       x.template Start<4, 32>(CopyAt(cta.X(u), thread), FoldedStep() * cta.mma_.ssd.x.row_stride, u);
-      dy.template Start<4, 32>(CopyAt(cta.Dy(u), thread), 32 * cta.out_.dy.row_stride, u);
+      dy.template Start<4, 32>(CopyAt(cta.Dy(u), thread), MirroredStep() * cta.out_.dy.row_stride, u);
       StateLoad<kState>::StartCopy(cta.Gradient(u), *cta.GradientSlots(), u, thread);
     }
   };
@@ -434,7 +443,7 @@ class BackwardCta {
         }
       }
       ScaleRows(dx, dt[0], dt[1]);
-      if (mma_.ssd.skip != nullptr) AddFolded(Dy(u), warp_, 32 * part, skip, dx);
+      if (mma_.ssd.skip != nullptr) AddFolded<Order::kMirrored>(Dy(u), warp_, 32 * part, skip, dx);
 #pragma unroll
       for (int n = 0; n < 4; ++n) *ThroughStateAt(4 * part + n) = {dx[n][0], dx[n][1], dx[n][2], dx[n][3]};
     }

@@ -1,6 +1,7 @@
 #pragma once
 
-// Shared memory of the CTAs of ssd_mma_backward.cuh, and what becomes of the gradients of gates in it.
+// Parts of ssd_mma_backward.cuh: the shared memory of its CTAs, what a piece of a product leads to, and what
+// becomes of the gradients of gates.
 
 #include "kernels/ssd/ssd_mma.cuh"
 
@@ -60,6 +61,27 @@ struct BackwardMemory {
   static_assert(2 * kArray + kStateBytes <= kSums - kThroughState && 2 * kStateBytes <= kKeys);
   static_assert(kBytes + kSharedSlack <= 227 * 1024);
 };
+
+// What one piece of X dY^T leads to: the weights of dY, and what is summed over rows.
+struct Piece {
+  uint32_t weights;
+  float energy;  // of the row
+  float columns[2];
+};
+// to: logarithms of columns, s: of S^T.   first: columns of the lane before it weigh nothing
+__device__ inline Piece WeighPiece(const float (&gradient)[2], float2 to, float2 s, float sum, float dt,
+                                   int first, float (&ds)[2]) {
+  float decay[2] = {Exp2(to.x - sum), Exp2(to.y - sum)};
+  if (first > 0) decay[0] = 0;
+  if (first > 1) decay[1] = 0;
+  const float weight[2] = {s.x * decay[0], s.y * decay[1]};
+  const float of_dt[2] = {gradient[0] * dt, gradient[1] * dt};
+  ds[0] = fmaf(of_dt[0], decay[0], ds[0]);
+  ds[1] = fmaf(of_dt[1], decay[1], ds[1]);
+  return {PackBf16(weight[0], weight[1]),
+          gradient[0] * weight[0] + gradient[1] * weight[1],
+          {of_dt[0] * weight[0], of_dt[1] * weight[1]}};
+}
 
 // What the units left in shared memory, as gradients of gates.
 template <typename Memory>

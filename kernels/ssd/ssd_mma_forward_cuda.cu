@@ -173,7 +173,7 @@ class ForwardCta {
     }
     GroupWait<0>();
     GroupUse(y);
-    if (mma_.ssd.skip != nullptr) AddFolded(Values(u), warp_, 0, skip, y);
+    if (mma_.ssd.skip != nullptr) AddFolded<Order::kPlain>(Values(u), warp_, 0, skip, y);
     StoreFragment(y, [&](int half) -> Bf16* {
       const int64_t to_row = rows_.begin + Row(half);
       if (to_row >= rows_.end) return nullptr;
