@@ -76,19 +76,29 @@ bool CheckMpirun() {
   return fits;
 }
 
-// No GPU is needed; what is there is only reported.
-void DescribeGpus() {
-  Item("cuda", CudaVersion());
+// No GPU is needed; false if one that is there cannot be used.
+bool CheckGpus() {
+  bool usable = true;
+  const std::string architectures = GpuArchitectures();
+  Item("cuda", absl::StrCat(CudaVersion(), architectures.empty() ? "" : ", kernels for ", architectures));
   Item("nccl", NcclVersion());
   Item("cudnn", CudnnVersion());
   if (GpuCount() == 0) Item("gpu", absl::StrCat("none, training is on CPUs: ", WhyNoGpu()));
   for (int i = 0; i < GpuCount(); ++i) {
     const absl::StatusOr<GpuInfo> gpu = DescribeGpu(i);
-    Item("gpu", gpu.ok() ? absl::StrFormat("%d: %s, %.1f GiB, compute capability %d.%d", i, gpu->name,
-                                           static_cast<double>(gpu->memory_bytes) / (int64_t{1} << 30),
-                                           gpu->compute_major, gpu->compute_minor)
-                         : std::string(gpu.status().message()));
+    const absl::Status built =
+        gpu.ok() ? CheckArchitectures(architectures, gpu->compute_major, gpu->compute_minor) : gpu.status();
+    usable = usable && built.ok();
+    std::string text = absl::StrCat(i, ": ");
+    if (gpu.ok()) {
+      absl::StrAppendFormat(&text, "%s, %.1f GiB, compute capability %d.%d", gpu->name,
+                            static_cast<double>(gpu->memory_bytes) / (int64_t{1} << 30), gpu->compute_major,
+                            gpu->compute_minor);
+    }
+    if (!built.ok()) absl::StrAppend(&text, gpu.ok() ? "; " : "", "UNUSABLE: ", built.message());
+    Item("gpu", text);
   }
+  return usable;
 }
 
 // Which ways of exchanging attention blocks ranks on this host have.
@@ -123,7 +133,7 @@ absl::Status Run(const Arguments&, const std::string&) {
        absl::StrCat(openblas_get_config(), "; core ", openblas_get_corename(), "; ",
                     openblas_get_num_threads(), " threads (launch/mpirun sets OPENBLAS_NUM_THREADS=1)"));
   if (!CheckMpirun()) ++missing;
-  DescribeGpus();
+  if (!CheckGpus()) ++missing;
   Item("exchange", TransportsText());
   char directory[4096] = {};
   const bool writable = getcwd(directory, sizeof(directory)) != nullptr && access(directory, W_OK) == 0;

@@ -32,6 +32,13 @@ absl::Status CheckIndex(int index) {
                                           count.gpus == 1 ? " GPU, cuda:0" : " GPUs, cuda:0 and up"));
 }
 
+absl::StatusOr<int> Attribute(cudaDeviceAttr attribute, int index) {
+  int value = 0;
+  ANNULUS_RETURN_IF_ERROR(
+      CudaStatus("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, attribute, index)));
+  return value;
+}
+
 std::string Version(int version) { return absl::StrCat(version / 1000, ".", version % 1000 / 10); }
 
 }  // namespace
@@ -58,6 +65,8 @@ absl::StatusOr<GpuInfo> DescribeGpu(int index) {
   return info;
 }
 
+std::string GpuArchitectures() { return ANNULUS_CUDA_ARCHITECTURES; }
+
 absl::StatusOr<bool> GpuMaps(int from, int to) {
   for (const int index : {from, to}) ANNULUS_RETURN_IF_ERROR(CheckIndex(index));
   if (from == to) return true;
@@ -68,6 +77,10 @@ absl::StatusOr<bool> GpuMaps(int from, int to) {
 
 absl::Status UseGpu(int index) {
   ANNULUS_RETURN_IF_ERROR(CheckIndex(index));
+  ANNULUS_ASSIGN_OR_RETURN(const int major, Attribute(cudaDevAttrComputeCapabilityMajor, index));
+  ANNULUS_ASSIGN_OR_RETURN(const int minor, Attribute(cudaDevAttrComputeCapabilityMinor, index));
+  ANNULUS_RETURN_IF_ERROR(
+      Prefixed(CheckArchitectures(GpuArchitectures(), major, minor), absl::StrCat("cuda:", index, ": ")));
   return CudaStatus("cudaSetDevice", cudaSetDevice(index));
 }
 

@@ -24,6 +24,32 @@ TEST(Gpu, PeaksAreThoseOfTheDatasheets) {
   }
 }
 
+TEST(Gpu, KernelsRunOnWhatTheyWereCompiledFor) {
+  const auto runs = [](absl::string_view architectures, int major, int minor) {
+    return CheckArchitectures(architectures, major, minor).ok();
+  };
+  EXPECT_TRUE(runs("80-real", 8, 0) && runs("80-real", 8, 9));
+  EXPECT_FALSE(runs("80-real", 7, 5) || runs("80-real", 9, 0) || runs("89-real", 8, 6));
+  EXPECT_TRUE(runs("80", 9, 0) && runs("80-virtual", 12, 1));
+  EXPECT_FALSE(runs("80", 7, 5) || runs("100-virtual", 9, 0));
+  EXPECT_TRUE(runs("90a-real", 9, 0) && runs("90a", 9, 0));
+  EXPECT_FALSE(runs("90a-real", 8, 0) || runs("90a", 10, 0) || runs("90a-virtual", 10, 0));
+  EXPECT_TRUE(runs("100-real", 10, 3) && runs("80-real,90a-real", 8, 0) && runs("80-real,90a-real", 9, 0));
+  EXPECT_FALSE(runs("80-real,90a-real", 10, 0) || runs("", 9, 0));
+}
+
+TEST(Gpu, WithoutKernelsItIsSaidWhatToBuildWith) {
+  const auto message = [](int major, int minor) {
+    return std::string(CheckArchitectures("100-real,120-real", major, minor).message());
+  };
+  EXPECT_EQ(message(9, 0),
+            "this program has kernels for 100-real,120-real, none for compute capability 9.0: build with "
+            "-DANNULUS_CUDA_ARCHITECTURES=90a-real");
+  EXPECT_NE(message(8, 6).find("=86-real"), std::string::npos) << message(8, 6);
+  EXPECT_NE(message(7, 5).find("needs 8.0 or newer"), std::string::npos) << message(7, 5);
+  EXPECT_EQ(GpuArchitectures().empty(), CudaVersion() == "none") << GpuArchitectures();
+}
+
 TEST(Gpu, AReasonIsGivenExactlyWhereThereIsNone) {
   EXPECT_EQ(WhyNoGpu().empty(), GpuCount() > 0) << WhyNoGpu();
   const int beyond = GpuCount();

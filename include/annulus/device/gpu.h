@@ -34,10 +34,19 @@ int GpuCount();
 std::string WhyNoGpu();
 absl::StatusOr<GpuInfo> DescribeGpu(int index);
 
+// The architectures that this program's kernels were compiled for, as ANNULUS_CUDA_ARCHITECTURES with commas:
+// "80-real,90a-real"; empty in a build without CUDA.
+std::string GpuArchitectures();
+// FailedPrecondition says what to build with if kernels for none of these architectures run on GPUs of this
+// compute capability. Code of "80-real" does on 8.x, of "80" and "80-virtual", which the driver compiles, on
+// all that are as new, of "90a" on 9.0 alone.
+absl::Status CheckArchitectures(absl::string_view architectures, int compute_major, int compute_minor);
+
 // Whether the memory of `to` can be mapped where kernels of `from` run; of this process's devices.
 absl::StatusOr<bool> GpuMaps(int from, int to);
 
-// Makes `index` the device of the calling thread; NotFound names how many there are. Every thread that
+// Makes `index` the device of the calling thread; NotFound names how many there are, FailedPrecondition that
+// this program has no kernels for it. Every thread that
 // touches CUDA calls this first: else CUDA takes memory for that thread on device 0. What allocates on a
 // device (Buffer, Stream, ...) makes it the thread's as well.
 absl::Status UseGpu(int index);
