@@ -67,20 +67,21 @@ std::string Arguments::Last(absl::string_view option, absl::string_view fallback
 
 absl::StatusOr<std::optional<int64_t>> Arguments::PositiveInt(absl::string_view option) const {
   if (!Has(option)) return std::optional<int64_t>();
-  const std::string text = Last(option, "");
-  int64_t value = 0;
-  if (!absl::SimpleAtoi(text, &value) || value < 1) {
-    const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
-    const bool too_large = digits && value > 0;  // SimpleAtoi leaves the largest value then
-    return Invalid(option, "=", text, ": expected an integer of at ",
-                   too_large ? absl::StrCat("most ", value) : "least 1");
-  }
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t value, PositiveInt(option, 1));
   return std::optional<int64_t>(value);
 }
 
-absl::StatusOr<int64_t> Arguments::PositiveInt(absl::string_view option, int64_t fallback) const {
-  ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> value, PositiveInt(option));
-  return value.value_or(fallback);
+absl::StatusOr<int64_t> Arguments::PositiveInt(absl::string_view option, int64_t fallback,
+                                               int64_t most) const {
+  if (!Has(option)) return fallback;
+  const std::string text = Last(option, "");
+  int64_t value = 0;
+  const bool read = absl::SimpleAtoi(text, &value);
+  if (read && value >= 1 && value <= most) return value;
+  const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+  const bool too_large = digits && value > 0;  // SimpleAtoi leaves the largest value for more than that
+  return Invalid(option, "=", text, ": expected an integer of at ",
+                 too_large ? absl::StrCat("most ", most) : "least 1");
 }
 
 absl::StatusOr<double> Arguments::PositiveNumber(absl::string_view option, double fallback) const {

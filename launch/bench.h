@@ -25,7 +25,8 @@ struct Bench {
   const Arguments& arguments;
   RunSpec spec;  // device, compute type, mesh and transport
   Machine machine;
-  GpuInfo gpu;  // nothing on CPUs
+  int64_t repeats;  // --repeats
+  GpuInfo gpu;      // nothing on CPUs
 
   Context& ctx() const { return *machine.ctx; }
   // As the spec asks, or the best there is.
@@ -33,10 +34,10 @@ struct Bench {
     return machine.exchange.transport.value_or(machine.exchange.available.front());
   }
   DType dtype() const { return DTypeOf(spec.compute); }
-  // An option as an integer of at least 1.
-  absl::StatusOr<int64_t> Int(absl::string_view option, int64_t fallback) const {
-    return arguments.PositiveInt(option, fallback);
-  }
+  // Says at once, on stderr, what is about to be measured: it may take long. On rank 0.
+  void Announce(absl::string_view what) const;
+  // Refuses to hold `bytes` on each rank if there is less memory. `cure`: options to lower. Collective.
+  absl::Status CheckMemory(int64_t bytes, absl::string_view cure) const;
   // A tensor of normal random values in the compute type; memory of the context's `saved`.
   absl::StatusOr<TensorRef> Random(const Shape& shape, uint64_t seed) const;
   // Median over repeats of the slowest rank's seconds; after `fn` has run twice. Collective.
@@ -93,6 +94,10 @@ absl::StatusOr<std::vector<LinkThrottle>> ReadThrottles(const Arguments& argumen
 std::vector<absl::string_view> KnownOptions(const BenchKind& kind);
 // Refuses options and fields that mean nothing to the kind, by name.
 absl::Status CheckBenchOptions(const BenchKind& kind, const Arguments& arguments);
+
+// Of --repeats and of lengths: what follows from them can be counted.
+absl::StatusOr<int64_t> ReadRepeats(const Arguments& arguments);
+constexpr int64_t kMostTokens = int64_t{1} << 31;  // squared, as pairs of tokens, below 2^63
 
 // Refuses tensors whose bytes could not be counted; `what` says which, by its options.
 absl::Status CheckBenchTensor(absl::string_view what, const std::vector<int64_t>& sizes);

@@ -40,11 +40,7 @@ absl::StatusOr<Times> Measure(Bench& bench, AttentionGeometry& geometry, BenchLa
 void Report(const Bench& bench, const AttentionGeometry& geometry, const LayerOptions& o,
             const Times& seconds, double gemm) {
   const ContextAttentionShape& shape = o.shape;
-  const int64_t pairs = VisiblePairs(o.sequences, shape.window);
-  // Four FLOPs a (query, key) pair and head dim forward, for scores and values; backward 2.5 times as many.
-  const double flops = 2e-12 * static_cast<double>(pairs) *
-                       static_cast<double>(shape.heads * (shape.head_dim + shape.v_head_dim)) /
-                       bench.machine.mesh.shape.cp;
+  const double flops = o.forward_tflop() / bench.machine.mesh.shape.cp;
   const AttentionKernel kernel = ChooseAttentionKernel({.device = bench.ctx().device.kind,
                                                         .dtype = bench.dtype(),
                                                         .dim = shape.head_dim,
@@ -59,7 +55,7 @@ void Report(const Bench& bench, const AttentionGeometry& geometry, const LayerOp
     result["document_length"] = o.document_length;
     result["documents"] = o.documents();
   }
-  result.update({{"pairs", pairs},
+  result.update({{"pairs", o.pairs()},
                  {"kernel", std::string(Name(kernel))},
                  {"forward_plan", PlanOf(geometry, Pass::kForward)},
                  {"backward_plan", PlanOf(geometry, Pass::kBackward)},
@@ -67,8 +63,8 @@ void Report(const Bench& bench, const AttentionGeometry& geometry, const LayerOp
                  {"backward_ms", seconds.backward * 1e3},
                  {"both_ms", seconds.both * 1e3},
                  {"forward_tflops", flops / seconds.forward},
-                 {"backward_tflops", 2.5 * flops / seconds.backward},
-                 {"both_tflops", 3.5 * flops / seconds.both},
+                 {"backward_tflops", LayerOptions::kBackwardFlops * flops / seconds.backward},
+                 {"both_tflops", (1 + LayerOptions::kBackwardFlops) * flops / seconds.both},
                  {"gemm_tflops", gemm}});
   AddThrottle(bench.machine.exchange.throttle, &result);
   bench.Report(result);
@@ -76,9 +72,11 @@ void Report(const Bench& bench, const AttentionGeometry& geometry, const LayerOp
 
 absl::Status Run(Bench& bench, const LayerOptions& o) {
   const SequenceLayout layout(bench.spec.parallel.layout, o.length(), bench.machine.mesh.shape.cp);
+  BenchLayer layer(bench, o.shape);
+  ANNULUS_RETURN_IF_ERROR(layer.CheckMemory(layout));
+  Announce(bench, o);
   AttentionGeometry geometry(layout, bench.machine.mesh.cp, ExchangeFor(bench, o.shape));
   geometry.SetBatch(o.sequences);
-  BenchLayer layer(bench, o.shape);
   ANNULUS_RETURN_IF_ERROR(layer.Make(layout, bench.machine.mesh.at.cp));
   ANNULUS_ASSIGN_OR_RETURN(const Times seconds, Measure(bench, geometry, layer));
   const int64_t size = CeilingSize(bench.ctx().device.kind);

@@ -148,6 +148,7 @@ class LayerRuns {
         layout_(bench.spec.parallel.layout, length, bench.machine.mesh.shape.cp),
         layer_(bench, shape) {}
 
+  absl::Status CheckMemory() const { return layer_.CheckMemory(layout_); }
   absl::Status Make() { return layer_.Make(layout_, bench_.machine.mesh.at.cp); }
 
   // Collective.
@@ -205,9 +206,8 @@ class LayerRuns {
     AttentionGeometry geometry(layout_, bench_.machine.mesh.cp, options, transports_);
     geometry.SetBatch(sequences_);
     ExchangeStats stats;
-    ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, bench_.Int("--repeats", 10));
     return SecondsOf(bench_.ctx(), bench_.machine.mesh.world,
-                     {.warm_ups = 1, .timed = repeats, .seconds = kPlanSeconds}, [&] {
+                     {.warm_ups = 1, .timed = bench_.repeats, .seconds = kPlanSeconds}, [&] {
                        return pass == Pass::kForward ? layer_.Forward(geometry, &stats)
                                                      : layer_.Backward(geometry, &stats);
                      });
@@ -332,6 +332,7 @@ absl::Status Run(Bench& bench, const Grid& grid) {
     for (const ContextAttentionShape& shape : grid.shapes) {
       ArenaScope scope(bench.ctx().saved);
       LayerRuns runs(bench, length, shape);
+      ANNULUS_RETURN_IF_ERROR(runs.CheckMemory());
       ANNULUS_RETURN_IF_ERROR(world.AgreeOk(runs.Make()));
       for (const std::string& mask : grid.masks) {
         const SequenceBatch sequences =

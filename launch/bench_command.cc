@@ -4,13 +4,13 @@
 #include <cstdio>
 #include <optional>
 
+#include "annulus/train/report.h"
 #include "bench.h"
 #include "collective.h"
 
 namespace annulus {
 
 absl::StatusOr<double> Bench::Seconds(const std::function<absl::Status()>& fn) const {
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, Int("--repeats", 10));
   return SecondsOf(ctx(), machine.mesh.world, {.timed = repeats}, fn);
 }
 
@@ -49,6 +49,20 @@ void AddThrottle(LinkThrottle throttle, nlohmann::ordered_json* result) {
   if (throttle.bytes_per_second > 0) (*result)[kThrottle] = throttle.bytes_per_second / 1e9;
 }
 
+void Bench::Announce(absl::string_view what) const {
+  if (machine.mesh.world.rank() != 0) return;
+  std::fprintf(stderr, "measuring %s\n",
+               absl::StrCat(what, ", --repeats ", repeats, ", ", CountText(machine.mesh.world.size(), "rank"))
+                   .c_str());
+}
+
+absl::Status Bench::CheckMemory(int64_t bytes, absl::string_view cure) const {
+  const Arena& arena = ctx().saved;  // holds on to what an earlier measurement has released
+  const int64_t unused = arena.capacity_bytes() - arena.used_bytes();
+  return annulus::CheckMemory(machine.mesh.world, ctx().device, bytes - unused, "a rank is to hold at least",
+                              cure);
+}
+
 void Bench::Report(const nlohmann::ordered_json& result) const {
   if (machine.mesh.world.rank() != 0) return;
   nlohmann::ordered_json line;
@@ -79,11 +93,6 @@ absl::StatusOr<TensorRef> Bench::Random(const Shape& shape, uint64_t seed) const
 
 namespace {
 
-struct PlannedBench {
-  RunSpec spec;
-  BenchRun run;
-};
-
 std::optional<BenchKind> KindOf(absl::string_view name) {
   for (const BenchKind& kind : {GemmBench(), AttentionBench(), PlansBench(), AutoBench(), LatentBench(),
                                 TimelineBench(), ExchangeBench(), StepBench()}) {
@@ -92,32 +101,27 @@ std::optional<BenchKind> KindOf(absl::string_view name) {
   return std::nullopt;
 }
 
-// All that can be said without a device.
-absl::StatusOr<PlannedBench> PlanBench(const Arguments& arguments, int world) {
-  const std::optional<BenchKind> kind = KindOf(arguments.operand());
-  if (!kind.has_value()) {
-    return Invalid("annulus bench ", arguments.operand(),
-                   ": expected one of gemm, attention, plans, auto, latent, timeline, exchange, step");
-  }
-  ANNULUS_RETURN_IF_ERROR(CheckBenchOptions(*kind, arguments));
-  PlannedBench planned;
-  ANNULUS_ASSIGN_OR_RETURN(planned.spec, SpecOf(arguments, world));
-  ANNULUS_ASSIGN_OR_RETURN(planned.run, kind->plan(arguments, planned.spec));
-  return planned;
+absl::Status CheckKind(const std::optional<BenchKind>& kind, const Arguments& arguments) {
+  if (kind.has_value()) return CheckBenchOptions(*kind, arguments);
+  return Invalid("annulus bench ", arguments.operand(),
+                 ": expected one of gemm, attention, plans, auto, latent, timeline, exchange, step");
 }
 
 absl::Status RunOn(Communicator world, const Arguments& arguments) {
-  const absl::StatusOr<PlannedBench> planned = PlanBench(arguments, world.size());
-  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(planned.status()));
+  const std::optional<BenchKind> kind = KindOf(arguments.operand());
+  ANNULUS_ASSIGN_OR_RETURN(const RunSpec spec, SpecOf(arguments, world, CheckKind(kind, arguments)));
+  const absl::StatusOr<BenchRun> run = kind->plan(arguments, spec);
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(run.status()));
   ANNULUS_RETURN_IF_ERROR(
       world.AgreeOk(world.rank() == 0 ? CheckOutputFile(arguments, "--svg") : absl::OkStatus()));
-  ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, planned->spec));
-  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpWatchedMachine(world, planned->spec, device));
-  Bench bench{arguments, planned->spec, std::move(machine), {}};
+  ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, spec));
+  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpWatchedMachine(world, spec, device));
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, ReadRepeats(arguments));
+  Bench bench{arguments, spec, std::move(machine), repeats, {}};
   if (device.kind == DeviceKind::kCuda) {
     ANNULUS_ASSIGN_OR_RETURN(bench.gpu, DescribeGpu(device.index));
   }
-  return planned->run(bench);
+  return (*run)(bench);
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {

@@ -8,10 +8,13 @@
 namespace annulus {
 namespace {
 
+constexpr int64_t kMostBytes = int64_t{1} << 40;  // above any memory, far from overflow
+
 // NVLink 4: 18 links of 25 GB/s a direction (NVIDIA H100 and H200 SXM datasheets).
 double LinkCeiling(const GpuInfo& gpu) { return gpu.compute_major == 9 ? 450 : 0; }
 
-absl::Status Run(Bench& bench) {
+// `asked`: bytes of a message; 0 for a choice of sizes.
+absl::Status Run(Bench& bench, int64_t asked) {
   constexpr int64_t kMiB = int64_t{1} << 20;
   Communicator world = bench.machine.mesh.world;
   if (world.size() < 2) {
@@ -19,12 +22,10 @@ absl::Status Run(Bench& bench) {
         Invalid("ranks=", world.size(), ": expected at least 2 (launch/mpirun -n 2 annulus bench exchange)"));
   }
   std::vector<int64_t> sizes = {kMiB, 4 * kMiB, 16 * kMiB, 64 * kMiB, 128 * kMiB};
-  if (bench.arguments.Has("--bytes")) {
-    ANNULUS_ASSIGN_OR_RETURN(const int64_t bytes, bench.Int("--bytes", kMiB));
-    sizes = {bytes};
-  }
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats_asked, bench.Int("--repeats", 10));
-  const int repeats = static_cast<int>(repeats_asked);
+  if (asked > 0) sizes = {asked};
+  constexpr int64_t kBlocks = 5;  // of MeasureExchange: what is sent, and four buffers
+  ANNULUS_RETURN_IF_ERROR(bench.CheckMemory(kBlocks * sizes.back(), "lower --bytes"));
+  const int repeats = static_cast<int>(bench.repeats);
   const TransportKind kind = bench.transport();
   const LinkThrottle throttle = bench.machine.exchange.throttle;
   ANNULUS_ASSIGN_OR_RETURN(const std::unique_ptr<ExchangeTransport> transport,
@@ -48,8 +49,9 @@ absl::Status Run(Bench& bench) {
 }
 
 absl::StatusOr<BenchRun> Plan(const Arguments& arguments, const RunSpec&) {
-  ANNULUS_RETURN_IF_ERROR(arguments.PositiveInt("--bytes").status());
-  return BenchRun(Run);
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t asked, arguments.PositiveInt("--bytes", 0, kMostBytes));
+  if (asked == 1) return Invalid("--bytes=1: expected at least 2, half for each neighbour");
+  return BenchRun([asked](Bench& bench) { return Run(bench, asked); });
 }
 
 }  // namespace

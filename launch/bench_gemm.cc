@@ -25,6 +25,10 @@ struct GemmOptions {
 };
 
 absl::Status Run(Bench& bench, const GemmOptions& o) {
+  const int64_t elements = o.m * o.k + o.n * o.k + o.m * o.n;
+  ANNULUS_RETURN_IF_ERROR(bench.CheckMemory(elements * SizeOf(bench.dtype()), "lower --m, --n or --k"));
+  const double tflop = 2e-12 * static_cast<double>(o.m) * static_cast<double>(o.n) * static_cast<double>(o.k);
+  bench.Announce(absl::StrCat("a product of ", absl::SixDigits(tflop), " TFLOP on each rank"));
   ANNULUS_ASSIGN_OR_RETURN(const double rate, GemmRate(bench, o.m, o.n, o.k));
   bench.Report(
       {{"m", o.m}, {"n", o.n}, {"k", o.k}, {"tflops", rate}, {"datasheet_tflops", bench.gpu.bf16_tflops}});

@@ -115,6 +115,10 @@ class LatentCase {
   absl::Status Run() {
     ArenaScope scope(bench_.ctx().saved);
     Communicator world = bench_.machine.mesh.world;
+    // Queries and outputs, each with its gradient.
+    const int64_t elements = 2 * layout_.local_rows() * shape_.heads * (shape_.head_dim + shape_.v_head_dim);
+    ANNULUS_RETURN_IF_ERROR(
+        bench_.CheckMemory(elements * SizeOf(bench_.dtype()), "lower --lengths, --heads or --dim"));
     ANNULUS_RETURN_IF_ERROR(world.AgreeOk(layer_.Make(layout_.local_rows())));
     for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
       absl::StatusOr<std::vector<Row>> rows = Rows(pass);
@@ -174,10 +178,9 @@ class LatentCase {
     ExchangeStats once, stats;
     ANNULUS_RETURN_IF_ERROR(world.AgreeOk(layer_.Run(pass, geometry, &once)));
     ANNULUS_ASSIGN_OR_RETURN(const double difference, DifferenceToFirst(pass));
-    ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, bench_.Int("--repeats", 10));
-    ANNULUS_ASSIGN_OR_RETURN(row->time,
-                             bench_.MedianExchange({.warm_ups = 1, .timed = repeats, .seconds = kSeconds},
-                                                   [&] { return layer_.Run(pass, geometry, &stats); }));
+    ANNULUS_ASSIGN_OR_RETURN(
+        row->time, bench_.MedianExchange({.warm_ups = 1, .timed = bench_.repeats, .seconds = kSeconds},
+                                         [&] { return layer_.Run(pass, geometry, &stats); }));
     double worst[] = {static_cast<double>(once.bytes_sent), difference};
     ANNULUS_RETURN_IF_ERROR(world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {2}), ReduceOp::kMax));
     row->bytes_sent = static_cast<int64_t>(worst[0]);

@@ -71,6 +71,18 @@ int64_t LayerOptions::documents() const {
   return count;
 }
 
+double LayerOptions::forward_tflop() const {
+  return 2e-12 * static_cast<double>(pairs()) *
+         static_cast<double>(shape.heads * (shape.head_dim + shape.v_head_dim));
+}
+
+void Announce(const Bench& bench, const LayerOptions& o) {
+  const double tflop = o.forward_tflop();
+  bench.Announce(absl::StrCat("attention over ", o.length(), " tokens: ", absl::SixDigits(tflop),
+                              " TFLOP forward, ", absl::SixDigits(LayerOptions::kBackwardFlops * tflop),
+                              " backward"));
+}
+
 std::vector<absl::string_view> LayerOptionNames() {
   return {"--heads", "--kv_heads", "--dim", "--v_dim", "--length", "--mask", "--window", "--document_length"};
 }
@@ -82,7 +94,7 @@ std::vector<absl::string_view> LayerFields() {
 absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec) {
   LayerOptions o;
   ANNULUS_ASSIGN_OR_RETURN(o.shape, ShapeOf(arguments));
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t length, arguments.PositiveInt("--length", 32768));
+  ANNULUS_ASSIGN_OR_RETURN(const int64_t length, arguments.PositiveInt("--length", 32768, kMostTokens));
   ANNULUS_RETURN_IF_ERROR(ReadMask(arguments, &o));
   ANNULUS_RETURN_IF_ERROR(CheckLayer(o.shape, length, "--length", spec));
   o.sequences = PackedSequence(spec.seed, length, o.document_length, o.sequences.visibility);
@@ -176,6 +188,15 @@ absl::StatusOr<TensorRef> BenchLayer::Operand(const SequenceLayout& layout, int 
   ANNULUS_ASSIGN_OR_RETURN(const TensorRef whole, bench_.Random({layout.padded_length(), 1, columns}, seed));
   CopyRowsOfRank(ctx, whole, layout, cp_rank, rows);
   return rows;
+}
+
+absl::Status BenchLayer::CheckMemory(const SequenceLayout& layout) const {
+  const int64_t q = shape_.heads * shape_.head_dim, v = shape_.heads * shape_.v_head_dim;
+  const int64_t kv = shape_.kv_heads * (shape_.head_dim + shape_.v_head_dim);
+  // Each with its gradient; and one operand of all ranks.
+  const int64_t elements =
+      std::max(2 * (q + kv + v) * layout.local_rows(), std::max({q, kv, v}) * layout.padded_length());
+  return bench_.CheckMemory(elements * SizeOf(bench_.dtype()), "fewer tokens, heads or dims, or more ranks");
 }
 
 absl::Status BenchLayer::Make(const SequenceLayout& layout, int cp_rank) {

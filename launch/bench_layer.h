@@ -17,6 +17,11 @@ struct LayerOptions {
 
   int64_t length() const { return sequences.lengths[0]; }
   int64_t documents() const;  // 0 without
+  int64_t pairs() const { return VisiblePairs(sequences, shape.window); }
+  // Of a forward pass over all ranks: four a pair of query and key and head dim, for scores and values. Those
+  // of a backward pass are kBackwardFlops times as many.
+  double forward_tflop() const;
+  static constexpr double kBackwardFlops = 2.5;
 };
 
 // From the options of this name.
@@ -24,6 +29,9 @@ std::vector<absl::string_view> LayerOptionNames();
 // What --set may give of a layer. The sequence is split over all ranks: parallel.dp, cp and tp are no choice.
 std::vector<absl::string_view> LayerFields();
 absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec);
+
+// Says what is about to be measured of it.
+void Announce(const Bench& bench, const LayerOptions& o);
 
 // Refuses heads that there are no kernels for, and tensors whose bytes could not be counted. `length_option`
 // is what the length was given by.
@@ -52,6 +60,8 @@ absl::StatusOr<double> LargestDifference(const Bench& bench, TensorRef got, Tens
 class BenchLayer {
  public:
   BenchLayer(Bench& bench, const ContextAttentionShape& shape) : bench_(bench), shape_(shape) {}
+  // Refuses what Make could not hold. Collective.
+  absl::Status CheckMemory(const SequenceLayout& layout) const;
   // `layout` and `cp_rank` say which rows these are.
   absl::Status Make(const SequenceLayout& layout, int cp_rank);
 

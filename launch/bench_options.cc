@@ -11,6 +11,9 @@
 namespace annulus {
 namespace {
 
+// Hours of what takes milliseconds, and as an int.
+constexpr int64_t kMostRepeats = 1000000;
+
 // Far above what fits into any memory, and far from overflow once it is bytes.
 constexpr int64_t kMostElements = int64_t{1} << 40;
 
@@ -37,8 +40,8 @@ absl::StatusOr<std::vector<int64_t>> ReadLengths(const Arguments& arguments, abs
   std::vector<int64_t> lengths;
   for (const std::string& text : OptionList(arguments, "--lengths", fallback)) {
     int64_t length = 0;
-    if (!absl::SimpleAtoi(text, &length) || length < 1)
-      return Invalid("--lengths=", text, ": expected integers of at least 1");
+    if (!absl::SimpleAtoi(text, &length) || length < 1 || length > kMostTokens)
+      return Invalid("--lengths=", text, ": expected integers from 1 to ", kMostTokens);
     lengths.push_back(length);
   }
   std::sort(lengths.begin(), lengths.end());
@@ -76,7 +79,11 @@ absl::Status CheckBenchOptions(const BenchKind& kind, const Arguments& arguments
     return Invalid("annulus bench ", kind.name, ": --set ", set, ": ", path,
                    " means nothing to it: expected one of ", absl::StrJoin(kind.fields, ", "));
   }
-  return arguments.PositiveInt("--repeats").status();
+  return ReadRepeats(arguments).status();
+}
+
+absl::StatusOr<int64_t> ReadRepeats(const Arguments& arguments) {
+  return arguments.PositiveInt("--repeats", 10, kMostRepeats);
 }
 
 absl::Status CheckBenchTensor(absl::string_view what, const std::vector<int64_t>& sizes) {

@@ -18,6 +18,7 @@ namespace {
 // One plan in one pass.
 struct PlanResult {
   PlanCandidate candidate;
+  size_t place = 0;        // among the candidates: AUTO takes the first
   ExchangeTime time = {};  // measured
   int64_t bytes_sent = 0;  // counted, of the rank that sends most
   double difference = 0;   // largest, of the results to those of one rank, relative to the largest value
@@ -93,9 +94,8 @@ class PlanRuns {
       ANNULUS_ASSIGN_OR_RETURN(const double difference, LargestDifference(bench_, got, want));
       worst[1] = std::max(worst[1], difference);
     }
-    ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, bench_.Int("--repeats", 10));
     ANNULUS_ASSIGN_OR_RETURN(result->time,
-                             bench_.MedianExchange({.timed = repeats}, [&] { return run(&once); }));
+                             bench_.MedianExchange({.timed = bench_.repeats}, [&] { return run(&once); }));
     ANNULUS_RETURN_IF_ERROR(world.AllReduce(TensorRef(worst, DType::kF64, Device{}, {2}), ReduceOp::kMax));
     result->bytes_sent = static_cast<int64_t>(worst[0]);
     result->difference = worst[1];
@@ -129,7 +129,7 @@ void Report(const Bench& bench, const PlannedPass& planned, const PlanResult& re
   bench.Report(json);
 }
 
-// Whether the candidates are all of AUTO's, so that what is predicted to be the fastest is its choice.
+// Whether the candidates are all of AUTO's, so that the first is its choice.
 bool ChosenByAuto(const Bench& bench, Pass pass) {
   return !bench.arguments.Has("--choice") && bench.spec.parallel.exchange.Of(pass).plan == PlanName::kAuto;
 }
@@ -156,12 +156,8 @@ void PrintTable(const Bench& bench, const PlannedPass& planned, const std::vecto
     }
   }
   const PlanResult& fastest = results.front();
-  const auto chosen = std::min_element(results.begin(), results.end(), [](const auto& a, const auto& b) {
-    const auto key = [](const PlanResult& r) {
-      return std::tuple(!r.candidate.refused.ok(), !r.candidate.simulated, r.candidate.seconds);
-    };
-    return key(a) < key(b);
-  });
+  const auto chosen = std::min_element(results.begin(), results.end(),
+                                       [](const auto& a, const auto& b) { return a.place < b.place; });
   std::printf("sent, waited: of the rank with most\nfastest %s; %s %s, %.0f%% slower\n\n",
               fastest.candidate.name.c_str(), ChosenByAuto(bench, planned.pass) ? "AUTO takes" : "predicted",
               chosen->candidate.name.c_str(), 100 * (chosen->time.seconds / fastest.time.seconds - 1));
@@ -182,7 +178,7 @@ absl::StatusOr<std::vector<PlanResult>> MeasureAll(const Bench& bench, const Pla
   std::vector<PlanResult> results;
   for (const PlanCandidate& candidate : planned.candidates) {
     if (bench.arguments.Has("--choice") && candidate.name != shown) continue;
-    results.push_back({.candidate = candidate});
+    results.push_back({.candidate = candidate, .place = results.size()});
     if (!candidate.refused.ok()) continue;
     ANNULUS_RETURN_IF_ERROR(plans->Measure(planned.pass, &results.back()));
   }
@@ -207,6 +203,9 @@ absl::Status Draw(const Bench& bench, const PlanRuns& plans, const ExchangeOptio
 
 absl::Status Run(Bench& bench, const LayerOptions& o) {
   const ExchangeOptions options = ExchangeFor(bench, o.shape);
+  // What all plans are compared with: every rank computes the whole.
+  ANNULUS_RETURN_IF_ERROR(BenchLayer(bench, o.shape).CheckMemory({LayoutKind::kContiguous, o.length(), 1}));
+  Announce(bench, o);
   PlanRuns plans(bench, o.shape, o.sequences);
   std::vector<PlannedPass> passes;
   for (const Pass pass : {Pass::kForward, Pass::kBackward}) {

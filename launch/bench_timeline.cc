@@ -22,11 +22,10 @@ struct TimedPass {
 // The run with the median makespan of some. On every rank the same. Collective.
 absl::StatusOr<Simulation> MedianRun(Bench& bench, const ExchangePlan& plan, const LayerRun& run) {
   constexpr int64_t kWarmUps = 2;
-  ANNULUS_ASSIGN_OR_RETURN(const int64_t repeats, bench.Int("--repeats", 10));
   Communicator world = bench.machine.mesh.world, cp = bench.machine.mesh.cp;
   StepClock clock(bench.ctx().device);
   std::vector<Simulation> runs;
-  for (int64_t i = -kWarmUps; i < repeats; ++i) {
+  for (int64_t i = -kWarmUps; i < bench.repeats; ++i) {
     ANNULUS_RETURN_IF_ERROR(world.AgreeOk(clock.Start(bench.ctx(), cp)));
     ExchangeStats stats{.clock = &clock};
     ANNULUS_RETURN_IF_ERROR(world.AgreeOk(run(&stats)));
@@ -102,6 +101,8 @@ absl::Status Run(Bench& bench, const LayerOptions& o) {
   }
   const SequenceLayout layout(bench.spec.parallel.layout, o.length(), bench.machine.mesh.shape.cp);
   BenchLayer layer(bench, o.shape);
+  ANNULUS_RETURN_IF_ERROR(layer.CheckMemory(layout));
+  Announce(bench, o);
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(layer.Make(layout, bench.machine.mesh.at.cp)));
   std::vector<std::string> pictures;
   for (const Pass pass : {Pass::kForward, Pass::kBackward}) {

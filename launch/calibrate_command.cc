@@ -57,18 +57,16 @@ absl::Status CheckFields(const Arguments& arguments) {
 
 absl::Status RunOn(Communicator world, const Arguments& arguments) {
   const auto start = std::chrono::steady_clock::now();
-  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(CheckFields(arguments)));
   const bool root = world.rank() == 0;
-  const absl::StatusOr<RunSpec> spec = SpecOf(arguments, world.size());
-  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(spec.status()));
-  ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, *spec));
+  ANNULUS_ASSIGN_OR_RETURN(const RunSpec spec, SpecOf(arguments, world, CheckFields(arguments)));
+  ANNULUS_ASSIGN_OR_RETURN(const Device device, PlaceRank(world, spec));
   const absl::StatusOr<std::vector<CalibrationHeads>> heads = HeadsOf(arguments, device.kind);
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(heads.status()));
   const absl::StatusOr<double> seconds = arguments.PositiveNumber("--seconds", 40);
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(seconds.status()));
   ANNULUS_RETURN_IF_ERROR(
       world.AgreeOk(root ? CheckOutputFile(arguments, "--out", kDefaultOut) : absl::OkStatus()));
-  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpWatchedMachine(world, *spec, device));
+  ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpWatchedMachine(world, spec, device));
   ANNULUS_ASSIGN_OR_RETURN(
       const MachineProfile profile,
       Calibrate(machine, {.heads = *heads, .seconds = *seconds, .progress = [&](const auto& what) {

@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "annulus/base/file.h"
+#include "annulus/device/gpu.h"
 #include "annulus/train/config.h"
 #include "annulus/train/placement.h"
 
@@ -20,7 +21,9 @@ absl::Status OnAllRanks(const std::function<absl::Status(Communicator world)>& r
   return session.world().rank() == 0 ? status : absl::CancelledError();
 }
 
-absl::StatusOr<RunSpec> SpecOf(const Arguments& arguments, int world) {
+namespace {
+
+absl::StatusOr<RunSpec> LoadSpec(const Arguments& arguments, int world) {
   std::string text =
       "name: \"bench\" model { pattern: \"A\" d_model: 64 attention { heads: 1 } mlp { d_ff: 1 } } "
       "data { train { text { path: \"-\" } } seq_len: 1 } "
@@ -41,8 +44,17 @@ absl::StatusOr<RunSpec> SpecOf(const Arguments& arguments, int world) {
   }
   for (const std::string& set : arguments.All("--set")) overrides.push_back(set);
   ANNULUS_ASSIGN_OR_RETURN(ResolvedConfig config, LoadConfig(name, text, overrides, world));
-  ANNULUS_RETURN_IF_ERROR(ResolveDevice(&config.spec));
   return config.spec;
+}
+
+}  // namespace
+
+absl::StatusOr<RunSpec> SpecOf(const Arguments& arguments, Communicator world, const absl::Status& checked) {
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(checked));
+  absl::StatusOr<RunSpec> spec = LoadSpec(arguments, world.size());
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(spec.status()));
+  ANNULUS_RETURN_IF_ERROR(ResolveDevice(world, GpuCount(), &*spec));
+  return spec;
 }
 
 }  // namespace annulus

@@ -15,7 +15,8 @@ namespace annulus {
 absl::Status OnAllRanks(const std::function<absl::Status(Communicator world)>& run);
 
 // The spec of --config, --set and options that stand for fields, with its device found; without --config, of
-// a run that needs no model, all ranks in one context-parallel group.
-absl::StatusOr<RunSpec> SpecOf(const Arguments& arguments, int world);
+// a run that needs no model, all ranks in one context-parallel group. `checked`: an error of this rank alone
+// that came before. Collective.
+absl::StatusOr<RunSpec> SpecOf(const Arguments& arguments, Communicator world, const absl::Status& checked);
 
 }  // namespace annulus

@@ -3,6 +3,7 @@
 // The subcommands of the `annulus` program. Each takes the arguments after its name and returns a Status;
 // main prints errors and sets the exit code.
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -39,8 +40,9 @@ class Arguments {
   std::string Last(absl::string_view option, absl::string_view fallback) const;
   // The option's value as an integer >= 1.
   absl::StatusOr<std::optional<int64_t>> PositiveInt(absl::string_view option) const;
-  // The same; `fallback` if it is not given.
-  absl::StatusOr<int64_t> PositiveInt(absl::string_view option, int64_t fallback) const;
+  // The same, of at most `most`; `fallback` if it is not given.
+  absl::StatusOr<int64_t> PositiveInt(absl::string_view option, int64_t fallback,
+                                      int64_t most = std::numeric_limits<int64_t>::max()) const;
   // The option's value as a number > 0.
   absl::StatusOr<double> PositiveNumber(absl::string_view option, double fallback) const;
 

@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "annulus/base/file.h"
+#include "annulus/device/gpu.h"
 #include "annulus/train/placement.h"
 #include "annulus/train/run.h"
 #include "commands.h"
@@ -29,7 +30,7 @@ absl::StatusOr<ResolvedConfig> LoadEverywhere(Communicator world, const Argument
 
 absl::Status Train(Communicator world, const Arguments& arguments, const std::string& command_line) {
   ANNULUS_ASSIGN_OR_RETURN(ResolvedConfig config, LoadEverywhere(world, arguments));
-  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(ResolveDevice(&config.spec)));
+  ANNULUS_RETURN_IF_ERROR(ResolveDevice(world, GpuCount(), &config.spec));
   return TrainRun(world, config,
                   {.run_dir = arguments.Last("--run_dir", ""),
                    .start = arguments.Has("--resume") ? StartFrom::kLatestCheckpoint : StartFrom::kScratch,

@@ -6,18 +6,25 @@
 #include "annulus/device/gpu.h"
 #include "annulus/ops/attention.h"
 #include "annulus/train/exchange.h"
+#include "annulus/train/report.h"
 #include "run_directory.h"
 
 namespace annulus {
 
-absl::Status ResolveDevice(RunSpec* spec) {
-  if (spec->device == DeviceChoice::kCuda && GpuCount() == 0) {
+namespace {
+
+bool MayBeGpu(const RunSpec& spec) {
+  return spec.device == DeviceChoice::kAuto && spec.compute != ComputeType::kF64;
+}
+
+// Of a process by itself.
+absl::Status ResolveAlone(int gpus, RunSpec* spec) {
+  if (spec->device == DeviceChoice::kCuda && gpus == 0) {
     return absl::UnavailableError(
         absl::StrCat("device=CUDA: expected a GPU: ", WhyNoGpu(), " (device: CPU runs without)"));
   }
   if (spec->device == DeviceChoice::kAuto) {
-    const bool cpu_only = spec->compute == ComputeType::kF64;
-    spec->device = GpuCount() > 0 && !cpu_only ? DeviceChoice::kCuda : DeviceChoice::kCpu;
+    spec->device = gpus > 0 && MayBeGpu(*spec) ? DeviceChoice::kCuda : DeviceChoice::kCpu;
   }
   if (spec->device == DeviceChoice::kCpu &&
       (spec->parallel.exchange.transport == TransportChoice::kNccl ||
@@ -27,7 +34,19 @@ absl::Status ResolveDevice(RunSpec* spec) {
   return ResolveCompute(spec);
 }
 
-namespace {
+// Ranks that differ in what they compute on would wait for each other in different collectives.
+absl::Status AgreeOnGpus(Communicator& world, int gpus) {
+  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> found, world.AllGatherStrings(absl::StrCat(gpus)));
+  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> hosts, world.AllGatherStrings(HostName()));
+  const auto without = std::find(found.begin(), found.end(), "0");
+  const auto with = std::find_if(found.begin(), found.end(), [](const auto& count) { return count != "0"; });
+  if (without == found.end() || with == found.end()) return world.AgreeOk(absl::OkStatus());
+  const auto rank = [&](auto at) {
+    return absl::StrCat("rank ", at - found.begin(), " on ", hosts[static_cast<size_t>(at - found.begin())]);
+  };
+  return world.AgreeOk(Invalid("device=AUTO: ", rank(with), " finds a GPU, ", rank(without),
+                               " none: expected device=CPU, or device=CUDA and a GPU for every rank"));
+}
 
 // Attention heads that no bf16 kernel takes, in words; empty: all are taken.
 std::string UnsupportedInBf16(const ModelSpec& model) {
@@ -61,11 +80,16 @@ absl::Status ResolveCompute(RunSpec* spec) {
   return Invalid(unsupported);
 }
 
+absl::Status ResolveDevice(Communicator world, int gpus, RunSpec* spec) {
+  if (MayBeGpu(*spec)) ANNULUS_RETURN_IF_ERROR(AgreeOnGpus(world, gpus));
+  return world.AgreeOk(ResolveAlone(gpus, spec));
+}
+
 absl::Status ResolvePlannedDevice(RunSpec* spec) {
   const TransportChoice transport = spec->parallel.exchange.transport;
   const bool gpu = spec->device == DeviceChoice::kCuda || spec->compute == ComputeType::kBF16 ||
                    transport == TransportChoice::kNccl || transport == TransportChoice::kCopyEngine;
-  if (!gpu) return ResolveDevice(spec);
+  if (!gpu) return ResolveAlone(GpuCount(), spec);
   spec->device = DeviceChoice::kCuda;
   return ResolveCompute(spec);
 }
@@ -89,6 +113,38 @@ absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec) {
   const Device device{DeviceKind::kCuda, static_cast<int>(before % GpuCount())};
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(UseGpu(device.index)));
   return device;
+}
+
+namespace {
+
+// Bytes that can still be taken where this rank computes; -1 if unknown. And a name of that place, equal for
+// the ranks that share it.
+struct MemoryPlace {
+  int64_t available = -1;
+  std::string name;
+};
+absl::StatusOr<MemoryPlace> MemoryPlaceOf(Device device) {
+  if (device.kind == DeviceKind::kCpu) return MemoryPlace{AvailableMemoryBytes(), HostName()};
+  ANNULUS_ASSIGN_OR_RETURN(const GpuMemory memory, MemoryOfGpu());
+  ANNULUS_ASSIGN_OR_RETURN(const GpuInfo gpu, DescribeGpu(device.index));
+  return MemoryPlace{memory.free_bytes, absl::StrCat(HostName(), " ", gpu.name, " ", gpu.identity)};
+}
+
+}  // namespace
+
+absl::Status CheckMemory(Communicator world, Device device, int64_t bytes, absl::string_view what,
+                         absl::string_view cure) {
+  const absl::StatusOr<MemoryPlace> place = MemoryPlaceOf(device);
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(place.status()));
+  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> places, world.AllGatherStrings(place->name));
+  const int64_t ranks = std::count(places.begin(), places.end(), place->name);
+  const int64_t available = place->available;
+  if (available < 0 || bytes <= available / ranks) return world.AgreeOk(absl::OkStatus());
+  const auto text = [](int64_t count) { return FormatBytes(static_cast<double>(count)); };
+  return world.AgreeOk(absl::ResourceExhaustedError(
+      absl::StrCat("memory: ", what, " ", text(bytes), ", expected at most ", text(available / ranks),
+                   ", of the ", text(available), " that are available to ", CountText(ranks, "rank"), " on ",
+                   place->name, ": ", cure)));
 }
 
 namespace {

@@ -357,19 +357,6 @@ absl::Status TrainingRun::PrintSample() {
   return absl::OkStatus();
 }
 
-// Bytes that can still be taken where this rank computes; -1 if unknown. And a name of that place, equal for
-// the ranks that share it.
-struct MemoryPlace {
-  int64_t available = -1;
-  std::string name;
-};
-absl::StatusOr<MemoryPlace> MemoryPlaceOf(Device device) {
-  if (device.kind == DeviceKind::kCpu) return MemoryPlace{AvailableMemoryBytes(), HostName()};
-  ANNULUS_ASSIGN_OR_RETURN(const GpuMemory memory, MemoryOfGpu());
-  ANNULUS_ASSIGN_OR_RETURN(const GpuInfo gpu, DescribeGpu(device.index));
-  return MemoryPlace{memory.free_bytes, absl::StrCat(HostName(), " ", gpu.name, " ", gpu.identity)};
-}
-
 // With the buffers of the plans that the run will choose: rank 0's answer, which all ranks would give. Plans
 // that cannot be are refused with their reasons once they are built; here they count as a KV ring.
 absl::StatusOr<MemoryPlan> PlannedMemory(Communicator& world, const RunSpec& spec,
@@ -386,22 +373,12 @@ absl::StatusOr<MemoryPlan> PlannedMemory(Communicator& world, const RunSpec& spe
   return plan;
 }
 
-// Refuses what cannot fit, before it is allocated: the system would kill a rank in the middle of a step.
-absl::Status CheckMemory(Communicator& world, const MemoryPlan& plan, const RunSpec& spec, Device device) {
-  const absl::StatusOr<MemoryPlace> place = MemoryPlaceOf(device);
-  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(place.status()));
-  const std::string& host = place->name;
-  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> places, world.AllGatherStrings(host));
-  const int64_t ranks = std::count(places.begin(), places.end(), host);
-  const int64_t planned = plan.total(), available = place->available;
-  if (available < 0 || planned <= available / ranks) return world.AgreeOk(absl::OkStatus());
-  return world.AgreeOk(absl::ResourceExhaustedError(absl::StrFormat(
-      "memory: a rank is planned to hold %s (annulus plan shows of what), expected at most %s, of the %s "
-      "that are available to %s on %s: lower optim.micro_batch=%d, data.seq_len=%d or the model, or use "
-      "more ranks",
-      FormatBytes(static_cast<double>(planned)), FormatBytes(static_cast<double>(available / ranks)),
-      FormatBytes(static_cast<double>(available)), CountText(ranks, "rank"), host, spec.optim.micro_batch,
-      spec.data.seq_len)));
+// The system would kill a rank in the middle of a step.
+absl::Status CheckPlanned(Communicator world, const MemoryPlan& plan, const RunSpec& spec, Device device) {
+  const std::string cure =
+      absl::StrCat("annulus plan shows of what; lower optim.micro_batch=", spec.optim.micro_batch,
+                   ", data.seq_len=", spec.data.seq_len, " or the model, or use more ranks");
+  return CheckMemory(std::move(world), device, plan.total(), "a rank is planned to hold", cure);
 }
 
 }  // namespace
@@ -418,7 +395,7 @@ absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const Ru
   heart.Watch({}, {}, start_up);
   ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, config.spec, device));
   ANNULUS_ASSIGN_OR_RETURN(const MemoryPlan planned, PlannedMemory(world, config.spec, machine.exchange));
-  ANNULUS_RETURN_IF_ERROR(CheckMemory(world, planned, config.spec, device));
+  ANNULUS_RETURN_IF_ERROR(CheckPlanned(world, planned, config.spec, device));
   ANNULUS_ASSIGN_OR_RETURN(RunDirectory directory, RunDirectory::Open(world, config, options));
   absl::StatusOr<LineFile> log =
       LineFile::Append(absl::StrFormat("%s/logs/rank-%05d.log", directory.path, world.rank()));

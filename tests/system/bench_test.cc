@@ -268,6 +268,40 @@ TEST_F(BenchTest, ErrorsAreSaidOnce) {
   }
 }
 
+// What ranks of a host cannot hold together is refused before any of them takes it.
+TEST_F(BenchTest, RefusesMoreThanTheMemory) {
+  for (const Strings& what : {Strings{"exchange", "--bytes", "1099511627776"},
+                              {"timeline", "--length", "300000000"},
+                              {"auto", "--lengths", "300000000"},
+                              {"latent", "--lengths", "30000000"}}) {
+    Strings arguments = what;
+    arguments.insert(arguments.end(), {"--set", "device=CPU"});
+    const JobResult result = Run(2, arguments);
+    EXPECT_EQ(result.exit_code, 1) << result;
+    const Strings errors = ErrorLines(result);
+    ASSERT_EQ(errors.size(), 1u) << result;
+    EXPECT_TRUE(absl::StartsWith(errors[0], "error: memory: a rank is to hold at least ")) << errors[0];
+    EXPECT_TRUE(absl::StrContains(errors[0], " TiB that are available to 2 ranks on ") ||
+                absl::StrContains(errors[0], " GiB that are available to 2 ranks on "))
+        << errors[0];
+  }
+}
+
+// Long before the first result, and not where results are read from.
+TEST_F(BenchTest, SaysAtOnceWhatItMeasures) {
+  Job job({.folder = folder_.path(),
+           .ranks = 1,
+           .arguments = {"bench", "attention", "--length", "4000000", "--heads", "1", "--dim", "2", "--json",
+                         "--set", "device=CPU"}});
+  const auto said = [&] {
+    return absl::StrContains(Contents(folder_.path() + "/err.txt"),
+                             "measuring attention over 4000000 tokens: 64 TFLOP forward, 160 backward, "
+                             "--repeats 10, 1 rank\n");
+  };
+  EXPECT_TRUE(job.WaitWhileRunning(said, 20)) << Contents(folder_.path() + "/err.txt");
+  EXPECT_EQ(Contents(folder_.path() + "/out.txt"), "");
+}
+
 // Every case of the grid, in order of length, then what they amount to.
 TEST_F(BenchTest, AutoIsComparedWithTheFastestOfEveryCase) {
   const auto results = Results({"auto", "--lengths", "60,24", "--heads", "2/2,2/1", "--dim", "4", "--masks",
@@ -333,17 +367,27 @@ TEST_F(BenchTest, RefusesWhatItCannotUse) {
        "--svg=gone/x.svg: expected a file that can be written: No such file or directory"},
       {{"attention", "--set", "parallelism=3"}, "parallelism means nothing to it"},
       {{"gemm", "--repeats", "0"}, "--repeats=0: expected an integer of at least 1"},
+      {{"gemm", "--repeats", "4294967297"}, "--repeats=4294967297: expected an integer of at most 1000000"},
       {{"exchange", "--bytes", "1e6"}, "--bytes=1e6: expected an integer of at least 1"},
+      {{"exchange", "--bytes", "1"}, "--bytes=1: expected at least 2, half for each neighbour"},
+      {{"exchange", "--bytes", "1099511627777"},
+       "--bytes=1099511627777: expected an integer of at most 1099511627776"},
+      {{"gemm", "--m", "1000000", "--set", "device=CPU"}, "available to 1 rank on "},
+      {{"gemm", "--m", "1000000", "--set", "device=CPU"}, ": lower --m, --n or --k"},
+      {{"attention", "--length", "300000000", "--set", "device=CPU"},
+       ": fewer tokens, heads or dims, or more ranks"},
+      {{"plans", "--length", "300000000", "--set", "device=CPU"},
+       ": fewer tokens, heads or dims, or more ranks"},
       {{"gemm", "--m", "4294967296", "--n", "4294967296"},
        "--m, --k: 4294967296 x 4294967296 elements: expected at most 1099511627776"},
       {{"attention", "--length", "-5"}, "--length=-5: expected an integer of at least 1"},
       {{"attention", "--length", "99999999999999999999"},
-       "--length=99999999999999999999: expected an integer of at most 9223372036854775807"},
-      {{"attention", "--length", "9223372036854775807"},
-       "--length, --heads, --dim: 9223372036854775807 x 16 x 128 elements: expected at most 1099511627776"},
+       "--length=99999999999999999999: expected an integer of at most 2147483648"},
+      {{"attention", "--length", "2147483648"},
+       "--length, --heads, --dim: 2147483648 x 16 x 128 elements: expected at most 1099511627776"},
       {{"attention", "--heads", "6", "--kv_heads", "4"}, "--kv_heads=4: expected a divisor of --heads=6"},
       {{"auto", "--heads", "16/3"}, "--heads=16/3: expected H or H/KV, heads and KV heads that divide them"},
-      {{"auto", "--lengths", "8,x"}, "--lengths=x: expected integers of at least 1"},
+      {{"auto", "--lengths", "8,x"}, "--lengths=x: expected integers from 1 to 2147483648"},
       {{"auto", "--masks", "causal,window"}, "--masks=window: expected causal, full, documents"},
       {{"auto", "--throttles", "-1"}, "--throttles=-1: expected rates from 0 (full speed) to 1e6 GB/s"},
       {{"latent", "--kv_heads", "8"}, "annulus bench latent: --kv_heads means nothing to it"},

@@ -11,16 +11,17 @@
 
 namespace annulus {
 
-// Puts definite values in place of spec.device = kAuto (GPUs if this process sees any) and spec.compute =
-// kAuto (bf16 on GPUs whose kernels know the model's heads, else f32). Unavailable or InvalidArgument, naming
-// field and reason, where they cannot be had.
-absl::Status ResolveDevice(RunSpec* spec);
+// Puts definite values in place of spec.device = kAuto (GPUs if the ranks see any) and spec.compute = kAuto
+// (bf16 on GPUs whose kernels know the model's heads, else f32). `gpus` is what this rank sees: GpuCount().
+// Unavailable or InvalidArgument, naming field and reason, where they cannot be had, and where kAuto would be
+// GPUs on some ranks alone. The same on all ranks. Collective.
+absl::Status ResolveDevice(Communicator world, int gpus, RunSpec* spec);
 
 // The second half of it, for a device that is definite but need not be here.
 absl::Status ResolveCompute(RunSpec* spec);
 
-// The same for what is only planned: a spec that asks for GPUs, or for what only GPUs have, gets them where
-// there are none.
+// The same for what is only planned, by this process alone: a spec that asks for GPUs, or for what only GPUs
+// have, gets them where there are none.
 absl::Status ResolvePlannedDevice(RunSpec* spec);
 
 // Of definite ones.
@@ -29,6 +30,11 @@ DeviceKind DeviceKindOf(DeviceChoice device);
 
 // This rank's device, made the thread's: ranks of a host take its GPUs in turn. Collective.
 absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec);
+
+// Refuses, before it is taken, more memory than there is: `bytes` on each rank that shares its host or GPU
+// with others. "memory: WHAT 3.0 GiB, expected at most ...: CURE". Collective.
+absl::Status CheckMemory(Communicator world, Device device, int64_t bytes, absl::string_view what,
+                         absl::string_view cure);
 
 // What this rank computes on, its groups, and what exchanges inside a context-parallel group may be: as the
 // spec asks, with the transports that the group can use.
