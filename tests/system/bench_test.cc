@@ -322,7 +322,8 @@ TEST_F(BenchTest, AutoIsComparedWithTheFastestOfEveryCase) {
       EXPECT_GT(p["timed"], 1);
       EXPECT_GE(p["timed"].get<int>() + p["same"].get<int>() + p["not_timed"].get<int>(), 8)
           << "all plans of two ranks, some also in parts";
-      EXPECT_LE(p["auto"]["predicted_ms"], p["fastest"]["predicted_ms"].get<double>() * 1.001);
+      // Of plans predicted to be within 2% of the fastest, AUTO takes the one that waits least.
+      EXPECT_LE(p["auto"]["predicted_ms"], p["fastest"]["predicted_ms"].get<double>() * 1.021);
       chosen += p["auto"]["measured_ms"].get<double>();
       fastest += p["fastest"]["measured_ms"].get<double>();
     }
