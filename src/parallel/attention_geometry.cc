@@ -243,11 +243,11 @@ absl::StatusOr<const LatentDecision*> AttentionGeometry::DecisionOf(const Attent
   if (cp_.size() == 1) {
     decision = {.latents = false, .why = "one rank has all keys"};
   } else if (options_.latents == LatentExchange::kAuto && !options_.machine.attention.empty()) {
-    const auto fastest = [&](const AttentionCase& way) -> FastestPlan {
+    const auto chosen = [&](const AttentionCase& way) -> ChosenPlan {
       ANNULUS_ASSIGN_OR_RETURN(const Choice* choice, ChoiceFor(way, pass));
       return choice->predicted;
     };
-    const LatentAlternatives ways{.latents = fastest(layer), .expanded = fastest(Expanded(layer))};
+    const LatentAlternatives ways{.latents = chosen(layer), .expanded = chosen(Expanded(layer))};
     if (!ways.latents.ok() && !ways.expanded.ok()) return ways.latents.status();
     decision = DecideLatents(layer, pass, ways, options_.machine);
   } else {

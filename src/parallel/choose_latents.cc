@@ -32,7 +32,7 @@ double HomeExpansionSeconds(const AttentionCase& layer, Pass pass, const Machine
 
 LatentDecision DecideLatents(const AttentionCase& layer, Pass pass, const LatentAlternatives& alternatives,
                              const MachineProfile& machine) {
-  const FastestPlan &latents = alternatives.latents, &expanded = alternatives.expanded;
+  const ChosenPlan &latents = alternatives.latents, &expanded = alternatives.expanded;
   LatentDecision decision;
   if (latents.ok() && latents->has_value()) decision.latent_seconds = (*latents)->seconds;
   if (expanded.ok() && expanded->has_value()) {

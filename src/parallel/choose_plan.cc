@@ -387,9 +387,10 @@ std::string WhyItWon(const std::vector<PlanCandidate>& ranked) {
                      exposed > 0 ? absl::StrCat("exposes ", Milliseconds(exposed), " more") : "sends more");
   }
   if (TimePlace(*other) == TimePlace(won)) {
-    reason = other->buffer_bytes > won.buffer_bytes ? "which needs more memory"
-             : other->bytes_sent > won.bytes_sent   ? "which sends more"
-                                                    : "which is as good";
+    reason = exposed > kNoticed * won.seconds ? absl::StrCat("which exposes ", Milliseconds(exposed), " more")
+             : other->buffer_bytes > won.buffer_bytes ? "which needs more memory"
+             : other->bytes_sent > won.bytes_sent     ? "which sends more"
+                                                      : "which is as good";
   }
   return absl::StrCat(Described(won), "; next ", Described(*other), ", ", reason);
 }

@@ -19,11 +19,16 @@ std::string ReasonOf(const PlanCandidate& candidate) {
   return absl::StartsWith(reason, name) ? reason.substr(name.size()) : reason;
 }
 
+// Heads in groups are told by the name: "ulysses", "kv_ring, heads over 2 ranks".
+bool IsOfKind(const PlanCandidate& candidate, const std::string& kind) {
+  return Name(candidate.choice.kind) == kind && candidate.choice.head_split == 1;
+}
+
 // The candidate that is looked at: of that name, else the first of that kind.
 absl::StatusOr<size_t> IndexOf(const std::vector<PlanCandidate>& candidates, const std::string& shown,
                                Pass pass) {
   const auto has_name = [&](const PlanCandidate& each) { return each.name == shown; };
-  const auto has_kind = [&](const PlanCandidate& each) { return Name(each.choice.kind) == shown; };
+  const auto has_kind = [&](const PlanCandidate& each) { return IsOfKind(each, shown); };
   const bool named = std::any_of(candidates.begin(), candidates.end(), has_name);
   const auto wanted = std::find_if(candidates.begin(), candidates.end(), [&](const PlanCandidate& each) {
     return each.refused.ok() && (shown.empty() || (named ? has_name(each) : has_kind(each)));
@@ -37,11 +42,12 @@ absl::StatusOr<size_t> IndexOf(const std::vector<PlanCandidate>& candidates, con
     for (const PlanCandidate& each : candidates) add(absl::StrCat(each.name, ": ", ReasonOf(each)));
     return Invalid("no ", Name(pass), " plan can be:\n", absl::StrJoin(lines, "\n"));
   }
-  for (const auto& name_of : {+[](const PlanCandidate& each) { return std::string(Name(each.choice.kind)); },
-                              +[](const PlanCandidate& each) { return each.name; }}) {
-    for (const PlanCandidate& each : candidates) {
-      if (each.refused.ok()) add(name_of(each));
-    }
+  for (const PlanCandidate& each : candidates) {
+    const std::string kind(Name(each.choice.kind));
+    if (each.refused.ok() && IsOfKind(each, kind)) add(kind);
+  }
+  for (const PlanCandidate& each : candidates) {
+    if (each.refused.ok()) add(each.name);
   }
   return Invalid("choice=", shown, ": expected a ", Name(pass),
                  " plan, by its kind (the fastest of it) or name: ", absl::StrJoin(lines, "; "));
@@ -55,7 +61,7 @@ std::vector<PlanCandidate> Ranked(const AttentionCase& layer, Pass pass, const E
   return RankPlans(layer, pass, PlanOptionsOf(options, pass), options.machine);
 }
 
-FastestPlan FastestOf(const std::vector<PlanCandidate>& ranked) {
+ChosenPlan ChosenOf(const std::vector<PlanCandidate>& ranked) {
   ANNULUS_RETURN_IF_ERROR(ranked.front().refused);
   return std::optional(ranked.front());
 }
@@ -70,7 +76,7 @@ void DecideAndRank(const ExchangeOptions& options, PlannedPass* planned) {
     planned->latents = {.latents = false, .why = "one rank has all keys"};
   } else {
     const LatentAlternatives ways{
-        .asked = options.latents, .latents = FastestOf(planned->candidates), .expanded = FastestOf(expanded)};
+        .asked = options.latents, .latents = ChosenOf(planned->candidates), .expanded = ChosenOf(expanded)};
     planned->latents = DecideLatents(layer, planned->pass, ways, options.machine);
   }
   if (planned->latents->latents) return;

@@ -97,9 +97,13 @@ TEST(PlanExchange, ShowsTheFastestOfAKind) {
     const auto passes = PlanOf(FourRanks(), kind);
     ASSERT_TRUE(passes.ok()) << passes.status();
     for (const PlannedPass& pass : *passes) {
-      EXPECT_EQ(Name(pass.candidates[pass.shown].choice.kind), std::string(kind));
-      for (size_t i = 0; i < pass.shown; ++i)
-        EXPECT_NE(Name(pass.candidates[i].choice.kind), std::string(kind));
+      // Ulysses is a kv_ring of one rank whose heads are split, but called by its own name.
+      const auto is_shown = [&](size_t i) {
+        const PlanChoice& choice = pass.candidates[i].choice;
+        return Name(choice.kind) == std::string(kind) && choice.head_split == 1;
+      };
+      EXPECT_TRUE(is_shown(pass.shown)) << pass.candidates[pass.shown].name;
+      for (size_t i = 0; i < pass.shown; ++i) EXPECT_FALSE(is_shown(i));
     }
   }
 }

@@ -14,12 +14,12 @@ AttentionCase Expanded(AttentionCase layer);
 // backward the gradients through it, too.
 double HomeExpansionSeconds(const AttentionCase& layer, Pass pass, const MachineProfile& machine);
 
-// The fastest plan of one way; nothing where times are not predicted; an error where no plan can be.
-using FastestPlan = absl::StatusOr<std::optional<PlanCandidate>>;
+// The plan of one way; nothing where times are not predicted; an error where no plan can be.
+using ChosenPlan = absl::StatusOr<std::optional<PlanCandidate>>;
 
 struct LatentAlternatives {
   LatentExchange asked = LatentExchange::kAuto;
-  FastestPlan latents = std::nullopt, expanded = std::nullopt;
+  ChosenPlan latents = std::nullopt, expanded = std::nullopt;
 };
 
 struct LatentDecision {
