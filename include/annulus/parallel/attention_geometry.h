@@ -85,7 +85,7 @@ class AttentionGeometry {
   };
   // Decides, chooses and builds for both passes of these layers, which are of the current batch, and takes
   // the memory of their exchange, so that no step waits for that; where the batch has documents, as much as
-  // without any. Balanced plans and rings of blocks in parts may need more for the documents of another
+  // without any. Balanced plans, double rings and rings in parts may need more for the documents of another
   // batch: then transports take it when they get there. Collective.
   absl::Status Prepare(Context& ctx, const std::vector<AttentionCase>& layers);
 
