@@ -96,7 +96,7 @@ TEST_F(KillTest, AStoppedRankEndsABench) {
   Job job({.folder = folder_.path(),
            .ranks = 2,
            .arguments = {"bench", "plans", "--length", "64", "--heads", "2", "--dim", "16", "--repeats",
-                         "100000000", "--set", "step_deadline_seconds=2", "--set", "device=CPU"}});
+                         "1000000", "--set", "step_deadline_seconds=2", "--set", "device=CPU"}});
   ASSERT_TRUE(job.WaitWhileRunning([&job] { return job.RankProcesses().size() == 2; }, 30)) << job.Wait(0);
   std::this_thread::sleep_for(
       std::chrono::seconds(5));  // more than the deadline: it measures, and progresses
