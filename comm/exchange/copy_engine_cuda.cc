@@ -146,11 +146,13 @@ class CopyEngineTransport : public StreamTransport {
   static int64_t Aligned(int64_t bytes) {
     return (bytes + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
   }
+  // which: below kCopyLanes for copies, kCopyLanes for flags
+  static size_t LaneToRank(int peer, size_t which, ExchangeLane lane) {
+    return LaneFor(kCopies + kLanesToRank * static_cast<size_t>(peer) + which, lane);
+  }
   // Of the next message to that rank.
   size_t NextCopyLane(int peer, ExchangeLane lane) {
-    const size_t to = static_cast<size_t>(peer);
-    const size_t turn = sends_[LaneFor(to, lane)]++ % kCopyLanes;
-    return LaneFor(kCopies + kLanesToRank * to + turn, lane);
+    return LaneToRank(peer, sends_[LaneFor(static_cast<size_t>(peer), lane)]++ % kCopyLanes, lane);
   }
 
   std::string NameOf(size_t lane) const override {
@@ -250,8 +252,7 @@ class CopyEngineTransport : public StreamTransport {
     if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Take(stream, lane, step.peer, run.BytesOf(s)));
     ANNULUS_RETURN_IF_ERROR(CopyRows(run, s, stream));
     if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Hold(stream, lane));
-    const size_t flags =
-        LaneFor(kCopies + kLanesToRank * static_cast<size_t>(step.peer) + kCopyLanes, round_lane);
+    const size_t flags = LaneToRank(step.peer, kCopyLanes, round_lane);
     const StreamHandle writes = run.BytesOf(s) < kLongBytes ? stream : StreamBehind(flags, lane);
     ANNULUS_RETURN_IF_ERROR(flags_.Write(writes, Arrived(step.peer, step.message), count_));
     Complete(run, s, lane);

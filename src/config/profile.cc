@@ -12,7 +12,6 @@ namespace {
 using config::Presence;
 using config::Section;
 
-constexpr IntRange kHeadDim{1, 1 << 16};
 constexpr IntRange kRanks{1, 1 << 20};
 constexpr IntRange kMultiprocessors{0, 1 << 20};
 constexpr RealRange kSize{0.0, 1e30, RealRange::Bound::kOpen};
@@ -74,8 +73,8 @@ AttentionRate BindAttention(const Section& section) {
   section.Enum("kernel", Kernels(), &rate.kernel, Presence::kRequired);
   section.Enum("pass", Passes(), &rate.pass, Presence::kRequired);
   section.Enum("shape", Shapes(), &rate.shape, Presence::kRequired);
-  section.Int("head_dim", Presence::kRequired, kHeadDim, &rate.head_dim);
-  section.Int("v_head_dim", Presence::kRequired, kHeadDim, &rate.v_head_dim);
+  section.Int("head_dim", Presence::kRequired, kHeadDimRange, &rate.head_dim);
+  section.Int("v_head_dim", Presence::kRequired, kHeadDimRange, &rate.v_head_dim);
   rate.pairs = BindPoints(section, "pairs");
   return rate;
 }

@@ -379,15 +379,13 @@ std::string WhyItWon(const std::vector<PlanCandidate>& ranked) {
   if (!other->simulated) return absl::StrCat(Described(won), ": others take about as long or longer");
   const double exposed = other->exposed_seconds - won.exposed_seconds;
   const double computed = other->seconds - won.seconds - exposed;
+  const std::string exposes = absl::StrCat("exposes ", Milliseconds(exposed), " more");
   std::string reason = absl::StrCat("which computes ", Milliseconds(computed), " longer");
-  if (exposed > computed) reason = absl::StrCat("which exposes ", Milliseconds(exposed), " more");
-  if (other->seconds < won.seconds) {
-    reason =
-        absl::StrCat("which is about as fast but ",
-                     exposed > 0 ? absl::StrCat("exposes ", Milliseconds(exposed), " more") : "sends more");
-  }
+  if (exposed > computed) reason = "which " + exposes;
+  if (other->seconds < won.seconds)
+    reason = "which is about as fast but " + (exposed > 0 ? exposes : "sends more");
   if (TimePlace(*other) == TimePlace(won)) {
-    reason = exposed > kNoticed * won.seconds ? absl::StrCat("which exposes ", Milliseconds(exposed), " more")
+    reason = exposed > kNoticed * won.seconds         ? "which " + exposes
              : other->buffer_bytes > won.buffer_bytes ? "which needs more memory"
              : other->bytes_sent > won.bytes_sent     ? "which sends more"
                                                       : "which is as good";

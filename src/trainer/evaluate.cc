@@ -42,7 +42,7 @@ absl::StatusOr<int64_t> Trainer::CountHits(const MicroBatch& micro, const TokenS
   });
 }
 
-absl::StatusOr<Evaluation> Trainer::Evaluate(const DataSet& data, const std::function<void()>& progress) {
+absl::StatusOr<Evaluation> Trainer::Evaluate(const DataSet& data, const EvaluationProgress& progress) {
   const TraceRange range("evaluation");
   int64_t sequences = data.validation_sequences();
   if (spec_.eval.sequences > 0) sequences = std::min(sequences, spec_.eval.sequences);
@@ -69,7 +69,7 @@ absl::StatusOr<Evaluation> Trainer::Evaluate(const DataSet& data, const std::fun
         ANNULUS_ASSIGN_OR_RETURN(const int64_t more, CountHits(micro, slice));
         hits += static_cast<double>(more);
       }
-      progress();
+      progress(std::min(i - mesh_.at.dp + mesh_.shape.dp, sequences), sequences);
     }
     return absl::OkStatus();
   };

@@ -257,18 +257,14 @@ absl::Status TrainingRun::Finish(const StepReport& report) {
 
 // Says how far it is where it takes long, as all of a validation split may.
 absl::StatusOr<Evaluation> TrainingRun::Evaluate() {
-  const int64_t all = data_->validation_sequences(), most = spec_.eval.sequences;
-  const int64_t sequences = most > 0 ? std::min(all, most) : all;
-  int64_t done = 0;
   double told = Now();
-  return trainer_.Evaluate(*data_, [&] {
+  return trainer_.Evaluate(*data_, [&](int64_t done, int64_t all) {
     heart_.Beat();
-    done += spec_.optim.micro_batch * mesh_.shape.dp;
     if (Now() - told < kSecondsBetweenEvaluationLines) return;
     told = Now();
-    console_.Line(absl::StrFormat("step %d: evaluated %d of %d validation sequences%s", trainer_.step(),
-                                  std::min(done, sequences), sequences,
-                                  most > 0 ? "" : " (eval.sequences: 0 takes all of them)"));
+    console_.Line(absl::StrFormat("step %d: evaluated %d of %d validation sequences%s", trainer_.step(), done,
+                                  all,
+                                  spec_.eval.sequences > 0 ? "" : " (eval.sequences: 0 takes all of them)"));
   });
 }
 

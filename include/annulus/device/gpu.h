@@ -46,9 +46,9 @@ absl::Status CheckArchitectures(absl::string_view architectures, int compute_maj
 absl::StatusOr<bool> GpuMaps(int from, int to);
 
 // Makes `index` the device of the calling thread; NotFound names how many there are, FailedPrecondition that
-// this program has no kernels for it. Every thread that
-// touches CUDA calls this first: else CUDA takes memory for that thread on device 0. What allocates on a
-// device (Buffer, Stream, ...) makes it the thread's as well.
+// this program has no kernels for it. Every thread that touches CUDA calls this first: else CUDA takes memory
+// for that thread on device 0. What allocates on a device (Buffer, Stream, ...) makes it the thread's as
+// well.
 absl::Status UseGpu(int index);
 
 struct GpuMemory {

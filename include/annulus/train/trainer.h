@@ -85,9 +85,11 @@ class Trainer {
   // stop.
   absl::StatusOr<StepReport> Step(const Batch& batch, double data_seconds);
 
-  // Over the validation split, or its first spec.eval.sequences.
-  // `progress` is called after each micro-batch. Collective.
-  absl::StatusOr<Evaluation> Evaluate(const DataSet& data, const std::function<void()>& progress = [] {});
+  // Over the validation split, or its first spec.eval.sequences. `progress` is called after each micro-batch,
+  // with the sequences of all ranks that are done by then, and all there are. Collective.
+  using EvaluationProgress = std::function<void(int64_t done, int64_t all)>;
+  absl::StatusOr<Evaluation> Evaluate(
+      const DataSet& data, const EvaluationProgress& progress = [](int64_t, int64_t) {});
 
   // Before parameters are read outside of the trainer: they may still be on their way.
   absl::Status WaitForParameters() { return optimizer_.WaitForParameters(); }
