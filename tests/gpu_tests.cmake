@@ -1,11 +1,14 @@
-# The tests that need a GPU, one at a time: they fill its memory and some take times.
+# The tests that need a GPU, one at a time: they fill its memory and some take times. tests/gpu_system trains with
+# the whole program.
 set(gpu_test_properties LABELS gpu RUN_SERIAL ON)
 
 add_library(annulus_gpu_test_support INTERFACE)
 target_include_directories(annulus_gpu_test_support INTERFACE ${PROJECT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR})
 target_link_libraries(annulus_gpu_test_support INTERFACE annulus_ops annulus_options ${ANNULUS_CUDART} ${ANNULUS_CUBLAS})
-annulus_tests(gpu annulus_gpu_test_support ${gpu_test_properties})
-add_dependencies(gpu_test annulus)  # which tests/gpu/train_test.cc starts
+foreach(folder gpu gpu_system)
+  annulus_tests(${folder} annulus_gpu_test_support ${gpu_test_properties})
+endforeach()
+add_dependencies(gpu_system_test annulus)  # which it starts
 
 # annulus_kernel_check(PROGRAM ARGUMENT sources...): a program that compares kernels with f64 on the CPU and times
 # them; the test runs the part that ARGUMENT names.
@@ -41,9 +44,8 @@ endforeach()
 
 # The component `tests` of an installed tree: launch/test --gpu runs there what commands.txt lists, and with
 # --sanitize what sanitize.txt lists.
-annulus_install(tests ${gpu_programs} cuda_check attention_mma_check COMPONENT tests)
-list(APPEND gpu_commands "tests/cuda_check ela" "tests/attention_mma_check check")
-set(commands ${gpu_commands})
+annulus_install(tests ${gpu_programs} ${gpu_system_programs} cuda_check attention_mma_check COMPONENT tests)
+set(commands ${gpu_commands} ${gpu_system_commands} "tests/cuda_check ela" "tests/attention_mma_check check")
 set(sanitize ${memcheck} ${synccheck} ${racecheck})
 foreach(name commands sanitize)
   list(JOIN ${name} "\n" lines)

@@ -1,7 +1,7 @@
 // Hybrid models train on GPUs as on CPUs: whole runs of the `annulus` program with a sequence split over two
 // ranks, and with layers split over two ranks.
 
-#include "gpu/train_run.h"
+#include "gpu_system/train_run.h"
 
 namespace annulus::testing {
 namespace {
