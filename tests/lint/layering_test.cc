@@ -28,7 +28,8 @@ const std::vector<Layer>& Layers() {
        5,
        {"include/annulus/train", "src/config", "src/data", "src/optim", "src/checkpoint", "src/hf",
         "src/trainer"}},
-      {"app", 6, {"launch", "src/study"}},
+      {"study", 6, {"include/annulus/study", "src/study"}},
+      {"app", 7, {"launch"}},
   };
   return layers;
 }

@@ -44,6 +44,33 @@ struct LinkRate {
   friend bool operator==(const LinkRate&, const LinkRate&) = default;
 };
 
+// A scan of states of a state-space layer: all kernels of one pass. size: tokens * heads * state * head_dim
+// (elements of states that are updated); per_second: those.
+enum class ScanKernel { kSsd, kDeltaRule };
+struct ScanRate {
+  ScanKernel kernel = ScanKernel::kSsd;
+  Pass pass = Pass::kForward;
+  std::vector<RatePoint> updates;
+  friend bool operator==(const ScanRate&, const ScanRate&) = default;
+};
+
+// How the ranks of several hosts are joined.
+struct NetworkProfile {
+  int ranks_per_host = 0;       // 0: any number of ranks are on one host
+  std::vector<LinkRate> links;  // between ranks of two hosts; empty: not known
+  // Through all network cards of a host together, each way, shared by its ranks; 0: each rank has its own.
+  double host_bytes_per_second = 0;
+  friend bool operator==(const NetworkProfile&, const NetworkProfile&) = default;
+};
+
+// What ends runs, and what going on costs.
+struct ReliabilityProfile {
+  double failure_hours = 0;             // mean time between failures of one host; 0: none fails
+  double restart_seconds = 0;           // from a failure to the first step after it, reading left out
+  double storage_bytes_per_second = 0;  // of checkpoints, for each host; 0: saving takes no time
+  friend bool operator==(const ReliabilityProfile&, const ReliabilityProfile&) = default;
+};
+
 struct MachineProfile {
   std::string device;       // "NVIDIA H200"; "CPU, 2 cores"
   bool measured = false;    // false: assumed
@@ -56,6 +83,16 @@ struct MachineProfile {
   // Matrix products of the shapes that expand latents, in bf16 on GPUs and f32 on CPUs: y = x w^T; and those
   // of both of its gradients, one behind the other. size: FLOPs; per_second: those. Empty: not measured.
   std::vector<RatePoint> products = {}, product_gradients = {};
+  std::vector<ScanRate> scans = {};  // empty: not measured
+  // Of collectives among the ranks of a host. size: bytes that a rank sends in all; per_second: those, a
+  // ring's latency included.
+  std::vector<RatePoint> collectives = {};
+  double peak_tflops = 0;    // of dense bf16 by the datasheet; 0: not known
+  int64_t memory_bytes = 0;  // of a GPU, or of a rank's share of the host; 0: not known
+  int64_t other_memory_bytes =
+      0;  // that a rank takes besides what its run plans: program, CUDA, NCCL, libraries
+  NetworkProfile network = {};
+  ReliabilityProfile reliability = {};
   friend bool operator==(const MachineProfile&, const MachineProfile&) = default;
 };
 

@@ -1,0 +1,47 @@
+#pragma once
+
+// Discrete events: computing tasks on ranks and transfers between them, each beginning when those before it
+// have ended, transfers sharing the links that they pass.
+//
+// A rank computes one task at a time, in the order in which they were added (a stream). A transfer begins
+// when all of `after` are done, waits its latency, then its bytes flow along its links. All flows at once:
+// each link divides its rate evenly among its flows, and a flow moves at the least of its shares (as in
+// exchange_simulate.h). The same inputs give the same bits.
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
+
+namespace annulus {
+
+using TaskId = int32_t;
+inline constexpr TaskId kNoTask = -1;  // allowed in `after`; done from the start
+
+struct TaskTiming {
+  double start = 0, end = 0;  // seconds
+};
+
+class EventGraph {
+ public:
+  // bytes_per_second 0: unlimited. Returns its number.
+  int AddLink(double bytes_per_second);
+
+  TaskId Compute(int rank, double seconds, absl::Span<const TaskId> after);
+  // rate: of the flow alone at most; 0: as its links allow. Zero bytes take the latency.
+  struct Flow {
+    double bytes = 0;
+    double latency_seconds = 0;
+    double bytes_per_second = 0;
+    std::vector<int> links = {};
+  };
+  TaskId Transfer(const Flow& flow, absl::Span<const TaskId> after);
+  TaskId Join(absl::Span<const TaskId> after);  // takes no time
+
+  // Of every task, by its id. Tasks only wait for earlier ones, so there is always an end.
+  std::vector<TaskTiming> Run() const;
+
+  size_t tasks() const;
+};
+
+}  // namespace annulus

@@ -1,0 +1,51 @@
+#pragma once
+
+// A scaling study: points of a grid over a base run, each measured where the machine has the ranks for it,
+// else simulated. The schema is src/config/study.proto.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "annulus/study/goodput.h"
+#include "annulus/study/simulate_step.h"
+
+namespace annulus {
+
+// One run of the grid. `labels`: its value on each axis, in the order of the axes.
+struct StudyPoint {
+  std::string id;  // "0007-gpus=8-seq_len=32768", a file name
+  struct Label {
+    std::string axis, value;
+  };
+  std::vector<Label> labels;
+  std::vector<std::string> overrides;  // "data.seq_len=32768", as --set takes them
+  int64_t ranks = 1, hosts = 1;
+};
+
+enum class PointState { kOpen, kDone, kFailed };
+
+struct PointResult {
+  StudyPoint point;
+  PointState state = PointState::kOpen;
+  std::string reason;  // kFailed: why
+  int64_t tokens_per_step = 0;
+  std::string layout;                   // "dp 2 x cp 4 x tp 1"
+  std::optional<StepFigures> measured;  // medians over steps and repeats
+  double measured_spread = 0;           // (slowest - fastest repeat) / median
+  std::optional<StepFigures> predicted;
+  std::optional<Goodput> goodput;  // of the prediction
+};
+
+enum class Scaling { kStrong, kWeak };  // the same work, or the same work for each rank
+
+struct StudyResults {
+  std::string name;
+  std::string device;  // of the machine profile
+  bool profile_measured = false;
+  Scaling scaling = Scaling::kStrong;
+  std::vector<PointResult> points;  // in the order of the grid
+};
+
+}  // namespace annulus
