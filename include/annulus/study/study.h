@@ -44,6 +44,7 @@ struct StudyResults {
   std::string name;
   std::string device;  // of the machine profile
   bool profile_measured = false;
+  int64_t memory_bytes = 0;  // of a rank, of the profile; 0: not known
   Scaling scaling = Scaling::kStrong;
   std::vector<PointResult> points;  // in the order of the grid
 };
