@@ -8,6 +8,7 @@
 // each link divides its rate evenly among its flows, and a flow moves at the least of its shares (as in
 // exchange_simulate.h). The same inputs give the same bits.
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -41,7 +42,29 @@ class EventGraph {
   // Of every task, by its id. Tasks only wait for earlier ones, so there is always an end.
   std::vector<TaskTiming> Run() const;
 
-  size_t tasks() const;
+  size_t tasks() const { return tasks_.size(); }
+
+ private:
+  friend class EventRun;
+  enum class Kind : uint8_t { kCompute, kTransfer, kJoin };
+  struct Task {
+    double amount = 0;         // seconds, or bytes
+    uint32_t first_after = 0;  // of after_
+    int32_t flow = -1;         // of flows_; -1: no transfer
+    Kind kind = Kind::kJoin;
+  };
+  struct FlowLimits {
+    double latency_seconds = 0, bytes_per_second = 0;
+    uint32_t first_link = 0, links = 0;  // of flow_links_
+  };
+  TaskId Add(Kind kind, double amount, absl::Span<const TaskId> after);
+
+  std::vector<Task> tasks_;
+  std::vector<TaskId> after_;  // of all tasks, one behind the other
+  std::vector<FlowLimits> flows_;
+  std::vector<int> flow_links_;
+  std::vector<double> links_;         // rates
+  std::vector<TaskId> last_of_rank_;  // computing
 };
 
 }  // namespace annulus
