@@ -103,6 +103,19 @@ ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan,
   return cost;
 }
 
+std::map<std::pair<int, int>, int64_t> BytesSentIn(const AttentionCase& layer, const ExchangePlan& plan) {
+  const RowBytes row_bytes(layer, plan);
+  std::map<std::pair<int, int>, int64_t> sent;
+  for (size_t r = 0; r < plan.ranks.size(); ++r) {
+    for (const Step& step : plan.ranks[r].steps) {
+      if (step.kind != StepKind::kSend) continue;
+      const SlotSpec& slot = plan.ranks[r].slots[static_cast<size_t>(step.slot)];
+      sent[{static_cast<int>(r), step.peer}] += step.rows.rows.size() * row_bytes.Of(slot);
+    }
+  }
+  return sent;
+}
+
 ExchangeCost CostOf(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine,
                     TransportKind transport, LinkThrottle throttle) {
   const LinkRate* link = FindLink(machine, transport);

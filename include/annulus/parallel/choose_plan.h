@@ -4,6 +4,7 @@
 // what the machine profile says of their kernel calls and messages, and a discrete-event simulation says when
 // they end.
 
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -67,6 +68,9 @@ HeadGroup AllHeadsOf(const AttentionCase& layer);
 // Cost of a plan built for the layer, on a machine that has rates of the transport.
 ExchangeCost CostOf(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine,
                     TransportKind transport, LinkThrottle throttle);
+
+// What each rank of a plan sends to each other in all, in bytes.
+std::map<std::pair<int, int>, int64_t> BytesSentIn(const AttentionCase& layer, const ExchangePlan& plan);
 
 // Sets what is predicted.
 void SetPredicted(const Simulation& simulation, PlanCandidate* candidate);

@@ -54,6 +54,25 @@ struct ScanRate {
   friend bool operator==(const ScanRate&, const ScanRate&) = default;
 };
 
+// A pass over memory by what it does: on CPUs few are as fast as a copy. size: bytes read and written, per
+// token as the cost of a step counts them; per_second: those.
+enum class PassKind {
+  kMove,        // copies, sums, scaling, zeroing: as `copy`
+  kNorm,        // RMS norm, of length 1 as well
+  kActivation,  // SwiGLU, SiLU, squared ReLU, features
+  kRope,
+  kConvolution,  // short, with SiLU
+  kGatedNorm,
+  kCrossEntropy,  // over logits, their gradient in place
+  kAdamW,
+};
+struct PassRate {
+  PassKind kind = PassKind::kMove;
+  Pass pass = Pass::kForward;
+  std::vector<RatePoint> bytes;
+  friend bool operator==(const PassRate&, const PassRate&) = default;
+};
+
 // How the ranks of several hosts are joined.
 struct NetworkProfile {
   int ranks_per_host = 0;       // 0: any number of ranks are on one host
@@ -83,7 +102,8 @@ struct MachineProfile {
   // Matrix products of the shapes that expand latents, in bf16 on GPUs and f32 on CPUs: y = x w^T; and those
   // of both of its gradients, one behind the other. size: FLOPs; per_second: those. Empty: not measured.
   std::vector<RatePoint> products = {}, product_gradients = {};
-  std::vector<ScanRate> scans = {};  // empty: not measured
+  std::vector<ScanRate> scans = {};   // empty: not measured
+  std::vector<PassRate> passes = {};  // of kinds that are not here: as `copy`
   // Of collectives among the ranks of a host. size: bytes that a rank sends in all; per_second: those, a
   // ring's latency included.
   std::vector<RatePoint> collectives = {};

@@ -28,13 +28,15 @@ struct Stage {
   double seconds = 0;  // kCompute: of the kernels alone, launches included
   int exchange = -1;   // kExchange: of StepCost::exchanges
   int64_t bytes = 0;   // the others: that the rank which sends most sends
+  // The others: the next stage, which computes, runs meanwhile; the one behind it waits for both.
+  bool overlaps_next = false;
 };
 
 // A layer, the embedding or the head with the loss, for one micro-batch.
 struct LayerCost {
-  std::string name;                      // "embedding", "layer 3: M", "head and loss"
-  std::vector<int> buckets;              // its parameters, of StepCost::buckets
-  std::vector<Stage> forward, backward;  // backward with what is recomputed
+  std::string name;                                // "embedding", "layer 3: M", "head and loss"
+  std::vector<int> buckets;                        // its parameters, of StepCost::buckets
+  std::vector<Stage> forward = {}, backward = {};  // backward with what is recomputed
 };
 
 // One pass of attention of one kind of layer, with its plan as the trainer would choose it.
@@ -42,13 +44,13 @@ struct ExchangePass {
   std::string plan;
   TransportKind transport = TransportKind::kHost;
   Pass pass = Pass::kForward;
-  std::vector<double> seconds;  // per cp rank, from the common start to its end; exposed included
-  std::vector<double> exposed;  // of it, waiting for messages
+  std::vector<double> seconds = {};  // per cp rank, from the common start to its end; exposed included
+  std::vector<double> exposed = {};  // of it, waiting for messages
   struct Sent {
     int from = 0, to = 0;  // cp ranks
     int64_t bytes = 0;
   };
-  std::vector<Sent> sent;  // each pair once
+  std::vector<Sent> sent = {};  // each pair once
 };
 
 // Parameters that are reduced and gathered together.

@@ -1,0 +1,189 @@
+// Costs of steps. Profiles of which only one rate is finite turn seconds into what was counted: FLOPs, bytes,
+// calls.
+
+#include "annulus/study/step_cost.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+namespace annulus {
+namespace {
+
+constexpr double kFast = 1e30;   // per second: takes no time
+constexpr double kFlops = 1e12;  // per second
+
+ModelSpec DenseModel() {
+  ModelSpec model{.d_model = 64,
+                  .vocab_size = 256,
+                  .heads = 4,
+                  .kv_heads = 2,
+                  .head_dim = 16,
+                  .d_ff = 176,
+                  .tied_head = false};
+  model.layers = {{.branches = {{.kind = BranchKind::kAttention, .rope_theta = 1e4}}},
+                  {.branches = {{.kind = BranchKind::kMlp}}}};
+  return model;
+}
+
+RunSpec RunOf(ModelSpec model) {
+  RunSpec spec;
+  spec.compute = ComputeType::kF32;
+  spec.device = DeviceChoice::kCpu;
+  spec.model = std::move(model);
+  spec.recompute = Recompute::kNone;
+  spec.data.seq_len = 512;
+  spec.optim.sequences_per_step = 4;
+  spec.optim.micro_batch = 2;
+  return spec;
+}
+
+// Every product at kFlops, attention and scans at kFlops of what the model counts of them; nothing else takes
+// time.
+MachineProfile FlopsAlone(const ModelSpec& model) {
+  MachineProfile machine{.device = "test",
+                         .ranks = 4,
+                         .attention = {},
+                         .links = {{TransportKind::kHost, {{1, kFast}}, {{1, kFast}}, 0, 1}},
+                         .copy = {{1, kFast}},
+                         .products = {{1, kFlops}},
+                         .product_gradients = {{1, kFlops}}};
+  const LatentSpec& latent = model.latent;
+  const int64_t dim = latent.heads > 0 ? latent.nope_dim + latent.rope_dim : model.head_dim;
+  const int64_t v_dim = latent.heads > 0 ? latent.v_dim : model.head_dim;
+  const MambaSpec& mamba = model.mamba;
+  const auto updates = static_cast<double>(mamba.heads * mamba.state * mamba.head_dim);
+  const double scan_flops =
+      4 * updates +
+      static_cast<double>(mamba.chunk * (mamba.groups * mamba.state + mamba.heads * mamba.head_dim));
+  for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+    const double times = pass == Pass::kForward ? 1 : 2;
+    machine.attention.push_back({.kernel = AttentionKernel::kCpuTiles,
+                                 .pass = pass,
+                                 .shape = MaskShape::kGeneral,
+                                 .head_dim = dim,
+                                 .v_head_dim = v_dim,
+                                 .pairs = {{1, kFlops / (times * 2 * static_cast<double>(dim + v_dim))}}});
+    machine.scans.push_back({.kernel = ScanKernel::kSsd,
+                             .pass = pass,
+                             .updates = {{1, kFlops * updates / (times * scan_flops)}}});
+  }
+  return machine;
+}
+
+double SecondsOf(const StepCost& cost, const std::vector<Stage>& stages) {
+  double seconds = 0;
+  for (const Stage& stage : stages) {
+    seconds += stage.kind == StageKind::kExchange
+                   ? cost.exchanges[static_cast<size_t>(stage.exchange)].seconds[0]
+                   : stage.seconds;
+  }
+  return seconds;
+}
+// Of all micro-batches.
+double ComputingOf(const StepCost& cost) {
+  double seconds = 0;
+  for (const LayerCost& layer : cost.layers)
+    seconds += SecondsOf(cost, layer.forward) + SecondsOf(cost, layer.backward);
+  return seconds * static_cast<double>(cost.micro_batches);
+}
+
+StepCost CostOf(const RunSpec& spec, const MachineProfile& machine) {
+  absl::StatusOr<StepCost> cost = CostOfStep(spec, machine);
+  EXPECT_TRUE(cost.ok()) << cost.status();
+  return *std::move(cost);
+}
+double CountedFlops(const RunSpec& spec) {
+  return ComputingOf(CostOf(spec, FlopsAlone(spec.model))) * kFlops;
+}
+double ModelFlops(const RunSpec& spec) {
+  return TrainingFlops(spec.model, spec.data.seq_len).causal *
+         static_cast<double>(spec.data.seq_len * spec.optim.sequences_per_step);
+}
+
+TEST(StepCostTest, DenseStagesAddUpToTheFlopsOfTheModel) {
+  const RunSpec spec = RunOf(DenseModel());
+  EXPECT_NEAR(CountedFlops(spec) / ModelFlops(spec), 1, 1e-12);
+}
+
+TEST(StepCostTest, OneLayerByHand) {
+  RunSpec spec = RunOf(DenseModel());
+  spec.model.layers = {{.branches = {{.kind = BranchKind::kMlp}}}};
+  spec.optim.sequences_per_step = spec.optim.micro_batch = 1;
+  const StepCost cost = CostOf(spec, FlopsAlone(spec.model));
+  ASSERT_EQ(cost.layers.size(), 3);  // embedding, MLP, head
+  EXPECT_EQ(cost.micro_batches, 1);
+  EXPECT_EQ(cost.layers[1].name, "layer 0: mlp");
+  const double forward = 2.0 * 512 * 3 * 64 * 176;
+  EXPECT_NEAR(SecondsOf(cost, cost.layers[1].forward) * kFlops, forward, 1);
+  EXPECT_NEAR(SecondsOf(cost, cost.layers[1].backward) * kFlops, 2 * forward, 1);
+  // Buckets: embedding, the layer (its norm, gate, up, down), final norm with the head; all in f32.
+  ASSERT_EQ(cost.buckets.size(), 3);
+  EXPECT_EQ(cost.buckets[1].gradient_bytes, 4 * (64 + 3 * 64 * 176));
+  EXPECT_EQ(cost.buckets[2].parameter_bytes, 4 * (64 + 256 * 64));
+}
+
+TEST(StepCostTest, PassesOverMemoryByHand) {
+  RunSpec spec = RunOf(DenseModel());
+  spec.model.layers = {{.branches = {{.kind = BranchKind::kMlp}}}};
+  spec.optim.sequences_per_step = spec.optim.micro_batch = 1;
+  MachineProfile machine = FlopsAlone(spec.model);
+  machine.products = machine.product_gradients = {{1, kFast}};
+  machine.copy = {{1, 1.0}};  // seconds are bytes
+  const StepCost cost = CostOf(spec, machine);
+  const double stream = 512 * 64 * 4, inner = 512 * 176 * 4;
+  // Norm and residual stream read and written; gate and up read, their product written.
+  EXPECT_NEAR(SecondsOf(cost, cost.layers[1].forward), 4 * stream + 3 * inner, 1);
+  // Gate, up and the gradient of their product read, two gradients written; the norm's gradient.
+  EXPECT_NEAR(SecondsOf(cost, cost.layers[1].backward), 5 * inner + 4 * stream, 1);
+}
+
+TEST(StepCostTest, LongerSequencesCostMore) {
+  RunSpec spec = RunOf(DenseModel());
+  const double shorter = CountedFlops(spec);
+  spec.data.seq_len *= 2;
+  EXPECT_GT(CountedFlops(spec), 2 * shorter);  // twice the tokens, and more keys for each
+}
+
+TEST(StepCostTest, TensorParallelRanksHalveProductsAndSendTokens) {
+  RunSpec spec = RunOf(DenseModel());
+  const double alone = CountedFlops(spec);
+  spec.parallel.tp = 2;
+  EXPECT_NEAR(CountedFlops(spec) / alone, 0.5, 1e-12);
+  const StepCost cost = CostOf(spec, FlopsAlone(spec.model));
+  const std::vector<Stage>& forward = cost.layers[1].forward;
+  EXPECT_EQ(std::count_if(forward.begin(), forward.end(),
+                          [](const Stage& stage) { return stage.kind == StageKind::kTensorGather; }),
+            1);
+  ASSERT_EQ(forward.back().kind, StageKind::kTensorScatter);
+  EXPECT_EQ(forward.back().bytes, 2 * 512 * 64 * 4 / 2);  // half of the sums
+}
+
+TEST(StepCostTest, RecomputationAdds) {
+  RunSpec spec = RunOf(DenseModel());
+  const double none = CountedFlops(spec);
+  const double tokens = 4 * 512;
+  spec.recompute = Recompute::kElementwise;
+  EXPECT_NEAR(CountedFlops(spec), none, 1);
+  spec.recompute = Recompute::kAttentionOutput;
+  const double products = 2 * tokens * 64 * ((4 + 2 * 2) * 16 + 2 * 176);
+  EXPECT_NEAR(CountedFlops(spec) - none, products, 1e-9 * none);
+  spec.recompute = Recompute::kBlock;
+  const double attention = 4.0 * 4 * 16 * tokens * MeanVisibleKeys(512, 0);
+  EXPECT_NEAR(CountedFlops(spec) - none, products + attention, 1e-9 * none);
+}
+
+TEST(StepCostTest, RanksOfASequenceShareItsWork) {
+  RunSpec spec = RunOf(DenseModel());
+  const double alone = CountedFlops(spec);
+  spec.parallel.cp = 2;
+  const StepCost cost = CostOf(spec, FlopsAlone(spec.model));
+  EXPECT_NEAR(ComputingOf(cost) * kFlops / alone, 0.5, 1e-9);
+  ASSERT_EQ(cost.exchanges.size(), 2);  // forward, backward
+  EXPECT_EQ(cost.exchanges[0].seconds.size(), 2);
+  ASSERT_FALSE(cost.exchanges[0].sent.empty());
+  EXPECT_GT(cost.exchanges[0].sent[0].bytes, 0);
+}
+
+}  // namespace
+}  // namespace annulus
