@@ -27,7 +27,8 @@ struct Goodput {
   double saving_seconds = 0, lost_seconds = 0, restarting_seconds = 0;
 };
 
-// Failures at exponential times, by events.
+// Failures at exponential times, by events. A job that does not get ahead is given up when it has taken 1000
+// times as long as it would without failures.
 Goodput SimulateGoodput(const GoodputInputs& inputs);
 
 // Young's sqrt(2 C M), C the seconds of a save and M the mean seconds between failures of the job, in steps.

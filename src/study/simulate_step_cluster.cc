@@ -1,0 +1,158 @@
+#include "simulate_step_cluster.h"
+
+#include <algorithm>
+#include <bit>
+#include <map>
+
+#include "annulus/base/check.h"
+
+namespace annulus {
+namespace {
+
+// What a rank's link carries at most: of large messages, by the fastest way of moving them.
+double BestRate(const std::vector<LinkRate>& links, const std::vector<RatePoint>& collectives) {
+  double best = collectives.empty() ? 0 : collectives.back().per_second;
+  for (const LinkRate& link : links) {
+    for (const std::vector<RatePoint>* points : {&link.one_way, &link.both_ways}) {
+      if (!points->empty()) best = std::max(best, points->back().per_second);
+    }
+  }
+  return best;
+}
+
+// Messages one behind the other until a group of this size knows something of all.
+int Rounds(int ranks) { return std::bit_width(static_cast<unsigned>(ranks - 1)); }
+
+}  // namespace
+
+Cluster::Cluster(int ranks, const MachineProfile& machine, Pattern pattern, EventGraph* graph)
+    : machine_(machine),
+      pattern_(pattern),
+      graph_(graph),
+      ranks_per_host_(machine.network.ranks_per_host > 0 ? machine.network.ranks_per_host : ranks) {
+  const double inside = BestRate(machine.links, machine.collectives);
+  const double between = BestRate(machine.network.links, {});
+  const auto ports = [&](double rate) { return Ports{graph_->AddLink(rate), graph_->AddLink(rate)}; };
+  for (int r = 0; r < ranks; ++r) {
+    inside_.push_back(ports(inside));
+    between_.push_back(ports(between));
+  }
+  for (int host = 0; host <= HostOf(ranks - 1); ++host) {
+    host_links_.push_back(ports(machine.network.host_bytes_per_second));
+  }
+}
+
+int Cluster::HostOf(int rank) const { return rank / ranks_per_host_; }
+
+RankGroup Cluster::Group(std::vector<int> ranks) const {
+  std::map<int, int> members;
+  for (const int r : ranks) ++members[HostOf(r)];
+  RankGroup group{.ranks = std::move(ranks), .on_host = {}, .hosts = static_cast<int>(members.size())};
+  for (const int r : group.ranks) group.on_host.push_back(members[HostOf(r)]);
+  return group;
+}
+
+// Collectives are NCCL's on GPUs, MPI's on CPUs.
+const LinkRate* Cluster::LinkOf(Where where) const {
+  const std::vector<LinkRate>& links = where == Where::kInside ? machine_.links : machine_.network.links;
+  const TransportKind wanted = pattern_ == Pattern::kRing ? TransportKind::kNccl : TransportKind::kHost;
+  const auto found = std::find_if(links.begin(), links.end(),
+                                  [&](const LinkRate& link) { return link.transport == wanted; });
+  if (found != links.end()) return &*found;
+  return links.empty() ? nullptr : &links.front();
+}
+
+double Cluster::RoundSeconds(const RankGroup& group) const {
+  const LinkRate *inside = LinkOf(Where::kInside), *between = LinkOf(Where::kBetween);
+  const int here = *std::max_element(group.on_host.begin(), group.on_host.end());
+  double seconds = 0;
+  if (inside != nullptr) seconds += Rounds(here) * inside->message_seconds;
+  if (between != nullptr) seconds += Rounds(group.hosts) * between->message_seconds;
+  return seconds;
+}
+
+// Of what a rank sends to `peers` others; in rings it goes on in one stream. 0: as the links allow.
+double Cluster::RateOf(Where where, double bytes, int peers) const {
+  if (where == Where::kInside && !machine_.collectives.empty()) {
+    const RatePoint& least = machine_.collectives.front();  // what is smaller takes as long
+    return RateAt(machine_.collectives, bytes) * std::min(1.0, bytes / least.size);
+  }
+  const LinkRate* link = LinkOf(where);
+  if (link == nullptr || link->one_way.empty()) return 0;
+  return RateAt(link->one_way, pattern_ == Pattern::kRing ? bytes : bytes / peers);
+}
+
+std::vector<int> Cluster::LinksOf(Where where, int rank, bool out, bool in) const {
+  const Ports& own = (where == Where::kInside ? inside_ : between_)[static_cast<size_t>(rank)];
+  std::vector<int> links;
+  if (out) links.push_back(own.out);
+  if (in) links.push_back(own.in);
+  if (where == Where::kInside || machine_.network.host_bytes_per_second == 0) return links;
+  const Ports& host = host_links_[static_cast<size_t>(HostOf(rank))];
+  if (out) links.push_back(host.out);
+  if (in) links.push_back(host.in);
+  return links;
+}
+
+SentBytes Cluster::SentIn(const RankGroup& group, int64_t bytes) const {
+  if (group.hosts == 1) return {.inside = bytes};
+  const int64_t ranks = group.size();
+  int64_t leaving = group.hosts, ways = ranks;  // of the connections of a ring, those between hosts
+  if (pattern_ == Pattern::kDirect) {
+    leaving = 0, ways = ranks * (ranks - 1);
+    for (const int here : group.on_host) leaving += ranks - here;
+  }
+  const int64_t between = bytes / ways * leaving + bytes % ways * leaving / ways;
+  return {.inside = bytes - between, .between = between};
+}
+
+TaskId Cluster::Collective(const RankGroup& group, int64_t bytes, TaskId begin) {
+  if (group.size() == 1 || bytes == 0) return begin;
+  const bool rated = group.hosts == 1 && !machine_.collectives.empty();  // latency included
+  const double latency = rated ? 0 : RoundSeconds(group);
+  const double each = static_cast<double>(bytes) / group.size();
+  std::vector<TaskId> flows;
+  for (size_t i = 0; i < group.ranks.size(); ++i) {
+    const int here = group.on_host[i], elsewhere = group.size() - here;
+    double share = 0;  // that leaves the host
+    if (group.hosts > 1) {
+      share = pattern_ == Pattern::kRing ? 1.0 / here : static_cast<double>(elsewhere) / (group.size() - 1);
+    }
+    for (const Where where : {Where::kInside, Where::kBetween}) {
+      const double part = each * (where == Where::kInside ? 1 - share : share);
+      if (part == 0) continue;
+      const int peers = std::max(1, where == Where::kInside ? here - 1 : elsewhere);
+      flows.push_back(graph_->Transfer({.bytes = part,
+                                        .latency_seconds = latency,
+                                        .bytes_per_second = RateOf(where, part, peers),
+                                        .links = LinksOf(where, group.ranks[i], true, true)},
+                                       {begin}));
+    }
+  }
+  return graph_->Join(flows);
+}
+
+// Up a tree and down again.
+TaskId Cluster::SmallSum(const RankGroup& group, TaskId begin) {
+  if (group.size() == 1) return begin;
+  return graph_->Transfer({.latency_seconds = 2 * RoundSeconds(group)}, {begin});
+}
+
+void Cluster::AddFlow(Where where, int rank, int64_t out, int64_t in, TaskId begin,
+                      std::vector<TaskId>* flows) {
+  const auto add = [&](int64_t bytes, bool is_out, bool is_in) {
+    if (bytes == 0) return;
+    flows->push_back(graph_->Transfer(
+        {.bytes = static_cast<double>(bytes), .links = LinksOf(where, rank, is_out, is_in)}, {begin}));
+  };
+  if (out == in) return add(out, true, true);
+  add(out, true, false);
+  add(in, false, true);
+}
+
+void Cluster::Messages(int rank, const RankTraffic& traffic, TaskId begin, std::vector<TaskId>* flows) {
+  AddFlow(Where::kInside, rank, traffic.out.inside, traffic.in.inside, begin, flows);
+  AddFlow(Where::kBetween, rank, traffic.out.between, traffic.in.between, begin, flows);
+}
+
+}  // namespace annulus

@@ -1,0 +1,89 @@
+#pragma once
+
+// The links of a cluster as an EventGraph has them, and what groups of ranks send along them.
+//
+// Inside a host a rank has a link out and one in, at the best rate of the profile's links; for other hosts
+// another pair, and all ranks of a host share its own, each way, where the profile knows one. Consecutive
+// ranks are on a host.
+//
+// Collectives. NCCL moves in rings, each leaving a host from another of its ranks: of what a ring's rank
+// sends, a host's ranks together send as much to the next host. MPI sends each part to its rank directly.
+// Either way every rank sends the same, and gets as much as it sends, so that one flow is both.
+
+#include <cstdint>
+#include <vector>
+
+#include "annulus/parallel/machine_profile.h"
+#include "annulus/study/event_graph.h"
+
+namespace annulus {
+
+// Ranks that act together, in the order of their places in the group.
+struct RankGroup {
+  std::vector<int> ranks;
+  std::vector<int> on_host;  // of each rank: members on its host, itself included
+  int hosts = 1;
+  int size() const { return static_cast<int>(ranks.size()); }
+};
+
+// Bytes sent by all ranks together.
+struct SentBytes {
+  int64_t inside = 0, between = 0;  // hosts
+  SentBytes& operator+=(const SentBytes& more) {
+    inside += more.inside;
+    between += more.between;
+    return *this;
+  }
+  friend SentBytes operator*(int64_t times, const SentBytes& sent) {
+    return {times * sent.inside, times * sent.between};
+  }
+};
+
+// What one rank sends and gets.
+struct RankTraffic {
+  SentBytes out, in;
+};
+
+class Cluster {
+ public:
+  enum class Pattern { kRing, kDirect };  // of collectives
+
+  // `graph` outlives the cluster.
+  Cluster(int ranks, const MachineProfile& machine, Pattern pattern, EventGraph* graph);
+
+  int HostOf(int rank) const;
+  int hosts() const { return static_cast<int>(host_links_.size()); }
+  RankGroup Group(std::vector<int> ranks) const;
+
+  // A collective in which all ranks together send so much; ends for all when all have. `begin` itself where
+  // nothing is sent.
+  TaskId Collective(const RankGroup& group, int64_t bytes, TaskId begin);
+  SentBytes SentIn(const RankGroup& group, int64_t bytes) const;
+  // A sum of a few numbers.
+  TaskId SmallSum(const RankGroup& group, TaskId begin);
+
+  // The messages of a rank: one or several flows, appended to `flows`.
+  void Messages(int rank, const RankTraffic& traffic, TaskId begin, std::vector<TaskId>* flows);
+
+ private:
+  struct Ports {
+    int out = 0, in = 0;
+  };
+  enum class Where { kInside, kBetween };
+  const LinkRate* LinkOf(Where where) const;
+  // Of messages one behind the other until all of a group know something of all, along a tree. A ring takes
+  // as long besides its bytes: it passes pieces on as they come.
+  double RoundSeconds(const RankGroup& group) const;
+  double RateOf(Where where, double bytes, int peers) const;
+  std::vector<int> LinksOf(Where where, int rank, bool out, bool in) const;
+  void AddFlow(Where where, int rank, int64_t out, int64_t in, TaskId begin, std::vector<TaskId>* flows);
+
+  const MachineProfile& machine_;
+  Pattern pattern_;
+  EventGraph* graph_;
+  int ranks_per_host_;
+  std::vector<Ports> inside_, between_;  // by rank
+  std::vector<Ports> host_links_;        // by host; of hosts without a shared rate unlimited
+};
+
+}  // namespace annulus

@@ -1,0 +1,256 @@
+// Steps of costs made by hand, with times worked out by hand.
+
+#include "annulus/study/simulate_step.h"
+
+#include <gtest/gtest.h>
+
+#include "absl/strings/str_cat.h"
+#include "annulus/comm/process_mesh.h"
+
+namespace annulus {
+namespace {
+
+constexpr double kLinkRate = 100;  // bytes a second
+
+LinkRate Link(double per_second, double message_seconds = 0) {
+  return {.transport = TransportKind::kNccl,
+          .one_way = {{1, per_second}},
+          .both_ways = {{1, per_second}},
+          .message_seconds = message_seconds};
+}
+
+// `ranks_per_host` 0: one host.
+MachineProfile Machine(int ranks_per_host = 0) {
+  MachineProfile machine;
+  machine.links = {Link(kLinkRate)};
+  machine.network.ranks_per_host = ranks_per_host;
+  machine.network.links = {Link(kLinkRate)};
+  return machine;
+}
+
+RunSpec RunOn(const MeshShape& shape) {
+  RunSpec spec;
+  spec.device = DeviceChoice::kCuda;
+  spec.parallel.dp = shape.dp, spec.parallel.cp = shape.cp, spec.parallel.tp = shape.tp;
+  spec.data.seq_len = 1000;
+  spec.optim.sequences_per_step = 8;
+  return spec;
+}
+
+Stage Computing(double seconds) { return {.kind = StageKind::kCompute, .seconds = seconds}; }
+
+// Layers of 1 second forward and 2 backward, each with a bucket.
+StepCost Layers(int layers, int64_t gradient_bytes = 0, int64_t parameter_bytes = 0) {
+  StepCost cost;
+  for (int i = 0; i < layers; ++i) {
+    cost.layers.push_back({.name = absl::StrCat("layer ", i),
+                           .buckets = {i},
+                           .forward = {Computing(0.75), Computing(0.25)},
+                           .backward = {Computing(2)}});
+    cost.buckets.push_back(
+        {.gradient_bytes = gradient_bytes, .parameter_bytes = parameter_bytes, .update_seconds = 0.5});
+  }
+  cost.flops = {.causal = 1e12, .full = 2e12};
+  return cost;
+}
+
+// An exchange between two ranks in the middle of each pass of each layer: 3 seconds, one of them exposed.
+StepCost WithExchange(StepCost cost, int64_t bytes) {
+  cost.exchanges = {{.plan = "kv_ring",
+                     .transport = TransportKind::kNccl,
+                     .seconds = {3, 3},
+                     .exposed = {1, 1},
+                     .sent = {{.from = 0, .to = 1, .bytes = bytes}, {.from = 1, .to = 0, .bytes = bytes}}}};
+  for (LayerCost& layer : cost.layers) {
+    layer.forward.insert(layer.forward.begin() + 1, {.kind = StageKind::kExchange, .exchange = 0});
+    layer.backward.push_back({.kind = StageKind::kExchange, .exchange = 0});
+  }
+  return cost;
+}
+
+void ExpectSharesAddUp(const StepFigures& figures) {
+  EXPECT_DOUBLE_EQ(figures.compute_seconds + figures.exposed_exchange_seconds +
+                       figures.exposed_gradients_seconds + figures.exposed_tensor_seconds +
+                       figures.bubble_seconds,
+                   figures.step_seconds);
+}
+
+TEST(SimulateStep, ComputingAloneIsItsSum) {
+  for (const int64_t micro_batches : {1, 2, 3, 7}) {
+    StepCost cost = Layers(3);
+    cost.micro_batches = micro_batches;
+    MachineProfile machine = Machine();
+    machine.peak_tflops = 4000;
+    const StepFigures figures = SimulateStep(RunOn({}), machine, cost);
+    EXPECT_DOUBLE_EQ(figures.step_seconds, 9 * static_cast<double>(micro_batches) + 1.5);
+    EXPECT_DOUBLE_EQ(figures.compute_seconds, figures.step_seconds);
+    EXPECT_DOUBLE_EQ(figures.tokens_per_second, 8000 / figures.step_seconds);
+    EXPECT_DOUBLE_EQ(figures.tflops_causal, figures.tokens_per_second);
+    EXPECT_DOUBLE_EQ(figures.tflops_full, 2 * figures.tokens_per_second);
+    EXPECT_DOUBLE_EQ(figures.mfu_causal, figures.tflops_causal / 4000);
+    EXPECT_EQ(figures.bytes_inside_hosts + figures.bytes_between_hosts, 0);
+  }
+}
+
+// Of two ranks each sends half of a bucket: 1.5 seconds, within the 2 of the next layer's backward but for
+// the last of all. Gathering takes 0.5, as an update does.
+TEST(SimulateStep, GradientsHideBehindBackward) {
+  const StepFigures figures = SimulateStep(RunOn({.dp = 2}), Machine(), Layers(4, 300, 100));
+  EXPECT_NEAR(figures.compute_seconds, 4 * 3 + 4 * 0.5, 1e-9);
+  EXPECT_NEAR(figures.exposed_gradients_seconds, 1.5, 1e-9);
+  EXPECT_NEAR(figures.bubble_seconds, 0, 1e-9);
+  EXPECT_EQ(figures.bytes_inside_hosts, 4 * (300 + 100));
+  ExpectSharesAddUp(figures);
+}
+
+// 10 seconds for each bucket, one behind the other: all but the backward's 2 x 2 that come before the last
+// is complete. Gathering: 5 for each bucket, from the first one's update on.
+TEST(SimulateStep, GradientsThatDoNotHideAreExposed) {
+  const StepFigures figures = SimulateStep(RunOn({.dp = 2}), Machine(), Layers(3, 2000, 1000));
+  EXPECT_NEAR(figures.compute_seconds, 9 + 1.5, 1e-9);
+  const double reducing = 30 - 4;
+  const double gathering = 15 - (3 * 0.5 - 0.5) - 2;  // but for other updates, and forward but for the last
+  EXPECT_NEAR(figures.exposed_gradients_seconds, reducing + gathering, 1e-9);
+  ExpectSharesAddUp(figures);
+}
+
+TEST(SimulateStep, ExchangesExposeWhatTheirPlansDo) {
+  const StepCost cost = WithExchange(Layers(2), 100);
+  const StepFigures figures = SimulateStep(RunOn({.cp = 2}), Machine(), cost);
+  EXPECT_NEAR(figures.compute_seconds, 2 * (3 + 2 * 2) + 1, 1e-9);
+  EXPECT_NEAR(figures.exposed_exchange_seconds, 4, 1e-9);
+  EXPECT_NEAR(figures.step_seconds, 2 * (3 + 6) + 1, 1e-9);
+  EXPECT_EQ(figures.bytes_inside_hosts, 4 * 200);
+  EXPECT_EQ(figures.plans, std::vector<std::string>{"forward: kv_ring by nccl"});
+  // Messages for which the links need more than the pass: 400 bytes, 4 seconds.
+  const StepFigures slow = SimulateStep(RunOn({.cp = 2}), Machine(), WithExchange(Layers(2), 400));
+  EXPECT_NEAR(slow.exposed_exchange_seconds, 8, 1e-9);
+  ExpectSharesAddUp(slow);
+}
+
+// Reducing takes longer than all that is computed, so that every exchange has half of the links; halving the
+// network's rate then costs as much again.
+TEST(SimulateStep, GradientsAndExchangesContendForTheHost) {
+  const RunSpec spec = RunOn({.dp = 2, .cp = 2});
+  MachineProfile machine = Machine(1);
+  const StepCost free = WithExchange(Layers(2), 300), contended = WithExchange(Layers(2, 2000), 300);
+  const auto exchange = [&](const StepCost& cost, double host_rate) {
+    machine.network.host_bytes_per_second = host_rate;
+    const StepFigures figures = SimulateStep(spec, machine, cost);
+    ExpectSharesAddUp(figures);
+    return figures.exposed_exchange_seconds;
+  };
+  EXPECT_NEAR(exchange(free, 0), 4, 1e-9);
+  EXPECT_NEAR(exchange(free, 50), 4 * (6 - 2), 1e-9);
+  // Of the four passes the last layer's bucket is being reduced during one: 6 seconds in place of 3.
+  EXPECT_NEAR(exchange(contended, 0), 4 + 3, 1e-9);
+  EXPECT_NEAR(exchange(contended, 50), 3 * (6 - 2) + (12 - 2), 1e-9);
+}
+
+TEST(SimulateStep, TensorCollectivesAndStatesTakeTheirTime) {
+  StepCost cost = Layers(1);
+  cost.layers[0].forward.push_back({.kind = StageKind::kTensorGather, .bytes = 100});
+  cost.layers[0].backward.push_back({.kind = StageKind::kTensorScatter, .bytes = 50});
+  cost.layers[0].backward.push_back({.kind = StageKind::kStates, .bytes = 25});
+  const RunSpec spec = RunOn({.dp = 1, .cp = 2, .tp = 2});
+  const StepFigures figures = SimulateStep(spec, Machine(), cost);
+  EXPECT_NEAR(figures.exposed_tensor_seconds, 1.5, 1e-9);
+  EXPECT_NEAR(figures.exposed_exchange_seconds, 0.25, 1e-9);
+  EXPECT_EQ(figures.bytes_inside_hosts, 4 * 175);
+  EXPECT_EQ(figures.bytes_between_hosts, 0);
+  // Of hosts of two the tensor group is inside.
+  EXPECT_EQ(SimulateStep(spec, Machine(2), cost).bytes_between_hosts, 4 * 25);
+  // Measured rates of collectives hold inside a host; the least measured is the least that one takes.
+  MachineProfile measured = Machine(2);
+  measured.collectives = {{100, 10}, {1000, 10}};
+  const StepFigures by_rate = SimulateStep(spec, measured, cost);
+  EXPECT_NEAR(by_rate.exposed_tensor_seconds, 20, 1e-9);
+  EXPECT_NEAR(by_rate.exposed_exchange_seconds, 0.25, 1e-9);
+  ExpectSharesAddUp(by_rate);
+}
+
+// Four ranks on hosts of two. A ring leaves each host as often as it enters it; parts that are sent straight
+// to their rank do so two times of three.
+TEST(SimulateStep, CollectivesBetweenHosts) {
+  RunSpec spec = RunOn({.dp = 4});
+  MachineProfile machine = Machine(2);
+  machine.network.links = {Link(10)};
+  StepCost cost = Layers(1, 400);
+  const StepFigures ring = SimulateStep(spec, machine, cost);
+  EXPECT_EQ(ring.bytes_inside_hosts, 600);
+  EXPECT_EQ(ring.bytes_between_hosts, 600);
+  EXPECT_NEAR(ring.exposed_gradients_seconds, 15, 1e-9);  // of 300 a rank half, at 10 a second
+  spec.device = DeviceChoice::kCpu;
+  const StepFigures direct = SimulateStep(spec, machine, cost);
+  EXPECT_EQ(direct.bytes_between_hosts, 800);
+  EXPECT_NEAR(direct.exposed_gradients_seconds, 20, 1e-9);
+  // A host's ranks share its card.
+  machine.network.host_bytes_per_second = 10;
+  EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40, 1e-9);
+  // A message for each doubling of the ranks inside and of the hosts; the norm goes up and down.
+  machine.network.links = {Link(10, 1)};
+  machine.links = {Link(kLinkRate, 0.5)};
+  EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40 + 1.5 + 2 * 1.5, 1e-9);
+}
+
+TEST(SimulateStep, JitterAndStragglersSlowDown) {
+  const RunSpec spec = RunOn({.dp = 4, .cp = 2});
+  const StepCost cost = WithExchange(Layers(3, 100, 100), 100);
+  const double even = SimulateStep(spec, Machine(), cost).step_seconds;
+  const StepFigures jittery = SimulateStep(spec, Machine(), cost, {.seed = 1, .jitter = 0.1});
+  EXPECT_GT(jittery.step_seconds, even);
+  EXPECT_LT(jittery.step_seconds, even * 1.3);
+  EXPECT_GT(jittery.bubble_seconds, 0);
+  ExpectSharesAddUp(jittery);
+  EXPECT_EQ(SimulateStep(spec, Machine(), cost, {.seed = 1, .jitter = 0.1}).step_seconds,
+            jittery.step_seconds);
+  EXPECT_NE(SimulateStep(spec, Machine(), cost, {.seed = 2, .jitter = 0.1}).step_seconds,
+            jittery.step_seconds);
+
+  const StepFigures slow =
+      SimulateStep(spec, Machine(), Layers(3, 3, 3), {.straggler_share = 0.1, .straggler_slowdown = 1.5});
+  EXPECT_NEAR(slow.step_seconds, 1.5 * (9 + 1.5), 0.1);
+  EXPECT_NEAR(slow.compute_seconds, (1.5 + 7) / 8 * (9 + 1.5), 1e-9);
+  ExpectSharesAddUp(slow);
+}
+
+TEST(SimulateStep, WeakScalingIsFlatWithoutCommunication) {
+  const double one = SimulateStep(RunOn({}), Machine(8), Layers(4)).step_seconds;
+  for (const int dp : {2, 16, 128}) {
+    const StepFigures figures = SimulateStep(RunOn({.dp = dp}), Machine(8), Layers(4));
+    EXPECT_NEAR(figures.step_seconds, one, 1e-9);
+  }
+}
+
+// A bucket that two layers share is complete behind the backward of the one that comes first in forward.
+TEST(SimulateStep, SharedBucketsWaitForTheirFirstLayer) {
+  StepCost cost = Layers(2, 0);
+  cost.buckets[1].gradient_bytes = 200;  // one second
+  EXPECT_NEAR(SimulateStep(RunOn({.dp = 2}), Machine(), cost).exposed_gradients_seconds, 0, 1e-9);
+  cost.layers[0].buckets = {0, 1};
+  EXPECT_NEAR(SimulateStep(RunOn({.dp = 2}), Machine(), cost).exposed_gradients_seconds, 1, 1e-9);
+}
+
+// 4096 ranks, 32 layers: well within a minute.
+TEST(SimulateStep, ThousandsOfRanks) {
+  const RunSpec spec = RunOn({.dp = 64, .cp = 64});
+  StepCost cost = Layers(32, 1000, 1000);
+  ExchangePass pass{
+      .plan = "kv_ring", .seconds = std::vector<double>(64, 3), .exposed = std::vector<double>(64, 1)};
+  for (int r = 0; r < 64; ++r) pass.sent.push_back({.from = r, .to = (r + 1) % 64, .bytes = 100});
+  cost.exchanges = {pass};
+  for (LayerCost& layer : cost.layers) {
+    layer.forward.insert(layer.forward.begin() + 1, {.kind = StageKind::kExchange, .exchange = 0});
+    layer.backward.push_back({.kind = StageKind::kExchange, .exchange = 0});
+    layer.backward.push_back(Computing(1));
+  }
+  const StepFigures figures = SimulateStep(spec, Machine(8), cost, {.jitter = 0.01});
+  const int64_t exchanged = 64 * 4096 * int64_t{100}, collected = 64 * 4095 * int64_t{1000};
+  EXPECT_EQ(figures.bytes_inside_hosts + figures.bytes_between_hosts, exchanged + collected);
+  EXPECT_EQ(figures.bytes_between_hosts, exchanged / 8 + collected / 8);
+  EXPECT_GT(figures.step_seconds, 32 * 10);
+  ExpectSharesAddUp(figures);
+}
+
+}  // namespace
+}  // namespace annulus
