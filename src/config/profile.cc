@@ -14,10 +14,13 @@ using config::Section;
 
 constexpr IntRange kRanks{1, 1 << 20};
 constexpr IntRange kMultiprocessors{0, 1 << 20};
+constexpr IntRange kRanksPerHost{1, 1 << 20};
+constexpr IntRange kBytes{0, int64_t{1} << 50};
 constexpr RealRange kSize{0.0, 1e30, RealRange::Bound::kOpen};
 constexpr RealRange kPerSecond{0.0, 1e30, RealRange::Bound::kOpen};
 constexpr RealRange kSeconds{0.0, 1e6};
 constexpr RealRange kSlowdown{1.0, 1e6};
+constexpr RealRange kAtLeastZero{0.0, 1e30};
 constexpr size_t kLongestText = size_t{1} << 24;
 
 template <typename T>
@@ -43,6 +46,22 @@ const Names<TransportKind>& Transports() {
   static const auto& names = *new Names<TransportKind>{{"HOST", TransportKind::kHost},
                                                        {"NCCL", TransportKind::kNccl},
                                                        {"COPY_ENGINE", TransportKind::kCopyEngine}};
+  return names;
+}
+const Names<ScanKernel>& Scans() {
+  static const auto& names =
+      *new Names<ScanKernel>{{"SSD", ScanKernel::kSsd}, {"DELTA_RULE", ScanKernel::kDeltaRule}};
+  return names;
+}
+const Names<PassKind>& PassKinds() {
+  static const auto& names = *new Names<PassKind>{{"MOVE", PassKind::kMove},
+                                                  {"NORM", PassKind::kNorm},
+                                                  {"ACTIVATION", PassKind::kActivation},
+                                                  {"ROPE", PassKind::kRope},
+                                                  {"CONVOLUTION", PassKind::kConvolution},
+                                                  {"GATED_NORM", PassKind::kGatedNorm},
+                                                  {"CROSS_ENTROPY", PassKind::kCrossEntropy},
+                                                  {"ADAMW", PassKind::kAdamW}};
   return names;
 }
 
@@ -89,6 +108,41 @@ LinkRate BindLink(const Section& section) {
   return rate;
 }
 
+ScanRate BindScan(const Section& section) {
+  ScanRate rate;
+  section.Enum("kernel", Scans(), &rate.kernel, Presence::kRequired);
+  section.Enum("pass", Passes(), &rate.pass, Presence::kRequired);
+  rate.updates = BindPoints(section, "updates");
+  return rate;
+}
+
+PassRate BindPass(const Section& section) {
+  PassRate rate;
+  section.Enum("kind", PassKinds(), &rate.kind, Presence::kRequired);
+  section.Enum("pass", Passes(), &rate.pass, Presence::kRequired);
+  rate.bytes = BindPoints(section, "bytes");
+  return rate;
+}
+
+NetworkProfile BindNetwork(const Section& section) {
+  NetworkProfile network;
+  int64_t ranks = 0;
+  section.Int("ranks_per_host", Presence::kRequired, kRanksPerHost, &ranks);
+  network.ranks_per_host = static_cast<int>(ranks);
+  for (const Section& link : section.Children("link")) network.links.push_back(BindLink(link));
+  section.Real("host_bytes_per_second", Presence::kOptional, kAtLeastZero, &network.host_bytes_per_second);
+  return network;
+}
+
+ReliabilityProfile BindReliability(const Section& section) {
+  ReliabilityProfile reliability;
+  section.Real("failure_hours", Presence::kOptional, kAtLeastZero, &reliability.failure_hours);
+  section.Real("restart_seconds", Presence::kOptional, kAtLeastZero, &reliability.restart_seconds);
+  section.Real("storage_bytes_per_second", Presence::kOptional, kAtLeastZero,
+               &reliability.storage_bytes_per_second);
+  return reliability;
+}
+
 MachineProfile Bind(const Section& root) {
   MachineProfile profile;
   int64_t ranks = 0, multiprocessors = 0;
@@ -102,6 +156,14 @@ MachineProfile Bind(const Section& root) {
   profile.copy = BindPoints(root, "copy");
   profile.products = BindPoints(root, "product", Presence::kOptional);
   profile.product_gradients = BindPoints(root, "product_gradients", Presence::kOptional);
+  for (const Section& scan : root.Children("scan")) profile.scans.push_back(BindScan(scan));
+  for (const Section& pass : root.Children("pass")) profile.passes.push_back(BindPass(pass));
+  profile.collectives = BindPoints(root, "collective", Presence::kOptional);
+  root.Real("peak_tflops", Presence::kOptional, kAtLeastZero, &profile.peak_tflops);
+  root.Int("memory_bytes", Presence::kOptional, kBytes, &profile.memory_bytes);
+  root.Int("other_memory_bytes", Presence::kOptional, kBytes, &profile.other_memory_bytes);
+  if (root.Has("network")) profile.network = BindNetwork(root.Child("network"));
+  if (root.Has("reliability")) profile.reliability = BindReliability(root.Child("reliability"));
   for (const Section& link : root.Children("link")) profile.links.push_back(BindLink(link));
   for (const Section& rate : root.Children("attention")) profile.attention.push_back(BindAttention(rate));
   if (profile.attention.empty()) {
@@ -147,6 +209,43 @@ void WriteLink(const LinkRate& rate, config::LinkRate* out) {
   out->set_computing_slowdown(rate.computing_slowdown);
 }
 
+config::Direction DirectionOf(Pass pass) {
+  return static_cast<config::Direction>(NumberOf(Passes(), config::Direction_descriptor(), pass));
+}
+
+void WriteScan(const ScanRate& rate, config::ScanRate* out) {
+  using To = config::ScanRate;
+  out->set_kernel(static_cast<To::Kernel>(NumberOf(Scans(), To::Kernel_descriptor(), rate.kernel)));
+  out->set_pass(DirectionOf(rate.pass));
+  WritePoints(rate.updates, out->mutable_updates());
+}
+
+void WritePass(const PassRate& rate, config::PassRate* out) {
+  using To = config::PassRate;
+  out->set_kind(static_cast<To::Kind>(NumberOf(PassKinds(), To::Kind_descriptor(), rate.kind)));
+  out->set_pass(DirectionOf(rate.pass));
+  WritePoints(rate.bytes, out->mutable_bytes());
+}
+
+// Fields that are not known are left out.
+void WriteMachine(const MachineProfile& profile, config::MachineProfile* out) {
+  if (profile.peak_tflops > 0) out->set_peak_tflops(profile.peak_tflops);
+  if (profile.memory_bytes > 0) out->set_memory_bytes(profile.memory_bytes);
+  if (profile.other_memory_bytes > 0) out->set_other_memory_bytes(profile.other_memory_bytes);
+  if (profile.network != NetworkProfile()) {
+    config::Network* network = out->mutable_network();
+    network->set_ranks_per_host(profile.network.ranks_per_host);
+    for (const LinkRate& link : profile.network.links) WriteLink(link, network->add_link());
+    network->set_host_bytes_per_second(profile.network.host_bytes_per_second);
+  }
+  if (profile.reliability != ReliabilityProfile()) {
+    config::Reliability* reliability = out->mutable_reliability();
+    reliability->set_failure_hours(profile.reliability.failure_hours);
+    reliability->set_restart_seconds(profile.reliability.restart_seconds);
+    reliability->set_storage_bytes_per_second(profile.reliability.storage_bytes_per_second);
+  }
+}
+
 }  // namespace
 
 absl::StatusOr<MachineProfile> ParseProfile(const std::string& name, const std::string& text) {
@@ -174,6 +273,10 @@ std::string ProfileText(const MachineProfile& profile) {
   WritePoints(profile.copy, message.mutable_copy());
   WritePoints(profile.products, message.mutable_product());
   WritePoints(profile.product_gradients, message.mutable_product_gradients());
+  for (const ScanRate& rate : profile.scans) WriteScan(rate, message.add_scan());
+  for (const PassRate& rate : profile.passes) WritePass(rate, message.add_pass());
+  WritePoints(profile.collectives, message.mutable_collective());
+  WriteMachine(profile, &message);
   for (const LinkRate& link : profile.links) WriteLink(link, message.add_link());
   for (const AttentionRate& rate : profile.attention) WriteAttention(rate, message.add_attention());
   return absl::StrCat(profile.measured ? "# Measured by annulus calibrate.\n" : "# Assumed, not measured.\n",

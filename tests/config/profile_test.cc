@@ -31,6 +31,20 @@ MachineProfile Profile() {
                     .message_seconds = 0}};
   profile.products = {{1e9, 3.5e14}, {1e11, 6e14}};
   profile.product_gradients = {{2e9, 3e14}};
+  profile.scans = {{.kernel = ScanKernel::kDeltaRule, .pass = Pass::kBackward, .updates = {{1e6, 3e11}}}};
+  profile.passes = {
+      {.kind = PassKind::kGatedNorm, .pass = Pass::kBackward, .bytes = {{2e6, 1e12}, {1e9, 2e12}}}};
+  profile.collectives = {{1 << 20, 2e10}};
+  profile.peak_tflops = 989.5;
+  profile.memory_bytes = int64_t{141} << 30;
+  profile.other_memory_bytes = int64_t{3} << 30;
+  profile.network = {.ranks_per_host = 8,
+                     .links = {{.transport = TransportKind::kNccl,
+                                .one_way = {{65536, 2e10}},
+                                .both_ways = {{65536, 2e10}},
+                                .message_seconds = 1e-5}},
+                     .host_bytes_per_second = 4e11};
+  profile.reliability = {.failure_hours = 1500, .restart_seconds = 120, .storage_bytes_per_second = 2e9};
   profile.attention = {{.kernel = AttentionKernel::kCudnn,
                         .pass = Pass::kBackward,
                         .shape = MaskShape::kCausal,
@@ -88,6 +102,17 @@ TEST(Profile, MistakesAreNamed) {
   EXPECT_EQ(ErrorsOf("  both_ways { size: 65536 per_second: 70000000000 }\n", ""),
             "p.textproto:8:1: link[0].both_ways: missing; expected at least one both_ways { size: ... "
             "per_second: ... }");
+  EXPECT_TRUE(absl::StrContains(ErrorsOf("DELTA_RULE", "DELTA"),
+                                "scan[0].kernel=DELTA: expected one of SSD, DELTA_RULE (did you mean"))
+      << ErrorsOf("DELTA_RULE", "DELTA");
+  EXPECT_TRUE(
+      absl::StrContains(ErrorsOf("kind: GATED_NORM", "kind: GATED"),
+                        "pass[0].kind=GATED: expected one "
+                        "of MOVE, NORM, ACTIVATION, ROPE, CONVOLUTION, GATED_NORM, CROSS_ENTROPY, ADAMW"));
+  EXPECT_TRUE(absl::StrContains(ErrorsOf("ranks_per_host: 8", "ranks_per_host: 0"),
+                                "network.ranks_per_host=0: expected an integer from 1 to 1048576"));
+  EXPECT_TRUE(absl::StrContains(ErrorsOf("restart_seconds: 120", "restart_seconds: -1"),
+                                "reliability.restart_seconds=-1: expected a number in [0, 1e+30]"));
 }
 
 // As a run of annulus calibrate leaves it that was killed, say: no field is called right that is not.
