@@ -126,31 +126,20 @@ void StepGraph::AddMicroBatch(int64_t micro, int64_t micro_batches) {
   times_ = 1;
 }
 
-// Kernels one behind the other are one task.
+// Kernels one behind the other are one task, but for what runs while something else does.
 void StepGraph::AddStages(const std::vector<Stage>& stages) {
   double seconds = 0;
-  for (const Stage& stage : stages) {
-    if (stage.kind == StageKind::kCompute) {
-      seconds += stage.seconds;
-      continue;
-    }
-    AddCompute(std::exchange(seconds, 0));
-    switch (stage.kind) {
-      case StageKind::kCompute:
-        break;
-      case StageKind::kExchange:
-        AddExchange(stage);
-        break;
-      case StageKind::kStates:
-        AddCollective(cp_groups_, stage.bytes, Share::kExchange);
-        break;
-      case StageKind::kTensorGather:
-      case StageKind::kTensorScatter:
-        AddCollective(tp_groups_, stage.bytes, Share::kTensor);
-        break;
-    }
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const Stage& stage = stages[i];
+    const bool computes = stage.kind == StageKind::kCompute;
+    if (computes) seconds += stage.seconds;
+    const bool joins = computes && i + 1 < stages.size() && stages[i + 1].kind == StageKind::kCompute;
+    if (joins && ranks_[0].meanwhile.empty()) continue;
+    if (computes) AddCompute(std::exchange(seconds, 0));
+    if (stage.kind == StageKind::kExchange) AddExchange(stage);
+    if (!stage.overlaps_next) WaitForMeanwhile();
+    if (!computes && stage.kind != StageKind::kExchange) AddCollective(stage);
   }
-  AddCompute(seconds);
 }
 
 void StepGraph::AddCompute(double seconds) {
@@ -186,19 +175,36 @@ void StepGraph::AddExchange(const Stage& stage) {
   ++drawn_;
 }
 
-void StepGraph::AddCollective(const std::vector<RankGroup>& groups, int64_t bytes, Share share) {
-  if (bytes == 0) return;
-  for (const RankGroup& group : groups) {
-    if (group.size() == 1) continue;
-    const int64_t total = bytes * group.size();
-    const TaskId all_here = JoinArrivals(group), end = cluster_.Collective(group, total, all_here);
+void StepGraph::AddCollective(const Stage& stage) {
+  const bool tensor = stage.kind != StageKind::kStates;
+  for (const RankGroup& group : tensor ? tp_groups_ : cp_groups_) {
+    if (group.size() == 1 || stage.bytes == 0) continue;
+    const int64_t total = stage.bytes * group.size();
+    Under collective{.all_here = JoinArrivals(group), .share = tensor ? Share::kTensor : Share::kExchange};
+    collective.end = cluster_.Collective(group, total, collective.all_here);
     for (const int r : group.ranks) {
-      StateOf(r).waits_for = {end};
-      Account(r, all_here, Share::kBubble);
-      Account(r, end, share);
+      if (stage.overlaps_next) {
+        StateOf(r).meanwhile.push_back(collective);
+      } else {
+        StateOf(r).waits_for.clear();  // all_here has
+        WaitFor(r, collective);
+      }
     }
     CountSent(cluster_.SentIn(group, total));
   }
+}
+
+void StepGraph::WaitForMeanwhile() {
+  for (int r = 0; r < shape_.world(); ++r) {
+    for (const Under& collective : StateOf(r).meanwhile) WaitFor(r, collective);
+    StateOf(r).meanwhile.clear();
+  }
+}
+
+void StepGraph::WaitFor(int rank, const Under& collective) {
+  StateOf(rank).waits_for.push_back(collective.end);
+  Account(rank, collective.all_here, Share::kBubble);
+  Account(rank, collective.end, collective.share);
 }
 
 void StepGraph::WaitForParameters(const LayerCost& layer) {
@@ -228,6 +234,7 @@ void StepGraph::Reduce(int bucket) {
 // The step ends with it. Behind all reductions: the norm, then bucket by bucket the rank's shard, which is
 // gathered while the next is updated.
 void StepGraph::Update() {
+  WaitForMeanwhile();
   for (int r = 0; r < shape_.world(); ++r) {
     const Lane& lane = LaneOf(r);
     if (lane.last == kNoTask) continue;

@@ -43,9 +43,15 @@ class StepGraph {
     float times = 1;
     double exchange = 0;
   };
+  // A collective that a rank takes part in.
+  struct Under {
+    TaskId all_here = kNoTask, end = kNoTask;
+    Share share = Share::kTensor;
+  };
   struct RankState {
     TaskId last = kNoTask;                     // computing
     absl::InlinedVector<TaskId, 4> waits_for;  // besides, before it goes on
+    absl::InlinedVector<Under, 2> meanwhile;   // behind the next stage
     double slowness = 1;
     TaskId account_begins = kNoTask;
     std::vector<Entry> account;
@@ -66,7 +72,8 @@ class StepGraph {
   void AddStages(const std::vector<Stage>& stages);
   void AddCompute(double seconds);
   void AddExchange(const Stage& stage);
-  void AddCollective(const std::vector<RankGroup>& groups, int64_t bytes, Share share);
+  void AddCollective(const Stage& stage);
+  void WaitForMeanwhile();
   void WaitForParameters(const LayerCost& layer);
   void Reduce(int bucket);
   void Update();
@@ -75,6 +82,7 @@ class StepGraph {
   Lane& LaneOf(int rank) { return lanes_[static_cast<size_t>(rank % shape_.tp)]; }
   double Factor(int rank);
   TaskId ComputeOn(int rank, double seconds);
+  void WaitFor(int rank, const Under& collective);
   TaskId JoinArrivals(const RankGroup& group);
   void Account(int rank, TaskId until, Share share, double exchange = 0);
   void CountSent(const SentBytes& sent);

@@ -169,6 +169,25 @@ TEST(SimulateStep, TensorCollectivesAndStatesTakeTheirTime) {
   ExpectSharesAddUp(by_rate);
 }
 
+// One second of gathering besides one stage, and no more than that.
+TEST(SimulateStep, CollectivesRunWhileTheNextStageComputes) {
+  const auto exposed = [](std::vector<Stage> behind) {
+    StepCost cost = Layers(1);
+    std::vector<Stage>& forward = cost.layers[0].forward;
+    forward.push_back({.kind = StageKind::kTensorGather, .bytes = 100, .overlaps_next = true});
+    forward.insert(forward.end(), behind.begin(), behind.end());
+    const StepFigures figures = SimulateStep(RunOn({.tp = 2}), Machine(), cost);
+    ExpectSharesAddUp(figures);
+    return figures.exposed_tensor_seconds;
+  };
+  EXPECT_NEAR(exposed({Computing(2), Computing(2)}), 0, 1e-9);
+  EXPECT_NEAR(exposed({Computing(0.25), Computing(2)}), 0.75, 1e-9);
+  EXPECT_NEAR(exposed({}), 0, 1e-9) << "besides the backward";
+  // Both are under way at once, on the same links.
+  const Stage another{.kind = StageKind::kTensorGather, .bytes = 100, .overlaps_next = true};
+  EXPECT_NEAR(exposed({another, Computing(0.5), Computing(2)}), 1.5, 1e-9);
+}
+
 // Four ranks on hosts of two. A ring leaves each host as often as it enters it; parts that are sent straight
 // to their rank do so two times of three.
 TEST(SimulateStep, CollectivesBetweenHosts) {
