@@ -25,30 +25,41 @@ int Rounds(int ranks) { return std::bit_width(static_cast<unsigned>(ranks - 1));
 
 }  // namespace
 
-Cluster::Cluster(int ranks, const MachineProfile& machine, Pattern pattern, EventGraph* graph)
+Cluster::Cluster(int ranks, int simulated, const MachineProfile& machine, Pattern pattern, EventGraph* graph)
     : machine_(machine),
       pattern_(pattern),
       graph_(graph),
+      simulated_(simulated),
       ranks_per_host_(machine.network.ranks_per_host > 0 ? machine.network.ranks_per_host : ranks) {
   const double inside = BestRate(machine.links, machine.collectives);
   const double between = BestRate(machine.network.links, {});
   const auto ports = [&](double rate) { return Ports{graph_->AddLink(rate), graph_->AddLink(rate)}; };
-  for (int r = 0; r < ranks; ++r) {
+  for (int r = 0; r < simulated; ++r) {
     inside_.push_back(ports(inside));
     between_.push_back(ports(between));
   }
-  for (int host = 0; host <= HostOf(ranks - 1); ++host) {
+  for (int host = 0; host <= HostOf(simulated - 1); ++host) {
     host_links_.push_back(ports(machine.network.host_bytes_per_second));
   }
 }
 
 int Cluster::HostOf(int rank) const { return rank / ranks_per_host_; }
 
-RankGroup Cluster::Group(std::vector<int> ranks) const {
+RankGroup Cluster::Group(const std::vector<int>& ranks) const {
   std::map<int, int> members;
   for (const int r : ranks) ++members[HostOf(r)];
-  RankGroup group{.ranks = std::move(ranks), .on_host = {}, .hosts = static_cast<int>(members.size())};
-  for (const int r : group.ranks) group.on_host.push_back(members[HostOf(r)]);
+  const auto size = static_cast<int>(ranks.size());
+  RankGroup group{.size = size, .hosts = static_cast<int>(members.size())};
+  for (const int r : ranks) {
+    if (r >= simulated_) continue;
+    group.ranks.push_back(r);
+    group.on_host.push_back(members[HostOf(r)]);
+  }
+  group.ways = pattern_ == Pattern::kRing ? size : int64_t{size} * (size - 1);
+  if (group.hosts == 1) return group;
+  for (const auto& [host, here] : members) {
+    group.ways_between += pattern_ == Pattern::kRing ? 1 : int64_t{here} * (size - here);
+  }
   return group;
 }
 
@@ -95,28 +106,23 @@ std::vector<int> Cluster::LinksOf(Where where, int rank, bool out, bool in) cons
 }
 
 SentBytes Cluster::SentIn(const RankGroup& group, int64_t bytes) const {
-  if (group.hosts == 1) return {.inside = bytes};
-  const int64_t ranks = group.size();
-  int64_t leaving = group.hosts, ways = ranks;  // of the connections of a ring, those between hosts
-  if (pattern_ == Pattern::kDirect) {
-    leaving = 0, ways = ranks * (ranks - 1);
-    for (const int here : group.on_host) leaving += ranks - here;
-  }
-  const int64_t between = bytes / ways * leaving + bytes % ways * leaving / ways;
+  if (group.ways_between == 0) return {.inside = bytes};
+  const int64_t between =
+      bytes / group.ways * group.ways_between + bytes % group.ways * group.ways_between / group.ways;
   return {.inside = bytes - between, .between = between};
 }
 
 TaskId Cluster::Collective(const RankGroup& group, int64_t bytes, TaskId begin) {
-  if (group.size() == 1 || bytes == 0) return begin;
+  if (group.size == 1 || bytes == 0) return begin;
   const bool rated = group.hosts == 1 && !machine_.collectives.empty();  // latency included
   const double latency = rated ? 0 : RoundSeconds(group);
-  const double each = static_cast<double>(bytes) / group.size();
+  const double each = static_cast<double>(bytes) / group.size;
   std::vector<TaskId> flows;
   for (size_t i = 0; i < group.ranks.size(); ++i) {
-    const int here = group.on_host[i], elsewhere = group.size() - here;
+    const int here = group.on_host[i], elsewhere = group.size - here;
     double share = 0;  // that leaves the host
     if (group.hosts > 1) {
-      share = pattern_ == Pattern::kRing ? 1.0 / here : static_cast<double>(elsewhere) / (group.size() - 1);
+      share = pattern_ == Pattern::kRing ? 1.0 / here : static_cast<double>(elsewhere) / (group.size - 1);
     }
     for (const Where where : {Where::kInside, Where::kBetween}) {
       const double part = each * (where == Where::kInside ? 1 - share : share);
@@ -134,7 +140,7 @@ TaskId Cluster::Collective(const RankGroup& group, int64_t bytes, TaskId begin) 
 
 // Up a tree and down again.
 TaskId Cluster::SmallSum(const RankGroup& group, TaskId begin) {
-  if (group.size() == 1) return begin;
+  if (group.size == 1) return begin;
   return graph_->Transfer({.latency_seconds = 2 * RoundSeconds(group)}, {begin});
 }
 

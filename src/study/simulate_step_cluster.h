@@ -20,10 +20,12 @@ namespace annulus {
 
 // Ranks that act together, in the order of their places in the group.
 struct RankGroup {
-  std::vector<int> ranks;
-  std::vector<int> on_host;  // of each rank: members on its host, itself included
+  std::vector<int> ranks = {};    // those that are simulated
+  std::vector<int> on_host = {};  // of each of them: members on its host, itself included
+  int size = 1;                   // all of them
   int hosts = 1;
-  int size() const { return static_cast<int>(ranks.size()); }
+  int64_t ways_between = 0;  // of the connections of a collective, those between hosts
+  int64_t ways = 1;
 };
 
 // Bytes sent by all ranks together.
@@ -48,12 +50,11 @@ class Cluster {
  public:
   enum class Pattern { kRing, kDirect };  // of collectives
 
-  // `graph` outlives the cluster.
-  Cluster(int ranks, const MachineProfile& machine, Pattern pattern, EventGraph* graph);
+  // Ranks below `simulated` are; all others do as one of them does. `graph` outlives the cluster.
+  Cluster(int ranks, int simulated, const MachineProfile& machine, Pattern pattern, EventGraph* graph);
 
   int HostOf(int rank) const;
-  int hosts() const { return static_cast<int>(host_links_.size()); }
-  RankGroup Group(std::vector<int> ranks) const;
+  RankGroup Group(const std::vector<int>& ranks) const;
 
   // A collective in which all ranks together send so much; ends for all when all have. `begin` itself where
   // nothing is sent.
@@ -81,6 +82,7 @@ class Cluster {
   const MachineProfile& machine_;
   Pattern pattern_;
   EventGraph* graph_;
+  int simulated_;
   int ranks_per_host_;
   std::vector<Ports> inside_, between_;  // by rank
   std::vector<Ports> host_links_;        // by host; of hosts without a shared rate unlimited

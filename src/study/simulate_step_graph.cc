@@ -3,14 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <numeric>
 
 #include "annulus/base/check.h"
 
 namespace annulus {
 namespace {
 
-// The first begins with all parameters there; from the second on steps are alike but for jitter.
-constexpr int kSteps = 3;
+// The first begins with all parameters there. All ranks meet for the norm of the gradients, so that from the
+// second on steps are alike but for jitter.
+constexpr int kSteps = 2;
 
 // The last layer in backward order that has each bucket: its gradients are complete behind that one.
 std::vector<size_t> LastLayers(const StepCost& cost) {
@@ -21,16 +23,24 @@ std::vector<size_t> LastLayers(const StepCost& cost) {
   return last;
 }
 
+int SimulatedRanks(const MeshShape& shape, const MachineProfile& machine, const Disturbance& disturbance) {
+  const int replica = shape.cp * shape.tp, host = std::max(1, machine.network.ranks_per_host);
+  const int alike = std::lcm(replica, host);
+  const bool disturbed = disturbance.jitter > 0 || disturbance.straggler_share > 0;
+  return disturbed || shape.world() % alike != 0 ? shape.world() : alike;
+}
+
 }  // namespace
 
 StepGraph::StepGraph(const MeshShape& shape, const MachineProfile& machine, Cluster::Pattern pattern,
                      const StepCost& cost, const Disturbance& disturbance)
     : shape_(shape),
+      simulated_(SimulatedRanks(shape, machine, disturbance)),
       cost_(cost),
       disturbance_(disturbance),
       jitter_(disturbance.seed, "jitter"),
-      cluster_(shape.world(), machine, pattern, &graph_),
-      ranks_(static_cast<size_t>(shape.world())) {
+      cluster_(shape.world(), simulated_, machine, pattern, &graph_),
+      ranks_(static_cast<size_t>(simulated_)) {
   AddGroups();
   FindTraffic();
   const auto world = static_cast<uint64_t>(shape.world());
@@ -52,14 +62,18 @@ void StepGraph::AddGroups() {
     dp_cp[at.tp].push_back(r);
     world.push_back(r);
   }
-  for (auto& [at, ranks] : cp) cp_groups_.push_back(cluster_.Group(std::move(ranks)));
-  for (auto& [at, ranks] : tp) tp_groups_.push_back(cluster_.Group(std::move(ranks)));
-  for (auto& [at, ranks] : dp_cp) {
-    lanes_.push_back({.group = cluster_.Group(std::move(ranks)),
+  for (const auto& [at, ranks] : cp) {
+    if (ranks[0] < simulated_) cp_groups_.push_back(cluster_.Group(ranks));
+  }
+  for (const auto& [at, ranks] : tp) {
+    if (ranks[0] < simulated_) tp_groups_.push_back(cluster_.Group(ranks));
+  }
+  for (const auto& [at, ranks] : dp_cp) {
+    lanes_.push_back({.group = cluster_.Group(ranks),
                       .gathered_by_bucket = std::vector<TaskId>(cost_.buckets.size(), kNoTask),
                       .updated_by_bucket = std::vector<TaskId>(cost_.buckets.size(), kNoTask)});
   }
-  world_ = cluster_.Group(std::move(world));
+  world_ = cluster_.Group(world);
 }
 
 void StepGraph::FindTraffic() {
@@ -144,7 +158,7 @@ void StepGraph::AddStages(const std::vector<Stage>& stages) {
 
 void StepGraph::AddCompute(double seconds) {
   if (seconds == 0) return;
-  for (int r = 0; r < shape_.world(); ++r) Account(r, ComputeOn(r, seconds * Factor(r)), Share::kCompute);
+  for (int r = 0; r < simulated_; ++r) Account(r, ComputeOn(r, seconds * Factor(r)), Share::kCompute);
   ++drawn_;
 }
 
@@ -153,13 +167,13 @@ void StepGraph::AddExchange(const Stage& stage) {
   const ExchangePass& pass = cost_.exchanges[static_cast<size_t>(stage.exchange)];
   for (size_t g = 0; g < cp_groups_.size(); ++g) {
     const RankGroup& group = cp_groups_[g];
-    const TaskId all_here = group.size() > 1 ? JoinArrivals(group) : kNoTask;
+    const TaskId all_here = group.size > 1 ? JoinArrivals(group) : kNoTask;
     for (size_t i = 0; i < group.ranks.size(); ++i) {
       const int r = group.ranks[i];
       const double exposed = std::min(pass.exposed[i], pass.seconds[i]);
-      const double computing = (pass.seconds[i] - exposed) * Factor(r), first = computing / group.size();
+      const double computing = (pass.seconds[i] - exposed) * Factor(r), first = computing / group.size;
       Account(r, ComputeOn(r, first), Share::kCompute);
-      if (group.size() == 1) continue;
+      if (group.size == 1) continue;
       Account(r, all_here, Share::kBubble);
       RankState& rank = StateOf(r);
       rank.last = graph_.Compute(r, computing - first + exposed, {all_here});
@@ -169,7 +183,7 @@ void StepGraph::AddExchange(const Stage& stage) {
       cluster_.Messages(r, traffic, all_here, &flows);
       rank.waits_for.assign(flows.begin(), flows.end());
       for (const TaskId flow : flows) Account(r, flow, Share::kExchange);
-      CountSent(traffic.out);
+      CountSent(replicas() * traffic.out);
     }
   }
   ++drawn_;
@@ -178,8 +192,8 @@ void StepGraph::AddExchange(const Stage& stage) {
 void StepGraph::AddCollective(const Stage& stage) {
   const bool tensor = stage.kind != StageKind::kStates;
   for (const RankGroup& group : tensor ? tp_groups_ : cp_groups_) {
-    if (group.size() == 1 || stage.bytes == 0) continue;
-    const int64_t total = stage.bytes * group.size();
+    if (group.size == 1 || stage.bytes == 0) continue;
+    const int64_t total = stage.bytes * group.size;
     Under collective{.all_here = JoinArrivals(group), .share = tensor ? Share::kTensor : Share::kExchange};
     collective.end = cluster_.Collective(group, total, collective.all_here);
     for (const int r : group.ranks) {
@@ -190,12 +204,12 @@ void StepGraph::AddCollective(const Stage& stage) {
         WaitFor(r, collective);
       }
     }
-    CountSent(cluster_.SentIn(group, total));
+    CountSent(replicas() * cluster_.SentIn(group, total));
   }
 }
 
 void StepGraph::WaitForMeanwhile() {
-  for (int r = 0; r < shape_.world(); ++r) {
+  for (int r = 0; r < simulated_; ++r) {
     for (const Under& collective : StateOf(r).meanwhile) WaitFor(r, collective);
     StateOf(r).meanwhile.clear();
   }
@@ -208,7 +222,7 @@ void StepGraph::WaitFor(int rank, const Under& collective) {
 }
 
 void StepGraph::WaitForParameters(const LayerCost& layer) {
-  for (int r = 0; r < shape_.world(); ++r) {
+  for (int r = 0; r < simulated_; ++r) {
     const Lane& lane = LaneOf(r);
     for (const int bucket : layer.buckets) {
       const auto b = static_cast<size_t>(bucket);
@@ -223,8 +237,8 @@ void StepGraph::WaitForParameters(const LayerCost& layer) {
 void StepGraph::Reduce(int bucket) {
   reduced_[static_cast<size_t>(bucket)] = 1;
   for (Lane& lane : lanes_) {
-    if (lane.group.size() == 1) continue;
-    const int64_t sent = cost_.buckets[static_cast<size_t>(bucket)].gradient_bytes * (lane.group.size() - 1);
+    if (lane.group.size == 1) continue;
+    const int64_t sent = cost_.buckets[static_cast<size_t>(bucket)].gradient_bytes * (lane.group.size - 1);
     lane.all_here = JoinArrivals(lane.group);
     lane.last = cluster_.Collective(lane.group, sent, graph_.Join({lane.all_here, lane.last}));
     CountSent(cluster_.SentIn(lane.group, sent));
@@ -235,14 +249,14 @@ void StepGraph::Reduce(int bucket) {
 // gathered while the next is updated.
 void StepGraph::Update() {
   WaitForMeanwhile();
-  for (int r = 0; r < shape_.world(); ++r) {
+  for (int r = 0; r < simulated_; ++r) {
     const Lane& lane = LaneOf(r);
     if (lane.last == kNoTask) continue;
     StateOf(r).waits_for.push_back(lane.last);
     Account(r, lane.all_here, Share::kBubble);
     Account(r, lane.last, Share::kGradients);
   }
-  if (world_.size() > 1) {
+  if (world_.size > 1) {
     const TaskId all_here = JoinArrivals(world_), norm = cluster_.SmallSum(world_, all_here);
     for (const int r : world_.ranks) {
       StateOf(r).waits_for = {norm};
@@ -253,15 +267,15 @@ void StepGraph::Update() {
   for (size_t b = 0; b < cost_.buckets.size(); ++b) {
     AddCompute(cost_.buckets[b].update_seconds);
     for (Lane& lane : lanes_) {
-      if (lane.group.size() == 1) continue;
-      const int64_t sent = cost_.buckets[b].parameter_bytes * (lane.group.size() - 1);
+      if (lane.group.size == 1) continue;
+      const int64_t sent = cost_.buckets[b].parameter_bytes * (lane.group.size - 1);
       lane.updated_by_bucket[b] = JoinArrivals(lane.group);
       lane.last = cluster_.Collective(lane.group, sent, graph_.Join({lane.updated_by_bucket[b], lane.last}));
       lane.gathered_by_bucket[b] = lane.last;
       CountSent(cluster_.SentIn(lane.group, sent));
     }
   }
-  for (int r = 0; r < shape_.world(); ++r) ComputeOn(r, 0);
+  for (int r = 0; r < simulated_; ++r) ComputeOn(r, 0);
 }
 
 // Of computing: slower ranks, and jitter with a mean of 1.

@@ -6,6 +6,9 @@
 // All ranks run the same stages, so tasks are added stage by stage, for all of them. Where a rank waits for
 // others, the time until the last of them has come is a bubble; what follows is the transfer's.
 //
+// Replicas. Undisturbed, data-parallel replicas on hosts that are filled alike all do the same: only the
+// first few are simulated.
+//
 // Micro-batches. The first waits for parameters, the last reduces gradients; those between are alike, and
 // one stands for them all.
 
@@ -85,9 +88,11 @@ class StepGraph {
   void WaitFor(int rank, const Under& collective);
   TaskId JoinArrivals(const RankGroup& group);
   void Account(int rank, TaskId until, Share share, double exchange = 0);
-  void CountSent(const SentBytes& sent);
+  void CountSent(const SentBytes& sent);  // by all ranks
+  int64_t replicas() const { return shape_.world() / simulated_; }
 
   MeshShape shape_;
+  int simulated_;  // ranks
   const StepCost& cost_;
   const Disturbance& disturbance_;
   RandomStream jitter_;

@@ -241,6 +241,31 @@ TEST(SimulateStep, WeakScalingIsFlatWithoutCommunication) {
   }
 }
 
+// Replicas that do alike need not all be simulated: with a share of stragglers that are none, all are.
+TEST(SimulateStep, ReplicasStandForEachOther) {
+  StepCost cost = WithExchange(Layers(3, 700, 300), 150);
+  cost.micro_batches = 4;
+  cost.layers[1].forward.push_back({.kind = StageKind::kTensorGather, .bytes = 90});
+  cost.layers[1].backward.push_back({.kind = StageKind::kStates, .bytes = 60, .overlaps_next = true});
+  for (const int ranks_per_host : {0, 2, 4, 6, 8}) {
+    for (const DeviceChoice device : {DeviceChoice::kCuda, DeviceChoice::kCpu}) {
+      SCOPED_TRACE(absl::StrCat(ranks_per_host, " ranks a host"));
+      RunSpec spec = RunOn({.dp = 6, .cp = 2, .tp = 2});
+      spec.device = device;
+      MachineProfile machine = Machine(ranks_per_host);
+      machine.network.host_bytes_per_second = 130;
+      const StepFigures some = SimulateStep(spec, machine, cost);
+      const StepFigures all = SimulateStep(spec, machine, cost, {.straggler_share = 1});
+      EXPECT_NEAR(some.step_seconds, all.step_seconds, 1e-9 * all.step_seconds);
+      EXPECT_NEAR(some.exposed_exchange_seconds, all.exposed_exchange_seconds, 1e-9 * all.step_seconds);
+      EXPECT_NEAR(some.exposed_gradients_seconds, all.exposed_gradients_seconds, 1e-9 * all.step_seconds);
+      EXPECT_NEAR(some.exposed_tensor_seconds, all.exposed_tensor_seconds, 1e-9 * all.step_seconds);
+      EXPECT_EQ(some.bytes_inside_hosts, all.bytes_inside_hosts);
+      EXPECT_EQ(some.bytes_between_hosts, all.bytes_between_hosts);
+    }
+  }
+}
+
 // A bucket that two layers share is complete behind the backward of the one that comes first in forward.
 TEST(SimulateStep, SharedBucketsWaitForTheirFirstLayer) {
   StepCost cost = Layers(2, 0);
