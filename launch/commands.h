@@ -75,5 +75,6 @@ Command CalibrateCommand();
 Command ExportCommand();
 Command ImportCommand();
 Command ConvertCommand();
+Command ReportCommand();
 
 }  // namespace annulus

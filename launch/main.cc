@@ -11,8 +11,9 @@ namespace annulus {
 namespace {
 
 std::vector<Command> Commands() {
-  return {TrainCommand(), CheckCommand(),     PlanCommand(),   SampleCommand(), DoctorCommand(),
-          BenchCommand(), CalibrateCommand(), ExportCommand(), ImportCommand(), ConvertCommand()};
+  return {TrainCommand(),  CheckCommand(),   PlanCommand(),      SampleCommand(),
+          DoctorCommand(), BenchCommand(),   CalibrateCommand(), ExportCommand(),
+          ImportCommand(), ConvertCommand(), ReportCommand()};
 }
 
 bool IsHelp(const std::string& arg) { return arg == "--help" || arg == "-h"; }

@@ -1,0 +1,390 @@
+// The page of a study: what was measured where, then figures from throughput to errors of predictions, then
+// every point.
+
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "annulus/study/report.h"
+#include "annulus/train/report.h"
+#include "report_study_charts.h"
+#include "report_text.h"
+
+namespace annulus {
+namespace {
+
+using Align = HtmlTable::Align;
+using Panels = std::vector<SeriesPanel>;
+
+double RatePerRank(const PointResult& point, const StepFigures& figures) {
+  return figures.tokens_per_second / static_cast<double>(std::max<int64_t>(1, point.point.ranks));
+}
+
+bool HasFigures(const PointResult& point) {
+  return point.measured.has_value() || point.predicted.has_value();
+}
+
+// The point that a series is compared with: its first with figures; null if there is none.
+const PointResult* BaseOf(const PointSeries& series) {
+  const auto base = std::find_if(series.points.begin(), series.points.end(),
+                                 [](const PointResult* point) { return HasFigures(*point); });
+  return base == series.points.end() ? nullptr : *base;
+}
+
+// Of the same kind, if the first point has both.
+double BaseRate(const PointSeries& series, Look look) {
+  const PointResult* base = BaseOf(series);
+  if (base == nullptr) return kNotANumber;
+  const bool measured =
+      base->measured.has_value() && (look == Look::kMeasured || !base->predicted.has_value());
+  return RatePerRank(*base, measured ? *base->measured : *base->predicted);
+}
+
+double IdealRate(const PointSeries& series, const PointResult& point) {
+  return BaseRate(series, Look::kMeasured) * static_cast<double>(point.point.ranks);
+}
+
+double Efficiency(const Drawn& drawn) {
+  return RatePerRank(drawn.point, drawn.figures) / BaseRate(drawn.series, drawn.look);
+}
+
+template <typename Fn>
+bool AnyFigures(const StudyResults& results, Fn&& holds) {
+  return std::any_of(results.points.begin(), results.points.end(), [&](const PointResult& point) {
+    return (point.measured.has_value() && holds(*point.measured)) ||
+           (point.predicted.has_value() && holds(*point.predicted));
+  });
+}
+
+template <typename Fn>
+int64_t Count(const StudyResults& results, Fn&& holds) {
+  return std::count_if(results.points.begin(), results.points.end(), holds);
+}
+
+std::string LeadOf(const StudyResults& results) {
+  return absl::StrCat(results.scaling == Scaling::kStrong
+                          ? "Strong scaling: all points of a line do the same work."
+                          : "Weak scaling: the work grows with the ranks.",
+                      " Machine: ", results.device.empty() ? "not named" : results.device,
+                      "; its profile is ", results.profile_measured ? "measured" : "assumed", ".");
+}
+
+void AddSummary(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  page->Section("Summary", "");
+  const int64_t measured = Count(results, [](const auto& p) { return p.measured.has_value(); });
+  const int64_t simulated =
+      Count(results, [](const auto& p) { return p.predicted.has_value() && !p.measured.has_value(); });
+  const int64_t failed = Count(results, [](const auto& p) { return p.state == PointState::kFailed; });
+  const int64_t open = Count(results, [](const auto& p) { return p.state == PointState::kOpen; });
+  std::vector<std::string> items = {
+      absl::StrCat(CountText(static_cast<int64_t>(results.points.size()), "point"), ": ", measured,
+                   " measured, ", simulated, " simulated only, ", failed, " failed, ", open, " open.")};
+  if (measured > 0) items.push_back(absl::StrCat("Measured: medians over steps, on ", results.device, "."));
+  if (simulated > 0) {
+    items.push_back(absl::StrCat("Simulated: predicted step by step for ", results.device, " by ",
+                                 results.profile_measured ? "a measured" : "an assumed",
+                                 " machine profile."));
+  }
+  for (const bool of_measured : {true, false}) {
+    double best = 0;
+    std::string text;
+    ForEachPoint(panels, [&](const SeriesPanel& panel, const PointSeries& series, const PointResult& point) {
+      const auto& figures = of_measured ? point.measured : point.predicted;
+      if (!figures.has_value() || !(figures->tokens_per_second > best)) return;
+      best = figures->tokens_per_second;
+      text = absl::StrCat("Most tokens a second, ", of_measured ? kMeasuredText : kSimulatedText, ": ",
+                          RateText(best), " with ", PointText(panel, series, point), ".");
+    });
+    if (!text.empty()) items.push_back(text);
+  }
+  page->List(items);
+}
+
+void AddThroughput(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  double low = INFINITY, high = 0;
+  AnyFigures(results, [&](const StepFigures& figures) {
+    if (figures.tokens_per_second > 0) low = std::min(low, figures.tokens_per_second);
+    if (std::isfinite(figures.tokens_per_second)) high = std::max(high, figures.tokens_per_second);
+    return false;
+  });
+  page->Section("Throughput",
+                "Tokens a second of all ranks. The ideal is the first point of a line times the ranks.");
+  AddRankFigure(panels,
+                {.title = "Throughput",
+                 .unit = "tokens/s",
+                 .scale = high > 5 * low ? Scale::kLog10 : Scale::kLinear,
+                 .value = [](const Drawn& drawn) { return drawn.figures.tokens_per_second; },
+                 .text = RateText,
+                 .tick = TickText,
+                 .ideal = IdealRate},
+                page);
+}
+
+void AddUtilization(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  const bool peak =
+      AnyFigures(results, [](const StepFigures& f) { return f.mfu_causal > 0 || f.mfu_full > 0; });
+  if (!peak) {
+    page->Section("Rate of computing",
+                  "FLOP/s of a rank, attention counted causal; the machine's peak is not known.");
+    AddRankFigure(panels,
+                  {.title = "Rate of computing",
+                   .unit = "TFLOP/s per rank",
+                   .value = [](const Drawn& drawn) { return drawn.figures.tflops_causal; },
+                   .text = NumberText,
+                   .tick = TickText},
+                  page);
+    return;
+  }
+  page->Section("Model FLOPs utilization",
+                "Of the machine's peak. Causal counts the keys that a token sees, full counts all of them; "
+                "recomputation is not counted.");
+  RankMetric metric{.title = "MFU, causal",
+                    .unit = "of the peak",
+                    .value = [](const Drawn& drawn) { return drawn.figures.mfu_causal; },
+                    .text = PercentText,
+                    .tick = PercentTick};
+  AddRankFigure(panels, metric, page);
+  metric.title = "MFU, full";
+  metric.value = [](const Drawn& drawn) { return drawn.figures.mfu_full; };
+  AddRankFigure(panels, metric, page);
+}
+
+void AddEfficiency(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  const char* title =
+      results.scaling == Scaling::kStrong ? "Strong scaling efficiency" : "Weak scaling efficiency";
+  page->Section(title, "Tokens a second of a rank, against those of a rank in the first point of the line.");
+  AddRankFigure(panels,
+                {.title = title,
+                 .unit = "of ideal",
+                 .value = Efficiency,
+                 .text = PercentText,
+                 .tick = PercentTick,
+                 .ideal = [](const auto&, const auto&) { return 1.0; }},
+                page);
+}
+
+std::vector<double> TimeParts(const StepFigures& f) {
+  return {f.compute_seconds, f.exposed_exchange_seconds, f.exposed_gradients_seconds,
+          f.exposed_tensor_seconds, f.bubble_seconds};
+}
+
+void AddBreakdown(const Panels& panels, HtmlPage* page) {
+  page->Section(
+      "Where the time of a step goes",
+      "Means over ranks. Exposed is what computing does not hide; bubbles are waits for slower ranks, "
+      "for data and for the host.");
+  const std::vector<std::string> parts = {"compute", "exposed exchange", "exposed gradients",
+                                          "exposed tensor", "bubbles"};
+  std::vector<std::string> columns = {"step"};
+  columns.insert(columns.end(), parts.begin(), parts.end());
+  AddPartFigure(panels,
+                {.title = "Time of a step",
+                 .unit = "share of the step",
+                 .parts = parts,
+                 .values =
+                     [](const StepFigures& f) {
+                       std::vector<double> shares = TimeParts(f);
+                       for (double& share : shares) share /= f.step_seconds;
+                       return shares;
+                     },
+                 .tick = PercentTick,
+                 .columns = columns,
+                 .cells =
+                     [](const StepFigures& f) {
+                       std::vector<std::string> cells = {StepText(f.step_seconds)};
+                       for (const double seconds : TimeParts(f)) {
+                         cells.push_back(absl::StrCat(StepText(seconds), " (",
+                                                      PercentText(seconds / f.step_seconds), ")"));
+                       }
+                       return cells;
+                     },
+                 .note = [](const StepFigures& f) { return StepText(f.step_seconds); }},
+                page);
+}
+
+std::vector<double> MemoryParts(const StepFigures& f) {
+  std::vector<double> bytes;
+  for (const MemoryPlan::Part& part : f.memory.parts()) bytes.push_back(static_cast<double>(part.bytes));
+  bytes.push_back(static_cast<double>(f.other_memory_bytes));
+  return bytes;
+}
+
+double MemoryOf(const StepFigures& f) { return static_cast<double>(f.memory.total() + f.other_memory_bytes); }
+
+std::vector<double> ByteParts(const StepFigures& f) {
+  return {static_cast<double>(f.bytes_inside_hosts), static_cast<double>(f.bytes_between_hosts)};
+}
+
+// Stacked bars of bytes, in the unit of the largest.
+struct ByteMetric {
+  std::string title;
+  std::vector<std::string> parts;
+  std::vector<double> (*bytes)(const StepFigures&);
+  double limit = 0;  // 0: none
+};
+
+void AddBytes(const StudyResults& results, const Panels& panels, const ByteMetric& metric, HtmlPage* page) {
+  const auto bytes = metric.bytes;
+  const auto total = [bytes](const StepFigures& f) {
+    double sum = 0;
+    for (const double part : bytes(f)) sum += part;
+    return sum;
+  };
+  double most = metric.limit;
+  AnyFigures(results, [&](const StepFigures& f) { return most = std::max(most, total(f)), false; });
+  const ByteUnit unit = ByteUnitFor(most);
+  std::vector<std::string> columns = metric.parts;
+  columns.push_back("total");
+  PartMetric parts{.title = metric.title,
+                   .unit = unit.name,
+                   .parts = metric.parts,
+                   .values =
+                       [bytes, unit](const StepFigures& f) {
+                         std::vector<double> values = bytes(f);
+                         for (double& value : values) value /= unit.bytes;
+                         return values;
+                       },
+                   .tick = TickText,
+                   .columns = columns,
+                   .cells =
+                       [bytes, total](const StepFigures& f) {
+                         std::vector<std::string> cells;
+                         for (const double value : bytes(f)) cells.push_back(SizeText(value));
+                         cells.push_back(SizeText(total(f)));
+                         return cells;
+                       },
+                   .note = [total](const StepFigures& f) { return SizeText(total(f)); }};
+  if (metric.limit > 0)
+    parts.limit = {metric.limit / unit.bytes, absl::StrCat("a rank has ", SizeText(metric.limit))};
+  AddPartFigure(panels, parts, page);
+}
+
+void AddMemory(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  page->Section("Memory", "Of the rank that has most, by what it is for.");
+  std::vector<std::string> parts;
+  for (const MemoryPlan::Part& part : MemoryPlan().parts()) parts.push_back(part.name);
+  parts.push_back("other");
+  AddBytes(results, panels,
+           {.title = "Memory of a rank",
+            .parts = parts,
+            .bytes = MemoryParts,
+            .limit = static_cast<double>(results.memory_bytes)},
+           page);
+}
+
+void AddTraffic(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  page->Section("Bytes sent", "In one step, of all ranks together.");
+  AddBytes(results, panels,
+           {.title = "Bytes sent in a step", .parts = {"inside hosts", "between hosts"}, .bytes = ByteParts},
+           page);
+}
+
+void AddErrors(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  if (Count(results, [](const auto& p) { return p.measured.has_value() && p.predicted.has_value(); }) == 0)
+    return;
+  page->Section("Predicted against measured", "Lines at 5% and 10% to either side.");
+  AddErrorFigure(panels,
+                 {.title = "Step time",
+                  .x = {.title = "measured step, s", .scale = Scale::kLog10, .text = TickText},
+                  .value = [](const StepFigures& f) { return f.step_seconds; },
+                  .text = StepText},
+                 page);
+  AddErrorFigure(panels,
+                 {.title = "Memory",
+                  .x = {.title = "measured memory, GiB",
+                        .scale = Scale::kLog10,
+                        .text = [](double bytes) { return TickText(bytes); }},
+                  .value = [](const StepFigures& f) { return MemoryOf(f) / (1 << 30); },
+                  .text = [](double gib) { return SizeText(gib * (1 << 30)); }},
+                 page);
+}
+
+void AddGoodput(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  if (Count(results, [](const auto& p) { return p.goodput.has_value(); }) == 0) return;
+  page->Section("Goodput",
+                "The share of a long run's time that steps which count took: simulated, with hosts that "
+                "fail, saving, what is lost since the last save, and restarts.");
+  HtmlTable table{.caption = "Goodput", .columns = {{"point", Align::kText}}, .rows = {}};
+  for (const char* name :
+       {"goodput", "whole run", "failures", "steps between saves", "saving", "lost", "restarting"})
+    table.columns.push_back({name, Align::kNumber});
+  ForEachPoint(panels, [&](const SeriesPanel& panel, const PointSeries& series, const PointResult& point) {
+    if (!point.goodput.has_value()) return;
+    const Goodput& g = *point.goodput;
+    table.rows.push_back({PointText(panel, series, point), PercentText(g.share), FormatDuration(g.seconds),
+                          absl::StrCat(g.failures), absl::StrCat(g.steps_between_saves),
+                          FormatDuration(g.saving_seconds), FormatDuration(g.lost_seconds),
+                          FormatDuration(g.restarting_seconds)});
+  });
+  page->Table(table);
+}
+
+void AddFailed(const StudyResults& results, HtmlPage* page) {
+  if (Count(results, [](const auto& p) { return p.state == PointState::kFailed; }) == 0) return;
+  page->Section("Failed points", "");
+  HtmlTable table{.caption = "Points that failed, and why",
+                  .columns = {{"point", Align::kText}, {"ranks"}, {"reason", Align::kText}},
+                  .rows = {}};
+  for (const PointResult& point : results.points) {
+    if (point.state == PointState::kFailed)
+      table.rows.push_back({point.point.id, absl::StrCat(point.point.ranks), point.reason});
+  }
+  page->Table(table);
+}
+
+std::string StateText(const PointResult& point) {
+  if (point.state == PointState::kFailed) return "failed";
+  if (point.state == PointState::kOpen) return "open";
+  return point.measured.has_value() ? point.predicted.has_value() ? "measured, simulated" : kMeasuredText
+                                    : kSimulatedText;
+}
+
+void AddPoints(const StudyResults& results, HtmlPage* page) {
+  page->Section("All points", "How each was run or simulated, and the exchange plans that attention took.");
+  HtmlTable table{.caption = "All points",
+                  .columns = {{"point", Align::kText},
+                              {"ranks"},
+                              {"hosts"},
+                              {"state", Align::kText},
+                              {"layout", Align::kText},
+                              {"tokens a step"},
+                              {"repeats' spread"},
+                              {"overrides", Align::kText},
+                              {"plans", Align::kText}},
+                  .rows = {}};
+  for (const PointResult& point : results.points) {
+    const auto& figures = point.measured.has_value() ? point.measured : point.predicted;
+    table.rows.push_back({point.point.id, absl::StrCat(point.point.ranks), absl::StrCat(point.point.hosts),
+                          StateText(point), point.layout.empty() ? kNone : point.layout,
+                          point.tokens_per_step > 0 ? absl::StrCat(point.tokens_per_step) : kNone,
+                          point.measured.has_value() ? PercentText(point.measured_spread) : kNone,
+                          absl::StrJoin(point.point.overrides, ", "),
+                          figures.has_value() ? absl::StrJoin(figures->plans, "; ") : kNone});
+  }
+  page->Table(table);
+}
+
+}  // namespace
+
+std::string StudyHtml(const StudyResults& results) {
+  HtmlPage page(absl::StrCat("Scaling study: ", results.name), LeadOf(results));
+  const Panels panels = PanelsOf(results);
+  AddSummary(results, panels, &page);
+  if (Count(results, HasFigures) > 0) {
+    AddThroughput(results, panels, &page);
+    AddUtilization(results, panels, &page);
+    AddEfficiency(results, panels, &page);
+    AddBreakdown(panels, &page);
+    AddMemory(results, panels, &page);
+    AddTraffic(results, panels, &page);
+    AddErrors(results, panels, &page);
+    AddGoodput(results, panels, &page);
+  }
+  AddFailed(results, &page);
+  AddPoints(results, &page);
+  return page.Finish();
+}
+
+}  // namespace annulus
