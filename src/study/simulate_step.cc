@@ -57,6 +57,11 @@ StepFigures SimulateStep(const RunSpec& spec, const MachineProfile& machine, con
 
 absl::StatusOr<StepFigures> PredictStep(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort,
                                         const Disturbance& disturbance) {
+  const int ranks_per_host = machine.network.ranks_per_host, ranks = ShapeOf(spec).world();
+  if (ranks_per_host > 0 && ranks > ranks_per_host && machine.network.links.empty()) {
+    return Invalid("machine profile of ", machine.device, ": network.link: expected rates between hosts for ",
+                   ranks, " ranks on hosts of ", ranks_per_host);
+  }
   ANNULUS_ASSIGN_OR_RETURN(const StepCost cost, CostOfStep(spec, machine, effort));
   return SimulateStep(spec, machine, cost, disturbance);
 }

@@ -1,0 +1,55 @@
+#pragma once
+
+// The layout of a run on a number of ranks that steps fastest, by prediction, among those that fit in memory:
+// dp x cp x tp, the micro-batch and what is recomputed. The global batch stays as it is, and exchange plans
+// are those that the trainer would choose.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "annulus/study/simulate_step.h"
+
+namespace annulus {
+
+struct FitOptions {
+  int64_t ranks = 1;
+  int64_t memory_bytes = 0;  // of a rank; 0: the machine's. Where neither is known everything fits
+  size_t shown = 10;         // candidates that are given
+};
+
+struct FitLayout {
+  int64_t dp = 1, cp = 1, tp = 1;
+  int64_t micro_batch = 1;
+  Recompute recompute = Recompute::kNone;
+  friend bool operator==(const FitLayout&, const FitLayout&) = default;
+};
+std::string MeshText(const FitLayout& layout);       // "dp 8 x cp 4 x tp 2"
+std::string OverridesText(const FitLayout& layout);  // "--set parallel.dp=8 --set ..."
+RunSpec WithLayout(RunSpec spec, const FitLayout& layout);
+
+struct FitCandidate {
+  FitLayout layout;
+  StepFigures figures;
+};
+
+// Layouts that were not taken for the same reason.
+struct FitLosers {
+  std::string reason;
+  std::vector<std::string> layouts;
+};
+
+struct FitResult {
+  std::vector<FitCandidate> best;  // fastest first
+  std::vector<FitLosers> losers;
+  int64_t memory_bytes = 0;  // of a rank; 0: not known
+  int64_t predicted = 0;     // layouts whose step was simulated
+};
+
+// spec.device and spec.compute are resolved; its layout is not looked at. Recomputing costs time and saves
+// memory, so that of each mesh and micro-batch only the least of it that fits is predicted; and none whose
+// computing alone takes longer than a step of the last that is shown. InvalidArgument where no layout can be
+// or none fits, with what comes closest.
+absl::StatusOr<FitResult> Fit(const RunSpec& spec, const MachineProfile& machine, const FitOptions& options);
+
+}  // namespace annulus
