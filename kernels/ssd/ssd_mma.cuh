@@ -27,7 +27,8 @@ inline constexpr float kReset = 128;
 // a chunk, of which differences are taken, keep their precision.
 inline constexpr float kNegligible = 0x1p-40f, kLogNegligible = -40;
 
-// A barrier of roles (mma_primitives.cuh) at which this thread has arrived and does not wait.
+// A barrier of roles (mma_primitives.cuh) at which this thread has arrived and does not wait. (racecheck of
+// compute-sanitizer loses the order of barriers behind it: it then reports what __syncthreads separates.)
 __device__ inline void ArriveForRoles(int id, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -193,8 +194,8 @@ inline constexpr int kPieces = 17;
 __device__ inline int FoldedRow(int place) {
   return (place & 8 ? 120 - place / 16 * 8 : place / 16 * 8) + place % 8;
 }
-// In rows, from the place of this thread of kSsdThreads to that 32 on.
-__device__ inline int FoldedStep() { return threadIdx.x & 64 ? -16 : 16; }
+// In rows, from place `thread` / 8 to that 32 on.
+__device__ inline int FoldedStep(uint32_t thread) { return thread & 64 ? -16 : 16; }
 
 // Mirrored rows: each 16 rows 16 i ... of the first half lie in front of 112 - 16 i ... of the second.
 __device__ inline int MirroredRow(int place) {
@@ -203,8 +204,8 @@ __device__ inline int MirroredRow(int place) {
 __device__ inline int MirroredPlace(int row) {
   return (row < 64 ? row / 16 * 32 : 240 - row / 16 * 32) + row % 16;
 }
-// In rows, from the place of this thread of kSsdThreads to that 32 on.
-__device__ inline int MirroredStep() { return threadIdx.x & 128 ? -16 : 16; }
+// As FoldedStep.
+__device__ inline int MirroredStep(uint32_t thread) { return thread & 128 ? -16 : 16; }
 
 // LoadRows with the rows folded.
 template <int kColumns>
@@ -212,11 +213,11 @@ __device__ void LoadFolded(uint32_t tile, const StridedRows<const Bf16>& x, cons
                            int64_t item, int64_t column) {
   const uint32_t thread = threadIdx.x % kSsdThreads;
   const RowCopies copies(x, rows, item, column + thread % 8 * 8, FoldedRow(static_cast<int>(thread / 8)),
-                         FoldedStep(), 4);
+                         FoldedStep(thread), 4);
 #pragma unroll
   for (int panel = 0; panel < kColumns / 64; ++panel) {
     const uint32_t to = tile + static_cast<uint32_t>(panel * SharedTile<kSsdRows, kColumns>::kPanelBytes);
-    copies.Start<4, kSsdThreads / 8>(CopyAt(to, thread), FoldedStep() * x.row_stride, panel);
+    copies.Start<4, kSsdThreads / 8>(CopyAt(to, thread), FoldedStep(thread) * x.row_stride, panel);
   }
 }
 
@@ -317,6 +318,23 @@ struct StateLoad {
     for (int i = 0; i < kChunks; ++i) {
       const float2 x = Combine(own[i].x, factor, super[i].x), y = Combine(own[i].y, factor, super[i].y);
       const float2 z = Combine(own[i].z, factor, super[i].z), w = Combine(own[i].w, factor, super[i].w);
+      StoreShared16(At(tile, i, thread),
+                    {PackBf16(x.x, x.y), PackBf16(y.x, y.y), PackBf16(z.x, z.y), PackBf16(w.x, w.y)});
+    }
+  }
+  // Both at once, where registers are short. Most heads forget the super's state within a few chunks.
+  __device__ static void AddSuper(uint32_t tile, const StateSlots& slots, int u, uint32_t thread,
+                                  float kept) {
+    if (kept == 0 || slots.own == slots.super) return;
+    const char* from = From(slots.super, u, thread);
+    uint4 super[kChunks];
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) super[i] = __ldcg(reinterpret_cast<const uint4*>(from + i * kStep));
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const uint4 own = LoadShared16(At(tile, i, thread));
+      const float2 x = Combine(own.x, kept, super[i].x), y = Combine(own.y, kept, super[i].y);
+      const float2 z = Combine(own.z, kept, super[i].z), w = Combine(own.w, kept, super[i].w);
       StoreShared16(At(tile, i, thread),
                     {PackBf16(x.x, x.y), PackBf16(y.x, y.y), PackBf16(z.x, z.y), PackBf16(w.x, w.y)});
     }

@@ -10,11 +10,13 @@
 //   then, for each unit      dC += from_start (dY h_in^T)
 //   (rows t of dY)
 //
-// The second pass takes the units backward, so that it finds the last of them in L2. In the first, a pair of
-// warpgroups takes what happens inside the chunk and keeps dS^T; the other brings the tiles, takes what goes
-// through the state, keeps dB and hands its part of dx~ over through shared memory. In the second, warpgroup
-// w of pair p keeps rows [64 w, 64 w + 64) and half p of the columns of dC. That leaves each thread the 128
-// registers with which four warpgroups fit.
+// The second pass takes the units backward, so that it finds the last of them in L2; while a unit's product
+// is added, the next one's is on its way. In the first, a pair of warpgroups takes what happens inside the
+// chunk, keeps dS^T and hands its part of dx~ over through shared memory; the other brings the tiles, takes
+// what goes through the state, keeps dB and writes dx, while the first is at the next unit. In the second,
+// warpgroup w of pair p keeps rows [64 w, 64 w + 64) and half p of the columns of dC. That leaves each thread
+// the 128 registers with which four warpgroups fit. Loops must not spill any: shared memory leaves 28 KB of
+// L1 to 512 threads, so that what is spilled comes from L2.
 //
 // In the first pass rows are folded (ssd_mma.cuh), those of the tiles of X, B and dS^T too: row s of dS^T has
 // columns t >= s. The tile of dY has its rows mirrored.
@@ -39,21 +41,31 @@ class BackwardCta {
                          const CudaSsdGradients<Bf16>& out, const PartialGradients& partial, float* dskip)
       : mma_(mma),
         states_(states),
-        gradients_(gradients),
         out_(out),
         partial_(partial),
         dskip_(dskip),
-        units_(mma, blockIdx.y, partial.parts),
         shared_(SharedBase()),
         memory_(SharedAddress(shared_)),
+        place_(*reinterpret_cast<CtaPlace*>(shared_ + Memory::kPlace)),
+        units_(place_.units),
+        rows_(place_.rows),
         thread_(static_cast<int>(threadIdx.x % kSsdThreads)),
         pair_(Warpgroup() / 2),
         wg_(Warpgroup() % 2),
         warp_(__shfl_sync(~0u, thread_ / 32, 0)),
-        chunk_(blockIdx.x),
-        rows_(ChunkAt(mma.ssd.chunks, chunk_)),
-        super_(SuperOf(mma, chunk_, rows_.segment)),
-        per_block_((1 << 16) / mma.blocks + 1) {}
+        per_block_((1 << 16) / mma.blocks + 1) {
+    if (threadIdx.x == 0) {
+      place_ = {GroupUnits(mma, blockIdx.y, partial.parts), ChunkAt(mma.ssd.chunks, blockIdx.x), {}, {}};
+      place_.x = ValuesFrom(mma.ssd.x);
+      place_.dy = ValuesFrom(out.dy);
+      const int64_t chunk = blockIdx.x;
+      const SuperChunks super = SuperOf(mma, chunk, rows_.segment);
+      place_.super = super;
+      *HiddenSlots() = SlotsOf<kState, Flow::kForward>(mma, states.states, chunk, super, Unit(0));
+      *GradientSlots() = SlotsOf<kState, Flow::kBackward>(mma, gradients.states, chunk, super, Unit(0));
+    }
+    __syncthreads();
+  }
 
   __device__ void Run() {
     Start();
@@ -63,16 +75,14 @@ class BackwardCta {
       ThroughState();
     }
     float dc[kState / 16][4];
-    SecondLoad load(*this);
-    load.StartTiles(*this, units_.count - 1);
+    SecondLoad(units_.count - 1);
     CopyAsyncCommit();
-    load.StartSupers(*this, units_.count - 1);
     ProductQueryGradient(dc);
-    SecondPass(&load, dc);
+    SecondPass(dc);
     const int row = SecondRow();
     StoreKeys(out_.dc, partial_.dc, dc, row, row + 8, pair_ * (kState / 2));
     __syncthreads();
-    const GateGradients<Memory> gates{mma_, units_, rows_, chunk_, shared_};
+    const GateGradients<Memory> gates{mma_, units_, rows_, blockIdx.x, shared_};
     gates.Sum(dskip_);
     __syncthreads();
     gates.Store(out_);
@@ -80,8 +90,25 @@ class BackwardCta {
 
  private:
   using Memory = BackwardMemory<kState>;
-  enum Barrier { kUnitIsThere = 1, kThroughStateIsThere = 2, kUnitsAreDone = 3, kProductsAreThere = 4 };
+  using Second = StateLoad<kState, kBackwardThreads>;  // states of the second pass
+  // Of units, one of two in turns: the second pair may come to a unit before the first has come to the one
+  // before.
+  enum Barrier {
+    kUnitIsThere = 1,
+    kInsideIsThere = 3,
+    kInsideIsRead = 4,
+    kUnitsAreDone = 5,
+    kProductsAreThere = 6,
+    kFirstPair = 7,
+    kSecondPair = 8
+  };
 
+  // What follows from these indices is computed anew behind it, instead of staying in registers across a
+  // loop.
+  __device__ void Refresh() {
+    thread_ = static_cast<int>(Again(threadIdx.x) % kSsdThreads);
+    for (int* index : {&pair_, &wg_, &warp_}) *index = static_cast<int>(Again(static_cast<uint32_t>(*index)));
+  }
   __device__ float* Floats(int offset) const { return reinterpret_cast<float*>(shared_ + offset); }
   // u / blocks: exact, for u < kBackwardMostHeads blocks.
   __device__ int Head(int u) const { return u * per_block_ >> 16; }
@@ -97,11 +124,11 @@ class BackwardCta {
   __device__ uint32_t SecondDy(int u) const { return memory_ + Memory::SecondStage(SecondStage(u)); }
   __device__ uint32_t State(int u) const { return SecondDy(u) + Memory::kValues; }
   __device__ uint32_t SecondGradient(int u) const { return memory_ + Memory::SecondGradient(SecondStage(u)); }
-  __device__ float4* ThroughStateAt(int n) const {
-    return reinterpret_cast<float4*>(shared_ + Memory::kThroughState) + n * kSsdThreads + thread_;
+  __device__ float4* InsideAt(int n) const {
+    return reinterpret_cast<float4*>(shared_ + Memory::kInside) + n * kSsdThreads + thread_;
   }
-  __device__ float2* StateEnergies() const {
-    return reinterpret_cast<float2*>(shared_ + Memory::kStateEnergies) + thread_;
+  __device__ float2* InsideEnergies() const {
+    return reinterpret_cast<float2*>(shared_ + Memory::kInsideEnergies) + thread_;
   }
 
   // This lane's rows of the chunk: in the first pass, half 0 or 1, and the first of two in the second.
@@ -132,27 +159,26 @@ class BackwardCta {
       LoadFolded<kState>(memory_ + Memory::kB, ssd.b, rows_, units_.item, keys);
     }
     CopyAsyncCommit();
-    if (threadIdx.x == 0) {
-      *HiddenSlots() = SlotsOf<kState, Flow::kForward>(mma_, states_.states, chunk_, super_, Unit(0));
-      *GradientSlots() = SlotsOf<kState, Flow::kBackward>(mma_, gradients_.states, chunk_, super_, Unit(0));
-    }
+    if (pair_ == 1) FirstLoad(0);
+    CopyAsyncCommit();
     for (int i = static_cast<int>(threadIdx.x); i < (Memory::kFactors - Memory::kEnds) / 4;
          i += kBackwardThreads) {
       Floats(Memory::kEnds)[i] = 0;
     }
-    FillFactors<Flow::kForward>(mma_, states_.decays, chunk_, super_, head, units_.heads,
+    FillFactors<Flow::kForward>(mma_, states_.decays, blockIdx.x, place_.super, head, units_.heads,
                                 Floats(Memory::kFactors));
-    FillFactors<Flow::kBackward>(mma_, states_.decays, chunk_, super_, head, units_.heads,
+    FillFactors<Flow::kBackward>(mma_, states_.decays, blockIdx.x, place_.super, head, units_.heads,
                                  Floats(Memory::kFactors) + kBackwardMostHeads);
+    if (const int h = static_cast<int>(threadIdx.x); ssd.skip != nullptr && h < units_.heads) {
+      Floats(Memory::kFactors)[2 * kBackwardMostHeads + h] = ssd.skip[units_.first_head + h];
+    }
     FillGates(ssd, rows_, units_.item, units_.first_head, units_.heads, Floats(Memory::kSums),
               Floats(Memory::kDts));
-    __syncthreads();
-    if (pair_ == 1) FirstLoad(*this).Start(*this, 0);
-    CopyAsyncCommit();
     CopyAsyncWait<1>();
     BulkFence();
     __syncthreads();
     FillProducts();
+    __syncthreads();  // c has been read: the second unit goes there
   }
   // Piece of S^T as the thread of the same place in either pair has it, rows s and columns t. Piece m of the
   // lower rows, of columns [8 m, 8 m + 8), is at m; of the upper rows at 15 - m, but that on the diagonal,
@@ -181,12 +207,6 @@ class BackwardCta {
     }
   }
 
-  // What this lane's two rows s bring along and gather.
-  struct RowPair {
-    float sum[2], dt[2];
-    float energy[2] = {0, 0};
-    float skip = 0;
-  };
   __device__ RowPair RowsOf(int u) const {
     RowPair rows;
 #pragma unroll
@@ -204,14 +224,21 @@ class BackwardCta {
   __device__ void InsideChunk() {
     ProductGradients ds = {};
     for (int u = 0; u < units_.count; ++u) {
-      BarrierOfRoles(kUnitIsThere, kBackwardThreads);
+      BarrierOfRoles(kUnitIsThere + u % 2, kBackwardThreads);
+      Refresh();
       RowPair rows = RowsOf(u);
       float dx[8][4];
       Inside(u, &rows, dx, ds);
-      BarrierOfRoles(kThroughStateIsThere, kBackwardThreads);
+      Refresh();
+      NamedBarrier(kFirstPair, kSsdThreads);  // the columns of all warps are there
       AddColumns(u);
-      StoreInputGradient(u, rows, dx);
-      GatherRows(u, rows);
+      const float skip = WarpSum(rows.skip);
+      if (thread_ % 32 == 0) Floats(Memory::kSkips)[warp_ * kBackwardMostHeads + Head(u)] += skip;
+      if (u > 0) BarrierOfRoles(kInsideIsRead, kBackwardThreads);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) *InsideAt(n) = {dx[n][0], dx[n][1], dx[n][2], dx[n][3]};
+      *InsideEnergies() = {rows.energy[0], rows.energy[1]};
+      ArriveForRoles(kInsideIsThere, kBackwardThreads);
     }
     StartBetweenPasses();
     StoreProductGradients(ds);
@@ -302,32 +329,9 @@ class BackwardCta {
       weights[1][2 * (1 - i)] = lower.weights;
       weights[1][2 * (1 - i) + 1] = diagonal ? upper.weights : low ? 0 : either.weights;
     }
-    StoreColumns(16 * part, columns);
+    StoreColumns(columns, 16 * part, Floats(Memory::kWarpColumns) + warp_ * kSsdRows);
   }
 
-  // Sums over the warp's rows of columns [t, t + 16) and of their mirror images [112 - t, 128 - t): of two
-  // halves, of two blocks, of two columns each lane keeps one and passes on the other.
-  __device__ void StoreColumns(int t, const float (&columns)[2][2][2]) {
-    const int lane = static_cast<int>(Again(threadIdx.x) % 32);
-    const bool far = lane & 16, second = lane & 8, odd = lane & 4;
-    float half[2][2], block[2];
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        half[b][c] = (far ? columns[1][b][c] : columns[0][b][c]) +
-                     __shfl_xor_sync(~0u, far ? columns[0][b][c] : columns[1][b][c], 16);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      block[c] =
-          (second ? half[1][c] : half[0][c]) + __shfl_xor_sync(~0u, second ? half[0][c] : half[1][c], 8);
-    }
-    const float sum = (odd ? block[1] : block[0]) + __shfl_xor_sync(~0u, odd ? block[0] : block[1], 4);
-    const int column = (far ? 112 - t : t) + (second ? 8 : 0) + lane % 4 * 2 + (odd ? 1 : 0);
-    Floats(Memory::kWarpColumns)[warp_ * kSsdRows + column] = sum;
-  }
   __device__ void AddColumns(int u) {
     if (thread_ >= kSsdRows) return;
     float sum = 0;
@@ -336,118 +340,120 @@ class BackwardCta {
     OfHead(Memory::kColumns, u)[thread_] += sum;
   }
 
-  __device__ void StoreInputGradient(int u, const RowPair& rows, float (&dx)[8][4]) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const float4 rest = *ThroughStateAt(n);
-      dx[n][0] = fmaf(rows.dt[0], dx[n][0], rest.x);
-      dx[n][1] = fmaf(rows.dt[0], dx[n][1], rest.y);
-      dx[n][2] = fmaf(rows.dt[1], dx[n][2], rest.z);
-      dx[n][3] = fmaf(rows.dt[1], dx[n][3], rest.w);
-    }
-    StoreFragment(dx, [&](int half) -> Bf16* {
-      const int64_t row = rows_.begin + FirstRow(half);
-      if (row >= rows_.end) return nullptr;
-      return out_.dx.data + row * out_.dx.row_stride + units_.item * out_.dx.batch_stride + Column(u);
-    });
-  }
-  // The rows' ddt, and the warp's part of dskip. Each element belongs to one lane.
-  __device__ void GatherRows(int u, const RowPair& rows) {
-    const float2 through = *StateEnergies();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float ddt = rows.energy[half] + (half == 0 ? through.x : through.y);
-      ddt += __shfl_xor_sync(~0u, ddt, 1);
-      ddt += __shfl_xor_sync(~0u, ddt, 2);
-      if (thread_ % 4 == 0) OfHead(Memory::kEnds, u)[FirstRow(half)] += ddt;
-    }
-    const float skip = WarpSum(rows.skip);
-    if (thread_ % 32 == 0) Floats(Memory::kSkips)[warp_ * kBackwardMostHeads + Head(u)] += skip;
-  }
-
   // ---- The first pass, through the state: by the second pair.
 
-  // Where a thread of the pair finds its part of the units' tiles.
-  struct FirstLoad {
-    RowCopies x, dy;
-    __device__ explicit FirstLoad(const BackwardCta& cta)
-        : x(cta.Copies(cta.mma_.ssd.x, FoldedRow(cta.thread_ / 8), FoldedStep(), 4)),
-          dy(cta.Copies(cta.out_.dy, MirroredRow(cta.thread_ / 8), MirroredStep(), 4)) {}
-    // All of unit u but what of its state passes through registers.
-    __device__ void Start(const BackwardCta& cta, int u) const {
-      const uint32_t thread = Again(threadIdx.x % kSsdThreads);
-      x.template Start<4, 32>(CopyAt(cta.X(u), thread), FoldedStep() * cta.mma_.ssd.x.row_stride, u);
-      dy.template Start<4, 32>(CopyAt(cta.Dy(u), thread), MirroredStep() * cta.out_.dy.row_stride, u);
-      StateLoad<kState>::StartCopy(cta.Gradient(u), *cta.GradientSlots(), u, thread);
+  // Starts the copies of unit u that fall to a thread of the pair.
+  __device__ void FirstLoad(int u) {
+    Refresh();
+    const auto thread = static_cast<uint32_t>(thread_);
+    LoadUnit<4>(CopyAt(X(u), thread), place_.x, u, FoldedRow(thread_ / 8), FoldedStep(thread), 32);
+    LoadUnit<4>(CopyAt(Dy(u), thread), place_.dy, u, MirroredRow(thread_ / 8), MirroredStep(thread), 32);
+    StateLoad<kState>::StartCopy(Gradient(u), *GradientSlots(), u, thread);
+  }
+  // Of unit u kCount rows, the first to `to`; places: from one to the next in the tile
+  template <int kCount>
+  __device__ void LoadUnit(uint32_t to, const CtaPlace::Values& values, int u, int first, int step,
+                           int places) const {
+    const int count = static_cast<int>(rows_.end - rows_.begin);
+    const Bf16* from = values.data + first * values.row_stride + u * kSsdColumns + thread_ % 8 * 8;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      CopyAsync16(to + static_cast<uint32_t>(i * places * 128), from, first + i * step < count);
+      from += step * values.row_stride;
     }
-  };
-  __device__ RowCopies Copies(const StridedRows<const Bf16>& x, int first, int step, int count) const {
-    return {x, rows_, units_.item, Column(0) + thread_ % 8 * 8, first, step, count};
+  }
+  // The chunk's rows of the CTA's units.
+  __device__ CtaPlace::Values ValuesFrom(const StridedRows<const Bf16>& x) const {
+    return {x.data + rows_.begin * x.row_stride + units_.item * x.batch_stride + Column(0), x.row_stride};
   }
 
   __device__ void ThroughState() {
-    const FirstLoad from(*this);
-    StateLoad<kState> load;
     float db[kState / 8][4] = {};
-    load.StartSuper(*GradientSlots(), 0, thread_, GradientKept(0));
+    FinishFirstLoad(0);
     for (int u = 0; u < units_.count; ++u) {
-      CopyAsyncWait<0>();
-      load.Finish(Gradient(u), Again(threadIdx.x % kSsdThreads));
-      BulkFence();
-      BarrierOfRoles(kUnitIsThere, kBackwardThreads);
-      if (u + 1 < units_.count) from.Start(*this, u + 1);
+      NamedBarrier(kSecondPair, kSsdThreads);  // what the other stage held has been read
+      if (u + 1 < units_.count) FirstLoad(u + 1);
       CopyAsyncCommit();
-      const RowPair rows = RowsOf(u);
-      const float skip = mma_.ssd.skip != nullptr ? mma_.ssd.skip[units_.first_head + Head(u)] : 0;
+      Refresh();
+      RowPair rows = RowsOf(u);
       const float last = OfHead(Memory::kSums, u)[kSsdRows - 1];
       const float to_end[2] = {Exp2(last - rows.sum[0]), Exp2(last - rows.sum[1])};
-      HandStateGradient(u, to_end, rows.dt, skip);
-      ArriveForRoles(kThroughStateIsThere, kBackwardThreads);
-      if (u + 1 < units_.count)
-        load.StartSuper(*GradientSlots(), u + 1, Again(threadIdx.x % kSsdThreads), GradientKept(u + 1));
       KeyGradient(u, to_end[0] * rows.dt[0], to_end[1] * rows.dt[1], db);
+      float dx[8][4];
+      StateGradient(u, to_end, &rows, dx);
+      if (u + 1 < units_.count) FinishFirstLoad(u + 1);
+      BarrierOfRoles(kInsideIsThere, kBackwardThreads);
+      Refresh();
+      StoreInputGradient(u, rows, dx);
     }
     StartBetweenPasses();
     FinishFirstPass();
     AddProducts(db);
     StoreKeys(out_.db, partial_.db, db, FirstRow(0), FirstRow(1), 0);
   }
+  // Unit u is there for both pairs.
+  __device__ void FinishFirstLoad(int u) {
+    CopyAsyncWait<0>();
+    StateLoad<kState>::AddSuper(Gradient(u), *GradientSlots(), u, Again(threadIdx.x % kSsdThreads),
+                                GradientKept(u));
+    BulkFence();
+    ArriveForRoles(kUnitIsThere + u % 2, kBackwardThreads);
+    NamedBarrier(kSecondPair, kSsdThreads);
+  }
 
-  // dt to_end (B G) + skip dY for the other pair, and X to_end (B G). Half of the columns at a time, for
-  // registers are short.
-  __device__ void HandStateGradient(int u, const float (&to_end)[2], const float (&dt)[2], float skip) {
-    float energies[2] = {0, 0};
+  // dx~ = to_end (B G), and its energies.
+  __device__ void StateGradient(int u, const float (&to_end)[2], RowPair* rows, float (&dx)[8][4]) {
+    GroupFence();
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      float dx[4][4];
-      GroupFence();
-#pragma unroll
-      for (int k = 0; k < kState / 16; ++k) {
-        MultiplyShared<Major::kDepthInRow, Major::kDepthAcrossRows>(
-            dx, OperandAt<kSsdRows>(memory_ + Memory::kB, 64 * wg_, 2 * k),
-            OperandAt<kState>(Gradient(u), 16 * k, 4 * part), k > 0);
-      }
-      GroupCommit();
-      GroupWait<0>();
-      GroupUse(dx);
-      ScaleRows(dx, to_end[0], to_end[1]);
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        uint32_t x[4];
-        LoadMatrices(x, ValueTile::At(LaneAtPlaces(X(u)), 0, 2 * part + k));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 pair = UnpackBf16(x[i]);
-          const float* d = dx[2 * k + i / 2] + i % 2 * 2;
-          energies[i % 2] += pair.x * d[0] + pair.y * d[1];
-        }
-      }
-      ScaleRows(dx, dt[0], dt[1]);
-      if (mma_.ssd.skip != nullptr) AddFolded<Order::kMirrored>(Dy(u), warp_, 32 * part, skip, dx);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) *ThroughStateAt(4 * part + n) = {dx[n][0], dx[n][1], dx[n][2], dx[n][3]};
+    for (int k = 0; k < kState / 16; ++k) {
+      MultiplyShared<Major::kDepthInRow, Major::kDepthAcrossRows>(
+          dx, OperandAt<kSsdRows>(memory_ + Memory::kB, 64 * wg_, 2 * k),
+          OperandAt<kState>(Gradient(u), 16 * k, 0), k > 0);
     }
-    *StateEnergies() = {energies[0], energies[1]};
+    GroupCommit();
+    GroupWait<0>();
+    GroupUse(dx);
+    ScaleRows(dx, to_end[0], to_end[1]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t x[4];
+      LoadMatrices(x, ValueTile::At(LaneAtPlaces(X(u)), 0, k));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = UnpackBf16(x[i]);
+        const float* d = dx[2 * k + i / 2] + i % 2 * 2;
+        rows->energy[i % 2] += pair.x * d[0] + pair.y * d[1];
+      }
+    }
+  }
+  // With what the first pair found: dx, and the rows' ddt, of which each element belongs to one lane.
+  __device__ void StoreInputGradient(int u, const RowPair& rows, float (&dx)[8][4]) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float4 inside = *InsideAt(n);
+      dx[n][0] = rows.dt[0] * (dx[n][0] + inside.x);
+      dx[n][1] = rows.dt[0] * (dx[n][1] + inside.y);
+      dx[n][2] = rows.dt[1] * (dx[n][2] + inside.z);
+      dx[n][3] = rows.dt[1] * (dx[n][3] + inside.w);
+    }
+    const float2 energies = *InsideEnergies();
+    if (u + 1 < units_.count) ArriveForRoles(kInsideIsRead, kBackwardThreads);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float ddt = rows.energy[half] + (half == 0 ? energies.x : energies.y);
+      ddt += __shfl_xor_sync(~0u, ddt, 1);
+      ddt += __shfl_xor_sync(~0u, ddt, 2);
+      if (thread_ % 4 == 0) OfHead(Memory::kEnds, u)[FirstRow(half)] += ddt;
+    }
+    if (mma_.ssd.skip != nullptr) {
+      AddFolded<Order::kMirrored>(Dy(u), warp_, 0, Floats(Memory::kFactors)[2 * kBackwardMostHeads + Head(u)],
+                                  dx);
+    }
+    StoreFragment(dx, [&](int half) -> Bf16* {
+      const int64_t row = rows_.begin + FirstRow(half);
+      if (row >= rows_.end) return nullptr;
+      return out_.dx.data + row * out_.dx.row_stride + units_.item * out_.dx.batch_stride + Column(u);
+    });
   }
   // What this lane passes to ldmatrix for its warp's places of a tile of folded rows.
   __device__ uint32_t LaneAtPlaces(uint32_t tile) const {
@@ -480,28 +486,15 @@ class BackwardCta {
 
   // ---- Between the passes and the second: all warpgroups.
 
-  // Where a thread finds its part of a unit in the second pass, and what of it passes through registers.
-  struct SecondLoad {
-    using Load = StateLoad<kState, kBackwardThreads>;
-    RowCopies dy;
-    Load hidden, gradient;
-    bool reaches = false;  // whether the state before the chunk reaches the one after it
-    __device__ explicit SecondLoad(const BackwardCta& cta)
-        : dy(cta.Copies(cta.out_.dy, static_cast<int>(threadIdx.x / 8), 64, 2)) {}
-
-    __device__ void StartTiles(const BackwardCta& cta, int u) const {
-      const uint32_t thread = Again(threadIdx.x);
-      dy.template Start<2, 64>(CopyAt(cta.SecondDy(u), thread), 64 * cta.out_.dy.row_stride, u);
-      Load::StartCopy(cta.State(u), *cta.HiddenSlots(), u, thread);
-      if (cta.Reaches(u)) Load::StartCopy(cta.SecondGradient(u), *cta.GradientSlots(), u, thread);
-    }
-    __device__ void StartSupers(const BackwardCta& cta, int u) {
-      const uint32_t thread = Again(threadIdx.x);
-      hidden.StartSuper(*cta.HiddenSlots(), u, thread, cta.HiddenKept(u));
-      reaches = cta.Reaches(u);
-      if (reaches) gradient.StartSuper(*cta.GradientSlots(), u, thread, cta.GradientKept(u));
-    }
-  };
+  // Starts the copies of unit u in the second pass.
+  __device__ void SecondLoad(int u) {
+    Refresh();
+    const uint32_t thread = Again(threadIdx.x);
+    LoadUnit<2>(CopyAt(SecondDy(u), thread), place_.dy, u, static_cast<int>(thread / 8), 64, 64);
+    Second::StartCopy(State(u), *HiddenSlots(), u, thread);
+    if (Reaches(u)) Second::StartCopy(SecondGradient(u), *GradientSlots(), u, thread);
+  }
+  // Whether the state before the chunk reaches the one after it.
   __device__ bool Reaches(int u) const { return Exp2(OfHead(Memory::kSums, u)[kSsdRows - 1]) > kNegligible; }
 
   // Before it all warps are done with the units of the first pass.
@@ -561,42 +554,55 @@ class BackwardCta {
     GroupUse(dc);
   }
 
-  __device__ void SecondPass(SecondLoad* load, float (&dc)[kState / 16][4]) {
+  // While a unit's product is added, the next one's is on its way.
+  __device__ void SecondPass(float (&dc)[kState / 16][4]) {
     const int last = units_.count - 1;
-    for (int u = last; u >= 0; --u) {
-      u == last ? CopyAsyncWait<0>() : CopyAsyncWait<1>();
-      load->hidden.Finish(State(u), Again(threadIdx.x));
-      if (load->reaches) ThroughChunk(u, load->gradient);
-      BulkFence();
-      __syncthreads();  // the unit is there, and what the stage before held has been read
-      // Only now, the first time, is all that the other stages need free.
-      if (u == last) {
-        if (u > 0) load->StartTiles(*this, u - 1);
-        CopyAsyncCommit();
-      }
-      if (u > 1) load->StartTiles(*this, u - 2);
-      CopyAsyncCommit();
-      if (u > 0) load->StartSupers(*this, u - 1);
-      QueryGradient(u, dc);
+    float even[kState / 16][4], odd[kState / 16][4];
+    FinishSecondLoad(last);
+    StartStateProduct(last, even);
+    for (int u = last; u >= 0; u -= 2) {
+      NextStateProduct(u, even, odd);
+      AddStateProduct(u, even, dc);
+      if (u == 0) break;
+      NextStateProduct(u - 1, odd, even);
+      AddStateProduct(u - 1, odd, dc);
     }
+    GroupWait<0>();
+  }
+  // Completes that of unit u and starts that of the unit before.
+  __device__ void NextStateProduct(int u, float (&product)[kState / 16][4], float (&next)[kState / 16][4]) {
+    GroupWait<0>();
+    GroupUse(product);
+    if (u > 0) FinishSecondLoad(u - 1);
+    StartStateProduct(max(u - 1, 0), next);  // of which the last is not used
+  }
+  // Behind it unit u is there, and the one before is on its way to where nothing is read any more.
+  __device__ void FinishSecondLoad(int u) {
+    CopyAsyncWait<0>();
+    Refresh();
+    Second::AddSuper(State(u), *HiddenSlots(), u, Again(threadIdx.x), HiddenKept(u));
+    if (Reaches(u)) ThroughChunk(u);
+    BulkFence();
+    __syncthreads();
+    if (u > 0) SecondLoad(u - 1);
+    CopyAsyncCommit();
+    Refresh();
   }
 
   // <G, h_in>
-  __device__ void ThroughChunk(int u, const typename SecondLoad::Load& gradient) {
-    using Load = typename SecondLoad::Load;
+  __device__ void ThroughChunk(int u) {
     const uint32_t thread = Again(threadIdx.x);
+    Second::AddSuper(SecondGradient(u), *GradientSlots(), u, thread, GradientKept(u));
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < Load::kChunks; ++i) {
-      const uint4 h = LoadShared16(Load::At(State(u), i, thread));
-      const uint4 g = LoadShared16(Load::At(SecondGradient(u), i, thread));
-      const uint4 super = gradient.factor == 0 ? uint4{0, 0, 0, 0} : gradient.super[i];
-      const auto dot = [&](uint32_t hidden, uint32_t own, uint32_t of_super) {
-        const float2 a = UnpackBf16(hidden), b = Combine(own, gradient.factor, of_super);
+    for (int i = 0; i < Second::kChunks; ++i) {
+      const uint4 h = LoadShared16(Second::At(State(u), i, thread));
+      const uint4 g = LoadShared16(Second::At(SecondGradient(u), i, thread));
+      const auto dot = [](uint32_t hidden, uint32_t gradient) {
+        const float2 a = UnpackBf16(hidden), b = UnpackBf16(gradient);
         return a.x * b.x + a.y * b.y;
       };
-      sum += (dot(h.x, g.x, super.x) + dot(h.y, g.y, super.y)) +
-             (dot(h.z, g.z, super.z) + dot(h.w, g.w, super.w));
+      sum += (dot(h.x, g.x) + dot(h.y, g.y)) + (dot(h.z, g.z) + dot(h.w, g.w));
     }
     sum = WarpSum(sum);
     if (thread_ % 32 == 0) {
@@ -604,12 +610,8 @@ class BackwardCta {
     }
   }
 
-  // dC += from_start (dY h_in^T)
-  __device__ void QueryGradient(int u, float (&dc)[kState / 16][4]) {
-    const int row = SecondRow(), lane = thread_ % 32;
-    const float* sums = OfHead(Memory::kSums, u);
-    const float from_start[2] = {Exp2(sums[row]), Exp2(sums[row + 8])};
-    float product[kState / 16][4];
+  // dY h_in^T, left in flight.
+  __device__ void StartStateProduct(int u, float (&product)[kState / 16][4]) {
     GroupFence();
 #pragma unroll
     for (int k = 0; k < kSsdColumns / 16; ++k) {
@@ -618,8 +620,14 @@ class BackwardCta {
           OperandAt<kState>(State(u), kState / 2 * pair_, 2 * k), k > 0);
     }
     GroupCommit();
-    GroupWait<0>();
-    GroupUse(product);
+  }
+  // dC += from_start product
+  __device__ void AddStateProduct(int u, const float (&product)[kState / 16][4],
+                                  float (&dc)[kState / 16][4]) {
+    Refresh();
+    const int row = SecondRow(), lane = thread_ % 32;
+    const float* sums = OfHead(Memory::kSums, u);
+    const float from_start[2] = {Exp2(sums[row]), Exp2(sums[row + 8])};
     const uint32_t c_at = memory_ + Memory::kC + KeyTile<kState>::LaneOffset(lane, 16 * warp_);
     float gathered[2] = {0, 0};
 #pragma unroll
@@ -675,17 +683,15 @@ class BackwardCta {
 
   const MmaSsd& mma_;
   const CudaSsdStates& states_;
-  const CudaSsdStates& gradients_;
   const CudaSsdGradients<Bf16>& out_;
   const PartialGradients& partial_;
   float* const dskip_;
-  const GroupUnits units_;
   char* const shared_;
-  const uint32_t memory_;                // its address
-  const int thread_, pair_, wg_, warp_;  // thread, warpgroup and warp of the pair
-  const int64_t chunk_;
-  const ChunkRows rows_;
-  const SuperChunks super_;
+  const uint32_t memory_;  // its address
+  CtaPlace& place_;        // in shared memory
+  const GroupUnits& units_;
+  const ChunkRows& rows_;
+  int thread_, pair_, wg_, warp_;  // thread, warpgroup and warp of the pair
   const int per_block_;
 };
 

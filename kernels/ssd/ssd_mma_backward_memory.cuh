@@ -1,7 +1,7 @@
 #pragma once
 
-// Parts of ssd_mma_backward.cuh: the shared memory of its CTAs, what a piece of a product leads to, and what
-// becomes of the gradients of gates.
+// Parts of ssd_mma_backward.cuh: the shared memory of its CTAs, what single pieces of a product lead to, and
+// what becomes of the gradients of gates.
 
 #include "kernels/ssd/ssd_mma.cuh"
 
@@ -17,8 +17,20 @@ struct PartialGradients {
   float* dc = nullptr;
 };
 
+// What a CTA works on.
+struct CtaPlace {
+  struct Values {
+    const Bf16* data;
+    int64_t row_stride;
+  };
+  GroupUnits units;
+  ChunkRows rows;
+  Values x, dy;  // the chunk's rows of the CTA's units
+  SuperChunks super;
+};
+
 // Bytes of shared memory.
-//   b | stages of the first pass: x, dy, G | products | dx~ through the state | gates and sums of rows
+//   b | stages of the first pass: x, dy, G | products | dx~ inside the chunk | gates and sums of rows
 //       c until products are there (second stage); later c, then stages of the second pass: dy, h
 //                                  later dS^T |        later `starts`
 template <int kState>
@@ -31,23 +43,24 @@ struct BackwardMemory {
   static constexpr int kFirstC = kStages + kStage;
   static constexpr int kC = kStages;
   static constexpr int kSecondStage = kValues + kStateBytes;
-  static constexpr int kSecondStages = kC + kKeys;                             // two of the three
-  static constexpr int kProducts = kStages + 2 * kStage;                       // [pieces, 256] float2
-  static constexpr int kThroughState = kProducts + kPieces * kSsdThreads * 8;  // [8, 256] float4
-  static constexpr int kStateEnergies = kThroughState + 8 * kSsdThreads * 16;  // [256] float2
-  static constexpr int kArray = kBackwardMostHeads * kSsdRows * 4;             // [heads, rows]
-  static constexpr int kSums = kStateEnergies + kSsdThreads * 8;
+  static constexpr int kSecondStages = kC + kKeys;                        // two of the three
+  static constexpr int kProducts = kStages + 2 * kStage;                  // [pieces, 256] float2
+  static constexpr int kInside = kProducts + kPieces * kSsdThreads * 8;   // [8, 256] float4
+  static constexpr int kInsideEnergies = kInside + 8 * kSsdThreads * 16;  // [256] float2
+  static constexpr int kArray = kBackwardMostHeads * kSsdRows * 4;        // [heads, rows]
+  static constexpr int kSums = kInsideEnergies + kSsdThreads * 8;
   static constexpr int kDts = kSums + kArray;
   static constexpr int kEnds = kDts + kArray;                                 // ddt
   static constexpr int kColumns = kEnds + kArray;                             // r
   static constexpr int kSkips = kColumns + kArray;                            // [8 warps, heads]
   static constexpr int kThrough = kSkips + 8 * kBackwardMostHeads * 4;        // [16 warps, heads]
-  static constexpr int kFactors = kThrough + 16 * kBackwardMostHeads * 4;     // [2, heads]: of h, of G
-  static constexpr int kWarpColumns = kFactors + 2 * kBackwardMostHeads * 4;  // [8 warps, rows]
+  static constexpr int kFactors = kThrough + 16 * kBackwardMostHeads * 4;     // [3, heads]: of h, of G, skips
+  static constexpr int kWarpColumns = kFactors + 3 * kBackwardMostHeads * 4;  // [8 warps, rows]
   static constexpr int kSlots = kWarpColumns + 8 * kSsdRows * 4;              // StateSlots of h and of G
-  static constexpr int kBytes = kSlots + 2 * static_cast<int>(sizeof(StateSlots));
+  static constexpr int kPlace = kSlots + 2 * static_cast<int>(sizeof(StateSlots));
+  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CtaPlace));
   // What rows get from the state before, of each half of its columns: [2, heads, rows].
-  static constexpr int kStarts = kThroughState;
+  static constexpr int kStarts = kInside;
   // Of the second pass, in the order in which they are first used: dy and h, and G.
   __device__ static constexpr int SecondStage(int stage) {
     return stage < 2 ? kSecondStages + stage * kSecondStage : kProducts;
@@ -56,10 +69,16 @@ struct BackwardMemory {
     return stage == 0 ? kStarts + 2 * kArray : kB + (stage - 1) * kStateBytes;
   }
   static_assert(kFirstC + kKeys <= kProducts && kSecondStages + 2 * kSecondStage <= kProducts);
-  static_assert(KeyTile<128>::kBytes <= kThroughState - kProducts &&
-                kSecondStage <= kThroughState - kProducts);
-  static_assert(2 * kArray + kStateBytes <= kSums - kThroughState && 2 * kStateBytes <= kKeys);
+  static_assert(KeyTile<128>::kBytes <= kInside - kProducts && kSecondStage <= kInside - kProducts);
+  static_assert(2 * kArray + kStateBytes <= kSums - kInside && 2 * kStateBytes <= kKeys);
   static_assert(kBytes + kSharedSlack <= 227 * 1024);
+};
+
+// What this lane's two rows s bring along and gather.
+struct RowPair {
+  float sum[2], dt[2];
+  float energy[2] = {0, 0};
+  float skip = 0;
 };
 
 // What one piece of X dY^T leads to: the weights of dY, and what is summed over rows.
@@ -81,6 +100,29 @@ __device__ inline Piece WeighPiece(const float (&gradient)[2], float2 to, float2
   return {PackBf16(weight[0], weight[1]),
           gradient[0] * weight[0] + gradient[1] * weight[1],
           {of_dt[0] * weight[0], of_dt[1] * weight[1]}};
+}
+
+// Sums over the warp's rows of columns [t, t + 16) and of their mirror images [112 - t, 128 - t): of two
+// halves, of two blocks, of two columns each lane keeps one and passes on the other.
+__device__ inline void StoreColumns(const float (&columns)[2][2][2], int t, float* to) {
+  const int lane = static_cast<int>(Again(threadIdx.x) % 32);
+  const bool far = lane & 16, second = lane & 8, odd = lane & 4;
+  float half[2][2], block[2];
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      half[b][c] = (far ? columns[1][b][c] : columns[0][b][c]) +
+                   __shfl_xor_sync(~0u, far ? columns[0][b][c] : columns[1][b][c], 16);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    block[c] = (second ? half[1][c] : half[0][c]) + __shfl_xor_sync(~0u, second ? half[0][c] : half[1][c], 8);
+  }
+  const float sum = (odd ? block[1] : block[0]) + __shfl_xor_sync(~0u, odd ? block[0] : block[1], 4);
+  const int column = (far ? 112 - t : t) + (second ? 8 : 0) + lane % 4 * 2 + (odd ? 1 : 0);
+  to[column] = sum;
 }
 
 // What the units left in shared memory, as gradients of gates.
