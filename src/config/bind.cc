@@ -1,8 +1,5 @@
 #include "bind.h"
 
-#include <algorithm>
-
-#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "annulus/base/nearest.h"
 #include "bind_exchange.h"
@@ -26,7 +23,6 @@ constexpr RealRange kRatio{0.0, 1.0};
 constexpr RealRange kPositive{0.0, 1e9, Bound::kOpen};
 constexpr RealRange kNotNegative{0.0, 1e9};
 constexpr size_t kMostSources = 1000;
-constexpr size_t kLongestName = 100;
 
 SourceSpec BindSource(const Section& source) {
   SourceSpec out;
@@ -177,17 +173,6 @@ void BindOptim(const Section& optim, int64_t seq_len, OptimSpec* out) {
   optim.Int("micro_batch", Presence::kOptional, kSequences, &out->micro_batch);
 }
 
-// The name becomes a part of a directory's name.
-void BindName(const Section& run, std::string* name) {
-  run.String("name", Presence::kRequired, name);
-  const auto allowed = [](char c) { return absl::ascii_isalnum(c) || c == '-' || c == '_' || c == '.'; };
-  const bool fits = name->size() <= kLongestName && std::all_of(name->begin(), name->end(), allowed);
-  if (name->empty() || (fits && name->front() != '.')) return;
-  run.provenance()->Refuse("name", absl::StrCat("\"", Printable(*name), "\""),
-                           absl::StrCat("expected at most ", kLongestName,
-                                        " letters, digits, '-', '_' or '.', not beginning with '.'"));
-}
-
 // In the order of the schema, except that the data is read before the model that may take its vocabulary.
 void BindSections(const Section& root, RunSpec* spec) {
   if (const auto data = root.RequiredChild("data")) BindData(*data, &spec->data);
@@ -196,7 +181,7 @@ void BindSections(const Section& root, RunSpec* spec) {
   if (const auto optim = root.RequiredChild("optim")) BindOptim(*optim, spec->data.seq_len, &spec->optim);
   const Section checkpoint = root.Child("checkpoint");
   checkpoint.Int("every_steps", Presence::kOptional, kCount, &spec->checkpoint.every_steps);
-  checkpoint.Int("keep", Presence::kOptional, {1, 1 << 20}, &spec->checkpoint.keep);
+  checkpoint.Int("keep", Presence::kOptional, {0, 1 << 20}, &spec->checkpoint.keep);
   bool on_usr1 = true;  // the only signal there is: always handled
   checkpoint.Enum<bool>("on_signal", {{"SIGUSR1", true}}, &on_usr1);
   const Section eval = root.Child("eval");
@@ -214,7 +199,7 @@ void BindSections(const Section& root, RunSpec* spec) {
 RunSpec Bind(Run* run, Provenance* provenance) {
   RunSpec spec;
   const Section root(run, "", provenance);
-  BindName(root, &spec.name);
+  root.FileName("name", &spec.name);
   root.Seed("seed", &spec.seed);
   root.Enum<ComputeType>("compute",
                          {{"F32", ComputeType::kF32},

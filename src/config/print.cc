@@ -93,9 +93,9 @@ std::string PrintCompact(const pb::Message& message) {
   return text;
 }
 
-std::string PrintResolved(const Run& run, const Provenance& provenance) {
+std::string PrintResolved(const pb::Message& message, const Provenance& provenance) {
   std::string text = "# The resolved configuration; it loads as it stands.\n";
-  PrintMessage(run, "", "", provenance, &text);
+  PrintMessage(message, "", "", provenance, &text);
   return text;
 }
 

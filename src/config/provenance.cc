@@ -63,7 +63,9 @@ std::pair<int, int> Provenance::PositionOf(const std::string& path) const {
     const auto* field = type == nullptr ? nullptr : type->FindFieldByName(step.name);
     // The tree takes -1 for a singular field and an index for a repeated one, and aborts otherwise.
     if (field == nullptr || field->is_repeated() != (step.index >= 0)) break;
-    const auto location = tree->GetLocation(field, step.index);
+    auto location = tree->GetLocation(field, step.index);
+    // A list in brackets has one place.
+    if (location.line < 0 && step.index > 0) location = tree->GetLocation(field, 0);
     if (location.line < 0) break;
     position = {location.line + 1, location.column + 1};
     type = field->message_type();

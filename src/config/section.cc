@@ -1,5 +1,8 @@
 #include "section.h"
 
+#include <algorithm>
+
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_join.h"
 #include "path.h"
@@ -8,6 +11,8 @@ namespace annulus::config {
 namespace {
 
 namespace pb = google::protobuf;
+
+constexpr size_t kLongestName = 100;
 
 // Only a closed bound is a valid value itself.
 std::string NearestIn(const RealRange& range, double value) {
@@ -146,6 +151,16 @@ void Section::Path(const std::string& name, Presence presence, std::string* path
   if (!empty && !absl::StrContains(*path, absl::string_view("\0", 1))) return;
   provenance_->Refuse(PathOf(name), absl::StrCat("\"", Printable(*path), "\""),
                       "expected a path that is not empty and holds no zero byte");
+}
+
+void Section::FileName(const std::string& name, std::string* value) const {
+  String(name, Presence::kRequired, value);
+  const auto allowed = [](char c) { return absl::ascii_isalnum(c) || c == '-' || c == '_' || c == '.'; };
+  const bool fits = value->size() <= kLongestName && std::all_of(value->begin(), value->end(), allowed);
+  if (value->empty() || (fits && value->front() != '.')) return;
+  provenance_->Refuse(PathOf(name), absl::StrCat("\"", Printable(*value), "\""),
+                      absl::StrCat("expected at most ", kLongestName,
+                                   " letters, digits, '-', '_' or '.', not beginning with '.'"));
 }
 
 std::string Section::EnumName(const std::string& name, Presence presence, const std::string& fallback) const {

@@ -45,6 +45,8 @@ class Section {
   void String(const std::string& name, Presence presence, std::string* value) const;
   // A text that is not empty and holds no zero byte.
   void Path(const std::string& name, Presence presence, std::string* path) const;
+  // A required text that becomes a part of a directory's name.
+  void FileName(const std::string& name, std::string* value) const;
   // `values` pairs every name of the field's enum with what it means.
   template <typename T>
   void Enum(const std::string& name, const std::vector<std::pair<std::string, T>>& values, T* value,

@@ -214,7 +214,7 @@ absl::StatusOr<StepReport> TrainingRun::OneStep() {
 }
 
 absl::Status TrainingRun::Save(int64_t keep) {
-  if (saved_step_ == trainer_.step()) return absl::OkStatus();
+  if (saved_step_ == trainer_.step() || keep == 0) return absl::OkStatus();
   const double start = Now();
   heart_.Beat();
   ANNULUS_RETURN_IF_ERROR(trainer_.Save(directory_.checkpoints(), config_.text, data_->fingerprint(), keep));
@@ -228,7 +228,8 @@ absl::Status TrainingRun::Save(int64_t keep) {
 // An error that all ranks agreed on before they touched anything leaves the state of the last step whole: it
 // is saved, and no older checkpoint is deleted for it, since its parameters may be what went wrong.
 absl::Status TrainingRun::SaveBefore(const absl::Status& error) {
-  if (!IsAgreed(error) || trainer_.step() == first_step_) return error;
+  const bool wanted = spec_.checkpoint.keep > 0 && trainer_.step() != first_step_;
+  if (!IsAgreed(error) || !wanted) return error;
   ANNULUS_RETURN_IF_ERROR(Save(spec_.checkpoint.keep + 1));
   return error;
 }

@@ -169,7 +169,7 @@ TEST(ConfigErrors, EveryNumberHasARange) {
        {"model.d_model", "model.vocab_size", "model.attention.heads", "model.attention.kv_heads",
         "model.attention.head_dim", "model.mlp.d_ff", "data.seq_len", "parallel.dp", "parallel.cp",
         "parallel.tp", "optim.steps", "optim.sequences_per_step", "optim.tokens_per_step",
-        "optim.micro_batch", "checkpoint.keep", "optim.schedule.warmup_stable_decay.decay_steps"}) {
+        "optim.micro_batch", "optim.schedule.warmup_stable_decay.decay_steps"}) {
     EXPECT_TRUE(absl::StartsWith(error(path + "=0"), "--set " + path + "=0" + integer + "1 to "))
         << error(path + "=0");
     EXPECT_TRUE(absl::EndsWith(error(path + "=0"), " (nearest valid value 1)")) << error(path + "=0");
@@ -179,7 +179,7 @@ TEST(ConfigErrors, EveryNumberHasARange) {
   for (const std::string path :
        {"model.attention.window", "optim.schedule.cosine.warmup_steps",
         "optim.schedule.constant.warmup_steps", "optim.schedule.warmup_stable_decay.warmup_steps",
-        "checkpoint.every_steps", "eval.every_steps", "eval.sequences", "sample.tokens",
+        "checkpoint.every_steps", "checkpoint.keep", "eval.every_steps", "eval.sequences", "sample.tokens",
         "parallel.exchange.head_split", "parallel.exchange.inner", "parallel.exchange.forward.parts"}) {
     EXPECT_TRUE(absl::StartsWith(error(path + "=-1"), "--set " + path + "=-1" + integer + "0 to "))
         << error(path + "=-1");

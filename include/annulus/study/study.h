@@ -10,12 +10,13 @@
 
 #include "annulus/study/goodput.h"
 #include "annulus/study/simulate_step.h"
+#include "annulus/train/study_config.h"
 
 namespace annulus {
 
 // One run of the grid. `labels`: its value on each axis, in the order of the axes.
 struct StudyPoint {
-  std::string id;  // "0007-gpus=8-seq_len=32768", a file name
+  std::string id;  // "ranks_per_host=8-seq_len=32768", a file name: no other point of the study has it
   struct Label {
     std::string axis, value;
   };
@@ -29,7 +30,7 @@ enum class PointState { kOpen, kDone, kFailed };
 struct PointResult {
   StudyPoint point;
   PointState state = PointState::kOpen;
-  std::string reason;  // kFailed: why
+  std::string reason;  // kFailed: why; kDone: why it was measured, but not predicted, if so
   int64_t tokens_per_step = 0;
   std::string layout;                   // "dp 2 x cp 4 x tp 1"
   std::optional<StepFigures> measured;  // medians over steps and repeats
@@ -37,8 +38,6 @@ struct PointResult {
   std::optional<StepFigures> predicted;
   std::optional<Goodput> goodput;  // of the prediction
 };
-
-enum class Scaling { kStrong, kWeak };  // the same work, or the same work for each rank
 
 struct StudyResults {
   std::string name;

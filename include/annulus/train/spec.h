@@ -144,7 +144,7 @@ enum class NanPolicy { kStop, kSkip };
 
 struct CheckpointSpec {
   int64_t every_steps = 0;  // 0 = only at the end and on signals
-  int64_t keep = 2;
+  int64_t keep = 2;         // 0 = none is written, for runs that are only timed
   friend bool operator==(const CheckpointSpec&, const CheckpointSpec&) = default;
 };
 

@@ -1,0 +1,157 @@
+#include <algorithm>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_join.h"
+#include "annulus/base/hash.h"
+#include "annulus/study/study_run.h"
+
+namespace annulus {
+namespace {
+
+constexpr int64_t kMostRanks = int64_t{1} << 20;
+constexpr size_t kLongestId = 120;
+
+// One value of every axis.
+struct Choice {
+  int64_t hosts = 1, ranks_per_host = 1;
+  std::vector<StudyPoint::Label> labels;
+  std::vector<std::string> others;  // overrides, those of the mesh left out
+  int64_t dp = 0, cp = 0, tp = 0;   // 0: no axis
+};
+
+// A file name that tells points apart: what may not be in one, or is too long, is told apart by a hash.
+std::string IdOf(const std::vector<StudyPoint::Label>& labels) {
+  const std::string plain = absl::StrJoin(labels, "-", [](std::string* out, const StudyPoint::Label& label) {
+    absl::StrAppend(out, label.axis, "=", label.value);
+  });
+  std::string id = plain.substr(0, kLongestId);
+  for (char& c : id) {
+    if (!absl::ascii_isalnum(c) && !absl::StrContains("=-_.", absl::string_view(&c, 1))) c = '_';
+  }
+  if (!id.empty() && id.front() == '.') id.front() = '_';
+  if (id != plain) absl::StrAppend(&id, "-", Hex64(Hash64(plain)).substr(0, 8));
+  return id;
+}
+
+// Multiplies the choices by the values of one more axis; `apply` puts a value into a choice.
+template <typename Values, typename Apply>
+void Multiply(const std::string& axis, const Values& values, const Apply& apply,
+              std::vector<Choice>* choices) {
+  if (values.empty()) return;
+  std::vector<Choice> product;
+  for (const Choice& choice : *choices) {
+    for (const auto& value : values) {
+      Choice& next = product.emplace_back(choice);
+      next.labels.push_back({axis, apply(value, &next)});
+    }
+  }
+  *choices = std::move(product);
+}
+
+std::vector<Choice> Choices(const StudySpec& spec) {
+  std::vector<Choice> choices(1);
+  const auto count = [](int64_t Choice::* member) {
+    return [member](int64_t value, Choice* choice) {
+      choice->*member = value;
+      return absl::StrCat(value);
+    };
+  };
+  Multiply("hosts", spec.hosts, count(&Choice::hosts), &choices);
+  Multiply("ranks_per_host", spec.ranks_per_host, count(&Choice::ranks_per_host), &choices);
+  for (const StudyAxis& axis : spec.axes) {
+    int64_t Choice::* mesh = axis.name == "dp"   ? &Choice::dp
+                             : axis.name == "cp" ? &Choice::cp
+                             : axis.name == "tp" ? &Choice::tp
+                                                 : nullptr;
+    const auto apply = [mesh](const StudyAxis::Value& value, Choice* choice) {
+      if (mesh != nullptr) {
+        choice->*mesh = std::stoll(value.label);
+      } else {
+        choice->others.insert(choice->others.end(), value.overrides.begin(), value.overrides.end());
+      }
+      return value.label;
+    };
+    Multiply(axis.name, axis.values, apply, &choices);
+  }
+  return choices;
+}
+
+// dp x cp x tp of a point, or why there is none.
+absl::StatusOr<ParallelSpec> MeshOf(const Choice& choice, const ParallelSpec& base, int64_t ranks) {
+  ParallelSpec mesh;
+  mesh.cp = choice.cp > 0 ? choice.cp : base.cp;
+  mesh.tp = choice.tp > 0 ? choice.tp : base.tp;
+  const int64_t inner = mesh.cp * mesh.tp;
+  if (choice.dp == 0 && ranks % inner != 0) {
+    return Invalid(ranks, " ranks: expected a multiple of cp ", mesh.cp, " x tp ", mesh.tp);
+  }
+  mesh.dp = choice.dp > 0 ? choice.dp : ranks / inner;
+  if (mesh.dp * inner != ranks) {
+    return Invalid(ranks, " ranks: expected ", mesh.dp * inner, " for dp ", mesh.dp, " x cp ", mesh.cp,
+                   " x tp ", mesh.tp);
+  }
+  return mesh;
+}
+
+// What makes a run a short one that is only timed.
+std::vector<std::string> MeasureOverrides(const StudySpec& spec) {
+  return {absl::StrCat("optim.steps=", spec.warm_up + spec.steps),
+          "optim.schedule={ constant { } }",
+          "checkpoint.every_steps=0",
+          "checkpoint.keep=0",
+          "eval.every_steps=0",
+          "eval.sequences=1",
+          "sample.tokens=0"};
+}
+
+// Fills in all but the labels; an error is the reason why the point makes no sense.
+absl::Status Plan(const StudySpec& spec, const std::string& run_text, const Choice& choice,
+                  PlannedPoint* planned) {
+  StudyPoint& point = planned->point;
+  point.hosts = choice.hosts;
+  point.ranks = choice.hosts * choice.ranks_per_host;
+  if (point.ranks > kMostRanks) return Invalid(point.ranks, " ranks: expected at most ", kMostRanks);
+  if (!spec.machine.empty()) {
+    point.overrides.push_back(absl::StrCat("parallel.exchange.profile=", spec.machine));
+  }
+  point.overrides.insert(point.overrides.end(), spec.overrides.begin(), spec.overrides.end());
+  point.overrides.insert(point.overrides.end(), choice.others.begin(), choice.others.end());
+  ANNULUS_ASSIGN_OR_RETURN(const ResolvedConfig base, LoadConfig(spec.run, run_text, point.overrides));
+  planned->steps = base.spec.optim.steps;
+  planned->steps_between_saves = base.spec.checkpoint.every_steps;
+
+  ANNULUS_ASSIGN_OR_RETURN(const ParallelSpec mesh, MeshOf(choice, base.spec.parallel, point.ranks));
+  for (const auto& [name, size] : {std::pair{"dp", mesh.dp}, {"cp", mesh.cp}, {"tp", mesh.tp}}) {
+    point.overrides.push_back(absl::StrCat("parallel.", name, "=", size));
+  }
+  planned->layout = absl::StrCat("dp ", mesh.dp, " x cp ", mesh.cp, " x tp ", mesh.tp);
+  if (spec.scaling == Scaling::kWeak) {
+    const int64_t sequences = base.spec.optim.sequences_per_step * (spec.grow_sequences ? mesh.dp : 1);
+    const int64_t seq_len = base.spec.data.seq_len * (spec.grow_seq_len ? mesh.cp : 1);
+    point.overrides.push_back(absl::StrCat("optim.sequences_per_step=", sequences));
+    point.overrides.push_back(absl::StrCat("data.seq_len=", seq_len));
+  }
+  std::vector<std::string> overrides = point.overrides;
+  for (std::string& override : MeasureOverrides(spec)) overrides.push_back(std::move(override));
+  ANNULUS_ASSIGN_OR_RETURN(planned->config, LoadConfig(spec.run, run_text, overrides, point.ranks));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<PlannedPoint>> StudyGrid(const StudySpec& spec, const std::string& run_text) {
+  std::vector<PlannedPoint> points;
+  for (const Choice& choice : Choices(spec)) {
+    PlannedPoint& planned = points.emplace_back();
+    planned.point.labels = choice.labels;
+    planned.point.id = IdOf(choice.labels);
+    planned.refused = Plan(spec, run_text, choice, &planned);
+  }
+  const auto sensible = [](const PlannedPoint& planned) { return planned.refused.ok(); };
+  if (std::any_of(points.begin(), points.end(), sensible)) return points;
+  return Invalid("axes: expected at least one point of ", points.size(),
+                 " that makes sense; the first is refused: ", std::string(points.front().refused.message()));
+}
+
+}  // namespace annulus

@@ -1,0 +1,282 @@
+#include "annulus/study/study_run.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
+#include "annulus/base/file.h"
+#include "annulus/base/hash.h"
+#include "annulus/train/report.h"
+#include "study_json.h"
+#include "study_slurm.h"
+
+namespace annulus {
+namespace {
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// A resolved configuration without the comments that say where values come from: the same run has the same.
+std::string WithoutSources(const std::string& text) {
+  std::string plain;
+  for (const absl::string_view line : absl::StrSplit(text, '\n')) {
+    absl::StrAppend(&plain, line.substr(0, line.rfind("  # ")), "\n");
+  }
+  return plain;
+}
+
+std::string KeyOf(const std::string& what) { return Hex64(Hash64(what)); }
+
+// What is known of a point and what is still to be done.
+struct Work {
+  StoredPoint stored;
+  bool measure = false, predict = false;
+  bool collected = false;  // measured by runs of Slurm: to be written down
+  bool open() const { return measure || predict || collected; }
+};
+
+// Times of what was done, for how long the rest will take.
+class Pace {
+ public:
+  void Add(const Work& work, double seconds) {
+    double* sum = work.measure ? &measured_seconds_ : &predicted_seconds_;
+    *sum += seconds;
+    ++(work.measure ? measured_ : predicted_);
+  }
+  double Left(int64_t measurements, int64_t predictions) const {
+    const double one_measured = measured_ > 0 ? measured_seconds_ / static_cast<double>(measured_) : 0;
+    const double one_predicted = predicted_ > 0 ? predicted_seconds_ / static_cast<double>(predicted_) : 0;
+    return static_cast<double>(measurements) * one_measured +
+           static_cast<double>(predictions) * one_predicted;
+  }
+
+ private:
+  double measured_seconds_ = 0, predicted_seconds_ = 0;
+  int64_t measured_ = 0, predicted_ = 0;
+};
+
+class StudyRun {
+ public:
+  StudyRun(const StudySpec& spec, const std::vector<PlannedPoint>& points, const StudyRunOptions& options,
+           const StudyHooks& hooks, StudyResults results)
+      : spec_(spec), points_(points), options_(options), hooks_(hooks), results_(std::move(results)) {}
+
+  absl::StatusOr<StudyResults> Run();
+
+ private:
+  std::string FolderOf(const PlannedPoint& planned) const {
+    return absl::StrCat(options_.folder, "/points/", planned.point.id);
+  }
+  void ForgetStale(const PlannedPoint& planned, StoredPoint* stored) const;
+  absl::StatusOr<Work> LookAt(const PlannedPoint& planned) const;
+  absl::Status RunPoint(size_t index);
+  void Measure(const PlannedPoint& planned, StoredPoint* stored) const;
+  void Predict(const PlannedPoint& planned, StoredPoint* stored) const;
+  void SayProgress(size_t index) const;
+  absl::Status WriteSlurm() const;
+
+  const StudySpec& spec_;
+  const std::vector<PlannedPoint>& points_;
+  const StudyRunOptions& options_;
+  const StudyHooks& hooks_;
+  StudyResults results_;
+  std::vector<Work> work_;
+  Pace pace_;
+};
+
+// State and reason follow from what there is.
+void Settle(Work* work) {
+  PointResult& result = work->stored.result;
+  const std::string& measurement_error = work->stored.measurement_error;
+  const std::string& prediction_error = work->stored.prediction_error;
+  result.reason = !measurement_error.empty()  ? measurement_error
+                  : !prediction_error.empty() ? absl::StrCat("not predicted: ", prediction_error)
+                                              : "";
+  const bool known = result.measured || result.predicted;
+  const bool failed = !measurement_error.empty() || (!known && !prediction_error.empty());
+  result.state = work->measure || work->predict ? PointState::kOpen
+                 : failed                       ? PointState::kFailed
+                 : known                        ? PointState::kDone
+                                                : PointState::kOpen;
+}
+
+// What an earlier start left of the point; nothing where it left nothing that can be read.
+absl::StatusOr<StoredPoint> ReadStored(const std::string& folder) {
+  const absl::StatusOr<std::string> text = ReadFile(folder + "/result.json");
+  if (!text.ok() && !absl::IsNotFound(text.status())) return text.status();
+  absl::StatusOr<StoredPoint> parsed = text.ok() ? ParseStoredPoint(*text) : absl::StatusOr<StoredPoint>();
+  return parsed.ok() ? *std::move(parsed) : StoredPoint();
+}
+
+// Forgets what depends on something that has changed since.
+void StudyRun::ForgetStale(const PlannedPoint& planned, StoredPoint* stored) const {
+  const std::string runs = absl::StrCat(WithoutSources(planned.config.text), planned.point.ranks,
+                                        " ranks on ", planned.point.hosts, " hosts");
+  const std::string measurement =
+      KeyOf(absl::StrCat(runs, " warm_up ", spec_.warm_up, " repeats ", spec_.repeats));
+  const std::string prediction = KeyOf(absl::StrCat(
+      runs, " steps ", planned.steps, " or ", spec_.goodput_steps, " saves ", planned.steps_between_saves,
+      " seed ", spec_.seed, " jitter ", spec_.jitter, " stragglers ", spec_.straggler_share, " by ",
+      spec_.straggler_slowdown, hooks_.prediction_inputs));
+  const bool retry = options_.failed == StudyRunOptions::Failed::kRetry;
+  const bool remeasure = std::exchange(stored->measurement_key, measurement) != measurement;
+  const bool repredict = std::exchange(stored->prediction_key, prediction) != prediction;
+  if (remeasure) stored->result.measured.reset();
+  if (remeasure || retry) stored->measurement_error.clear();
+  if (repredict) stored->result.predicted.reset();
+  if (repredict) stored->result.goodput.reset();
+  if (repredict || retry) stored->prediction_error.clear();
+}
+
+absl::StatusOr<Work> StudyRun::LookAt(const PlannedPoint& planned) const {
+  Work work;
+  PointResult& result = work.stored.result;
+  if (!planned.refused.ok()) {
+    result.point = planned.point;
+    result.layout = planned.layout;
+    result.state = PointState::kFailed;
+    result.reason = absl::StrCat("refused: ", std::string(planned.refused.message()));
+    return work;
+  }
+  ANNULUS_ASSIGN_OR_RETURN(work.stored, ReadStored(FolderOf(planned)));
+  ForgetStale(planned, &work.stored);
+  result.point = planned.point;
+  result.layout = planned.layout;
+  const RunSpec& run = planned.config.spec;
+  result.tokens_per_step = run.optim.sequences_per_step * run.data.seq_len;
+
+  const bool wanted = options_.only.empty() || options_.only == planned.point.id;
+  const bool unmeasured = wanted && !result.measured && work.stored.measurement_error.empty();
+  if (unmeasured) {
+    if (const auto collected = CollectSlurmRuns(spec_, work.stored.measurement_key, FolderOf(planned))) {
+      result.measured = collected->figures;
+      result.measured_spread = collected->spread;
+      work.collected = true;
+    }
+  }
+  work.measure = unmeasured && !work.collected && hooks_.can_measure(planned);
+  work.predict = wanted && !result.predicted && work.stored.prediction_error.empty();
+  Settle(&work);
+  return work;
+}
+
+void StudyRun::Predict(const PlannedPoint& planned, StoredPoint* stored) const {
+  absl::StatusOr<Prediction> prediction = hooks_.predict(planned);
+  if (!prediction.ok()) {
+    stored->prediction_error = std::string(prediction.status().message());
+    return;
+  }
+  stored->result.predicted = std::move(prediction->figures);
+  stored->result.goodput = prediction->goodput;
+}
+
+void StudyRun::Measure(const PlannedPoint& planned, StoredPoint* stored) const {
+  absl::StatusOr<Measurement> measurement = hooks_.measure(planned, FolderOf(planned));
+  if (!measurement.ok()) {
+    stored->measurement_error = std::string(measurement.status().message());
+    return;
+  }
+  stored->result.measured = std::move(measurement->figures);
+  stored->result.measured_spread = measurement->spread;
+}
+
+absl::Status StudyRun::RunPoint(size_t index) {
+  const PlannedPoint& planned = points_[index];
+  Work& work = work_[index];
+  const std::string folder = FolderOf(planned);
+  const double start = Now();
+  ANNULUS_RETURN_IF_ERROR(MakeDirectories(folder));
+  if (work.predict) Predict(planned, &work.stored);
+  if (work.measure) {
+    ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(folder + "/config.textproto", planned.config.text));
+    Measure(planned, &work.stored);
+  }
+  pace_.Add(work, Now() - start);
+  work.measure = work.predict = work.collected = false;
+  Settle(&work);
+  ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(folder + "/result.json", StoredPointJson(work.stored)));
+  results_.points[index] = work.stored.result;
+  SayProgress(index);
+  return hooks_.report(results_);
+}
+
+std::string Milliseconds(const StepFigures& figures) {
+  return absl::StrFormat("%.4g ms", figures.step_seconds * 1e3);
+}
+
+void StudyRun::SayProgress(size_t index) const {
+  const PointResult& result = results_.points[index];
+  std::string text =
+      absl::StrFormat("point %d/%d %s | %s", index + 1, points_.size(), result.point.id, result.layout);
+  if (result.state == PointState::kFailed) {
+    absl::StrAppend(&text, " | FAILED: ", result.reason);
+  } else {
+    if (result.measured) absl::StrAppend(&text, " | measured ", Milliseconds(*result.measured));
+    if (result.predicted) absl::StrAppend(&text, " | predicted ", Milliseconds(*result.predicted));
+    if (!result.reason.empty()) absl::StrAppend(&text, " | ", result.reason);
+  }
+  const auto measurements =
+      std::count_if(work_.begin(), work_.end(), [](const Work& work) { return work.measure; });
+  const auto predictions = std::count_if(work_.begin(), work_.end(),
+                                         [](const Work& work) { return !work.measure && work.predict; });
+  if (measurements + predictions > 0) {
+    absl::StrAppend(&text, " | ETA ", FormatDuration(pace_.Left(measurements, predictions)));
+  }
+  hooks_.say(text);
+}
+
+// Of points that could be measured elsewhere.
+absl::Status StudyRun::WriteSlurm() const {
+  std::vector<std::string> scripts;
+  for (size_t i = 0; i < points_.size(); ++i) {
+    const PlannedPoint& planned = points_[i];
+    const PointResult& result = results_.points[i];
+    const bool wanted = options_.only.empty() || options_.only == planned.point.id;
+    if (!wanted || !planned.refused.ok() || result.measured || hooks_.can_measure(planned)) continue;
+    ANNULUS_ASSIGN_OR_RETURN(scripts.emplace_back(),
+                             WriteSlurmScript(spec_, planned, work_[i].stored.measurement_key,
+                                              options_.program, FolderOf(planned)));
+  }
+  return WriteSubmitAll(options_.folder, scripts);
+}
+
+absl::StatusOr<StudyResults> StudyRun::Run() {
+  results_.points.clear();
+  for (const PlannedPoint& planned : points_) {
+    ANNULUS_ASSIGN_OR_RETURN(Work work, LookAt(planned));
+    results_.points.push_back(work.stored.result);
+    work_.push_back(std::move(work));
+  }
+  for (size_t i = 0; i < points_.size(); ++i) {
+    if (work_[i].open()) ANNULUS_RETURN_IF_ERROR(RunPoint(i));
+  }
+  if (options_.slurm == StudyRunOptions::Slurm::kWriteScripts) ANNULUS_RETURN_IF_ERROR(WriteSlurm());
+  ANNULUS_RETURN_IF_ERROR(hooks_.report(results_));
+  return results_;
+}
+
+}  // namespace
+
+absl::StatusOr<StudyResults> RunStudy(const StudySpec& spec, const std::vector<PlannedPoint>& points,
+                                      const StudyRunOptions& options, const StudyHooks& hooks,
+                                      StudyResults empty) {
+  const auto is_only = [&](const PlannedPoint& planned) { return planned.point.id == options.only; };
+  if (!options.only.empty() && std::none_of(points.begin(), points.end(), is_only)) {
+    return Invalid("--point=", options.only, ": expected the id of a point, such as ",
+                   points.front().point.id);
+  }
+  ANNULUS_RETURN_IF_ERROR(MakeDirectories(options.folder + "/points"));
+  absl::StatusOr<FileLock> lock =
+      FileLock::Take(options.folder + "/lock", absl::StrCat("a study, pid ", getpid()));
+  ANNULUS_RETURN_IF_ERROR(Prefixed(lock.status(), "--out: expected no other study in it: "));
+  ANNULUS_RETURN_IF_ERROR(
+      WriteFileAtomically(options.folder + "/study.resolved.textproto", options.study_text));
+  return StudyRun(spec, points, options, hooks, std::move(empty)).Run();
+}
+
+}  // namespace annulus
