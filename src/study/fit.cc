@@ -18,10 +18,6 @@ namespace {
 // From the fastest to that which keeps least.
 constexpr Recompute kPolicies[] = {Recompute::kNone, Recompute::kElementwise, Recompute::kAttentionOutput,
                                    Recompute::kBlock};
-const char* Name(Recompute policy) {
-  constexpr const char* kNames[] = {"NONE", "ELEMENTWISE", "ATTENTION_OUTPUT", "BLOCK"};
-  return kNames[static_cast<int>(policy)];
-}
 
 // Predicted side by side; not as many as there are cores, so that results do not depend on them.
 constexpr size_t kBatch = 8;
@@ -42,6 +38,9 @@ std::vector<int64_t> DivisorsOf(int64_t n) {
   }
   return divisors;
 }
+
+// And more than one.
+bool HasFewPlans(const FitLayout& layout) { return layout.cp > 1 && layout.cp <= kMostRanksForAllPlans; }
 
 // A mesh with a micro-batch.
 struct Trial {
@@ -136,19 +135,21 @@ class Search {
     }
   }
 
-  // Plans may need buffers for which more must be recomputed.
+  // Plans may need buffers for which others must be found, or more be recomputed.
   void PredictTrial(Trial* trial) const {
     for (const Recompute policy : kPolicies) {
       if (policy < trial->layout.recompute) continue;
       trial->layout.recompute = policy;
-      absl::StatusOr<StepFigures> figures =
-          PredictStep(WithLayout(spec_, trial->layout), machine_, PlanEffort::kQuick);
-      if (!figures.ok()) {
-        trial->lost = std::string(figures.status().message());
-        return;
+      for (const PlanEffort effort : {PlanEffort::kQuick, PlanEffort::kAll}) {
+        if (effort == PlanEffort::kAll && !HasFewPlans(trial->layout)) continue;
+        absl::StatusOr<StepFigures> figures = PredictStep(WithLayout(spec_, trial->layout), machine_, effort);
+        if (!figures.ok()) {
+          trial->lost = std::string(figures.status().message());
+          return;
+        }
+        trial->found = {.layout = trial->layout, .figures = *std::move(figures)};
+        if (Fits(NeededBytes(trial->found->figures))) return;
       }
-      trial->found = {.layout = trial->layout, .figures = *std::move(figures)};
-      if (Fits(NeededBytes(trial->found->figures))) return;
     }
   }
 
@@ -208,7 +209,7 @@ class Search {
   void SearchAllPlans() {
     for (size_t i = 0; i < std::min(kThorough, result_.best.size()); ++i) {
       FitCandidate& candidate = result_.best[i];
-      if (candidate.layout.cp == 1 || candidate.layout.cp > kMostRanksForAllPlans) continue;
+      if (!HasFewPlans(candidate.layout)) continue;
       absl::StatusOr<StepFigures> figures = PredictStep(WithLayout(spec_, candidate.layout), machine_);
       if (figures.ok() && Fits(NeededBytes(*figures))) candidate.figures = *std::move(figures);
     }
@@ -237,6 +238,11 @@ class Search {
 };
 
 }  // namespace
+
+const char* Name(Recompute policy) {
+  constexpr const char* kNames[] = {"NONE", "ELEMENTWISE", "ATTENTION_OUTPUT", "BLOCK"};
+  return kNames[static_cast<int>(policy)];
+}
 
 std::string MeshText(const FitLayout& layout) {
   return absl::StrCat("dp ", layout.dp, " x cp ", layout.cp, " x tp ", layout.tp);

@@ -8,54 +8,48 @@
 namespace annulus {
 namespace {
 
-double SecondsOf(const StepCost& cost, const std::vector<Stage>& stages) {
-  double seconds = 0;
-  for (const Stage& stage : stages) {
-    if (stage.kind == StageKind::kCompute) seconds += stage.seconds;
-    if (stage.kind != StageKind::kExchange) continue;
-    seconds += cost.exchanges[static_cast<size_t>(stage.exchange)].seconds[0];
-  }
-  return seconds;
-}
+// Blocks of keys that are all seen may be computed on faster than a whole sequence, part of which is masked.
+constexpr double kFasterInBlocks = 0.9;
 
-// FLOPs a second of attention at best, as TrainingFlops counts them: backward twice the forward.
-double BestAttentionRate(const MachineProfile& machine) {
-  double best = 0;
-  for (const AttentionRate& rate : machine.attention) {
-    const double flops =
-        (rate.pass == Pass::kForward ? 2 : 4) * static_cast<double>(rate.head_dim + rate.v_head_dim);
-    for (const RatePoint& point : rate.pairs) best = std::max(best, point.per_second * flops);
+struct Computing {
+  double attention = 0, rest = 0;  // seconds of a step
+};
+
+// Of a rank without a cp group, on sequences of this length.
+absl::StatusOr<Computing> ComputingAlone(RunSpec spec, int64_t seq_len, const MachineProfile& machine) {
+  spec.parallel.dp *= spec.parallel.cp;  // as many shards
+  spec.optim.sequences_per_step *= spec.parallel.cp;
+  spec.parallel.cp = 1;
+  spec.parallel.exchange.both = {};
+  spec.parallel.exchange.forward = spec.parallel.exchange.backward = std::nullopt;
+  spec.data.seq_len = std::max<int64_t>(1, seq_len);
+  ANNULUS_ASSIGN_OR_RETURN(const StepCost cost, CostOfStep(spec, machine, PlanEffort::kQuick));
+  Computing seconds;
+  for (const LayerCost& layer : cost.layers) {
+    for (const std::vector<Stage>* stages : {&layer.forward, &layer.backward}) {
+      for (const Stage& stage : *stages) {
+        if (stage.kind == StageKind::kCompute) seconds.rest += stage.seconds;
+        if (stage.kind != StageKind::kExchange) continue;
+        seconds.attention += cost.exchanges[static_cast<size_t>(stage.exchange)].seconds[0];
+      }
+    }
   }
-  return best;
+  seconds.attention *= static_cast<double>(cost.micro_batches);
+  seconds.rest *= static_cast<double>(cost.micro_batches);
+  for (const BucketCost& bucket : cost.buckets) seconds.rest += bucket.update_seconds;
+  return seconds;
 }
 
 }  // namespace
 
-// A rank of a cp group computes as one alone on a sequence as long as its part does, but that its queries see
-// the keys of other parts besides.
+// A rank of a cp group has its share of the attention of whole sequences; all else it computes as one alone
+// on sequences as long as its part is.
 absl::StatusOr<double> ComputingSeconds(const RunSpec& spec, const MachineProfile& machine) {
-  const ParallelSpec& parallel = spec.parallel;
-  RunSpec alone = spec;
-  alone.parallel.dp = parallel.dp * parallel.cp;  // as many shards
-  alone.parallel.cp = 1;
-  alone.parallel.exchange.both = {};
-  alone.parallel.exchange.forward = alone.parallel.exchange.backward = std::nullopt;
-  alone.data.seq_len = std::max<int64_t>(1, spec.data.seq_len / parallel.cp);
-  alone.optim.sequences_per_step = spec.optim.sequences_per_step * parallel.cp;
-  ANNULUS_ASSIGN_OR_RETURN(const StepCost cost, CostOfStep(alone, machine, PlanEffort::kQuick));
-  double seconds = 0;
-  for (const LayerCost& layer : cost.layers) {
-    seconds += SecondsOf(cost, layer.forward) + SecondsOf(cost, layer.backward);
-  }
-  seconds *= static_cast<double>(cost.micro_batches);
-  for (const BucketCost& bucket : cost.buckets) seconds += bucket.update_seconds;
-  if (parallel.cp == 1) return seconds;
-  const double more = TrainingFlops(spec.model, spec.data.seq_len).causal -
-                      TrainingFlops(spec.model, alone.data.seq_len).causal;
-  const auto tokens = static_cast<double>(spec.data.seq_len * spec.optim.sequences_per_step);
-  const auto ranks = static_cast<double>(parallel.dp * parallel.cp * parallel.tp);
-  const double best = BestAttentionRate(machine);
-  return best > 0 ? seconds + more * tokens / ranks / best : seconds;
+  const int64_t cp = spec.parallel.cp;
+  ANNULUS_ASSIGN_OR_RETURN(const Computing whole, ComputingAlone(spec, spec.data.seq_len, machine));
+  if (cp == 1) return whole.attention + whole.rest;
+  ANNULUS_ASSIGN_OR_RETURN(const Computing part, ComputingAlone(spec, spec.data.seq_len / cp, machine));
+  return kFasterInBlocks * whole.attention / static_cast<double>(cp) + part.rest;
 }
 
 int64_t LeastBytes(const RunSpec& spec, const MachineProfile& machine) {

@@ -24,6 +24,7 @@ struct FitLayout {
   Recompute recompute = Recompute::kNone;
   friend bool operator==(const FitLayout&, const FitLayout&) = default;
 };
+const char* Name(Recompute policy);                  // "ATTENTION_OUTPUT"
 std::string MeshText(const FitLayout& layout);       // "dp 8 x cp 4 x tp 2"
 std::string OverridesText(const FitLayout& layout);  // "--set parallel.dp=8 --set ..."
 RunSpec WithLayout(RunSpec spec, const FitLayout& layout);
