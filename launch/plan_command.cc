@@ -1,4 +1,5 @@
-// `annulus plan`: what a configuration costs and how its attention layers exchange, without running it.
+// `annulus plan`: what a configuration costs, how its attention layers exchange and how fast it steps,
+// without running it; and the layout that steps fastest.
 
 #include <algorithm>
 #include <cstdio>
@@ -11,9 +12,11 @@
 #include "annulus/train/config.h"
 #include "annulus/train/placement.h"
 #include "annulus/train/plan_exchange.h"
+#include "annulus/train/profile.h"
 #include "annulus/train/report.h"
 #include "annulus/train/trainer.h"
 #include "commands.h"
+#include "plan_fit.h"
 
 namespace annulus {
 namespace {
@@ -119,6 +122,7 @@ struct Planned {
   std::string machine_text;  // where the profile is from
   ExampleBatch batch;
   std::vector<PlannedPass> passes;
+  absl::StatusOr<StepFigures> step;  // predicted
 };
 
 // Of the plans shown; layers take turns.
@@ -146,6 +150,9 @@ std::string Json(const Planned& planned) {
                      {"ranks", planned.machine.ranks}};
   const double throttle = spec.parallel.exchange.throttle_gb_per_second;
   if (throttle > 0) json["throttle_gb_per_second"] = throttle;
+  json["predicted_step"] =
+      planned.step.ok() ? StepJson(*planned.step)
+                        : nlohmann::ordered_json{{"refused", std::string(planned.step.status().message())}};
   json["exchange"] = nlohmann::ordered_json::array();
   for (const PlannedPass& pass : planned.passes) json["exchange"].push_back(PassJson(pass));
   for (const StateKind& kind : StateKindsOf(spec)) json["states"].push_back(StatesJson(kind));
@@ -180,6 +187,10 @@ void Print(const Planned& planned) {
                 FormatBytes(static_cast<double>(BufferBytesOf(planned))).c_str());
   }
   std::printf("machine           %s\n", planned.machine_text.c_str());
+  std::printf("predicted step    %s\n",
+              (planned.step.ok() ? StepText(*planned.step)
+                                 : absl::StrCat("not known: ", planned.step.status().message()))
+                  .c_str());
   if (!planned.batch.note.empty()) std::printf("documents         %s\n", planned.batch.note.c_str());
   for (const PlannedPass& pass : planned.passes) {
     const char* of_each = pass.kind.attention.latent_groups > 1 ? "of each branch" : "of each";
@@ -191,23 +202,71 @@ void Print(const Planned& planned) {
   for (const StateKind& kind : StateKindsOf(planned.spec)) std::printf("\n%s\n", StateText(kind).c_str());
 }
 
+// Of several names of one option.
+std::string LastOf(const Arguments& arguments, std::initializer_list<absl::string_view> names,
+                   const std::string& fallback) {
+  std::string value = fallback;
+  for (const absl::string_view name : names) value = arguments.Last(name, value);
+  return value;
+}
+
+// What a run on that machine computes on, where the configuration leaves it open.
+absl::StatusOr<MachineProfile> MachineOf(const Arguments& arguments, RunSpec* spec) {
+  std::string& path = spec->parallel.exchange.profile;
+  path = LastOf(arguments, {"--profile", "--machine"}, path);
+  if (!path.empty() && spec->device == DeviceChoice::kAuto) {
+    ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+    ANNULUS_ASSIGN_OR_RETURN(const MachineProfile machine, ParseProfile(path, text));
+    const bool cpu = std::all_of(machine.attention.begin(), machine.attention.end(),
+                                 [](const auto& rate) { return rate.kernel == AttentionKernel::kCpuTiles; });
+    spec->device = cpu ? DeviceChoice::kCpu : DeviceChoice::kCuda;
+  }
+  ANNULUS_RETURN_IF_ERROR(ResolvePlannedDevice(spec));
+  return ProfileOf(*spec);
+}
+
+absl::Status RunFit(const Arguments& arguments, RunSpec spec, const MachineProfile& machine, int64_t ranks) {
+  ANNULUS_ASSIGN_OR_RETURN(const double gib, arguments.PositiveNumber("--memory-gib", 0));
+  ANNULUS_ASSIGN_OR_RETURN(
+      const FitResult result,
+      Fit(spec, machine, {.ranks = ranks, .memory_bytes = static_cast<int64_t>(gib * 0x1p30)}));
+  if (arguments.Has("--json")) {
+    std::printf("%s\n", FitJson(result).dump(2).c_str());
+  } else {
+    std::printf("%s on %s of %s\n\n%s\n", spec.name.c_str(), CountText(ranks, "rank").c_str(),
+                ProfileSource(spec.parallel.exchange, machine).c_str(), FitText(result).c_str());
+  }
+  return absl::OkStatus();
+}
+
+// Groups of more ranks have too many plans to look through them all twice.
+constexpr int64_t kMostRanksForAllPlans = 8;
+
 absl::Status Run(const Arguments& arguments, const std::string&) {
-  ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> world, arguments.PositiveInt("--world"));
+  const char* named = arguments.Has("--gpus") ? "--gpus" : "--world";
+  ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> world, arguments.PositiveInt(named));
+  const bool fit = arguments.Has("--fit");
+  if (fit && !world.has_value()) return Invalid("--fit: expected --gpus N with it, the ranks to fit on");
+  if (!fit && arguments.Has("--memory-gib")) return Invalid("--memory-gib: expected --fit with it");
   ANNULUS_RETURN_IF_ERROR(CheckOutputFile(arguments, "--svg"));
   ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(arguments.operand()));
-  ANNULUS_ASSIGN_OR_RETURN(ResolvedConfig config,
-                           LoadConfig(arguments.operand(), text, arguments.All("--set"), world));
-  ANNULUS_RETURN_IF_ERROR(ResolvePlannedDevice(&config.spec));
+  // The layout that is written need not be one of so many ranks.
+  ANNULUS_ASSIGN_OR_RETURN(
+      ResolvedConfig config,
+      LoadConfig(arguments.operand(), text, arguments.All("--set"), fit ? std::nullopt : world));
   RunSpec& spec = config.spec;
+  ANNULUS_ASSIGN_OR_RETURN(const MachineProfile machine, MachineOf(arguments, &spec));
+  if (fit) return RunFit(arguments, spec, machine, *world);
   // Without --world and parallel.dp the smallest world that the configuration asks for.
   spec.parallel.dp = std::max<int64_t>(1, spec.parallel.dp);
-  spec.parallel.exchange.profile = arguments.Last("--profile", spec.parallel.exchange.profile);
-  ANNULUS_ASSIGN_OR_RETURN(const MachineProfile machine, ProfileOf(spec));
-  Planned planned{.spec = spec,
-                  .machine = machine,
-                  .machine_text = ProfileSource(spec.parallel.exchange, machine),
-                  .batch = ExampleBatchOf(spec),
-                  .passes = {}};
+  Planned planned{
+      .spec = spec,
+      .machine = machine,
+      .machine_text = ProfileSource(spec.parallel.exchange, machine),
+      .batch = ExampleBatchOf(spec),
+      .passes = {},
+      .step = PredictStep(spec, machine,
+                          spec.parallel.cp > kMostRanksForAllPlans ? PlanEffort::kQuick : PlanEffort::kAll)};
   ANNULUS_ASSIGN_OR_RETURN(
       planned.passes,
       PlanExchange(spec, planned.batch.sequences, ExchangeOptionsOf(spec, TransportsOnOneHost(spec), machine),
@@ -234,12 +293,18 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
 Command PlanCommand() {
   return {{"plan",
            "CONFIG",
-           "prints parameters, FLOPs, memory and the exchange of every layer",
+           "prints parameters, FLOPs, memory, the predicted step and the exchange of every layer",
            {{"--world", Option::Takes::kValue, "N", "number of ranks"},
+            {"--gpus", Option::Takes::kValue, "N", "the same"},
+            {"--fit", Option::Takes::kNothing, "",
+             "searches the layout, micro-batch and recompute policy that step fastest on --gpus N"},
+            {"--memory-gib", Option::Takes::kValue, "X",
+             "--fit: memory of a rank (default: the machine profile's)"},
             {"--json", Option::Takes::kNothing, "", "prints JSON"},
             {"--set", Option::Takes::kValue, "PATH=VALUE", "overrides a field; repeatable"},
             {"--profile", Option::Takes::kValue, "FILE",
              "machine profile of annulus calibrate (default: parallel.exchange.profile, else assumed)"},
+            {"--machine", Option::Takes::kValue, "FILE", "the same"},
             {"--choice", Option::Takes::kValue, "NAME",
              "shows this plan of the tables, or the first of this kind, not the fastest"},
             {"--svg", Option::Takes::kValue, "FILE", "draws the timelines of the plans shown"}}},
