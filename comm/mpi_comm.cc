@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -48,6 +50,7 @@ class MpiGroup {
     MPI_Comm copy;
     ANNULUS_MPI(MPI_Comm_dup(comm, &copy));
     auto group = std::make_unique<MpiGroup>(copy);
+    AwaitedByMpi().AddGroup(copy);
     ANNULUS_MPI(MPI_Comm_set_errhandler(copy, MPI_ERRORS_RETURN));
     return group;
   }
@@ -55,6 +58,7 @@ class MpiGroup {
   MpiGroup(const MpiGroup&) = delete;
   MpiGroup& operator=(const MpiGroup&) = delete;
   ~MpiGroup() {
+    AwaitedByMpi().RemoveGroup(comm_);
     if (!MpiFinalized()) MPI_Comm_free(&comm_);
   }
   MPI_Comm get() const { return comm_; }
@@ -170,7 +174,8 @@ absl::StatusOr<Request> MpiComm::AllGather(ConstTensorRef in, TensorRef out) {
     void* to = static_cast<char*>(out.raw()) + begin * width;
     MPI_Request started;
     const int code = MPI_Iallgather(from, count, MpiType(in.dtype()), to, 1, spaced, group_->get(), &started);
-    ANNULUS_RETURN_IF_ERROR(request->parts().Started(code, "MPI_Iallgather", started));
+    ANNULUS_RETURN_IF_ERROR(
+        request->parts().Started(code, "MPI_Iallgather", started, group_->get(), MpiAwaited::kWholeGroup));
   }
   return Request(std::move(request));
 }
@@ -183,7 +188,8 @@ absl::StatusOr<Request> MpiComm::Broadcast(TensorRef data, int root) {
     void* at = static_cast<char*>(data.raw()) + begin * SizeOf(data.dtype());
     MPI_Request started;
     const int code = MPI_Ibcast(at, count, MpiType(data.dtype()), root, group_->get(), &started);
-    ANNULUS_RETURN_IF_ERROR(request->parts().Started(code, "MPI_Ibcast", started));
+    ANNULUS_RETURN_IF_ERROR(
+        request->parts().Started(code, "MPI_Ibcast", started, group_->get(), MpiAwaited::kWholeGroup));
   }
   return Request(std::move(request));
 }
@@ -193,7 +199,8 @@ absl::StatusOr<std::shared_ptr<CommBackend>> MpiComm::Split(int color, int key) 
   MpiRequest all_here(progress_);
   MPI_Request started;
   const int code = MPI_Ibarrier(group_->get(), &started);
-  ANNULUS_RETURN_IF_ERROR(all_here.parts().Started(code, "MPI_Ibarrier", started));
+  ANNULUS_RETURN_IF_ERROR(
+      all_here.parts().Started(code, "MPI_Ibarrier", started, group_->get(), MpiAwaited::kWholeGroup));
   for (Backoff backoff;; backoff.Pause()) {
     ANNULUS_ASSIGN_OR_RETURN(const bool complete, all_here.Test());
     if (complete) break;
@@ -233,52 +240,6 @@ MPI_Datatype MpiType(DType dtype) {
   return MPI_DATATYPE_NULL;
 }
 
-absl::Status MpiParts::Send(const void* data, DType dtype, int64_t elements, int peer, int tag,
-                            MPI_Comm comm) {
-  for (int64_t begin = 0; begin < elements; begin += kPieceElements) {
-    const int count = static_cast<int>(std::min(kPieceElements, elements - begin));
-    const void* at = static_cast<const char*>(data) + begin * SizeOf(dtype);
-    MPI_Request started;
-    const int code = MPI_Isend(at, count, MpiType(dtype), peer, tag, comm, &started);
-    ANNULUS_RETURN_IF_ERROR(Started(code, "MPI_Isend", started));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status MpiParts::Receive(void* data, DType dtype, int64_t elements, int peer, int tag, MPI_Comm comm) {
-  for (int64_t begin = 0; begin < elements; begin += kPieceElements) {
-    const int count = static_cast<int>(std::min(kPieceElements, elements - begin));
-    void* at = static_cast<char*>(data) + begin * SizeOf(dtype);
-    MPI_Request started;
-    const int code = MPI_Irecv(at, count, MpiType(dtype), peer, tag, comm, &started);
-    ANNULUS_RETURN_IF_ERROR(Started(code, "MPI_Irecv", started));
-    parts_.back().type = MpiType(dtype);
-    parts_.back().expected = count;
-  }
-  return absl::OkStatus();
-}
-
-absl::StatusOr<bool> MpiParts::Test() {
-  while (!parts_.empty()) {
-    Part& part = parts_.back();
-    int complete = 0;
-    MPI_Status status;
-    ANNULUS_MPI(MPI_Test(&part.request, &complete, &status));
-    if (complete == 0) return false;
-    if (part.type != MPI_DATATYPE_NULL) {
-      int count = 0;
-      ANNULUS_MPI(MPI_Get_count(&status, part.type, &count));
-      if (count != part.expected) {
-        return absl::InternalError(absl::StrCat("a message from rank ", status.MPI_SOURCE, " with tag ",
-                                                status.MPI_TAG, " has ", count, " elements: expected ",
-                                                part.expected));
-      }
-    }
-    parts_.pop_back();
-  }
-  return true;
-}
-
 absl::StatusOr<MpiSession> MpiSession::Start(int* argc, char*** argv) {
   int provided = 0;
   ANNULUS_MPI(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided));
@@ -292,6 +253,10 @@ absl::StatusOr<MpiSession> MpiSession::Start(int* argc, char*** argv) {
   ANNULUS_ASSIGN_OR_RETURN(std::shared_ptr<CommBackend> world,
                            MpiComm::Create(MPI_COMM_WORLD, std::make_shared<CommProgress>()));
   session.world_ = Communicator(std::move(world));
+  char host[256] = {};
+  gethostname(host, sizeof(host) - 1);
+  ANNULUS_ASSIGN_OR_RETURN(std::vector<std::string> hosts, session.world_.AllGatherStrings(host));
+  AwaitedByMpi().SetWorld(std::move(hosts));
   return session;
 }
 

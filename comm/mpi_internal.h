@@ -6,7 +6,10 @@
 #define MPICH_SKIP_MPICXX 1
 #include <mpi.h>
 
+#include <atomic>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "annulus/comm/communicator.h"
@@ -26,14 +29,37 @@ MPI_Datatype MpiType(DType dtype);
 // the cost of a piece is its bytes).
 inline constexpr int64_t kPieceElements = int64_t{1} << 24;
 
+// Which ranks of the world this process waits for: of each, the operations under way that need it. Groups are
+// added and removed, and operations begin and end, on the one thread that calls MPI; a watchdog asks from
+// another.
+class MpiAwaited {
+ public:
+  static constexpr int kWholeGroup = -1;  // as a peer: every other rank of the group
+
+  void SetWorld(std::vector<std::string> hosts);  // of each rank
+  void AddGroup(MPI_Comm comm);
+  void RemoveGroup(MPI_Comm comm) { groups_.erase(comm); }
+  void Count(MPI_Comm comm, int peer, int change);
+  // "rank 2 on host1, rank 3 on host1"; empty: nothing is awaited.
+  std::string Text() const;
+
+ private:
+  static constexpr size_t kMostNamed = 8;
+  std::vector<std::string> hosts_;
+  std::vector<std::atomic<int>> operations_;  // by rank of the world
+  struct Group {
+    int rank = 0;               // this process's
+    std::vector<int> of_world;  // of each rank, that of the world
+  };
+  std::map<MPI_Comm, Group> groups_;
+};
+MpiAwaited& AwaitedByMpi();
+
 // Complete when all of `parts` are. Each part that receives says how many elements it expects.
 class MpiParts {
  public:
-  absl::Status Started(int code, const char* call, MPI_Request request) {
-    ANNULUS_RETURN_IF_ERROR(MpiStatus(code, call));
-    parts_.push_back({request, MPI_DATATYPE_NULL, 0});
-    return absl::OkStatus();
-  }
+  // peer: of a message, else MpiAwaited::kWholeGroup.
+  absl::Status Started(int code, const char* call, MPI_Request request, MPI_Comm comm, int peer);
   // [elements] to or from `peer`, in pieces.
   absl::Status Send(const void* data, DType dtype, int64_t elements, int peer, int tag, MPI_Comm comm);
   absl::Status Receive(void* data, DType dtype, int64_t elements, int peer, int tag, MPI_Comm comm);
@@ -45,8 +71,14 @@ class MpiParts {
     MPI_Request request;
     MPI_Datatype type;  // of a receive, else null
     int expected;
+    MPI_Comm comm;
+    int peer;
   };
+  // Whether it is complete.
+  static absl::StatusOr<bool> TestPart(Part& part);
+
   std::vector<Part> parts_;
+  int64_t tests_ = 0;
 };
 
 // A reduction in rank order, whatever the size of the tensor: every rank receives all contributions to its

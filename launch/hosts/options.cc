@@ -1,6 +1,6 @@
 #include "options.h"
 
-#include <functional>
+#include <cmath>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -58,7 +58,7 @@ absl::Status SetOption(const std::string& name, const std::string& value, Option
   if (name == "--control") return Set(absl::StatusOr<std::string>(value), &options->control);
   if (name != "--delay") return Invalid("unknown option");
   ANNULUS_ASSIGN_OR_RETURN(const double seconds, ParseTime(value));
-  options->link.delay_ns = static_cast<int64_t>(seconds * kNanosecondsPerSecond);
+  options->link.delay_ns = std::llround(seconds * kNanosecondsPerSecond);
   return absl::OkStatus();
 }
 

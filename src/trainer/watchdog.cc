@@ -8,6 +8,8 @@
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
+#include "annulus/comm/awaited.h"
+#include "run_directory.h"
 
 namespace annulus {
 namespace {
@@ -92,6 +94,11 @@ void Watchdog::EndJob(const std::string& trouble) {
   const int64_t step = options_.recorder->step();  // 0: there are none, or it is before the first
   std::string text = absl::StrCat("annulus: watchdog: rank ", options_.world_rank, ": ", trouble,
                                   step > 0 ? absl::StrCat(" in step ", step) : "", "\n");
+  const std::string awaited = AwaitedRanks();
+  if (!awaited.empty()) {
+    absl::StrAppend(&text, "annulus: watchdog: rank ", options_.world_rank, ":   on ", HostName(),
+                    ": waits for messages of ", awaited, "\n");
+  }
   const std::string report = options_.recorder->Report();
   bool is_lane = false;  // the first line is the step
   for (const absl::string_view line : absl::StrSplit(report, '\n')) {

@@ -77,7 +77,9 @@ inline ProgramTree ThisTree() {
 struct JobSpec {
   std::string folder;  // working directory; out.txt and err.txt are written there
   int ranks = 1;
-  std::vector<std::string> arguments;  // of the program
+  std::vector<std::string> arguments = {};  // of the program
+  std::vector<std::string> under = {};      // what launch/mpirun is run by, its arguments before it
+  std::vector<std::string> command = {};    // in place of launch/mpirun and the program
 };
 
 struct JobResult {
@@ -100,9 +102,12 @@ class Job {
     // Ranks that outlive mpirun become children of the test: it sees them, and can end them.
     ANNULUS_CHECK(prctl(PR_SET_CHILD_SUBREAPER, 1) == 0);
     const ProgramTree tree = ThisTree();
-    std::vector<std::string> words = {tree.files + "/launch/mpirun", "-n", absl::StrCat(spec.ranks),
-                                      tree.program};
-    words.insert(words.end(), spec.arguments.begin(), spec.arguments.end());
+    std::vector<std::string> job = {tree.files + "/launch/mpirun", "-n", absl::StrCat(spec.ranks),
+                                    tree.program};
+    job.insert(job.end(), spec.arguments.begin(), spec.arguments.end());
+    const std::vector<std::string>& last = spec.command.empty() ? job : spec.command;
+    std::vector<std::string> words = spec.under;
+    words.insert(words.end(), last.begin(), last.end());
     for (const char* file : {"/out.txt", "/err.txt"}) Overwrite(folder_ + file, "");  // not the last job's
     mpirun_ = fork();
     ANNULUS_CHECK(mpirun_ >= 0) << "fork: errno " << errno;
