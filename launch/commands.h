@@ -75,6 +75,7 @@ Command CalibrateCommand();
 Command ExportCommand();
 Command ImportCommand();
 Command ConvertCommand();
+Command StudyCommand();
 Command ReportCommand();
 
 }  // namespace annulus

@@ -13,7 +13,7 @@ namespace {
 std::vector<Command> Commands() {
   return {TrainCommand(),  CheckCommand(),   PlanCommand(),      SampleCommand(),
           DoctorCommand(), BenchCommand(),   CalibrateCommand(), ExportCommand(),
-          ImportCommand(), ConvertCommand(), ReportCommand()};
+          ImportCommand(), ConvertCommand(), StudyCommand(),     ReportCommand()};
 }
 
 bool IsHelp(const std::string& arg) { return arg == "--help" || arg == "-h"; }

@@ -5,6 +5,7 @@
 #include "absl/strings/str_join.h"
 #include "annulus/base/hash.h"
 #include "annulus/study/study_run.h"
+#include "annulus/train/report.h"
 
 namespace annulus {
 namespace {
@@ -84,12 +85,12 @@ absl::StatusOr<ParallelSpec> MeshOf(const Choice& choice, const ParallelSpec& ba
   mesh.tp = choice.tp > 0 ? choice.tp : base.tp;
   const int64_t inner = mesh.cp * mesh.tp;
   if (choice.dp == 0 && ranks % inner != 0) {
-    return Invalid(ranks, " ranks: expected a multiple of cp ", mesh.cp, " x tp ", mesh.tp);
+    return Invalid(CountText(ranks, "rank"), ": expected a multiple of cp ", mesh.cp, " x tp ", mesh.tp);
   }
   mesh.dp = choice.dp > 0 ? choice.dp : ranks / inner;
   if (mesh.dp * inner != ranks) {
-    return Invalid(ranks, " ranks: expected ", mesh.dp * inner, " for dp ", mesh.dp, " x cp ", mesh.cp,
-                   " x tp ", mesh.tp);
+    return Invalid(CountText(ranks, "rank"), ": expected ", mesh.dp * inner, " for dp ", mesh.dp, " x cp ",
+                   mesh.cp, " x tp ", mesh.tp);
   }
   return mesh;
 }

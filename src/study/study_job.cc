@@ -25,7 +25,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kPoll = std::chrono::milliseconds(5);
-constexpr auto kGrace = std::chrono::seconds(10);  // from SIGTERM to SIGKILL; mpirun itself takes a few
+constexpr auto kGrace = std::chrono::seconds(5);  // from SIGTERM to SIGKILL; mpirun itself takes a few
 constexpr size_t kReasonLines = 4;
 constexpr size_t kLongestReason = 2000;
 

@@ -1,0 +1,133 @@
+// What measuring a point rests on: child jobs, hostfiles, which points fit, figures of run directories; and
+// that the studies that ship make sense.
+
+#include <csignal>
+#include <filesystem>
+
+#include "../../src/study/study_job.h"
+#include "../../src/study/study_measure.h"
+#include "absl/strings/match.h"
+#include "annulus/base/file.h"
+#include "study/study_test_config.h"
+
+namespace annulus {
+namespace {
+
+class StudyJobTest : public ::testing::Test {
+ protected:
+  StudyJobTest() {
+    folder_ = ::testing::TempDir() + "annulus_job_XXXXXX";
+    EXPECT_NE(mkdtemp(folder_.data()), nullptr);
+  }
+  ~StudyJobTest() override { std::filesystem::remove_all(folder_); }
+
+  absl::Status Shell(const std::string& script, double limit_seconds = 60) const {
+    return RunChildJob(
+        {.words = {"/bin/sh", "-c", script}, .log = folder_ + "/log", .limit_seconds = limit_seconds});
+  }
+
+  std::string folder_;
+};
+
+TEST_F(StudyJobTest, TheReasonIsWhatTheProgramSaysElseTheLastLines) {
+  EXPECT_TRUE(Shell("echo fine").ok());
+  EXPECT_EQ(*ReadFile(folder_ + "/log"), "fine\n");
+  EXPECT_EQ(Shell("echo a; echo 'error: rank 1: no data' >&2; echo b; exit 3").message(),
+            absl::StrCat("exit code 3: error: rank 1: no data (", folder_, "/log)"));
+  EXPECT_EQ(Shell("for i in 1 2 3 4 5 6; do echo line $i; done; exit 1").message(),
+            absl::StrCat("exit code 1: line 3 | line 4 | line 5 | line 6 (", folder_, "/log)"));
+  EXPECT_TRUE(absl::StartsWith(Shell("kill -KILL $$").message(), "ended by signal 9"));
+}
+
+TEST_F(StudyJobTest, ALimitEndsTheJobWithAllItsProcesses) {
+  const absl::Status status = Shell("echo started; sleep 1000 & echo $! >" + folder_ + "/pid; wait", 0.5);
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_TRUE(absl::StrContains(status.message(), "measure.limit_minutes")) << status;
+  const pid_t left = std::stoi(*ReadFile(folder_ + "/pid"));
+  EXPECT_EQ(kill(left, 0), -1) << "its child is still there";
+}
+
+TEST(StudyPoint, HostfilesAreReadAsMpirunReadsThem) {
+  const auto hosts = ParseHostfile("hosts", "# nodes\nnode1 slots=8 max_slots=9\n\nnode2\n");
+  ASSERT_TRUE(hosts.ok()) << hosts.status();
+  ASSERT_EQ(hosts->size(), 2u);
+  EXPECT_EQ((*hosts)[0].name, "node1");
+  EXPECT_EQ((*hosts)[0].ranks, 8);
+  EXPECT_EQ((*hosts)[1].ranks, 1);
+  EXPECT_EQ(ParseHostfile("hosts", "a\nb slots=x").status().message(),
+            "hosts:2: slots=x: expected slots=N, at least 1");
+  EXPECT_EQ(ParseHostfile("hosts", "#").status().message(),
+            "hosts: expected at least one line such as \"node1 slots=8\"");
+}
+
+TEST(StudyPoint, IsMeasuredWhereItsRanksAre) {
+  StudySpec spec = TinyStudy();
+  spec.hosts = {1, 2};
+  const std::vector<PlannedPoint> points = Grid(spec);  // hosts 1: 2 2 4 4 ranks; hosts 2: 4 4 8 8
+  MeasuringMachine machine{.program = {}, .gpus = 8, .cpu_ranks = 2};
+  EXPECT_TRUE(CanMeasure(machine, points[0]));
+  EXPECT_FALSE(CanMeasure(machine, points[2])) << "the run is on CPUs";
+  EXPECT_FALSE(CanMeasure(machine, points[4])) << "two hosts";
+  machine.hosts = {{"a", 4}, {"b", 2}};
+  EXPECT_TRUE(CanMeasure(machine, points[2]));
+  EXPECT_TRUE(CanMeasure(machine, points[4]));
+  EXPECT_FALSE(CanMeasure(machine, points[6])) << "host b has two";
+  spec.overrides = {"device=CUDA"};
+  EXPECT_TRUE(CanMeasure({.program = {}, .gpus = 4, .cpu_ranks = 1}, Grid(spec)[2]));
+  EXPECT_FALSE(CanMeasure({.program = {}, .gpus = 0, .cpu_ranks = 8}, Grid(spec)[2]));
+}
+
+TEST_F(StudyJobTest, FiguresAreMediansOfTheStepsThatCount) {
+  std::string lines;
+  for (const int ms : {100, 10, 30, 20}) {
+    absl::StrAppend(
+        &lines, "{\"step_ms\":", ms, ",\"exposed_exchange_ms\":2,\"exposed_reduce_ms\":3,\"data_ms\":1,",
+        "\"tokens_per_second\":", 1000 / ms, ",\"attention\":[{\"pass\":\"forward\",\"plan\":\"kv_ring\",",
+        "\"transport\":\"host\"}],\"memory_bytes\":{\"parameters\":5,\"other\":7}}\n");
+  }
+  ASSERT_TRUE(WriteFileAtomically(folder_ + "/metrics.jsonl", lines).ok());
+  const auto figures = FiguresOfRun(folder_, 1, 3);
+  ASSERT_TRUE(figures.ok()) << figures.status();
+  EXPECT_DOUBLE_EQ(figures->step_seconds, 0.020);
+  EXPECT_DOUBLE_EQ(figures->exposed_exchange_seconds, 0.002);
+  EXPECT_DOUBLE_EQ(figures->exposed_gradients_seconds, 0.003);
+  EXPECT_DOUBLE_EQ(figures->compute_seconds, 0.014);
+  EXPECT_DOUBLE_EQ(figures->tokens_per_second, 50);
+  EXPECT_EQ(figures->memory.parameters, 5);
+  EXPECT_EQ(figures->other_memory_bytes, 7);
+  EXPECT_EQ(figures->plans, std::vector<std::string>{"forward: kv_ring by host"});
+  EXPECT_TRUE(absl::EndsWith(FiguresOfRun(folder_, 1, 4).status().message(), "4 steps, expected 5"));
+  ASSERT_TRUE(WriteFileAtomically(folder_ + "/metrics.jsonl", lines + "{\"step_m").ok());
+  EXPECT_FALSE(FiguresOfRun(folder_, 1, 4).ok());
+}
+
+TEST(StudyPoint, SpreadIsOverRepeats) {
+  std::vector<StepFigures> runs(4);
+  for (size_t i = 0; i < 4; ++i) runs[i].step_seconds = std::vector<double>{4, 1, 3, 2}[i];
+  const Measurement measurement = MedianRun(runs);
+  EXPECT_DOUBLE_EQ(measurement.figures.step_seconds, 2);
+  EXPECT_DOUBLE_EQ(measurement.spread, 1.5);
+}
+
+TEST(ShippedStudies, HavePointsThatMakeSense) {
+  int studies = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(ANNULUS_SOURCE_DIR "/configs/study")) {
+    const std::string path = entry.path().string();
+    const auto study = LoadStudy(path, *ReadFile(path));
+    ASSERT_TRUE(study.ok()) << study.status();
+    EXPECT_EQ(study->spec.name, entry.path().stem().string());
+    const auto run = ReadFile(study->spec.run);
+    ASSERT_TRUE(run.ok()) << run.status();
+    const auto points = StudyGrid(study->spec, *run);
+    ASSERT_TRUE(points.ok()) << points.status();
+    EXPECT_TRUE(ProfileOf(*std::find_if(points->begin(), points->end(),
+                                        [](const PlannedPoint& planned) { return planned.refused.ok(); }))
+                    .ok())
+        << path;
+    ++studies;
+  }
+  EXPECT_GE(studies, 2);
+}
+
+}  // namespace
+}  // namespace annulus
