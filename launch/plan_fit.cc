@@ -9,6 +9,9 @@
 namespace annulus {
 namespace {
 
+// Of a step: what would be printed as nothing is left out.
+constexpr double kShown = 0.0005;
+
 // Layouts that are named for one reason; of more the number alone.
 constexpr size_t kNamed = 6;
 
@@ -47,7 +50,7 @@ std::string Memory(const StepFigures& figures) {
 std::string Shares(const StepFigures& figures) {
   std::vector<std::string> shares;
   for (const ShareOfStep& share : SharesOf(figures)) {
-    if (share.seconds <= 0) continue;
+    if (share.seconds < kShown * figures.step_seconds) continue;
     shares.push_back(absl::StrFormat("%s %.1f%%", share.name, 100 * share.seconds / figures.step_seconds));
   }
   return absl::StrJoin(shares, ", ");

@@ -112,6 +112,38 @@ TEST_F(PlanCommands, PlanShowsAndDrawsTheChoice) {
   EXPECT_TRUE(absl::StrContains(wrong.err, "choice=ring: expected a forward plan, by its kind ")) << wrong;
 }
 
+TEST_F(PlanCommands, FitSearchesTheLayout) {
+  const Strings command = {"plan", "c.textproto", "--gpus", "4", "--fit"};
+  const auto with = [&](Strings more) {
+    more.insert(more.begin(), command.begin(), command.end());
+    return Run(1, more);
+  };
+  const JobResult text = with({});
+  for (const char* part : {" 1. dp ", "tok/s", "computing ", "parameters ", "the others lost:\n",
+                           "the best: --set parallel.dp="}) {
+    EXPECT_TRUE(absl::StrContains(text.out, part)) << part << text;
+  }
+  const JobResult result = with({"--json"});
+  const nlohmann::json json = nlohmann::json::parse(result.out, nullptr, /*allow_exceptions=*/false);
+  ASSERT_TRUE(json.is_object()) << result;
+  // The overrides make a configuration of which the same is predicted.
+  const nlohmann::json& best = json["best"][0];
+  Strings plan = {"plan", "c.textproto", "--json", "--world", "4"};
+  for (const absl::string_view word : absl::StrSplit(best["overrides"].get<std::string>(), ' '))
+    plan.emplace_back(word);
+  const JobResult made = Run(1, plan);
+  const nlohmann::json planned = nlohmann::json::parse(made.out, nullptr, /*allow_exceptions=*/false);
+  ASSERT_TRUE(planned.is_object()) << made;
+  EXPECT_EQ(planned["predicted_step"]["step_seconds"], best["predicted"]["step_seconds"]);
+
+  const JobResult tight = with({"--memory-gib", "1e-6"});
+  EXPECT_EQ(ErrorLines(tight).size(), 1u) << tight;
+  EXPECT_TRUE(absl::StrContains(tight.err, "memory: no layout on 4 ranks fits: ")) << tight;
+  const JobResult alone = Run(1, {"plan", "c.textproto", "--fit"});
+  EXPECT_EQ(ErrorLines(alone).size(), 1u) << alone;
+  EXPECT_TRUE(absl::StrContains(alone.err, "--fit: expected --gpus N with it")) << alone;
+}
+
 // Objects that a bench prints.
 std::vector<nlohmann::json> Objects(const JobResult& result) {
   EXPECT_TRUE(result.in_time && result.exit_code == 0) << result;
