@@ -42,7 +42,7 @@ thead th{font-weight:600;position:sticky;top:-.3rem;background:var(--page);verti
 td{max-width:26rem}
 pre{overflow:auto;background:var(--card);padding:.8rem;font-size:.8rem;line-height:1.4}
 summary{cursor:pointer}
-svg text{font:13px system-ui,sans-serif;fill:var(--ink)}
+svg text{font:13px system-ui,sans-serif;fill:var(--ink);paint-order:stroke;stroke:var(--page);stroke-width:3px;stroke-linejoin:round}
 svg .tick,svg .name{fill:var(--soft)}
 svg .end{text-anchor:end}svg .mid{text-anchor:middle}
 svg .end-label{fill:var(--c)}
@@ -68,15 +68,17 @@ body{font-size:10pt}
 header,main{max-width:none;padding:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 nav,details{display:none}
-h2,figcaption,caption,.legend{break-after:avoid}
-figure,tr{break-inside:avoid}
+h2,section>p,figcaption,caption,.legend{break-after:avoid}
+figure,tr,p,.legend{break-inside:avoid}
+.pair,.stack,.panels,.legend{display:block}
+.legend li{display:inline-flex;margin-right:1.2rem}
 figure{max-width:13cm}
-.panels{grid-template-columns:1fr 1fr}
-.pair .panels{grid-template-columns:1fr}
+.stack figure{display:inline-block;width:48%;margin-right:1%;vertical-align:top}
 .scroll{overflow:visible;max-height:none;border:0;padding:0}
 thead{display:table-header-group}thead th{position:static}
 table{font-size:8pt}th,td{padding-right:.5rem}
-td,th{overflow-wrap:anywhere}
+td,th{overflow-wrap:break-word}
+tbody th:not(.n){overflow-wrap:anywhere;min-width:9em}
 a{color:inherit;text-decoration:none}}
 )css";
 

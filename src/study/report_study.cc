@@ -18,6 +18,8 @@ namespace {
 using Align = HtmlTable::Align;
 using Panels = std::vector<SeriesPanel>;
 
+double TokensPerSecond(const StepFigures& figures) { return figures.tokens_per_second; }
+
 double RatePerRank(const PointResult& point, const StepFigures& figures) {
   return figures.tokens_per_second / static_cast<double>(std::max<int64_t>(1, point.point.ranks));
 }
@@ -42,12 +44,8 @@ double BaseRate(const PointSeries& series, Look look) {
   return RatePerRank(*base, measured ? *base->measured : *base->predicted);
 }
 
-double IdealRate(const PointSeries& series, const PointResult& point) {
-  return BaseRate(series, Look::kMeasured) * static_cast<double>(point.point.ranks);
-}
-
-double Efficiency(const Drawn& drawn) {
-  return RatePerRank(drawn.point, drawn.figures) / BaseRate(drawn.series, drawn.look);
+double IdealRate(const PointSeries& series, const PointResult& point, Look look) {
+  return BaseRate(series, look) * static_cast<double>(point.point.ranks);
 }
 
 template <typename Fn>
@@ -109,16 +107,19 @@ void AddThroughput(const StudyResults& results, const Panels& panels, HtmlPage* 
     if (std::isfinite(figures.tokens_per_second)) high = std::max(high, figures.tokens_per_second);
     return false;
   });
-  page->Section("Throughput",
-                "Tokens a second of all ranks. The ideal is the first point of a line times the ranks.");
+  page->Section("Throughput", HaveOneRankCount(panels)
+                                  ? "Tokens a second of all ranks."
+                                  : "Tokens a second of all ranks. The ideal is the first point of a "
+                                    "line times the ranks.");
   AddRankFigure(panels,
                 {.title = "Throughput",
                  .unit = "tokens/s",
                  .scale = high > 5 * low ? Scale::kLog10 : Scale::kLinear,
-                 .value = [](const Drawn& drawn) { return drawn.figures.tokens_per_second; },
+                 .value = TokensPerSecond,
                  .text = RateText,
                  .tick = TickText,
-                 .ideal = IdealRate},
+                 .ideal = [](const PointSeries& series,
+                             const PointResult& point) { return IdealRate(series, point, Look::kMeasured); }},
                 page);
 }
 
@@ -131,7 +132,7 @@ void AddUtilization(const StudyResults& results, const Panels& panels, HtmlPage*
     AddRankFigure(panels,
                   {.title = "Rate of computing",
                    .unit = "TFLOP/s per rank",
-                   .value = [](const Drawn& drawn) { return drawn.figures.tflops_causal; },
+                   .value = [](const StepFigures& f) { return f.tflops_causal; },
                    .text = NumberText,
                    .tick = TickText},
                   page);
@@ -142,26 +143,28 @@ void AddUtilization(const StudyResults& results, const Panels& panels, HtmlPage*
                 "recomputation is not counted.");
   RankMetric metric{.title = "MFU, causal",
                     .unit = "of the peak",
-                    .value = [](const Drawn& drawn) { return drawn.figures.mfu_causal; },
+                    .value = [](const StepFigures& f) { return f.mfu_causal; },
                     .text = PercentText,
                     .tick = PercentTick};
   AddRankFigure(panels, metric, page);
   metric.title = "MFU, full";
-  metric.value = [](const Drawn& drawn) { return drawn.figures.mfu_full; };
+  metric.value = [](const StepFigures& f) { return f.mfu_full; };
   AddRankFigure(panels, metric, page);
 }
 
 void AddEfficiency(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  if (HaveOneRankCount(panels)) return;
   const char* title =
       results.scaling == Scaling::kStrong ? "Strong scaling efficiency" : "Weak scaling efficiency";
   page->Section(title, "Tokens a second of a rank, against those of a rank in the first point of the line.");
   AddRankFigure(panels,
                 {.title = title,
                  .unit = "of ideal",
-                 .value = Efficiency,
+                 .value = TokensPerSecond,
+                 .base = IdealRate,
                  .text = PercentText,
                  .tick = PercentTick,
-                 .ideal = [](const auto&, const auto&) { return 1.0; }},
+                 .ideal = [](const PointSeries&, const PointResult&) { return 1.0; }},
                 page);
 }
 
@@ -341,6 +344,12 @@ std::string StateText(const PointResult& point) {
                                     : kSimulatedText;
 }
 
+// With what went wrong beside; why a point failed has a table of its own.
+std::string StateAndReason(const PointResult& point) {
+  const bool tell = point.state != PointState::kFailed && !point.reason.empty();
+  return absl::StrCat(StateText(point), tell ? "; " : "", tell ? point.reason : "");
+}
+
 void AddPoints(const StudyResults& results, HtmlPage* page) {
   page->Section("All points", "How each was run or simulated, and the exchange plans that attention took.");
   HtmlTable table{.caption = "All points",
@@ -357,7 +366,7 @@ void AddPoints(const StudyResults& results, HtmlPage* page) {
   for (const PointResult& point : results.points) {
     const auto& figures = point.measured.has_value() ? point.measured : point.predicted;
     table.rows.push_back({point.point.id, absl::StrCat(point.point.ranks), absl::StrCat(point.point.hosts),
-                          StateText(point), point.layout.empty() ? kNone : point.layout,
+                          StateAndReason(point), point.layout.empty() ? kNone : point.layout,
                           point.tokens_per_step > 0 ? absl::StrCat(point.tokens_per_step) : kNone,
                           point.measured.has_value() ? PercentText(point.measured_spread) : kNone,
                           absl::StrJoin(point.point.overrides, ", "),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -15,7 +16,8 @@ using Swatch = LegendEntry::Swatch;
 using Align = HtmlTable::Align;
 
 constexpr size_t kGroupsInChart = 12;  // so that a chart fits on a page
-constexpr size_t kLetters = 14;        // of a label beside a line
+constexpr int kGray = kChartColors - 1;
+constexpr size_t kLetters = 14;  // of a label beside a line
 
 const std::optional<StepFigures>& FiguresOf(const PointResult& point, Look look) {
   return look == Look::kMeasured ? point.measured : point.predicted;
@@ -64,9 +66,14 @@ std::vector<LegendEntry> SeriesLegend(const std::vector<SeriesPanel>& panels) {
   return legend;
 }
 
-void AddKindLegend(const std::vector<SeriesPanel>& panels, std::vector<LegendEntry>* legend) {
-  if (AnyMeasured(panels)) legend->push_back({Swatch::kMeasured, 7, "measured: filled, solid"});
-  if (AnySimulated(panels)) legend->push_back({Swatch::kSimulated, 7, "simulated: hollow, dashed"});
+void AddLineLegend(const std::vector<SeriesPanel>& panels, std::vector<LegendEntry>* legend) {
+  if (AnyMeasured(panels)) legend->push_back({Swatch::kMeasured, kGray, "measured: filled, solid"});
+  if (AnySimulated(panels)) legend->push_back({Swatch::kSimulated, kGray, "simulated: hollow, dashed"});
+}
+
+void AddBarLegend(const std::vector<SeriesPanel>& panels, std::vector<LegendEntry>* legend) {
+  if (AnyMeasured(panels)) legend->push_back({Swatch::kBar, kGray, "measured: filled"});
+  if (AnySimulated(panels)) legend->push_back({Swatch::kSimulatedBar, kGray, "simulated: pale, dashed"});
 }
 
 std::vector<std::string> PointCells(const SeriesPanel& panel, const PointSeries& series,
@@ -85,6 +92,12 @@ std::vector<HtmlTable::Column> PointColumns(bool labels) {
   return columns;
 }
 
+// Of a point that has such figures.
+double ValueOf(const RankMetric& metric, const PointSeries& series, const PointResult& point, Look look) {
+  const double value = metric.value(*FiguresOf(point, look));
+  return metric.base == nullptr ? value : value / metric.base(series, point, look);
+}
+
 HtmlTable RankTable(const std::vector<SeriesPanel>& panels, const RankMetric& metric) {
   const bool labels = HaveLabels(panels);
   HtmlTable table{
@@ -95,7 +108,7 @@ HtmlTable RankTable(const std::vector<SeriesPanel>& panels, const RankMetric& me
     std::vector<std::string> row = PointCells(panel, series, point, labels);
     for (const Look look : {Look::kMeasured, Look::kSimulated}) {
       const std::optional<StepFigures>& figures = FiguresOf(point, look);
-      row.push_back(figures.has_value() ? metric.text(metric.value({series, point, look, *figures})) : kNone);
+      row.push_back(figures.has_value() ? metric.text(ValueOf(metric, series, point, look)) : kNone);
     }
     if (metric.ideal) row.push_back(metric.text(metric.ideal(series, point)));
     if (point.measured.has_value() || point.predicted.has_value()) table.rows.push_back(std::move(row));
@@ -117,11 +130,12 @@ SeriesCurves CurvesOf(const RankMetric& metric, const PointSeries& series, const
   curves.simulated.look = Look::kSimulated;
   for (const PointResult* point : series.points) {
     const double ranks = static_cast<double>(point->point.ranks);
-    if (metric.ideal) curves.ideal.data.push_back({.x = ranks, .y = metric.ideal(series, *point)});
+    const bool drawn = point->measured.has_value() || point->predicted.has_value();
+    if (metric.ideal && drawn) curves.ideal.data.push_back({.x = ranks, .y = metric.ideal(series, *point)});
     for (Curve* curve : {&curves.measured, &curves.simulated}) {
       const std::optional<StepFigures>& figures = FiguresOf(*point, curve->look);
       if (!figures.has_value()) continue;
-      curve->data.push_back({.x = ranks, .y = metric.value({series, *point, curve->look, *figures})});
+      curve->data.push_back({.x = ranks, .y = ValueOf(metric, series, *point, curve->look)});
     }
   }
   const auto last = [](const Curve& curve) { return curve.data.empty() ? 0 : curve.data.back().x; };
@@ -193,7 +207,8 @@ std::vector<BarPage> BarPagesOf(const std::vector<SeriesPanel>& panels) {
     }
     const size_t count = pages.size() - first;
     for (size_t i = first; count > 1 && i < pages.size(); ++i) {
-      absl::StrAppend(&pages[i].title, pages[i].title.empty() ? "" : ", ", i - first + 1, " of ", count);
+      absl::StrAppend(&pages[i].title, pages[i].title.empty() ? "part " : ", part ", i - first + 1, " of ",
+                      count);
     }
   }
   return pages;
@@ -216,10 +231,7 @@ BarChart PartChart(const BarPage& bars, const PartMetric& metric, double most) {
     for (const Look look : {Look::kMeasured, Look::kSimulated}) {
       const std::optional<StepFigures>& figures = FiguresOf(*point, look);
       if (!figures.has_value()) continue;
-      const char* kind = look == Look::kMeasured ? "" : ", simulated";
-      group.bars.push_back({.parts = metric.values(*figures),
-                            .look = look,
-                            .note = absl::StrCat(metric.note(*figures), kind)});
+      group.bars.push_back({.parts = metric.values(*figures), .look = look, .note = metric.note(*figures)});
     }
     chart.groups.push_back(std::move(group));
   }
@@ -296,7 +308,7 @@ void AddErrorGuides(Errors* errors) {
   for (const double share : {-0.10, -0.05, 0.0, 0.05, 0.10}) {
     errors->chart.curves.push_back(
         {.end_label = share == 0 ? "exact" : absl::StrFormat("%+.0f%%", 100 * share),
-         .color = kChartColors - 1,
+         .color = kGray,
          .look = Look::kGuide,
          .data = {{.x = errors->low, .y = share}, {.x = errors->high, .y = share}}});
   }
@@ -308,9 +320,30 @@ double MedianOf(std::vector<double> values) {
   return n % 2 == 1 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
 }
 
+void AddBars(const std::vector<SeriesPanel>& panels, const RankMetric& metric, HtmlPage* page) {
+  AddPartFigure(
+      panels,
+      {.title = metric.title,
+       .unit = metric.unit,
+       .parts = {metric.title},
+       .values = [&](const StepFigures& f) { return std::vector<double>{metric.value(f)}; },
+       .tick = metric.tick,
+       .columns = {metric.unit},
+       .cells = [&](const StepFigures& f) { return std::vector<std::string>{metric.text(metric.value(f))}; },
+       .note = [&](const StepFigures& f) { return metric.text(metric.value(f)); }},
+      page);
+}
+
 }  // namespace
 
+bool HaveOneRankCount(const std::vector<SeriesPanel>& panels) {
+  std::set<int64_t> ranks;
+  ForEachPoint(panels, [&](const auto&, const auto&, const PointResult& p) { ranks.insert(p.point.ranks); });
+  return ranks.size() <= 1;
+}
+
 void AddRankFigure(const std::vector<SeriesPanel>& panels, const RankMetric& metric, HtmlPage* page) {
+  if (HaveOneRankCount(panels)) return AddBars(panels, metric, page);
   std::vector<LineChart> charts;
   const bool short_labels = LabelsAreShort(panels);
   for (const SeriesPanel& panel : panels) charts.push_back(RankChart(panel, metric, short_labels));
@@ -318,8 +351,8 @@ void AddRankFigure(const std::vector<SeriesPanel>& panels, const RankMetric& met
   std::vector<HtmlPage::Panel> drawn;
   for (size_t i = 0; i < charts.size(); ++i) drawn.push_back({panels[i].label, Svg(charts[i])});
   std::vector<LegendEntry> legend = SeriesLegend(panels);
-  AddKindLegend(panels, &legend);
-  if (metric.ideal) legend.push_back({Swatch::kGuide, kChartColors - 1, "ideal"});
+  AddLineLegend(panels, &legend);
+  if (metric.ideal) legend.push_back({Swatch::kGuide, kGray, "ideal"});
   page->Figure(drawn, legend, RankTable(panels, metric));
 }
 
@@ -329,24 +362,26 @@ void AddPartFigure(const std::vector<SeriesPanel>& panels, const PartMetric& met
   for (const BarPage& bars : BarPagesOf(panels))
     drawn.push_back({bars.title, Svg(PartChart(bars, metric, most))});
   std::vector<LegendEntry> legend;
-  for (size_t i = 0; i < metric.parts.size(); ++i)
+  for (size_t i = 0; metric.parts.size() > 1 && i < metric.parts.size(); ++i)
     legend.push_back({Swatch::kBar, static_cast<int>(i), metric.parts[i]});
+  AddBarLegend(panels, &legend);
   page->Figure(drawn, legend, PartTable(panels, metric));
 }
 
 void AddErrorFigure(const std::vector<SeriesPanel>& panels, const ErrorMetric& metric, HtmlPage* page) {
   const bool labels = HaveLabels(panels);
-  Errors errors{.table = {.caption = absl::StrCat(metric.title, ": predicted against measured"),
-                          .columns = PointColumns(labels),
-                          .rows = {}},
-                .chart = {.title = absl::StrCat("Error of the predicted ", metric.title),
-                          .description = "Predicted over measured, less one, against measured.",
-                          .x = metric.x,
-                          .y = {.title = "predicted against measured", .text = PercentTick},
-                          .curves = {},
-                          .marks = {}},
-                .sizes = {},
-                .worst = {}};
+  Errors errors{
+      .table = {.caption = absl::StrCat(metric.title, ": predicted against measured"),
+                .columns = PointColumns(labels),
+                .rows = {}},
+      .chart = {.title = absl::StrCat("Error of the predicted ", metric.title),
+                .description = "Predicted over measured, less one, against measured.",
+                .x = metric.x,
+                .y = {.title = "predicted against measured", .text = PercentTick, .from = -0.11, .to = 0.11},
+                .curves = {},
+                .marks = {}},
+      .sizes = {},
+      .worst = {}};
   for (const char* name : {kMeasuredText, "predicted", "error"})
     errors.table.columns.push_back({name, Align::kNumber});
   for (const SeriesPanel& panel : panels) {

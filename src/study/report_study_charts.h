@@ -24,20 +24,17 @@ void ForEachPoint(const std::vector<SeriesPanel>& panels, Fn&& fn) {
   }
 }
 
-// Figures of a point: kMeasured or kSimulated.
-struct Drawn {
-  const PointSeries& series;
-  const PointResult& point;
-  Look look;
-  const StepFigures& figures;
-};
+// Whether there is nothing to draw against ranks.
+bool HaveOneRankCount(const std::vector<SeriesPanel>& panels);
 
-// A number of each point that is drawn against its ranks.
+// A number of each point that is drawn against its ranks; as bars where all points have as many ranks.
 struct RankMetric {
   std::string title;
   std::string unit;  // of the y axis
   Scale scale = Scale::kLinear;
-  double (*value)(const Drawn&) = nullptr;
+  double (*value)(const StepFigures&) = nullptr;
+  // What it is divided by; null: nothing.
+  double (*base)(const PointSeries&, const PointResult&, Look) = nullptr;
   std::string (*text)(double) = nullptr;  // in the table
   std::string (*tick)(double) = nullptr;
   // What an ideal machine would have; empty: nothing to compare with.

@@ -16,7 +16,7 @@ std::string NotFinite(double value) { return std::isnan(value) ? "NaN" : value >
 
 std::string StepText(double seconds) {
   if (!std::isfinite(seconds)) return NotFinite(seconds);
-  if (seconds >= 100) return FormatDuration(seconds);
+  if (seconds >= 100) return absl::StrFormat("%.1f s", seconds);
   if (seconds >= 1) return absl::StrFormat("%.2f s", seconds);
   const double ms = seconds * 1e3;
   return absl::StrFormat(ms >= 99.95   ? "%.0f ms"

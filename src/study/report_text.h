@@ -8,7 +8,7 @@ namespace annulus {
 
 inline constexpr char kNone[] = "–";
 
-std::string StepText(double seconds);     // "412 ms", "1.24 s", "3m 20s"
+std::string StepText(double seconds);     // "412 ms", "1.24 s", "200.0 s"
 std::string RateText(double per_second);  // "1.24M"
 std::string PercentText(double share);    // "48.3%"
 std::string ErrorText(double share);      // "+3.2%"

@@ -84,7 +84,7 @@ std::string Svg(const BarChart& chart);
 
 // The entries of a legend: a swatch and its text.
 struct LegendEntry {
-  enum class Swatch { kSeries, kBar, kMeasured, kSimulated, kGuide };
+  enum class Swatch { kSeries, kMeasured, kSimulated, kGuide, kBar, kSimulatedBar };
   Swatch swatch = Swatch::kSeries;
   int color = 0;
   std::string text;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "html_page.h"
@@ -40,7 +41,26 @@ std::string BarSvg(const BarChart& chart, const StackedBar& bar, const AxisMap& 
                     "\"><title>", Escaped(chart.parts[i]), ": ", Escaped(x.Text(part)), ", ", look,
                     "</title></rect>");
   }
-  return absl::StrCat(svg, TextAt(x.At(sum) + 6, y + kBarHeight - 1.5, "tick", bar.note));
+  return svg;
+}
+
+// Above what they may cross.
+std::string Texts(const BarGroup& group, const AxisMap& x, double left, double y) {
+  std::string svg = TextAt(left, y + 13, "bar-label", group.label);
+  double at = y + kLabelRow;
+  for (const StackedBar& bar : group.bars) {
+    absl::StrAppend(&svg, TextAt(x.At(SumOf(bar.parts)) + 6, at + kBarHeight - 1.5, "tick", bar.note));
+    at += kBarHeight + kBarGap;
+  }
+  return svg;
+}
+
+std::string LimitSvg(const std::pair<double, std::string>& limit, const AxisMap& x, double bottom) {
+  const double at = x.At(limit.first), half = TextWidth(limit.second) / 2;
+  const double middle = std::clamp(at, half, std::max(half, kChartWidth - half));
+  return absl::StrCat("<line class=\"limit\" x1=\"", Px(at), "\" x2=\"", Px(at), "\" y1=\"", Px(kLimitRow),
+                      "\" y2=\"", Px(bottom), "\"/>",
+                      TextAt(middle, kLimitRow - 4, "tick mid", limit.second));
 }
 
 }  // namespace
@@ -65,21 +85,15 @@ std::string Svg(const BarChart& chart) {
   for (const double tick : x.ticks()) {
     const std::string at = Px(x.At(tick));
     const std::string text = x.Text(tick);
-    const double middle = std::max(x.At(tick), TextWidth(text) / 2);
+    const double middle = std::max(x.At(tick), TextWidth(text) / 2 + 4);
     absl::StrAppend(&svg, "<line class=\"grid\" x1=\"", at, "\" x2=\"", at, "\" y1=\"", Px(top), "\" y2=\"",
                     Px(bottom + 4), "\"/>", TextAt(middle, bottom + 18, "tick mid", text));
   }
   absl::StrAppend(&svg, TextAt((left + right) / 2, bottom + 37, "name mid", chart.x.title));
-  if (chart.limit.has_value()) {
-    const double at = x.At(chart.limit->first), width = TextWidth(chart.limit->second);
-    const double middle = std::clamp(at, width / 2, std::max(width / 2, kChartWidth - width / 2));
-    absl::StrAppend(&svg, "<line class=\"limit\" x1=\"", Px(at), "\" x2=\"", Px(at), "\" y1=\"",
-                    Px(kLimitRow), "\" y2=\"", Px(bottom), "\"/>",
-                    TextAt(middle, kLimitRow - 4, "tick mid", chart.limit->second));
-  }
+  std::string texts;
   double y = top;
   for (const BarGroup& group : chart.groups) {
-    absl::StrAppend(&svg, TextAt(left, y + 13, "bar-label", group.label));
+    absl::StrAppend(&texts, Texts(group, x, left, y));
     double at = y + kLabelRow;
     for (const StackedBar& bar : group.bars) {
       absl::StrAppend(&svg, BarSvg(chart, bar, x, at));
@@ -87,7 +101,8 @@ std::string Svg(const BarChart& chart) {
     }
     y += HeightOf(group);
   }
-  return absl::StrCat(svg, "</svg>\n");
+  if (chart.limit.has_value()) absl::StrAppend(&svg, LimitSvg(*chart.limit, x, bottom));
+  return absl::StrCat(svg, texts, "</svg>\n");
 }
 
 }  // namespace annulus

@@ -57,12 +57,11 @@ std::string LegendHtml(const std::vector<LegendEntry>& entries) {
   std::string html = "<ul class=\"legend\">";
   for (const LegendEntry& entry : entries) {
     const std::string color = absl::StrCat("c", entry.color % kChartColors);
-    const char* look = entry.swatch == Swatch::kSimulated ? "simulated "
-                       : entry.swatch == Swatch::kGuide   ? "guide "
-                                                          : "measured ";
+    const bool simulated = entry.swatch == Swatch::kSimulated || entry.swatch == Swatch::kSimulatedBar;
+    const char* look = simulated ? "simulated " : entry.swatch == Swatch::kGuide ? "guide " : "measured ";
     const bool of_series = entry.swatch == Swatch::kSeries;
     std::string swatch;
-    if (entry.swatch == Swatch::kBar) {
+    if (entry.swatch == Swatch::kBar || entry.swatch == Swatch::kSimulatedBar) {
       swatch =
           absl::StrCat("<rect class=\"bar ", look, color, "\" x=\"4\" y=\"2\" width=\"20\" height=\"12\"/>");
     } else {

@@ -1,15 +1,36 @@
 #pragma once
 
-// Whether a page is well-formed and needs nothing but itself.
+// Checks of texts: whether a page is well-formed and needs nothing but itself.
 
-#include <cctype>
+#include <gtest/gtest.h>
+
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 
 namespace annulus::testing {
+
+inline bool Has(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+inline int64_t CountOf(const std::string& text, const std::string& part) {
+  int64_t count = 0;
+  for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++count;
+  return count;
+}
+
+// Of a CSV text; its last line ends too.
+inline std::vector<std::string> LinesOf(const std::string& csv) {
+  std::vector<std::string> lines = absl::StrSplit(csv, "\r\n");
+  EXPECT_EQ(lines.back(), "");
+  lines.pop_back();
+  return lines;
+}
 
 // What is wrong with the text between tags: an ampersand must begin one of the entities that pages use.
 inline std::string FlawOfText(const std::string& text) {

@@ -13,6 +13,10 @@ namespace annulus {
 std::string StudyHtml(const StudyResults& results);
 std::string StudyCsv(const StudyResults& results);
 
+// What a study has stored in its folder so far. Points are those of its grid, open where nothing is stored.
+// NotFound where it is no folder of a study; it also needs the files of the base run and the machine profile.
+absl::StatusOr<StudyResults> ReadStudy(const std::string& study_dir);
+
 // Of a run directory: loss, throughput, memory, events, from metrics.jsonl and events.jsonl. NotFound or
 // InvalidArgument name what is missing or broken; a last line that is cut off is left out.
 absl::StatusOr<std::string> RunHtml(const std::string& run_dir);
