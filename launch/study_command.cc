@@ -8,12 +8,14 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 
 #include "annulus/base/file.h"
 #include "annulus/device/gpu.h"
 #include "annulus/study/report.h"
 #include "annulus/study/study_run.h"
 #include "annulus/train/profile.h"
+#include "annulus/train/report.h"
 #include "annulus/train/study_config.h"
 #include "commands.h"
 
@@ -78,22 +80,26 @@ StudyHooks Hooks(const StudySpec& spec, const MeasuringMachine& machine, const M
   return hooks;
 }
 
+// Points that make no sense often share the reason: each reason once, with how many there are.
 void PrintSummary(const std::vector<PlannedPoint>& points, const StudyResults& results) {
   int64_t measured = 0, simulated = 0, failed = 0, refused = 0, open = 0;
+  std::map<std::string, int64_t> reasons;
   for (size_t i = 0; i < points.size(); ++i) {
     const PointResult& result = results.points[i];
     if (!points[i].refused.ok()) {
       ++refused;
+      ++reasons[result.reason];
     } else if (result.state == PointState::kFailed) {
       ++failed;
+      std::printf("FAILED: %s: %s\n", result.point.id.c_str(), result.reason.c_str());
     } else if (result.state == PointState::kOpen) {
       ++open;
     } else {
       ++(result.measured ? measured : simulated);
     }
-    if (result.state != PointState::kFailed) continue;
-    std::printf("%s%s: %s\n", points[i].refused.ok() ? "FAILED: " : "", result.point.id.c_str(),
-                result.reason.c_str());
+  }
+  for (const auto& [reason, count] : reasons) {
+    std::printf("%s: %s\n", CountText(count, "point").c_str(), reason.c_str());
   }
   std::printf("%zu points: %ld measured, %ld simulated alone, %ld failed, %ld refused, %ld open\n",
               points.size(), measured, simulated, failed, refused, open);

@@ -78,21 +78,27 @@ std::vector<Choice> Choices(const StudySpec& spec) {
   return choices;
 }
 
-// dp x cp x tp of a point, or why there is none.
+// dp x cp x tp of a point, or why there is none. What no axis says follows from the ranks: cp where dp is an
+// axis, else dp.
 absl::StatusOr<ParallelSpec> MeshOf(const Choice& choice, const ParallelSpec& base, int64_t ranks) {
   ParallelSpec mesh;
-  mesh.cp = choice.cp > 0 ? choice.cp : base.cp;
   mesh.tp = choice.tp > 0 ? choice.tp : base.tp;
-  const int64_t inner = mesh.cp * mesh.tp;
-  if (choice.dp == 0 && ranks % inner != 0) {
-    return Invalid(CountText(ranks, "rank"), ": expected a multiple of cp ", mesh.cp, " x tp ", mesh.tp);
+  const bool cp_follows = choice.dp > 0 && choice.cp == 0;
+  mesh.cp = choice.cp > 0 ? choice.cp : base.cp;
+  mesh.dp = choice.dp;
+  if (cp_follows || choice.dp == 0) {
+    const int64_t others = mesh.tp * (cp_follows ? mesh.dp : mesh.cp);
+    if (ranks % others != 0) {
+      return Invalid(CountText(ranks, "rank"), ": expected a multiple of ",
+                     cp_follows ? absl::StrCat("dp ", mesh.dp) : absl::StrCat("cp ", mesh.cp), " x tp ",
+                     mesh.tp);
+    }
+    (cp_follows ? mesh.cp : mesh.dp) = ranks / others;
   }
-  mesh.dp = choice.dp > 0 ? choice.dp : ranks / inner;
-  if (mesh.dp * inner != ranks) {
-    return Invalid(CountText(ranks, "rank"), ": expected ", mesh.dp * inner, " for dp ", mesh.dp, " x cp ",
-                   mesh.cp, " x tp ", mesh.tp);
-  }
-  return mesh;
+  const int64_t all = mesh.dp * mesh.cp * mesh.tp;
+  if (all == ranks) return mesh;
+  return Invalid(CountText(ranks, "rank"), ": expected ", all, " for dp ", mesh.dp, " x cp ", mesh.cp,
+                 " x tp ", mesh.tp);
 }
 
 // What makes a run a short one that is only timed.

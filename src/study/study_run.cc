@@ -94,9 +94,10 @@ void Settle(Work* work) {
   PointResult& result = work->stored.result;
   const std::string& measurement_error = work->stored.measurement_error;
   const std::string& prediction_error = work->stored.prediction_error;
-  result.reason = !measurement_error.empty()  ? measurement_error
-                  : !prediction_error.empty() ? absl::StrCat("not predicted: ", prediction_error)
-                                              : "";
+  result.reason = !measurement_error.empty() ? measurement_error
+                  : result.measured && !prediction_error.empty()
+                      ? absl::StrCat("not predicted: ", prediction_error)
+                      : prediction_error;
   const bool known = result.measured || result.predicted;
   const bool failed = !measurement_error.empty() || (!known && !prediction_error.empty());
   result.state = work->measure || work->predict ? PointState::kOpen
@@ -205,8 +206,9 @@ absl::Status StudyRun::RunPoint(size_t index) {
   return hooks_.report(results_);
 }
 
-std::string Milliseconds(const StepFigures& figures) {
-  return absl::StrFormat("%.4g ms", figures.step_seconds * 1e3);
+std::string StepTime(const StepFigures& figures) {
+  const double seconds = figures.step_seconds;
+  return seconds < 1 ? absl::StrFormat("%.4g ms", seconds * 1e3) : absl::StrFormat("%.4g s", seconds);
 }
 
 void StudyRun::SayProgress(size_t index) const {
@@ -216,8 +218,8 @@ void StudyRun::SayProgress(size_t index) const {
   if (result.state == PointState::kFailed) {
     absl::StrAppend(&text, " | FAILED: ", result.reason);
   } else {
-    if (result.measured) absl::StrAppend(&text, " | measured ", Milliseconds(*result.measured));
-    if (result.predicted) absl::StrAppend(&text, " | predicted ", Milliseconds(*result.predicted));
+    if (result.measured) absl::StrAppend(&text, " | measured ", StepTime(*result.measured));
+    if (result.predicted) absl::StrAppend(&text, " | predicted ", StepTime(*result.predicted));
     if (!result.reason.empty()) absl::StrAppend(&text, " | ", result.reason);
   }
   const auto measurements =

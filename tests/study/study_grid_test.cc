@@ -78,6 +78,12 @@ TEST(StudyGrid, PointsThatMakeNoSenseStayWithTheReason) {
   EXPECT_TRUE(derived[0].refused.ok()) << derived[0].refused;
   EXPECT_EQ(derived[1].refused.message(), "4 ranks: expected a multiple of cp 3 x tp 1");
 
+  spec.axes = {{"dp", {{"1", {}}, {"2", {}}, {"3", {}}}}};
+  const std::vector<PlannedPoint> cp_follows = Grid(spec);
+  EXPECT_EQ(cp_follows[0].layout, "dp 1 x cp 4 x tp 1");
+  EXPECT_EQ(cp_follows[1].layout, "dp 2 x cp 2 x tp 1");
+  EXPECT_EQ(cp_follows[2].refused.message(), "4 ranks: expected a multiple of dp 3 x tp 1");
+
   spec.axes = {{"optim.steps", {{"-1", {"optim.steps=-1"}}, {"5", {"optim.steps=40"}}}}};
   EXPECT_TRUE(
       absl::StrContains(Grid(spec)[0].refused.message(), "--set optim.steps=-1: expected an integer"));

@@ -87,8 +87,8 @@ TEST_F(StudyRunTest, MeasuresWhatFitsAndPredictsEverything) {
   }
   ASSERT_EQ(said_.size(), 4u);
   EXPECT_TRUE(absl::StartsWith(said_[1],
-                               "point 2/4 ranks_per_host=2-cp=2 | dp 1 x cp 2 x tp 1 | measured 2000 ms | "
-                               "predicted 2000 ms | ETA "))
+                               "point 2/4 ranks_per_host=2-cp=2 | dp 1 x cp 2 x tp 1 | measured 2 s | "
+                               "predicted 2 s | ETA "))
       << said_[1];
   EXPECT_FALSE(absl::StrContains(said_[3], "ETA")) << said_[3];
 }
@@ -164,7 +164,7 @@ TEST_F(StudyRunTest, AFailedPointIsRecordedAndTheStudyGoesOn) {
   EXPECT_TRUE(results->points[0].predicted.has_value());
   EXPECT_EQ(results->points[1].state, PointState::kDone);
   EXPECT_EQ(results->points[2].state, PointState::kFailed);
-  EXPECT_EQ(results->points[2].reason, "not predicted: no rates");
+  EXPECT_EQ(results->points[2].reason, "no rates");
   fails_ = cannot_be_predicted_ = "";
   results = Run(TinyStudy());
   ASSERT_TRUE(results.ok());
