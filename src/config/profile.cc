@@ -143,32 +143,71 @@ ReliabilityProfile BindReliability(const Section& section) {
   return reliability;
 }
 
+// What a file may leave out.
+enum class Assumed { kNothing, kHopper, kCpuCore };
+const Names<Assumed>& AssumedNames() {
+  static const auto& names = *new Names<Assumed>{
+      {"NOTHING", Assumed::kNothing}, {"HOPPER", Assumed::kHopper}, {"CPU_CORE", Assumed::kCpuCore}};
+  return names;
+}
+MachineProfile ProfileLike(Assumed assumed) {
+  switch (assumed) {
+    case Assumed::kHopper:
+      return AssumedHopper();
+    case Assumed::kCpuCore:
+      return AssumedCpuCore();
+    case Assumed::kNothing:
+      break;
+  }
+  return {};
+}
+
+// Lists replace those of the profile as a whole.
+void SetPoints(const Section& root, const std::string& name, Presence presence,
+               std::vector<RatePoint>* points) {
+  std::vector<RatePoint> given = BindPoints(root, name, presence);
+  if (!given.empty()) *points = std::move(given);
+}
+template <typename T>
+void SetAll(const Section& root, const std::string& name, T (*bind)(const Section&), std::vector<T>* all) {
+  const std::vector<Section> children = root.Children(name);
+  if (!children.empty()) all->clear();
+  for (const Section& child : children) all->push_back(bind(child));
+}
+
+void BindRates(const Section& root, Presence presence, MachineProfile* profile) {
+  root.Real("launch_seconds", presence, kSeconds, &profile->launch_seconds);
+  SetPoints(root, "copy", presence, &profile->copy);
+  SetPoints(root, "product", Presence::kOptional, &profile->products);
+  SetPoints(root, "product_gradients", Presence::kOptional, &profile->product_gradients);
+  SetPoints(root, "collective", Presence::kOptional, &profile->collectives);
+  SetAll(root, "scan", BindScan, &profile->scans);
+  SetAll(root, "pass", BindPass, &profile->passes);
+  SetAll(root, "link", BindLink, &profile->links);
+  SetAll(root, "attention", BindAttention, &profile->attention);
+  if (profile->attention.empty()) {
+    root.provenance()->Missing("attention", "at least one attention { ... }, or nothing can be predicted");
+  }
+}
+
 MachineProfile Bind(const Section& root) {
-  MachineProfile profile;
-  int64_t ranks = 0, multiprocessors = 0;
+  Assumed like = Assumed::kNothing;
+  root.Enum("like", AssumedNames(), &like);
+  MachineProfile profile = ProfileLike(like);
+  const Presence presence = like == Assumed::kNothing ? Presence::kRequired : Presence::kOptional;
+  int64_t ranks = profile.ranks, multiprocessors = profile.multiprocessors;
   root.String("device", Presence::kRequired, &profile.device);
   root.Bool("measured", &profile.measured);
-  root.Int("ranks", Presence::kRequired, kRanks, &ranks);
+  root.Int("ranks", presence, kRanks, &ranks);
   profile.ranks = static_cast<int>(ranks);
   root.Int("multiprocessors", Presence::kOptional, kMultiprocessors, &multiprocessors);
   profile.multiprocessors = static_cast<int>(multiprocessors);
-  root.Real("launch_seconds", Presence::kRequired, kSeconds, &profile.launch_seconds);
-  profile.copy = BindPoints(root, "copy");
-  profile.products = BindPoints(root, "product", Presence::kOptional);
-  profile.product_gradients = BindPoints(root, "product_gradients", Presence::kOptional);
-  for (const Section& scan : root.Children("scan")) profile.scans.push_back(BindScan(scan));
-  for (const Section& pass : root.Children("pass")) profile.passes.push_back(BindPass(pass));
-  profile.collectives = BindPoints(root, "collective", Presence::kOptional);
   root.Real("peak_tflops", Presence::kOptional, kAtLeastZero, &profile.peak_tflops);
   root.Int("memory_bytes", Presence::kOptional, kBytes, &profile.memory_bytes);
   root.Int("other_memory_bytes", Presence::kOptional, kBytes, &profile.other_memory_bytes);
+  BindRates(root, presence, &profile);
   if (root.Has("network")) profile.network = BindNetwork(root.Child("network"));
   if (root.Has("reliability")) profile.reliability = BindReliability(root.Child("reliability"));
-  for (const Section& link : root.Children("link")) profile.links.push_back(BindLink(link));
-  for (const Section& rate : root.Children("attention")) profile.attention.push_back(BindAttention(rate));
-  if (profile.attention.empty()) {
-    root.provenance()->Missing("attention", "at least one attention { ... }, or nothing can be predicted");
-  }
   return profile;
 }
 

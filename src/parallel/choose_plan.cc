@@ -75,10 +75,11 @@ Bound BoundOf(const ExchangePlan& plan, const std::vector<std::vector<double>>& 
 }
 
 // Whether no message by `a` takes longer than by `b`, so that no plan does.
-bool NoSlower(const ExchangeCost& a, const ExchangeCost& b) {
+bool NoSlower(const ExchangeCost& a, const ExchangeCost& b, int ranks) {
   return a.egress_bytes_per_second >= b.egress_bytes_per_second &&
          a.ingress_bytes_per_second >= b.ingress_bytes_per_second &&
          a.link_bytes_per_second(0, 1) >= b.link_bytes_per_second(0, 1) &&
+         a.link_bytes_per_second(0, ranks - 1) >= b.link_bytes_per_second(0, ranks - 1) &&
          a.message_overhead_seconds <= b.message_overhead_seconds && a.message_seconds <= b.message_seconds &&
          a.computing_slowdown <= b.computing_slowdown &&
          (a.order == b.order || b.order == MessageOrder::kRounds);
@@ -121,13 +122,11 @@ class Pricing {
     ANNULUS_CHECK(plan.ok()) << candidate->name << ": " << plan.status();
     const auto known = std::find_if(bounded_.begin(), bounded_.end(),
                                     [&](const Bounded& each) { return each.choice == candidate->choice; });
-    const LinkRate* link = FindLink(machine_, candidate->transport);
-    Price(*plan, link, known->seconds, How::kSimulate, candidate);
-    const ExchangeCost cost = MessageCostOf(layer_, *plan, link, options_.throttle);
+    Price(*plan, known->seconds, How::kSimulate, candidate);
+    const ExchangeCost cost = MessagesOf(*plan, candidate->transport);
     for (PlanCandidate& other : *candidates) {
       if (other.simulated || !other.refused.ok() || !(other.choice == candidate->choice)) continue;
-      const LinkRate* others = FindLink(machine_, other.transport);
-      if (NoSlower(cost, MessageCostOf(layer_, *plan, others, options_.throttle)))
+      if (NoSlower(cost, MessagesOf(*plan, other.transport), layer_.layout.ranks()))
         other.seconds = std::max(other.seconds, candidate->seconds);
     }
   }
@@ -154,16 +153,8 @@ class Pricing {
     std::vector<std::vector<double>> seconds = ComputeSecondsOf(layer_, *plan, machine_);
     for (const TransportKind transport : options_.transports) {
       candidate.transport = transport;
-      const LinkRate* link = FindLink(machine_, transport);
-      candidate.refused = absl::OkStatus();
-      if (link == nullptr && layer_.layout.ranks() > 1) {
-        candidate.refused =
-            Invalid("machine profile of ", machine_.device, ": no rates of messages by ", Name(transport),
-                    machine_.measured && machine_.ranks == 1 ? ", as it was measured with 1 rank" : "",
-                    ": expected a profile that launch/mpirun -n 2 annulus calibrate wrote");
-      } else {
-        Price(*plan, link, seconds, how, &candidate);
-      }
+      candidate.refused = CheckLinks(machine_, transport, layer_.layout.ranks());
+      if (candidate.refused.ok()) Price(*plan, seconds, how, &candidate);
       candidates->push_back(candidate);
     }
     return seconds;
@@ -188,9 +179,13 @@ class Pricing {
                      " on a rank: expected at most ", BytesText(options_.buffer_bytes)));
   }
 
-  void Price(const ExchangePlan& plan, const LinkRate* link, const std::vector<std::vector<double>>& seconds,
-             How how, PlanCandidate* candidate) const {
-    ExchangeCost cost = MessageCostOf(layer_, plan, link, options_.throttle);
+  ExchangeCost MessagesOf(const ExchangePlan& plan, TransportKind transport) const {
+    return MessageCostOf(layer_, plan, machine_, transport, options_.throttle);
+  }
+
+  void Price(const ExchangePlan& plan, const std::vector<std::vector<double>>& seconds, How how,
+             PlanCandidate* candidate) const {
+    ExchangeCost cost = MessagesOf(plan, candidate->transport);
     candidate->simulated = how == How::kSimulate;
     if (!candidate->simulated) {
       const Bound bound = BoundOf(plan, seconds, cost);

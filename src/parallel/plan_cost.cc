@@ -47,26 +47,67 @@ double MessageBytesOf(const ExchangePlan& plan, const ExchangeCost& cost) {
   return sum > 0 ? squares / sum : 0;
 }
 
-void SetRates(const LinkRate& link, LinkThrottle throttle, double message_bytes, ExchangeCost* cost) {
+// Rates of messages of a size on one kind of link.
+struct LinkTimes {
+  double per_second = 0, together_per_second = 0;  // to one peer; to two peers
+  double overhead = 0, latency = 0;                // seconds
+};
+
+LinkTimes TimesOf(const LinkRate& link, double message_bytes) {
   const Line one = LineAt(link.one_way, message_bytes);
   // Of both together, in time of the pair.
   std::vector<RatePoint> pairs = link.both_ways;
   for (RatePoint& point : pairs) point.size *= 2;
   const Line both = LineAt(pairs, 2 * message_bytes);
-  cost->egress_bytes_per_second = cost->ingress_bytes_per_second = std::max(one.per_second, both.per_second);
-  double rate = one.per_second;
-  cost->message_overhead_seconds = one.overhead;
-  if (throttle.bytes_per_second > 0) {
-    // The throttle holds the link for bytes / rate, whatever else happens meanwhile.
-    const double took = one.overhead + message_bytes / one.per_second;
-    rate = std::min(rate, throttle.bytes_per_second);
-    cost->message_overhead_seconds = std::clamp(took - message_bytes / rate, 0.0, one.overhead);
-  }
-  cost->link_bytes_per_second = [rate](int, int) { return rate; };
   // From one message to the next takes the overhead already.
-  cost->message_seconds = std::max(0.0, link.message_seconds - one.overhead);
+  return {.per_second = one.per_second,
+          .together_per_second = std::max(one.per_second, both.per_second),
+          .overhead = one.overhead,
+          .latency = std::max(0.0, link.message_seconds - one.overhead)};
+}
+
+void Throttle(LinkThrottle throttle, double message_bytes, LinkTimes* times) {
+  if (throttle.bytes_per_second == 0) return;
+  // The throttle holds the link for bytes / rate, whatever else happens meanwhile.
+  const double took = times->overhead + message_bytes / times->per_second;
+  times->per_second = std::min(times->per_second, throttle.bytes_per_second);
+  times->overhead = std::clamp(took - message_bytes / times->per_second, 0.0, times->overhead);
+}
+
+// `between`: of two hosts, null where all ranks are on one. Overhead and latency are then those of the slower
+// link: plans between hosts wait for that.
+void SetRates(const LinkRate& link, const LinkRate* between, const MachineProfile& machine,
+              LinkThrottle throttle, double message_bytes, ExchangeCost* cost) {
+  LinkTimes inside = TimesOf(link, message_bytes);
+  cost->egress_bytes_per_second = cost->ingress_bytes_per_second = inside.together_per_second;
+  Throttle(throttle, message_bytes, &inside);
+  cost->message_overhead_seconds = inside.overhead;
+  cost->message_seconds = inside.latency;
   cost->computing_slowdown = link.computing_slowdown;
   if (link.transport == TransportKind::kNccl) cost->order = MessageOrder::kRounds;
+  const double rate = inside.per_second;
+  if (between == nullptr) {
+    cost->link_bytes_per_second = [rate](int, int) { return rate; };
+    return;
+  }
+  LinkTimes outside = TimesOf(*between, message_bytes);
+  Throttle(throttle, message_bytes, &outside);
+  const double shared = machine.network.host_bytes_per_second;
+  const double far = shared > 0 ? std::min(outside.per_second, shared) : outside.per_second;
+  const int each = machine.network.ranks_per_host;
+  cost->link_bytes_per_second = [=](int from, int to) { return from / each == to / each ? rate : far; };
+  cost->message_overhead_seconds = std::max(inside.overhead, outside.overhead);
+  cost->message_seconds = std::max(inside.latency, outside.latency);
+}
+
+const LinkRate* FindIn(const std::vector<LinkRate>& links, TransportKind transport) {
+  const auto found = std::find_if(links.begin(), links.end(),
+                                  [&](const LinkRate& link) { return link.transport == transport; });
+  return found == links.end() ? nullptr : &*found;
+}
+
+bool OnSeveralHosts(const MachineProfile& machine, int ranks) {
+  return machine.network.ranks_per_host > 0 && ranks > machine.network.ranks_per_host;
 }
 
 }  // namespace
@@ -88,18 +129,34 @@ int64_t RowBytes::Of(const SlotSpec& slot) const {
   return known->second;
 }
 
-const LinkRate* FindLink(const MachineProfile& machine, TransportKind transport) {
-  const auto found = std::find_if(machine.links.begin(), machine.links.end(),
-                                  [&](const LinkRate& link) { return link.transport == transport; });
-  return found == machine.links.end() ? nullptr : &*found;
+absl::Status CheckLinks(const MachineProfile& machine, TransportKind transport, int ranks) {
+  if (ranks == 1) return absl::OkStatus();
+  const auto missing = [&](const char* where, const char* expected) {
+    return Invalid("machine profile of ", machine.device, ": no rates of messages", where, " by ",
+                   Name(transport), expected);
+  };
+  if (FindIn(machine.links, transport) == nullptr) {
+    return missing("", machine.measured && machine.ranks == 1
+                           ? ", as it was measured with 1 rank: expected a profile that launch/mpirun -n 2 "
+                             "annulus calibrate wrote"
+                           : ": expected a profile that launch/mpirun -n 2 annulus calibrate wrote");
+  }
+  if (OnSeveralHosts(machine, ranks) && FindIn(machine.network.links, transport) == nullptr)
+    return missing(" between hosts", ": expected network { link { ... } } of it");
+  return absl::OkStatus();
 }
 
-ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan, const LinkRate* link,
-                           LinkThrottle throttle) {
+ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan,
+                           const MachineProfile& machine, TransportKind transport, LinkThrottle throttle) {
   ExchangeCost cost;
   const auto row_bytes = std::make_shared<RowBytes>(layer, plan);
   cost.row_bytes = [row_bytes](const SlotSpec& slot) { return static_cast<double>(row_bytes->Of(slot)); };
-  if (link != nullptr) SetRates(*link, throttle, MessageBytesOf(plan, cost), &cost);
+  const auto ranks = static_cast<int>(plan.ranks.size());
+  const LinkRate* link = FindIn(machine.links, transport);
+  if (link == nullptr) return cost;  // one rank
+  const bool several = OnSeveralHosts(machine, ranks);
+  SetRates(*link, several ? FindIn(machine.network.links, transport) : nullptr, machine, throttle,
+           MessageBytesOf(plan, cost), &cost);
   return cost;
 }
 
@@ -118,10 +175,9 @@ std::map<std::pair<int, int>, int64_t> BytesSentIn(const AttentionCase& layer, c
 
 ExchangeCost CostOf(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine,
                     TransportKind transport, LinkThrottle throttle) {
-  const LinkRate* link = FindLink(machine, transport);
-  ANNULUS_CHECK(link != nullptr || plan.ranks.size() == 1)
-      << machine.device << ": no rates of messages by " << Name(transport);
-  ExchangeCost cost = MessageCostOf(layer, plan, link, throttle);
+  const absl::Status known = CheckLinks(machine, transport, static_cast<int>(plan.ranks.size()));
+  ANNULUS_CHECK(known.ok()) << known;
+  ExchangeCost cost = MessageCostOf(layer, plan, machine, transport, throttle);
   const auto seconds =
       std::make_shared<std::vector<std::vector<double>>>(ComputeSecondsOf(layer, plan, machine));
   cost.compute_seconds = [seconds](int r, size_t s) { return (*seconds)[static_cast<size_t>(r)][s]; };

@@ -40,11 +40,11 @@ double ExpansionSeconds(const AttentionCase& layer, Pass pass, const Expansion& 
 std::vector<std::vector<double>> ComputeSecondsOf(const AttentionCase& layer, const ExchangePlan& plan,
                                                   const MachineProfile& machine);
 
-// Null where the machine has no rates of the transport.
-const LinkRate* FindLink(const MachineProfile& machine, TransportKind transport);
+// InvalidArgument where the machine has no rates of messages between so many ranks by the transport.
+absl::Status CheckLinks(const MachineProfile& machine, TransportKind transport, int ranks);
 
-// All of the cost but compute_seconds; no rates where `link` is null.
-ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan, const LinkRate* link,
-                           LinkThrottle throttle);
+// All of the cost but compute_seconds. Ranks stand on hosts as machine.network says.
+ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan,
+                           const MachineProfile& machine, TransportKind transport, LinkThrottle throttle);
 
 }  // namespace annulus

@@ -98,6 +98,27 @@ ExchangePass ExchangeOf(const PlannedPass& planned) {
   return pass;
 }
 
+// Rings, a ring of hosts' rings, and heads over all ranks or those of a host; what is asked for by name stays
+// as it is.
+void KeepLikely(int ranks, int on_host, std::vector<PlanChoice>* plans) {
+  const auto likely = [&](const PlanChoice& choice) {
+    const bool split = choice.head_split == ranks || choice.head_split == on_host;
+    switch (choice.kind) {
+      case PlanKind::kKvRing:
+        return choice.head_split == 1 || split;
+      case PlanKind::kBidirectionalKvRing:
+      case PlanKind::kTokenRing:
+        return choice.head_split == 1;
+      case PlanKind::kDoubleRing:
+        return choice.head_split == 1 && choice.inner == on_host;
+      default:
+        return false;
+    }
+  };
+  if (std::any_of(plans->begin(), plans->end(), likely))
+    std::erase_if(*plans, [&](const PlanChoice& choice) { return !likely(choice); });
+}
+
 class Builder {
  public:
   Builder(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort)
@@ -121,6 +142,14 @@ class Builder {
   }
 
  private:
+  // Between hosts NCCL alone moves what is on GPUs.
+  std::vector<TransportKind> Transports() const {
+    const int on_host = machine_.network.ranks_per_host;
+    const bool several = on_host > 0 && spec_.parallel.cp * spec_.parallel.tp > on_host;
+    if (several && spec_.device == DeviceChoice::kCuda) return {TransportKind::kNccl};
+    return TransportsOnOneHost(spec_);
+  }
+
   absl::Status AddExchanges() {
     const auto known = [&](Pass pass) {
       return std::any_of(machine_.attention.begin(), machine_.attention.end(),
@@ -132,7 +161,13 @@ class Builder {
         .batch = spec_.optim.micro_batch,
         .lengths = std::vector<int64_t>(static_cast<size_t>(spec_.optim.micro_batch), spec_.data.seq_len),
         .document_starts = {}};
-    const ExchangeOptions options = ExchangeOptionsOf(spec_, TransportsOnOneHost(spec_), machine_);
+    ExchangeOptions options = ExchangeOptionsOf(spec_, Transports(), machine_);
+    if (effort_ == PlanEffort::kQuick) {
+      const int on_host = options.machine.network.ranks_per_host;
+      for (std::vector<PlanChoice>* plans : {&options.forward, &options.backward})
+        KeepLikely(layout_.ranks(), on_host, plans);
+      options.forward_parts.clear(), options.backward_parts.clear();
+    }
     ANNULUS_ASSIGN_OR_RETURN(const std::vector<PlannedPass> passes,
                              PlanExchange(spec_, WithMetaTokens(spec_.model, std::move(whole)), options));
     for (const PlannedPass& planned : passes) {

@@ -1,9 +1,14 @@
 #include "annulus/train/calibrate.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <thread>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
+#include "annulus/base/file.h"
 #include "annulus/comm/exchange_bench.h"
 #include "annulus/device/gpu.h"
 #include "annulus/ops/elementwise.h"
@@ -16,15 +21,35 @@ namespace {
 
 constexpr int64_t kKiB = int64_t{1} << 10, kMiB = int64_t{1} << 20;
 
-absl::Status DescribeDevice(const Context& ctx, MachineProfile* profile) {
+absl::Status DescribeDevice(const Context& ctx, int ranks, MachineProfile* profile) {
   if (ctx.device.kind == DeviceKind::kCpu) {
     profile->device = absl::StrCat("CPU, ", std::thread::hardware_concurrency(), " cores");
+    profile->memory_bytes = sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / ranks;
     return absl::OkStatus();
   }
   ANNULUS_ASSIGN_OR_RETURN(const GpuInfo gpu, DescribeGpu(ctx.device.index));
   profile->device = gpu.name;
   profile->multiprocessors = gpu.multiprocessors;
+  profile->peak_tflops = gpu.bf16_tflops;
+  profile->memory_bytes = gpu.memory_bytes;
   return absl::OkStatus();
+}
+
+// In use besides the context's arenas, which is all that a calibration keeps: by CUDA, NCCL and libraries, on
+// CPUs the program.
+absl::StatusOr<int64_t> OtherMemoryBytes(const Context& ctx) {
+  int64_t in_use = 0;
+  if (ctx.device.kind == DeviceKind::kCuda) {
+    ANNULUS_ASSIGN_OR_RETURN(const GpuMemory memory, MemoryOfGpu());
+    in_use = memory.total_bytes - memory.free_bytes;
+  } else {
+    ANNULUS_ASSIGN_OR_RETURN(const std::string pages, ReadFile("/proc/self/statm"));  // all, resident, ..
+    const std::vector<std::string> fields = absl::StrSplit(pages, ' ');
+    if (fields.size() < 2 || !absl::SimpleAtoi(fields[1], &in_use))
+      return absl::InternalError("/proc/self/statm: expected numbers of pages");
+    in_use *= sysconf(_SC_PAGESIZE);
+  }
+  return std::max<int64_t>(0, in_use - ctx.scratch.capacity_bytes() - ctx.saved.capacity_bytes());
 }
 
 std::vector<CalibrationHeads> DefaultHeads(DeviceKind device) {
@@ -104,6 +129,27 @@ absl::StatusOr<std::vector<LinkRate>> MeasureLinks(Machine& machine, const Calib
   return links;
 }
 
+// Of reduce-scatter and all-gather, which gradients and parameters pass through.
+absl::StatusOr<std::vector<RatePoint>> MeasureCollectives(Context& ctx, Communicator group) {
+  const int64_t most = ctx.device.kind == DeviceKind::kCpu ? 16 * kMiB : 512 * kMiB, ranks = group.size();
+  std::vector<RatePoint> points;
+  for (int64_t bytes = 16 * kKiB; bytes <= most; bytes *= 8) {
+    ArenaScope scope(ctx.scratch);
+    const int64_t part = bytes / SizeOf(DType::kF32) / ranks;
+    const TensorRef whole = ctx.scratch.Allocate(DType::kF32, {part * ranks}),
+                    own = ctx.scratch.Allocate(DType::kF32, {part});
+    for (const TensorRef& zeroed : {whole, own}) ANNULUS_RETURN_IF_ERROR(Zero(ctx, zeroed));
+    const double sent = 2.0 * static_cast<double>(own.bytes() * (ranks - 1));  // by both together
+    ANNULUS_ASSIGN_OR_RETURN(RatePoint rate, MeasureRate(ctx, group, sent, [&]() -> absl::Status {
+                               ANNULUS_RETURN_IF_ERROR(group.ReduceScatter(whole, own));
+                               return group.AllGather(own, whole);
+                             }));
+    rate.size /= 2;
+    points.push_back(rate);
+  }
+  return points;
+}
+
 std::string PointsText(const std::vector<RatePoint>& points, double unit, const char* format) {
   std::string text;
   for (const RatePoint& point : points) {
@@ -111,6 +157,14 @@ std::string PointsText(const std::vector<RatePoint>& points, double unit, const 
                           absl::StrFormat("%.3g", point.per_second / unit));
   }
   return absl::StrCat(text, "  ", format);
+}
+
+const char* PassName(Pass pass) { return pass == Pass::kForward ? "forward" : "backward"; }
+
+const char* Name(PassKind kind) {
+  constexpr const char* kNames[] = {"move",        "norm",       "activation",    "rope",
+                                    "convolution", "gated norm", "cross entropy", "AdamW"};
+  return kNames[static_cast<size_t>(kind)];
 }
 
 const char* ShapeName(MaskShape shape) {
@@ -125,19 +179,25 @@ absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOpti
   MachineProfile profile;
   profile.measured = true;
   profile.ranks = machine.mesh.cp.size();
-  ANNULUS_RETURN_IF_ERROR(DescribeDevice(ctx, &profile));
+  ANNULUS_RETURN_IF_ERROR(DescribeDevice(ctx, world.size(), &profile));
   CalibrationClock clock(world, options.seconds);
   options.progress("copies and launches");
   ANNULUS_ASSIGN_OR_RETURN(profile.copy, MeasureCopies(ctx, world));
   ANNULUS_ASSIGN_OR_RETURN(profile.launch_seconds, MeasureLaunch(ctx, world));
   options.progress("products");
-  ANNULUS_ASSIGN_OR_RETURN(const ProductRates products, MeasureProducts(ctx, world));
+  ANNULUS_ASSIGN_OR_RETURN(const ProductRates products, MeasureProducts(ctx, world, clock));
   profile.products = products.forward, profile.product_gradients = products.gradients;
+  options.progress("passes");
+  ANNULUS_ASSIGN_OR_RETURN(profile.passes, MeasurePasses(ctx, world, clock));
+  options.progress("scans");
+  ANNULUS_ASSIGN_OR_RETURN(profile.scans, MeasureScans(ctx, world, clock));
   const std::vector<CalibrationHeads> all =
       options.heads.empty() ? DefaultHeads(ctx.device.kind) : options.heads;
   if (machine.mesh.cp.size() > 1) {
     options.progress("links");
     ANNULUS_ASSIGN_OR_RETURN(profile.links, MeasureLinks(machine, all.front()));
+    options.progress("collectives");
+    ANNULUS_ASSIGN_OR_RETURN(profile.collectives, MeasureCollectives(ctx, machine.mesh.dp_cp));
   }
   for (const CalibrationHeads& heads : all) {
     options.progress(absl::StrCat("attention, ", Name(heads.dtype), ", heads of ", heads.head_dim));
@@ -145,6 +205,11 @@ absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOpti
                              MeasureAttention(ctx, world, heads, profile.multiprocessors, clock));
     profile.attention.insert(profile.attention.end(), rates.begin(), rates.end());
   }
+  const absl::StatusOr<int64_t> other = OtherMemoryBytes(ctx);
+  ANNULUS_RETURN_IF_ERROR(world.AgreeOk(other.status()));
+  ANNULUS_ASSIGN_OR_RETURN(const double most,
+                           world.AllReduceValue(static_cast<double>(*other), ReduceOp::kMax));
+  profile.other_memory_bytes = static_cast<int64_t>(most);
   return profile;
 }
 
@@ -157,6 +222,21 @@ std::string ProfileTable(const MachineProfile& profile) {
                         PointsText(profile.products, 1e12, "TFLOP/s by FLOPs"));
   absl::StrAppendFormat(&text, "  gradients        %s\n",
                         PointsText(profile.product_gradients, 1e12, "TFLOP/s by FLOPs"));
+  for (const PassRate& rate : profile.passes) {
+    absl::StrAppendFormat(&text, "%-13s %-8s%s\n", Name(rate.kind), PassName(rate.pass),
+                          PointsText(rate.bytes, 1e9, "GB/s by bytes"));
+  }
+  for (const ScanRate& rate : profile.scans) {
+    absl::StrAppendFormat(&text, "%-10s %-8s%s\n", rate.kernel == ScanKernel::kSsd ? "SSD" : "delta rule",
+                          PassName(rate.pass), PointsText(rate.updates, 1e9, "G updates/s by updates"));
+  }
+  if (!profile.collectives.empty()) {
+    absl::StrAppendFormat(&text, "collectives        %s\n",
+                          PointsText(profile.collectives, 1e9, "GB/s by bytes sent"));
+  }
+  absl::StrAppendFormat(&text, "memory             %s, of it %s besides what runs plan\n",
+                        FormatBytes(static_cast<double>(profile.memory_bytes)),
+                        FormatBytes(static_cast<double>(profile.other_memory_bytes)));
   for (const LinkRate& link : profile.links) {
     absl::StrAppendFormat(&text, "%-18s message %.3g us, computing beside it x%.3g\n", Name(link.transport),
                           link.message_seconds * 1e6, link.computing_slowdown);
@@ -168,8 +248,7 @@ std::string ProfileTable(const MachineProfile& profile) {
                                  ? absl::StrCat(rate.head_dim)
                                  : absl::StrCat(rate.head_dim, "/", rate.v_head_dim);
     absl::StrAppendFormat(&text, "%-9s %-7s %-6s %-8s%s\n", Name(rate.kernel), dims, ShapeName(rate.shape),
-                          rate.pass == Pass::kForward ? "forward" : "backward",
-                          PointsText(rate.pairs, 1e9, "G pairs/s by pairs of tiles"));
+                          PassName(rate.pass), PointsText(rate.pairs, 1e9, "G pairs/s by pairs of tiles"));
   }
   return text;
 }

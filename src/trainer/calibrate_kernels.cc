@@ -69,13 +69,7 @@ absl::StatusOr<RatePoint> MeasureBlock(Context& ctx, Communicator& world, const 
   const auto run = [&] { return block.Run(pass, kernel); };
   ctx.determinism = series.determinism;
   if (pass == Pass::kBackward) ANNULUS_RETURN_IF_ERROR(world.AgreeOk(block.PrepareBackward()));
-  ANNULUS_ASSIGN_OR_RETURN(const double once, SecondsOf(ctx, world, {.warm_ups = 1, .timed = 1}, run));
-  // Enough calls for the clock, and for a GPU to have work while the host launches the next.
-  const int64_t calls = std::clamp<int64_t>(static_cast<int64_t>(0.002 / once), 1, 16);
-  ANNULUS_ASSIGN_OR_RETURN(
-      const double seconds,
-      SecondsOf(ctx, world, {.warm_ups = 0, .timed = 5, .calls = calls, .take = StatisticFor(ctx)}, run));
-  return RatePoint{.size = work, .per_second = Rounded(work / seconds)};
+  return MeasureRate(ctx, world, work, run);
 }
 
 }  // namespace
@@ -188,6 +182,22 @@ absl::StatusOr<bool> CalibrationClock::Over() {
 
 Statistic StatisticFor(const Context& ctx) {
   return ctx.device.kind == DeviceKind::kCpu ? Statistic::kLeast : Statistic::kMedian;
+}
+
+absl::StatusOr<RatePoint> MeasureRate(Context& ctx, Communicator& world, double size,
+                                      const std::function<absl::Status()>& call) {
+  ANNULUS_ASSIGN_OR_RETURN(const double once, SecondsOf(ctx, world, {.warm_ups = 1, .timed = 1}, call));
+  // Enough calls for the clock, and for a GPU to have work while the host launches the next. The least of
+  // many short repeats is what a core does that other programs leave alone.
+  const bool cpu = ctx.device.kind == DeviceKind::kCpu;
+  const double enough = cpu ? 2e-4 : 2e-3;
+  const Repeats repeats{.warm_ups = 0,
+                        .timed = cpu ? 30 : 5,
+                        .seconds = cpu ? 0.2 : 10,
+                        .calls = std::clamp<int64_t>(static_cast<int64_t>(enough / once), 1, 16),
+                        .take = StatisticFor(ctx)};
+  ANNULUS_ASSIGN_OR_RETURN(const double seconds, SecondsOf(ctx, world, repeats, call));
+  return RatePoint{.size = size, .per_second = Rounded(size / seconds)};
 }
 
 double Rounded(double value) {

@@ -53,8 +53,16 @@ absl::StatusOr<std::vector<AttentionRate>> MeasureAttention(Context& ctx, Commun
                                                             const CalibrationHeads& heads,
                                                             int multiprocessors, CalibrationClock& clock);
 
-// Of products that expand latents, and of both of their gradients.
-absl::StatusOr<ProductRates> MeasureProducts(Context& ctx, Communicator world);
+// Of products as layers have them, and of both of their gradients.
+absl::StatusOr<ProductRates> MeasureProducts(Context& ctx, Communicator world, CalibrationClock& clock);
+
+absl::StatusOr<std::vector<PassRate>> MeasurePasses(Context& ctx, Communicator world,
+                                                    CalibrationClock& clock);
+absl::StatusOr<std::vector<ScanRate>> MeasureScans(Context& ctx, Communicator world, CalibrationClock& clock);
+
+// size / seconds of a call.
+absl::StatusOr<RatePoint> MeasureRate(Context& ctx, Communicator& world, double size,
+                                      const std::function<absl::Status()>& call);
 
 // Cores are shared with other programs; a GPU that works in short bursts is faster than one that works on.
 Statistic StatisticFor(const Context& ctx);

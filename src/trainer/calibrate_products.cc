@@ -1,4 +1,5 @@
-// Rates of matrix products of the shapes that expand latents into keys and values.
+// Rates of matrix products. At each size several shapes: of a model's width both ways, and of latents that
+// are expanded into keys and values.
 
 #include <algorithm>
 
@@ -9,58 +10,66 @@
 namespace annulus {
 namespace {
 
-// One expansion: latents [tokens, columns], up-projection [rows, columns].
-struct ProductCase {
+// Of as many elements each, so that at as many tokens all are of one size.
+struct Weight {
+  int64_t out, in;
+};
+struct ProductCases {
   DType dtype;
-  int64_t rows, columns;
+  std::vector<Weight> weights;
   std::vector<int64_t> tokens;
 };
-
-// On GPUs DeepSeek-V3's, 128 heads of 128 + 128; on CPUs 8 of 32 + 32.
-ProductCase CaseFor(DeviceKind device) {
-  if (device == DeviceKind::kCpu) return {DType::kF32, 512, 64, {32, 128, 512}};
-  return {DType::kBF16, 32768, 512, {256, 1024, 4096, 16384}};
+ProductCases CasesFor(DeviceKind device) {
+  if (device == DeviceKind::kCpu)
+    return {DType::kF32, {{512, 64}, {128, 256}, {256, 128}}, {32, 128, 512, 2048, 8192}};
+  return {DType::kBF16, {{32768, 512}, {4096, 4096}, {2048, 8192}}, {64, 256, 1024, 4096, 16384}};
 }
 
-absl::StatusOr<RatePoint> MeasureRate(Context& ctx, Communicator& world, double flops,
-                                      const std::function<absl::Status()>& call) {
-  ANNULUS_ASSIGN_OR_RETURN(const double once, SecondsOf(ctx, world, {.warm_ups = 1, .timed = 1}, call));
-  const int64_t calls = std::clamp<int64_t>(static_cast<int64_t>(0.002 / once), 1, 16);
+struct Seconds {
+  double forward = 0, gradients = 0;
+};
+
+absl::StatusOr<Seconds> MeasureProduct(Context& ctx, Communicator& world, DType dtype, Weight weight,
+                                       int64_t tokens) {
+  ArenaScope scope(ctx.scratch);
+  Arena& arena = ctx.scratch;
+  const auto x = RandomTensor(ctx, arena, dtype, {tokens, weight.in}, 1);
+  const auto w = RandomTensor(ctx, arena, dtype, {weight.out, weight.in}, 2);
+  const auto dy = RandomTensor(ctx, arena, dtype, {tokens, weight.out}, 3);
+  for (const auto* made : {&x, &w, &dy}) ANNULUS_RETURN_IF_ERROR(world.AgreeOk(made->status()));
+  const TensorRef y = arena.Allocate(dtype, dy->shape()), dx = arena.Allocate(dtype, x->shape());
+  const TensorRef dw = arena.Allocate(AccumOf(dtype), w->shape());
+  ANNULUS_RETURN_IF_ERROR(Zero(ctx, dw));
+  ANNULUS_ASSIGN_OR_RETURN(const RatePoint forward, MeasureRate(ctx, world, 1, [&] {
+                             return LinearForward(ctx, *x, *w, Write::kOverwrite, y);
+                           }));
   ANNULUS_ASSIGN_OR_RETURN(
-      const double seconds,
-      SecondsOf(ctx, world, {.warm_ups = 0, .timed = 5, .calls = calls, .take = StatisticFor(ctx)}, call));
-  return RatePoint{.size = flops, .per_second = Rounded(flops / seconds)};
+      const RatePoint gradients, MeasureRate(ctx, world, 1, [&] {
+        ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, *dy, *w, Write::kOverwrite, dx));
+        return LinearBackwardWeight(ctx, *dy, *x, dw);
+      }));
+  return Seconds{1 / forward.per_second, 1 / gradients.per_second};
 }
 
 }  // namespace
 
-absl::StatusOr<ProductRates> MeasureProducts(Context& ctx, Communicator world) {
-  const ProductCase c = CaseFor(ctx.device.kind);
-  const DType accum = AccumOf(c.dtype);
+absl::StatusOr<ProductRates> MeasureProducts(Context& ctx, Communicator world, CalibrationClock& clock) {
+  const ProductCases c = CasesFor(ctx.device.kind);
   ProductRates rates;
   for (const int64_t tokens : c.tokens) {
-    ArenaScope scope(ctx.scratch);
-    Arena& arena = ctx.scratch;
-    const absl::StatusOr<TensorRef> latents = RandomTensor(ctx, arena, c.dtype, {tokens, c.columns}, 1),
-                                    up = RandomTensor(ctx, arena, c.dtype, {c.rows, c.columns}, 2),
-                                    gradient = RandomTensor(ctx, arena, c.dtype, {tokens, c.rows}, 3);
-    for (const auto* made : {&latents, &up, &gradient})
-      ANNULUS_RETURN_IF_ERROR(world.AgreeOk(made->status()));
-    const TensorRef expanded = arena.Allocate(c.dtype, {tokens, c.rows});
-    const TensorRef dlatents = arena.Allocate(accum, {tokens, c.columns}),
-                    dup = arena.Allocate(accum, {c.rows, c.columns});
-    for (const TensorRef& sum : {dlatents, dup}) ANNULUS_RETURN_IF_ERROR(Zero(ctx, sum));
-    const double flops = 2.0 * static_cast<double>(tokens * c.rows * c.columns);
-    ANNULUS_ASSIGN_OR_RETURN(const RatePoint forward, MeasureRate(ctx, world, flops, [&] {
-                               return LinearForward(ctx, *latents, *up, Write::kOverwrite, expanded);
-                             }));
-    rates.forward.push_back(forward);
-    ANNULUS_ASSIGN_OR_RETURN(
-        const RatePoint gradients, MeasureRate(ctx, world, 2 * flops, [&] {
-          ANNULUS_RETURN_IF_ERROR(LinearBackwardInput(ctx, *gradient, *up, Write::kAccumulate, dlatents));
-          return LinearBackwardWeight(ctx, *gradient, *latents, dup);
-        }));
-    rates.gradients.push_back(gradients);
+    if (!rates.forward.empty()) {
+      ANNULUS_ASSIGN_OR_RETURN(const bool over, clock.Over());
+      if (over) break;
+    }
+    Seconds all;
+    for (const Weight& weight : c.weights) {
+      ANNULUS_ASSIGN_OR_RETURN(const Seconds of, MeasureProduct(ctx, world, c.dtype, weight, tokens));
+      all.forward += of.forward, all.gradients += of.gradients;
+    }
+    const double flops = 2.0 * static_cast<double>(tokens * c.weights[0].out * c.weights[0].in);
+    const double count = static_cast<double>(c.weights.size());
+    rates.forward.push_back({flops, Rounded(count * flops / all.forward)});
+    rates.gradients.push_back({2 * flops, Rounded(2 * count * flops / all.gradients)});
   }
   return rates;
 }

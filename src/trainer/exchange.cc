@@ -195,6 +195,9 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
   options.available = std::move(available);
   options.transport = TransportOf(exchange.transport);
   options.machine = std::move(machine);
+  // Of a cp group: its ranks are tp apart.
+  int& on_host = options.machine.network.ranks_per_host;
+  if (on_host > 0) on_host = std::max(1, on_host / static_cast<int>(spec.parallel.tp));
   options.latents = exchange.latent;
   options.throttle = ThrottleOf(exchange);
   options.buffer_bytes = BufferBytesOf(exchange);

@@ -5,6 +5,8 @@
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
+
 #include "absl/strings/match.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
@@ -158,6 +160,35 @@ TEST(ShippedProfiles, AreWhatIsAssumed) {
     EXPECT_TRUE(*profile == assumed) << path << ": expected\n" << ProfileText(assumed);
     EXPECT_FALSE(profile->measured) << path;
   }
+}
+
+// What a file leaves out is that of the assumed profile it names; lists are replaced as a whole.
+TEST(Profile, MayBeLikeAnAssumedOne) {
+  const auto profile = ParseProfile("p",
+                                    "like: HOPPER device: \"H100\" ranks: 8 copy { size: 1 per_second: 2 } "
+                                    "network { ranks_per_host: 8 }");
+  ASSERT_TRUE(profile.ok()) << profile.status();
+  MachineProfile expected = AssumedHopper();
+  expected.device = "H100";
+  expected.ranks = 8;
+  expected.copy = {{1, 2}};
+  expected.network.ranks_per_host = 8;
+  EXPECT_TRUE(*profile == expected) << ProfileText(*profile);
+  EXPECT_FALSE(profile->measured);
+}
+
+TEST(ShippedProfiles, AreValid) {
+  int files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(ANNULUS_SOURCE_DIR "/configs/machine")) {
+    const auto text = ReadFile(entry.path().string());
+    ASSERT_TRUE(text.ok()) << text.status();
+    const auto profile = ParseProfile(entry.path().string(), *text);
+    ASSERT_TRUE(profile.ok()) << profile.status();
+    const std::string said = profile->measured ? "# Measured" : "# Assumed";
+    EXPECT_TRUE(absl::StartsWith(*text, said)) << entry.path();
+    ++files;
+  }
+  EXPECT_GE(files, 7);
 }
 
 }  // namespace

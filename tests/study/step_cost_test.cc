@@ -244,5 +244,70 @@ TEST(StepCostTest, RanksOfASequenceShareItsWork) {
   EXPECT_GT(cost.exchanges[0].sent[0].bytes, 0);
 }
 
+// Links take time, computing none.
+MachineProfile LinksAlone(double inside, double between, int ranks_per_host) {
+  MachineProfile machine = FlopsAlone(DenseModel());
+  machine.links = {{TransportKind::kHost, {{1, inside}}, {{1, inside}}, 0, 1}};
+  machine.network = {.ranks_per_host = ranks_per_host,
+                     .links = {{TransportKind::kHost, {{1, between}}, {{1, between}}, 0, 1}}};
+  return machine;
+}
+double ExchangeSeconds(const RunSpec& spec, const MachineProfile& machine) {
+  return CostOf(spec, machine).exchanges[0].seconds[0];
+}
+
+TEST(StepCostTest, MessagesBetweenHostsTakeTheirLinks) {
+  RunSpec spec = RunOf(DenseModel());
+  spec.parallel.cp = 4;
+  spec.parallel.exchange.both.plan = PlanName::kKvRing;
+  const double one_host = ExchangeSeconds(spec, LinksAlone(1e9, 1e6, 0));
+  EXPECT_EQ(ExchangeSeconds(spec, LinksAlone(1e9, 1e6, 4)), one_host);
+  // Most of a ring's way is as slow as its slowest link.
+  const double two_hosts = ExchangeSeconds(spec, LinksAlone(1e9, 1e6, 2));
+  const double all_slow = ExchangeSeconds(spec, LinksAlone(1e6, 1e6, 0));
+  EXPECT_LT(two_hosts, all_slow);
+  EXPECT_GT(two_hosts, all_slow / 2);
+  EXPECT_GT(all_slow, 900 * one_host);
+  // Cards that the ranks of a host share are narrower.
+  MachineProfile shared = LinksAlone(1e9, 1e6, 2);
+  shared.network.host_bytes_per_second = 5e5;
+  EXPECT_NEAR(ExchangeSeconds(spec, shared) / two_hosts, 2, 0.01);
+
+  MachineProfile unknown = LinksAlone(1e9, 1e6, 2);
+  unknown.network.links.clear();
+  EXPECT_NE(CostOfStep(spec, unknown)
+                .status()
+                .message()
+                .find("no rates of messages between hosts by host: expected network { link { ... } } of it"),
+            absl::string_view::npos)
+      << CostOfStep(spec, unknown).status();
+}
+
+// Tensor-parallel ranks stand between those of a sequence.
+TEST(StepCostTest, RanksOfASequenceAreTensorRanksApart) {
+  RunSpec spec = RunOf(DenseModel());
+  spec.parallel.cp = spec.parallel.tp = 2;
+  spec.parallel.exchange.both.plan = PlanName::kKvRing;
+  const double one_host = ExchangeSeconds(spec, LinksAlone(1e9, 1e6, 4));
+  EXPECT_GT(ExchangeSeconds(spec, LinksAlone(1e9, 1e6, 2)), 100 * one_host);
+}
+
+TEST(StepCostTest, QuickPlansAreNearThoseOfTheSearch) {
+  RunSpec spec = RunOf(DenseModel());
+  spec.data.seq_len = 4096;
+  spec.parallel.cp = 8;
+  const MachineProfile machine = LinksAlone(1e9, 1e9, 4);
+  const absl::StatusOr<StepCost> quick = CostOfStep(spec, machine, PlanEffort::kQuick);
+  ASSERT_TRUE(quick.ok()) << quick.status();
+  const StepCost all = CostOf(spec, machine);
+  for (size_t i = 0; i < all.exchanges.size(); ++i) {
+    const auto most = [](const ExchangePass& pass) {
+      return *std::max_element(pass.seconds.begin(), pass.seconds.end());
+    };
+    EXPECT_GE(most(quick->exchanges[i]), most(all.exchanges[i]) * (1 - 0.021));
+    EXPECT_LE(most(quick->exchanges[i]), most(all.exchanges[i]) * 2);
+  }
+}
+
 }  // namespace
 }  // namespace annulus

@@ -43,10 +43,27 @@ TEST(Calibrate, MeasuresWhatTheCostModelAsksFor) {
   EXPECT_GE(profile.links[0].computing_slowdown, 1);
   ASSERT_FALSE(profile.products.empty());
   ASSERT_EQ(profile.product_gradients.size(), profile.products.size());
-  // Of 32 latents of 64 columns, 512 rows of keys and values; and of both gradients.
+  // Of 32 tokens and weights of 512 x 64, or as many elements in other shapes; and of both gradients.
   EXPECT_EQ(profile.products[0].size, 2.0 * 32 * 512 * 64);
   EXPECT_EQ(profile.product_gradients[0].size, 2 * profile.products[0].size);
   for (const RatePoint& point : profile.products) EXPECT_GT(point.per_second, 1e6);
+  ASSERT_EQ(profile.scans.size(), 4u) << "two passes of two kernels";
+  for (const ScanRate& rate : profile.scans) {
+    ASSERT_EQ(rate.updates.size(), 1u);
+    for (const RatePoint& point : rate.updates) EXPECT_GT(point.per_second, 1e5);
+  }
+  EXPECT_EQ(profile.scans[0].updates[0].size, 64 * 8 * 16 * 16) << "tokens, heads, state, head dim";
+  for (const PassKind kind : {PassKind::kNorm, PassKind::kActivation, PassKind::kRope, PassKind::kConvolution,
+                              PassKind::kGatedNorm, PassKind::kCrossEntropy, PassKind::kAdamW}) {
+    EXPECT_TRUE(std::any_of(profile.passes.begin(), profile.passes.end(), [&](const PassRate& rate) {
+      return rate.kind == kind && rate.pass == Pass::kForward && rate.bytes.size() == 1;
+    })) << static_cast<int>(kind);
+  }
+  ASSERT_FALSE(profile.collectives.empty());
+  EXPECT_EQ(profile.collectives[0].size, 8192) << "of two ranks each sends half of 16 KiB";
+  EXPECT_GT(profile.memory_bytes, 0);
+  EXPECT_GT(profile.other_memory_bytes, 0);
+  EXPECT_LT(profile.other_memory_bytes, profile.memory_bytes);
   ASSERT_EQ(profile.attention.size(), 6u) << "two passes of three shapes";
   for (const AttentionRate& rate : profile.attention) {
     EXPECT_EQ(rate.kernel, AttentionKernel::kCpuTiles);
@@ -92,9 +109,10 @@ TEST(Calibrate, APlanIsPredictedByIt) {
 TEST(Calibrate, OneRankHasNoLinks) {
   const MachineProfile profile = CalibrateOn(1, {.heads = {kHeads}, .seconds = 1e-3})[0];
   EXPECT_TRUE(profile.links.empty());
+  EXPECT_TRUE(profile.collectives.empty());
   const std::string table = ProfileTable(profile);
-  for (const char* part :
-       {"measured, 1 rank\n", "launch", "copy", "products", "gradients", "cpu tiles 8/4", "causal backward"}) {
+  for (const char* part : {"measured, 1 rank\n", "launch", "copy", "products", "gradients", "cpu tiles 8/4",
+                           "causal backward"}) {
     EXPECT_TRUE(absl::StrContains(table, part)) << part << " in\n" << table;
   }
 }
