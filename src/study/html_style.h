@@ -22,7 +22,8 @@ p,li{max-width:48rem;margin:.3rem 0;overflow-wrap:anywhere}
 section{border-top:1px solid var(--rule);margin-top:1.8rem;padding-top:1.2rem}
 a{color:var(--link)}
 nav ul{list-style:none;margin:.6rem 0 0;padding:0;display:flex;flex-wrap:wrap;gap:.1rem 1.1rem}
-.legend{list-style:none;margin:.6rem 0 .2rem;padding:0;display:flex;flex-wrap:wrap;gap:.1rem 1.2rem;font-size:.9rem}
+.legend{list-style:none;margin:.6rem 0 .2rem;padding:0;display:flex;flex-wrap:wrap;
+gap:.1rem 1.2rem;font-size:.9rem}
 .legend li{margin:0;display:flex;align-items:center;gap:.45rem}
 .swatch{width:28px;height:16px;flex:none}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:.6rem 2rem}
@@ -31,7 +32,8 @@ figcaption{font-weight:600;font-size:.95rem;overflow-wrap:anywhere}
 .chart{display:block;width:100%;height:auto}
 .pair,.stack{display:grid;grid-template-columns:minmax(0,1fr);gap:.4rem 2.5rem}
 @media screen and (min-width:70rem){.pair{grid-template-columns:minmax(0,38rem) minmax(0,1fr)}}
-.scroll{overflow:auto;max-height:26rem;margin:.5rem 0;align-self:start;justify-self:start;max-width:100%;padding:.3rem .7rem;border:1px solid var(--rule);border-radius:.4rem}
+.scroll{overflow:auto;max-height:26rem;margin:.5rem 0;align-self:start;justify-self:start;
+max-width:100%;padding:.3rem .7rem;border:1px solid var(--rule);border-radius:.4rem}
 .scroll:focus-visible{outline:2px solid var(--link);outline-offset:2px}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding-bottom:.3rem}
@@ -42,7 +44,8 @@ thead th{font-weight:600;position:sticky;top:-.3rem;background:var(--page);verti
 td{max-width:26rem}
 pre{overflow:auto;background:var(--card);padding:.8rem;font-size:.8rem;line-height:1.4}
 summary{cursor:pointer}
-svg text{font:13px system-ui,sans-serif;fill:var(--ink);paint-order:stroke;stroke:var(--page);stroke-width:3px;stroke-linejoin:round}
+svg text{font:13px system-ui,sans-serif;fill:var(--ink);paint-order:stroke;stroke:var(--page);stroke-width:3px;
+stroke-linejoin:round}
 svg .tick,svg .name{fill:var(--soft)}
 svg .end{text-anchor:end}svg .mid{text-anchor:middle}
 svg .end-label{fill:var(--c)}

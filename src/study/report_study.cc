@@ -6,16 +6,15 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/str_join.h"
 #include "annulus/study/report.h"
 #include "annulus/train/report.h"
 #include "report_study_charts.h"
+#include "report_study_tables.h"
 #include "report_text.h"
 
 namespace annulus {
 namespace {
 
-using Align = HtmlTable::Align;
 using Panels = std::vector<SeriesPanel>;
 
 double TokensPerSecond(const StepFigures& figures) { return figures.tokens_per_second; }
@@ -226,6 +225,7 @@ struct ByteMetric {
   std::vector<std::string> parts;
   std::vector<double> (*bytes)(const StepFigures&);
   double limit = 0;  // 0: none
+  std::vector<Look> looks = {Look::kMeasured, Look::kSimulated};
 };
 
 void AddBytes(const StudyResults& results, const Panels& panels, const ByteMetric& metric, HtmlPage* page) {
@@ -258,7 +258,9 @@ void AddBytes(const StudyResults& results, const Panels& panels, const ByteMetri
                          cells.push_back(SizeText(total(f)));
                          return cells;
                        },
-                   .note = [total](const StepFigures& f) { return SizeText(total(f)); }};
+                   .note = [total](const StepFigures& f) { return SizeText(total(f)); },
+                   .limit = {},
+                   .looks = metric.looks};
   if (metric.limit > 0)
     parts.limit = {metric.limit / unit.bytes, absl::StrCat("a rank has ", SizeText(metric.limit))};
   AddPartFigure(panels, parts, page);
@@ -277,10 +279,22 @@ void AddMemory(const StudyResults& results, const Panels& panels, HtmlPage* page
            page);
 }
 
+// Runs do not count what they send; then only simulated points have it.
 void AddTraffic(const StudyResults& results, const Panels& panels, HtmlPage* page) {
+  const auto sends = [](const std::optional<StepFigures>& figures) {
+    return figures.has_value() && figures->bytes_inside_hosts + figures->bytes_between_hosts > 0;
+  };
+  std::vector<Look> looks;
+  if (Count(results, [&](const auto& p) { return sends(p.measured); }) > 0) looks.push_back(Look::kMeasured);
+  if (Count(results, [&](const auto& p) { return sends(p.predicted); }) > 0)
+    looks.push_back(Look::kSimulated);
+  if (looks.empty()) return;
   page->Section("Bytes sent", "In one step, of all ranks together.");
   AddBytes(results, panels,
-           {.title = "Bytes sent in a step", .parts = {"inside hosts", "between hosts"}, .bytes = ByteParts},
+           {.title = "Bytes sent in a step",
+            .parts = {"inside hosts", "between hosts"},
+            .bytes = ByteParts,
+            .looks = looks},
            page);
 }
 
@@ -302,77 +316,6 @@ void AddErrors(const StudyResults& results, const Panels& panels, HtmlPage* page
                   .value = [](const StepFigures& f) { return MemoryOf(f) / (1 << 30); },
                   .text = [](double gib) { return SizeText(gib * (1 << 30)); }},
                  page);
-}
-
-void AddGoodput(const StudyResults& results, const Panels& panels, HtmlPage* page) {
-  if (Count(results, [](const auto& p) { return p.goodput.has_value(); }) == 0) return;
-  page->Section("Goodput",
-                "The share of a long run's time that steps which count took: simulated, with hosts that "
-                "fail, saving, what is lost since the last save, and restarts.");
-  HtmlTable table{.caption = "Goodput", .columns = {{"point", Align::kText}}, .rows = {}};
-  for (const char* name :
-       {"goodput", "whole run", "failures", "steps between saves", "saving", "lost", "restarting"})
-    table.columns.push_back({name, Align::kNumber});
-  ForEachPoint(panels, [&](const SeriesPanel& panel, const PointSeries& series, const PointResult& point) {
-    if (!point.goodput.has_value()) return;
-    const Goodput& g = *point.goodput;
-    table.rows.push_back({PointText(panel, series, point), PercentText(g.share), FormatDuration(g.seconds),
-                          absl::StrCat(g.failures), absl::StrCat(g.steps_between_saves),
-                          FormatDuration(g.saving_seconds), FormatDuration(g.lost_seconds),
-                          FormatDuration(g.restarting_seconds)});
-  });
-  page->Table(table);
-}
-
-void AddFailed(const StudyResults& results, HtmlPage* page) {
-  if (Count(results, [](const auto& p) { return p.state == PointState::kFailed; }) == 0) return;
-  page->Section("Failed points", "");
-  HtmlTable table{.caption = "Points that failed, and why",
-                  .columns = {{"point", Align::kText}, {"ranks"}, {"reason", Align::kText}},
-                  .rows = {}};
-  for (const PointResult& point : results.points) {
-    if (point.state == PointState::kFailed)
-      table.rows.push_back({point.point.id, absl::StrCat(point.point.ranks), point.reason});
-  }
-  page->Table(table);
-}
-
-std::string StateText(const PointResult& point) {
-  if (point.state == PointState::kFailed) return "failed";
-  if (point.state == PointState::kOpen) return "open";
-  return point.measured.has_value() ? point.predicted.has_value() ? "measured, simulated" : kMeasuredText
-                                    : kSimulatedText;
-}
-
-// With what went wrong beside; why a point failed has a table of its own.
-std::string StateAndReason(const PointResult& point) {
-  const bool tell = point.state != PointState::kFailed && !point.reason.empty();
-  return absl::StrCat(StateText(point), tell ? "; " : "", tell ? point.reason : "");
-}
-
-void AddPoints(const StudyResults& results, HtmlPage* page) {
-  page->Section("All points", "How each was run or simulated, and the exchange plans that attention took.");
-  HtmlTable table{.caption = "All points",
-                  .columns = {{"point", Align::kText},
-                              {"ranks"},
-                              {"hosts"},
-                              {"state", Align::kText},
-                              {"layout", Align::kText},
-                              {"tokens a step"},
-                              {"repeats' spread"},
-                              {"overrides", Align::kText},
-                              {"plans", Align::kText}},
-                  .rows = {}};
-  for (const PointResult& point : results.points) {
-    const auto& figures = point.measured.has_value() ? point.measured : point.predicted;
-    table.rows.push_back({point.point.id, absl::StrCat(point.point.ranks), absl::StrCat(point.point.hosts),
-                          StateAndReason(point), point.layout.empty() ? kNone : point.layout,
-                          point.tokens_per_step > 0 ? absl::StrCat(point.tokens_per_step) : kNone,
-                          point.measured.has_value() ? PercentText(point.measured_spread) : kNone,
-                          absl::StrJoin(point.point.overrides, ", "),
-                          figures.has_value() ? absl::StrJoin(figures->plans, "; ") : kNone});
-  }
-  page->Table(table);
 }
 
 }  // namespace

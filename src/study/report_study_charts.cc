@@ -17,79 +17,37 @@ using Align = HtmlTable::Align;
 
 constexpr size_t kGroupsInChart = 12;  // so that a chart fits on a page
 constexpr int kGray = kChartColors - 1;
-constexpr size_t kLetters = 14;  // of a label beside a line
 
 const std::optional<StepFigures>& FiguresOf(const PointResult& point, Look look) {
   return look == Look::kMeasured ? point.measured : point.predicted;
 }
 
-bool AnyMeasured(const std::vector<SeriesPanel>& panels) {
+bool HasAny(const PointResult& point, const std::vector<Look>& looks) {
+  return std::any_of(looks.begin(), looks.end(),
+                     [&](Look look) { return FiguresOf(point, look).has_value(); });
+}
+
+bool AnyPointHas(const std::vector<SeriesPanel>& panels, Look look) {
   bool any = false;
-  ForEachPoint(panels,
-               [&](const auto&, const auto&, const PointResult& p) { any |= p.measured.has_value(); });
+  ForEachPoint(panels, [&](const auto&, const auto&, const PointResult& p) { any |= HasAny(p, {look}); });
   return any;
 }
 
-bool AnySimulated(const std::vector<SeriesPanel>& panels) {
-  bool any = false;
-  ForEachPoint(panels,
-               [&](const auto&, const auto&, const PointResult& p) { any |= p.predicted.has_value(); });
-  return any;
+void AddLookLegend(const std::vector<SeriesPanel>& panels, std::vector<LegendEntry>* legend) {
+  if (AnyPointHas(panels, Look::kMeasured))
+    legend->push_back({Swatch::kMeasured, kGray, "measured: filled, solid"});
+  if (AnyPointHas(panels, Look::kSimulated))
+    legend->push_back({Swatch::kSimulated, kGray, "simulated: hollow, dashed"});
 }
 
-bool HaveLabels(const std::vector<SeriesPanel>& panels) {
-  return panels.size() > 1 || (panels.size() == 1 && panels[0].series.size() > 1);
-}
-
-// Beside its line a series has its label, where that is short; else a letter, which the legend explains.
-bool LabelsAreShort(const std::vector<SeriesPanel>& panels) {
-  return std::all_of(panels.begin(), panels.end(), [](const SeriesPanel& panel) {
-    return std::all_of(panel.series.begin(), panel.series.end(),
-                       [](const PointSeries& series) { return series.label.size() <= kLetters; });
-  });
-}
-
-std::string LetterOf(const PointSeries& series) { return std::string(1, 'A' + series.color % kChartColors); }
-
-// Of series in the order in which they come; those of other panels with the same label are the same.
-std::vector<LegendEntry> SeriesLegend(const std::vector<SeriesPanel>& panels) {
-  std::vector<LegendEntry> legend;
-  const bool letters = !LabelsAreShort(panels);
-  ForEachPoint(panels, [&](const SeriesPanel&, const PointSeries& series, const PointResult&) {
-    if (series.label.empty()) return;
-    const std::string text = absl::StrCat(letters ? LetterOf(series) + ": " : "", series.label);
-    const bool known = std::any_of(legend.begin(), legend.end(), [&](const LegendEntry& entry) {
-      return entry.text == text && entry.color == series.color;
-    });
-    if (!known) legend.push_back({Swatch::kSeries, series.color, text});
-  });
-  return legend;
-}
-
-void AddLineLegend(const std::vector<SeriesPanel>& panels, std::vector<LegendEntry>* legend) {
-  if (AnyMeasured(panels)) legend->push_back({Swatch::kMeasured, kGray, "measured: filled, solid"});
-  if (AnySimulated(panels)) legend->push_back({Swatch::kSimulated, kGray, "simulated: hollow, dashed"});
-}
-
-void AddBarLegend(const std::vector<SeriesPanel>& panels, std::vector<LegendEntry>* legend) {
-  if (AnyMeasured(panels)) legend->push_back({Swatch::kBar, kGray, "measured: filled"});
-  if (AnySimulated(panels)) legend->push_back({Swatch::kSimulatedBar, kGray, "simulated: pale, dashed"});
-}
-
-std::vector<std::string> PointCells(const SeriesPanel& panel, const PointSeries& series,
-                                    const PointResult& point, bool labels) {
-  std::vector<std::string> cells = {absl::StrCat(point.point.ranks)};
-  if (labels) {
-    cells.push_back(
-        absl::StrCat(panel.label, panel.label.empty() || series.label.empty() ? "" : ", ", series.label));
+void AddBarLegend(const std::vector<SeriesPanel>& panels, const std::vector<Look>& looks,
+                  std::vector<LegendEntry>* legend) {
+  for (const Look look : looks) {
+    if (!AnyPointHas(panels, look)) continue;
+    const bool measured = look == Look::kMeasured;
+    legend->push_back({measured ? Swatch::kBar : Swatch::kSimulatedBar, kGray,
+                       measured ? "measured: filled" : "simulated: pale, dashed"});
   }
-  return cells;
-}
-
-std::vector<HtmlTable::Column> PointColumns(bool labels) {
-  std::vector<HtmlTable::Column> columns = {{"ranks", Align::kNumber}};
-  if (labels) columns.push_back({"series", Align::kText});
-  return columns;
 }
 
 // Of a point that has such figures.
@@ -99,19 +57,18 @@ double ValueOf(const RankMetric& metric, const PointSeries& series, const PointR
 }
 
 HtmlTable RankTable(const std::vector<SeriesPanel>& panels, const RankMetric& metric) {
-  const bool labels = HaveLabels(panels);
   HtmlTable table{
-      .caption = absl::StrCat(metric.title, ", ", metric.unit), .columns = PointColumns(labels), .rows = {}};
+      .caption = absl::StrCat(metric.title, ", ", metric.unit), .columns = PointColumns(panels), .rows = {}};
   for (const char* name : {kMeasuredText, kSimulatedText}) table.columns.push_back({name, Align::kNumber});
   if (metric.ideal) table.columns.push_back({"ideal", Align::kNumber});
   ForEachPoint(panels, [&](const SeriesPanel& panel, const PointSeries& series, const PointResult& point) {
-    std::vector<std::string> row = PointCells(panel, series, point, labels);
+    std::vector<std::string> row = PointCells(panels, panel, series, point);
     for (const Look look : {Look::kMeasured, Look::kSimulated}) {
       const std::optional<StepFigures>& figures = FiguresOf(point, look);
       row.push_back(figures.has_value() ? metric.text(ValueOf(metric, series, point, look)) : kNone);
     }
     if (metric.ideal) row.push_back(metric.text(metric.ideal(series, point)));
-    if (point.measured.has_value() || point.predicted.has_value()) table.rows.push_back(std::move(row));
+    if (HasAny(point, {Look::kMeasured, Look::kSimulated})) table.rows.push_back(std::move(row));
   });
   return table;
 }
@@ -130,7 +87,7 @@ SeriesCurves CurvesOf(const RankMetric& metric, const PointSeries& series, const
   curves.simulated.look = Look::kSimulated;
   for (const PointResult* point : series.points) {
     const double ranks = static_cast<double>(point->point.ranks);
-    const bool drawn = point->measured.has_value() || point->predicted.has_value();
+    const bool drawn = HasAny(*point, {Look::kMeasured, Look::kSimulated});
     if (metric.ideal && drawn) curves.ideal.data.push_back({.x = ranks, .y = metric.ideal(series, *point)});
     for (Curve* curve : {&curves.measured, &curves.simulated}) {
       const std::optional<StepFigures>& figures = FiguresOf(*point, curve->look);
@@ -193,14 +150,14 @@ struct BarPage {
   std::vector<std::pair<const PointSeries*, const PointResult*>> points;
 };
 
-std::vector<BarPage> BarPagesOf(const std::vector<SeriesPanel>& panels) {
+std::vector<BarPage> BarPagesOf(const std::vector<SeriesPanel>& panels, const PartMetric& metric) {
   std::vector<BarPage> pages;
   for (const SeriesPanel& panel : panels) {
     const size_t first = pages.size();
     size_t in_panel = 0;
     for (const PointSeries& series : panel.series) {
       for (const PointResult* point : series.points) {
-        if (!point->measured.has_value() && !point->predicted.has_value()) continue;
+        if (!HasAny(*point, metric.looks)) continue;
         if (in_panel++ % kGroupsInChart == 0) pages.push_back({&panel, panel.label, {}});
         pages.back().points.emplace_back(&series, point);
       }
@@ -228,7 +185,7 @@ BarChart PartChart(const BarPage& bars, const PartMetric& metric, double most) {
     BarGroup group{
         .label = absl::StrCat(CountText(point->point.ranks, "rank"), label.empty() ? "" : ", ", label),
         .bars = {}};
-    for (const Look look : {Look::kMeasured, Look::kSimulated}) {
+    for (const Look look : metric.looks) {
       const std::optional<StepFigures>& figures = FiguresOf(*point, look);
       if (!figures.has_value()) continue;
       group.bars.push_back({.parts = metric.values(*figures), .look = look, .note = metric.note(*figures)});
@@ -239,15 +196,14 @@ BarChart PartChart(const BarPage& bars, const PartMetric& metric, double most) {
 }
 
 HtmlTable PartTable(const std::vector<SeriesPanel>& panels, const PartMetric& metric) {
-  const bool labels = HaveLabels(panels);
-  HtmlTable table{.caption = metric.title, .columns = PointColumns(labels), .rows = {}};
+  HtmlTable table{.caption = metric.title, .columns = PointColumns(panels), .rows = {}};
   table.columns.push_back({"how", Align::kText});
   for (const std::string& name : metric.columns) table.columns.push_back({name, Align::kNumber});
   ForEachPoint(panels, [&](const SeriesPanel& panel, const PointSeries& series, const PointResult& point) {
-    for (const Look look : {Look::kMeasured, Look::kSimulated}) {
+    for (const Look look : metric.looks) {
       const std::optional<StepFigures>& figures = FiguresOf(point, look);
       if (!figures.has_value()) continue;
-      std::vector<std::string> row = PointCells(panel, series, point, labels);
+      std::vector<std::string> row = PointCells(panels, panel, series, point);
       row.push_back(look == Look::kMeasured ? kMeasuredText : kSimulatedText);
       const std::vector<std::string> cells = metric.cells(*figures);
       row.insert(row.end(), cells.begin(), cells.end());
@@ -260,7 +216,7 @@ HtmlTable PartTable(const std::vector<SeriesPanel>& panels, const PartMetric& me
 double MostOf(const std::vector<SeriesPanel>& panels, const PartMetric& metric) {
   double most = 0;
   ForEachPoint(panels, [&](const SeriesPanel&, const PointSeries&, const PointResult& point) {
-    for (const Look look : {Look::kMeasured, Look::kSimulated}) {
+    for (const Look look : metric.looks) {
       const std::optional<StepFigures>& figures = FiguresOf(point, look);
       if (!figures.has_value()) continue;
       double sum = 0;
@@ -269,55 +225,6 @@ double MostOf(const std::vector<SeriesPanel>& panels, const PartMetric& metric) 
     }
   });
   return most;
-}
-
-struct Errors {
-  HtmlTable table;
-  LineChart chart;
-  std::vector<double> sizes;  // of all errors, without their signs
-  std::string worst;          // the point with the largest
-  double low = 0, high = 0;   // measured values
-};
-
-void AddErrors(const SeriesPanel& panel, const PointSeries& series, const ErrorMetric& metric, bool labels,
-               Errors* errors) {
-  Curve curve{.label = series.label, .color = series.color, .draw = Draw::kPoints, .data = {}};
-  for (const PointResult* point : series.points) {
-    if (!point->measured.has_value() || !point->predicted.has_value()) continue;
-    const double measured = metric.value(*point->measured), predicted = metric.value(*point->predicted);
-    const double error = predicted / measured - 1;
-    if (!(measured > 0) || !(predicted > 0) || !std::isfinite(error)) continue;
-    std::vector<std::string> row = PointCells(panel, series, *point, labels);
-    for (const std::string& cell : {metric.text(measured), metric.text(predicted), ErrorText(error)})
-      row.push_back(cell);
-    errors->table.rows.push_back(std::move(row));
-    const bool first = errors->sizes.empty();
-    errors->low = first ? measured : std::min(errors->low, measured);
-    errors->high = std::max(errors->high, measured);
-    if (first || std::abs(error) > *std::max_element(errors->sizes.begin(), errors->sizes.end()))
-      errors->worst = PointText(panel, series, *point);
-    errors->sizes.push_back(std::abs(error));
-    curve.data.push_back({.x = measured, .y = error});
-  }
-  std::stable_sort(curve.data.begin(), curve.data.end(),
-                   [](const ChartPoint& a, const ChartPoint& b) { return a.x < b.x; });
-  if (!curve.data.empty()) errors->chart.curves.push_back(std::move(curve));
-}
-
-void AddErrorGuides(Errors* errors) {
-  for (const double share : {-0.10, -0.05, 0.0, 0.05, 0.10}) {
-    errors->chart.curves.push_back(
-        {.end_label = share == 0 ? "exact" : absl::StrFormat("%+.0f%%", 100 * share),
-         .color = kGray,
-         .look = Look::kGuide,
-         .data = {{.x = errors->low, .y = share}, {.x = errors->high, .y = share}}});
-  }
-}
-
-double MedianOf(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t n = values.size();
-  return n % 2 == 1 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
 }
 
 void AddBars(const std::vector<SeriesPanel>& panels, const RankMetric& metric, HtmlPage* page) {
@@ -351,7 +258,7 @@ void AddRankFigure(const std::vector<SeriesPanel>& panels, const RankMetric& met
   std::vector<HtmlPage::Panel> drawn;
   for (size_t i = 0; i < charts.size(); ++i) drawn.push_back({panels[i].label, Svg(charts[i])});
   std::vector<LegendEntry> legend = SeriesLegend(panels);
-  AddLineLegend(panels, &legend);
+  AddLookLegend(panels, &legend);
   if (metric.ideal) legend.push_back({Swatch::kGuide, kGray, "ideal"});
   page->Figure(drawn, legend, RankTable(panels, metric));
 }
@@ -359,41 +266,13 @@ void AddRankFigure(const std::vector<SeriesPanel>& panels, const RankMetric& met
 void AddPartFigure(const std::vector<SeriesPanel>& panels, const PartMetric& metric, HtmlPage* page) {
   std::vector<HtmlPage::Panel> drawn;
   const double most = MostOf(panels, metric);
-  for (const BarPage& bars : BarPagesOf(panels))
+  for (const BarPage& bars : BarPagesOf(panels, metric))
     drawn.push_back({bars.title, Svg(PartChart(bars, metric, most))});
   std::vector<LegendEntry> legend;
   for (size_t i = 0; metric.parts.size() > 1 && i < metric.parts.size(); ++i)
     legend.push_back({Swatch::kBar, static_cast<int>(i), metric.parts[i]});
-  AddBarLegend(panels, &legend);
+  AddBarLegend(panels, metric.looks, &legend);
   page->Figure(drawn, legend, PartTable(panels, metric));
-}
-
-void AddErrorFigure(const std::vector<SeriesPanel>& panels, const ErrorMetric& metric, HtmlPage* page) {
-  const bool labels = HaveLabels(panels);
-  Errors errors{
-      .table = {.caption = absl::StrCat(metric.title, ": predicted against measured"),
-                .columns = PointColumns(labels),
-                .rows = {}},
-      .chart = {.title = absl::StrCat("Error of the predicted ", metric.title),
-                .description = "Predicted over measured, less one, against measured.",
-                .x = metric.x,
-                .y = {.title = "predicted against measured", .text = PercentTick, .from = -0.11, .to = 0.11},
-                .curves = {},
-                .marks = {}},
-      .sizes = {},
-      .worst = {}};
-  for (const char* name : {kMeasuredText, "predicted", "error"})
-    errors.table.columns.push_back({name, Align::kNumber});
-  for (const SeriesPanel& panel : panels) {
-    for (const PointSeries& series : panel.series) AddErrors(panel, series, metric, labels, &errors);
-  }
-  if (errors.sizes.empty()) return;
-  AddErrorGuides(&errors);
-  const double worst = *std::max_element(errors.sizes.begin(), errors.sizes.end());
-  page->Paragraph(absl::StrFormat("%s: off by %s in the median and %s at worst (%s), of %s.", metric.title,
-                                  PercentText(MedianOf(errors.sizes)), PercentText(worst), errors.worst,
-                                  CountText(static_cast<int64_t>(errors.sizes.size()), "point")));
-  page->Figure({{metric.title, Svg(errors.chart)}}, SeriesLegend(panels), errors.table);
 }
 
 }  // namespace annulus

@@ -7,22 +7,10 @@
 #include <vector>
 
 #include "html_page.h"
-#include "report_series.h"
+#include "report_study_points.h"
 #include "svg_chart.h"
 
 namespace annulus {
-
-inline constexpr char kMeasuredText[] = "measured", kSimulatedText[] = "simulated";
-
-// Calls fn(panel, series, point) for all points, panel by panel.
-template <typename Fn>
-void ForEachPoint(const std::vector<SeriesPanel>& panels, Fn&& fn) {
-  for (const SeriesPanel& panel : panels) {
-    for (const PointSeries& series : panel.series) {
-      for (const PointResult* point : series.points) fn(panel, series, *point);
-    }
-  }
-}
 
 // Whether there is nothing to draw against ranks.
 bool HaveOneRankCount(const std::vector<SeriesPanel>& panels);
@@ -53,6 +41,7 @@ struct PartMetric {
   std::function<std::vector<std::string>(const StepFigures&)> cells;
   std::function<std::string(const StepFigures&)> note;  // beside the bar
   std::optional<std::pair<double, std::string>> limit = {};
+  std::vector<Look> looks = {Look::kMeasured, Look::kSimulated};  // that are drawn
 };
 void AddPartFigure(const std::vector<SeriesPanel>& panels, const PartMetric& metric, HtmlPage* page);
 

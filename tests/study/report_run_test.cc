@@ -13,7 +13,7 @@
 namespace annulus::testing {
 namespace {
 
-class RunReport : public ::testing::Test {
+class RunPage : public ::testing::Test {
  protected:
   void SetUp() override {
     folder_ =
@@ -57,7 +57,7 @@ class RunReport : public ::testing::Test {
   std::string folder_;
 };
 
-TEST_F(RunReport, ShowsTheRun) {
+TEST_F(RunPage, ShowsTheRun) {
   Write("metrics.jsonl", Lines(20));
   Write("events.jsonl",
         "{\"time\":\"2026-01-01T00:00:00Z\",\"event\":\"start\",\"step\":0,\"detail\":\"4 ranks\"}\n"
@@ -74,7 +74,7 @@ TEST_F(RunReport, ShowsTheRun) {
   EXPECT_EQ(CountOf(*page, "<desc>"), CountOf(*page, "class=\"chart\""));
 }
 
-TEST_F(RunReport, ALastLineThatIsCutOffIsLeftOut) {
+TEST_F(RunPage, ALastLineThatIsCutOffIsLeftOut) {
   Write("metrics.jsonl", Lines(3) + Line(4).substr(0, 30));
   const absl::StatusOr<std::string> csv = RunCsv(folder_);
   ASSERT_TRUE(csv.ok()) << csv.status();
@@ -82,7 +82,7 @@ TEST_F(RunReport, ALastLineThatIsCutOffIsLeftOut) {
   EXPECT_TRUE(RunHtml(folder_).ok());
 }
 
-TEST_F(RunReport, NamesWhatIsMissingOrBroken) {
+TEST_F(RunPage, NamesWhatIsMissingOrBroken) {
   EXPECT_TRUE(absl::IsNotFound(RunHtml(folder_).status()));
   EXPECT_TRUE(Has(std::string(RunCsv(folder_).status().message()), "metrics.jsonl"));
   Write("metrics.jsonl", Line(1) + "{\"step\":2,\n" + Line(3));
@@ -96,7 +96,7 @@ TEST_F(RunReport, NamesWhatIsMissingOrBroken) {
   EXPECT_EQ(FlawOf(*page), "");
 }
 
-TEST_F(RunReport, NumbersThatAreNotFiniteAreSaidNotDrawn) {
+TEST_F(RunPage, NumbersThatAreNotFiniteAreSaidNotDrawn) {
   Write("metrics.jsonl",
         Lines(2) + "{\"step\":3,\"loss\":\"nan\",\"grad_norm\":\"inf\",\"skipped\":true}\n" + Line(4));
   const absl::StatusOr<std::string> page = RunHtml(folder_);
@@ -111,7 +111,7 @@ TEST_F(RunReport, NumbersThatAreNotFiniteAreSaidNotDrawn) {
   EXPECT_EQ(LinesOf(*csv)[3].rfind("3,nan,inf,", 0), 0u);
 }
 
-TEST_F(RunReport, StepsDoneAgainReplaceThoseOfBefore) {
+TEST_F(RunPage, StepsDoneAgainReplaceThoseOfBefore) {
   Write("metrics.jsonl", Lines(5) + Line(3) + Line(4));
   const absl::StatusOr<std::string> csv = RunCsv(folder_);
   ASSERT_TRUE(csv.ok());
@@ -121,7 +121,7 @@ TEST_F(RunReport, StepsDoneAgainReplaceThoseOfBefore) {
 }
 
 // One step of 100,000 stands out: its value stays in the band.
-TEST_F(RunReport, LongRunsAreThinnedAndKeepTheirExtremes) {
+TEST_F(RunPage, LongRunsAreThinnedAndKeepTheirExtremes) {
   std::string text = Lines(50000) + "{\"step\":50001,\"loss\":2.0,\"grad_norm\":777.25}\n";
   for (int64_t step = 50002; step <= 100000; ++step) text += Line(step);
   Write("metrics.jsonl", text);

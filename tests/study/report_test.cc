@@ -81,6 +81,18 @@ TEST(StudyHtml, DrawsMeasuredAndSimulatedInDifferentForms) {
   EXPECT_FALSE(Has(measured, "Predicted against measured"));
 }
 
+// Zero bytes of a measured run are bytes that were not counted.
+TEST(StudyHtml, BytesAreThoseOfPointsThatCountThem) {
+  StudyResults results = MadeUpStudy({1, 2, 4}, {8192}, {"AUTO"});
+  const int64_t counted = CountOf(StudyHtml(results), ">measured</td>");
+  for (PointResult& point : results.points) {
+    if (point.measured.has_value()) point.measured->bytes_inside_hosts = 0;
+  }
+  EXPECT_EQ(CountOf(StudyHtml(results), ">measured</td>"), counted - 2);
+  for (PointResult& point : results.points) point.predicted.reset();
+  EXPECT_FALSE(Has(StudyHtml(results), "Bytes sent"));
+}
+
 TEST(StudyHtml, EveryChartHasATitleADescriptionAndATable) {
   const std::string page = StudyHtml(MadeUpStudy({1, 2, 4, 64}, {8192}, {"AUTO"}));
   const int64_t charts = CountOf(page, "<svg class=\"chart\"");

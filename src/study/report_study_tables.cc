@@ -1,0 +1,94 @@
+#include "report_study_tables.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "annulus/train/report.h"
+#include "report_study_points.h"
+#include "report_text.h"
+
+namespace annulus {
+namespace {
+
+using Align = HtmlTable::Align;
+
+template <typename Fn>
+bool NoneOf(const StudyResults& results, Fn&& holds) {
+  return std::none_of(results.points.begin(), results.points.end(), holds);
+}
+
+std::string StateText(const PointResult& point) {
+  if (point.state == PointState::kFailed) return "failed";
+  if (point.state == PointState::kOpen) return "open";
+  return point.measured.has_value() ? point.predicted.has_value() ? "measured, simulated" : kMeasuredText
+                                    : kSimulatedText;
+}
+
+// With what went wrong beside; why a point failed has a table of its own.
+std::string StateAndReason(const PointResult& point) {
+  const bool tell = point.state != PointState::kFailed && !point.reason.empty();
+  return absl::StrCat(StateText(point), tell ? "; " : "", tell ? point.reason : "");
+}
+
+}  // namespace
+
+void AddGoodput(const StudyResults& results, const std::vector<SeriesPanel>& panels, HtmlPage* page) {
+  if (NoneOf(results, [](const PointResult& point) { return point.goodput.has_value(); })) return;
+  page->Section("Goodput",
+                "The share of a long run's time that steps which count took: simulated, with hosts that "
+                "fail, saving, what is lost since the last save, and restarts.");
+  HtmlTable table{.caption = "Goodput", .columns = {{"point", Align::kText}}, .rows = {}};
+  for (const char* name :
+       {"goodput", "whole run", "failures", "steps between saves", "saving", "lost", "restarting"})
+    table.columns.push_back({name, Align::kNumber});
+  ForEachPoint(panels, [&](const SeriesPanel& panel, const PointSeries& series, const PointResult& point) {
+    if (!point.goodput.has_value()) return;
+    const Goodput& g = *point.goodput;
+    table.rows.push_back({PointText(panel, series, point), PercentText(g.share), FormatDuration(g.seconds),
+                          absl::StrCat(g.failures), absl::StrCat(g.steps_between_saves),
+                          FormatDuration(g.saving_seconds), FormatDuration(g.lost_seconds),
+                          FormatDuration(g.restarting_seconds)});
+  });
+  page->Table(table);
+}
+
+void AddFailed(const StudyResults& results, HtmlPage* page) {
+  if (NoneOf(results, [](const PointResult& point) { return point.state == PointState::kFailed; })) return;
+  page->Section("Failed points", "");
+  HtmlTable table{.caption = "Points that failed, and why",
+                  .columns = {{"point", Align::kText}, {"ranks"}, {"reason", Align::kText}},
+                  .rows = {}};
+  for (const PointResult& point : results.points) {
+    if (point.state == PointState::kFailed)
+      table.rows.push_back({point.point.id, absl::StrCat(point.point.ranks), point.reason});
+  }
+  page->Table(table);
+}
+
+void AddPoints(const StudyResults& results, HtmlPage* page) {
+  page->Section("All points", "How each was run or simulated, and the exchange plans that attention took.");
+  HtmlTable table{.caption = "All points",
+                  .columns = {{"point", Align::kText},
+                              {"ranks"},
+                              {"hosts"},
+                              {"state", Align::kText},
+                              {"layout", Align::kText},
+                              {"tokens a step"},
+                              {"repeats' spread"},
+                              {"overrides", Align::kText},
+                              {"plans", Align::kText}},
+                  .rows = {}};
+  for (const PointResult& point : results.points) {
+    const auto& figures = point.measured.has_value() ? point.measured : point.predicted;
+    table.rows.push_back({point.point.id, absl::StrCat(point.point.ranks), absl::StrCat(point.point.hosts),
+                          StateAndReason(point), point.layout.empty() ? kNone : point.layout,
+                          point.tokens_per_step > 0 ? absl::StrCat(point.tokens_per_step) : kNone,
+                          point.measured.has_value() ? PercentText(point.measured_spread) : kNone,
+                          absl::StrJoin(point.point.overrides, ", "),
+                          figures.has_value() ? absl::StrJoin(figures->plans, "; ") : kNone});
+  }
+  page->Table(table);
+}
+
+}  // namespace annulus
