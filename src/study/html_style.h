@@ -70,7 +70,7 @@ svg .end-label{fill:var(--c)}
 body{font-size:10pt}
 header,main{max-width:none;padding:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-nav,details{display:none}
+nav,section:has(details){display:none}
 h2,section>p,figcaption,caption,.legend{break-after:avoid}
 figure,tr,p,.legend{break-inside:avoid}
 .pair,.stack,.panels,.legend{display:block}

@@ -59,8 +59,9 @@ std::string LeadOf(const RunRecord& run) {
 
 void AddSummary(const RunRecord& run, HtmlPage* page) {
   page->Section("Summary", "");
-  HtmlTable table{
-      .caption = "The run in numbers", .columns = {{"what", Align::kText}, {"value"}}, .rows = {}};
+  HtmlTable table{.caption = "The run in numbers",
+                  .columns = {{"what", Align::kText}, {"value", Align::kText}},
+                  .rows = {}};
   const auto add = [&](const std::string& what, double value, std::string (*text)(double)) {
     if (std::isfinite(value)) table.rows.push_back({what, text(value)});
   };
