@@ -49,6 +49,9 @@ class StepCost {
         accum_bytes_(static_cast<double>(SizeOf(AccumOf(layer.dtype)))),
         whole_(std::all_of(plan.ranks.begin(), plan.ranks.end(),
                            [](const RankPlan& rank) { return rank.steps.size() == 1; })),
+        knows_cudnn_(
+            std::any_of(machine.attention.begin(), machine.attention.end(),
+                        [](const AttentionRate& rate) { return rate.kernel == AttentionKernel::kCudnn; })),
         seen_(layer, plan) {}
 
   double Of(int cp_rank, const Step& step) {
@@ -255,13 +258,18 @@ class StepCost {
     return pairs;
   }
 
+  // Of the program that the machine's rates are from: with or without cuDNN, as they are.
   AttentionKernel KernelOf(const AttendCall& call) const {
-    return ChooseAttentionKernel({.device = layer_.device,
-                                  .dtype = layer_.dtype,
-                                  .dim = layer_.head_dim,
-                                  .v_dim = layer_.v_head_dim,
-                                  .mask_shape = call.shape,
-                                  .determinism = layer_.determinism});
+    const AttentionKernel here = ChooseAttentionKernel({.device = layer_.device,
+                                                        .dtype = layer_.dtype,
+                                                        .dim = layer_.head_dim,
+                                                        .v_dim = layer_.v_head_dim,
+                                                        .mask_shape = call.shape,
+                                                        .determinism = layer_.determinism});
+    const bool tensor_cores = here == AttentionKernel::kTensorCore || here == AttentionKernel::kCudnn;
+    if (!tensor_cores || call.shape == MaskShape::kGeneral || layer_.determinism == Determinism::kRequired)
+      return here;
+    return knows_cudnn_ ? AttentionKernel::kCudnn : AttentionKernel::kTensorCore;
   }
 
   double CallSeconds(const AttendCall& call, const HeadGroup& group, double pairs) {
@@ -322,6 +330,7 @@ class StepCost {
   const RowBytes row_bytes_;
   const double compute_bytes_, accum_bytes_;  // of an element
   const bool whole_;                          // nothing is exchanged or carried
+  const bool knows_cudnn_;
   KeysSeen seen_;
   std::map<std::pair<int, int>, std::vector<KnownCalls>> calls_;
   std::vector<KnownCalls> own_calls_;  // of the last attend whose calls no other has

@@ -98,19 +98,23 @@ ExchangePass ExchangeOf(const PlannedPass& planned) {
   return pass;
 }
 
-// Rings, a ring of hosts' rings, and heads over all ranks or those of a host; what is asked for by name stays
-// as it is.
+// Rings, a ring of hosts' rings, and heads over all ranks or those of a host; of very many ranks, whose plans
+// have as many steps squared, one ring at most. What is asked for by name stays as it is.
 void KeepLikely(int ranks, int on_host, std::vector<PlanChoice>* plans) {
+  const bool hosts = on_host > 1 && on_host<ranks, many = ranks> kSimulateAllRanks;
   const auto likely = [&](const PlanChoice& choice) {
-    const bool split = choice.head_split == ranks || choice.head_split == on_host;
+    if (choice.head_split > 1) {
+      const bool split = choice.head_split == ranks || (hosts && choice.head_split == on_host);
+      return choice.kind == PlanKind::kKvRing && split;
+    }
     switch (choice.kind) {
       case PlanKind::kKvRing:
-        return choice.head_split == 1 || split;
+        return !many || !hosts;
       case PlanKind::kBidirectionalKvRing:
       case PlanKind::kTokenRing:
-        return choice.head_split == 1;
+        return !many;
       case PlanKind::kDoubleRing:
-        return choice.head_split == 1 && choice.inner == on_host;
+        return hosts && choice.inner == on_host;
       default:
         return false;
     }

@@ -187,14 +187,15 @@ Statistic StatisticFor(const Context& ctx) {
 absl::StatusOr<RatePoint> MeasureRate(Context& ctx, Communicator& world, double size,
                                       const std::function<absl::Status()>& call) {
   ANNULUS_ASSIGN_OR_RETURN(const double once, SecondsOf(ctx, world, {.warm_ups = 1, .timed = 1}, call));
-  // Enough calls for the clock, and for a GPU to have work while the host launches the next. The least of
-  // many short repeats is what a core does that other programs leave alone.
+  // The least of many short repeats is what a core does that other programs leave alone. A GPU that works on
+  // is slower than one that works in bursts, by its power: so long that it is seen, with work while the host
+  // launches the next call.
   const bool cpu = ctx.device.kind == DeviceKind::kCpu;
-  const double enough = cpu ? 2e-4 : 2e-3;
+  const double enough = cpu ? 2e-4 : 2e-2;
   const Repeats repeats{.warm_ups = 0,
                         .timed = cpu ? 30 : 5,
                         .seconds = cpu ? 0.2 : 10,
-                        .calls = std::clamp<int64_t>(static_cast<int64_t>(enough / once), 1, 16),
+                        .calls = std::clamp<int64_t>(static_cast<int64_t>(enough / once), 1, cpu ? 16 : 256),
                         .take = StatisticFor(ctx)};
   ANNULUS_ASSIGN_OR_RETURN(const double seconds, SecondsOf(ctx, world, repeats, call));
   return RatePoint{.size = size, .per_second = Rounded(size / seconds)};
