@@ -134,6 +134,24 @@ MachineProfile AssumedHopper() {
   profile.links = {{TransportKind::kCopyEngine, copy_engine, copy_engine, 15e-6, 1.0},
                    {TransportKind::kNccl, nccl, nccl, 25e-6, 1.06},
                    {TransportKind::kHost, host, host, 60e-6, 1.0}};
+  // Measured: 80 heads of 64, a state of 128, 512 to 32768 tokens; 16 heads of 128 x 128; two ranks.
+  profile.scans = {
+      {ScanKernel::kSsd,
+       Pass::kForward,
+       {{3.36e8, 6.15e12}, {1.34e9, 11.8e12}, {5.37e9, 23.4e12}, {2.15e10, 30.1e12}}},
+      {ScanKernel::kSsd,
+       Pass::kBackward,
+       {{3.36e8, 3.28e12}, {1.34e9, 7.74e12}, {5.37e9, 11.6e12}, {2.15e10, 13e12}}},
+      {ScanKernel::kDeltaRule, Pass::kForward, {{1.34e8, 434e9}, {5.37e8, 552e9}, {2.15e9, 593e9}}},
+      {ScanKernel::kDeltaRule, Pass::kBackward, {{1.34e8, 164e9}, {5.37e8, 219e9}, {2.15e9, 226e9}}}};
+  profile.passes = {
+      {PassKind::kConvolution, Pass::kForward, {{5.2e5, 76e9}, {8.4e6, 1.14e12}, {1.34e8, 2.8e12}}},
+      {PassKind::kConvolution, Pass::kBackward, {{7.9e5, 53e9}, {1.26e7, 582e9}, {2.01e8, 2.09e12}}}};
+  profile.collectives = {
+      {64 * kKiB, 6.42e9}, {512 * kKiB, 31.9e9}, {4 * kMiB, 103e9}, {32 * kMiB, 187e9}, {256 * kMiB, 221e9}};
+  profile.peak_tflops = 989.4;
+  profile.memory_bytes = int64_t{141} * 1000000000;
+  profile.other_memory_bytes = int64_t{1500} << 20;
   return profile;
 }
 
@@ -149,7 +167,11 @@ MachineProfile AssumedCpuCore() {
                          .launch_seconds = 0,
                          .products = CpuProducts().forward,
                          .product_gradients = CpuProducts().gradients};
+  profile.collectives = {{kMiB, kBytes}};
   for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+    const double slower = pass == Pass::kForward ? 1 : 3;
+    profile.scans.push_back({ScanKernel::kSsd, pass, {{1e6, Rounded(5e8 / slower)}}});
+    profile.scans.push_back({ScanKernel::kDeltaRule, pass, {{1e6, Rounded(3e8 / slower)}}});
     profile.attention.push_back({.kernel = AttentionKernel::kCpuTiles,
                                  .pass = pass,
                                  .shape = MaskShape::kGeneral,
