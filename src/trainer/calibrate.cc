@@ -55,6 +55,7 @@ absl::StatusOr<int64_t> OtherMemoryBytes(const Context& ctx) {
 std::vector<CalibrationHeads> DefaultHeads(DeviceKind device) {
   if (device == DeviceKind::kCpu) {
     return {{.dtype = DType::kF32, .heads = 4, .kv_heads = 2, .head_dim = 32, .v_head_dim = 32},
+            {.dtype = DType::kF32, .heads = 4, .kv_heads = 2, .head_dim = 16, .v_head_dim = 16},
             {.dtype = DType::kF32, .heads = 4, .kv_heads = 2, .head_dim = 128, .v_head_dim = 128}};
   }
   return {{.dtype = DType::kBF16, .heads = 16, .kv_heads = 8, .head_dim = 128, .v_head_dim = 128},

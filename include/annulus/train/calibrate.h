@@ -19,7 +19,7 @@ struct CalibrationHeads {
 };
 
 struct CalibrationOptions {
-  std::vector<CalibrationHeads> heads;  // empty: heads of 64 and 128 where kernels are made for them
+  std::vector<CalibrationHeads> heads;  // empty: heads of 64 and 128, on CPUs smaller ones as well
   double seconds = 40;  // no further size of a kernel is measured after as long; each has one at least
   std::function<void(const std::string&)> progress = [](const std::string&) {};  // a line now and then
 };
