@@ -27,12 +27,6 @@ inline constexpr float kReset = 128;
 // a chunk, of which differences are taken, keep their precision.
 inline constexpr float kNegligible = 0x1p-40f, kLogNegligible = -40;
 
-// A barrier of roles (mma_primitives.cuh) at which this thread has arrived and does not wait. (racecheck of
-// compute-sanitizer loses the order of barriers behind it: it then reports what __syncthreads separates.)
-__device__ inline void ArriveForRoles(int id, int threads) {
-  asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Which of the CTA's warpgroups this is, in a way that lets the compiler know that a warp agrees on it.
 __device__ inline int Warpgroup() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0); }
 
@@ -58,7 +52,9 @@ struct SuperChunks {
 };
 __device__ inline SuperChunks SuperOf(const MmaSsd& mma, int64_t chunk, int segment) {
   const int64_t begin = mma.ssd.chunks.first_chunk[segment], end = mma.ssd.chunks.first_chunk[segment + 1];
-  const int64_t first = begin + (chunk - begin) / mma.super_chunks * mma.super_chunks;
+  // Both fit 32 bits, whose division takes a quarter of the time.
+  const auto length = static_cast<uint32_t>(mma.super_chunks);
+  const int64_t first = begin + static_cast<uint32_t>(chunk - begin) / length * length;
   return {first, min(first + mma.super_chunks, end) - 1};
 }
 
@@ -304,10 +300,7 @@ struct StateLoad {
   // kept: what is left of the super's state at the chunk
   __device__ void StartSuper(const StateSlots& slots, int u, uint32_t thread, float kept) {
     factor = slots.own != slots.super ? kept : 0;
-    if (factor == 0) return;
-    const char* from = From(slots.super, u, thread);
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) super[i] = __ldcg(reinterpret_cast<const uint4*>(from + i * kStep));
+    if (factor != 0) LoadSuper(slots, u, thread, super);
   }
   __device__ void Finish(uint32_t tile, uint32_t thread) {
     if (factor == 0) return;
@@ -316,28 +309,36 @@ struct StateLoad {
     for (int i = 0; i < kChunks; ++i) own[i] = LoadShared16(At(tile, i, thread));
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const float2 x = Combine(own[i].x, factor, super[i].x), y = Combine(own[i].y, factor, super[i].y);
-      const float2 z = Combine(own[i].z, factor, super[i].z), w = Combine(own[i].w, factor, super[i].w);
-      StoreShared16(At(tile, i, thread),
-                    {PackBf16(x.x, x.y), PackBf16(y.x, y.y), PackBf16(z.x, z.y), PackBf16(w.x, w.y)});
+      StoreShared16(At(tile, i, thread), Sum(own[i], factor, super[i]));
     }
   }
-  // Both at once, where registers are short. Most heads forget the super's state within a few chunks.
+  // The thread's part of the super's state, to registers.
+  __device__ static void LoadSuper(const StateSlots& slots, int u, uint32_t thread, uint4 (&super)[kChunks]) {
+    const char* from = From(slots.super, u, thread);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) super[i] = __ldcg(reinterpret_cast<const uint4*>(from + i * kStep));
+  }
+  // StartSuper and Finish at once, where registers are short. Most heads forget the super's state within a
+  // few chunks.
   __device__ static void AddSuper(uint32_t tile, const StateSlots& slots, int u, uint32_t thread,
                                   float kept) {
     if (kept == 0 || slots.own == slots.super) return;
-    const char* from = From(slots.super, u, thread);
     uint4 super[kChunks];
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) super[i] = __ldcg(reinterpret_cast<const uint4*>(from + i * kStep));
+    LoadSuper(slots, u, thread, super);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const uint4 own = LoadShared16(At(tile, i, thread));
-      const float2 x = Combine(own.x, kept, super[i].x), y = Combine(own.y, kept, super[i].y);
-      const float2 z = Combine(own.z, kept, super[i].z), w = Combine(own.w, kept, super[i].w);
-      StoreShared16(At(tile, i, thread),
-                    {PackBf16(x.x, x.y), PackBf16(y.x, y.y), PackBf16(z.x, z.y), PackBf16(w.x, w.y)});
+      StoreShared16(At(tile, i, thread), Sum(LoadShared16(At(tile, i, thread)), kept, super[i]));
     }
+  }
+
+ private:
+  // own + factor super, rounded
+  __device__ static uint4 Sum(const uint4& own, float factor, const uint4& super) {
+    const auto sum = [&](uint32_t a, uint32_t b) {
+      const float2 pair = Combine(a, factor, b);
+      return PackBf16(pair.x, pair.y);
+    };
+    return {sum(own.x, super.x), sum(own.y, super.y), sum(own.z, super.z), sum(own.w, super.w)};
   }
 };
 
@@ -424,14 +425,15 @@ struct GroupUnits {
   int heads, count;           // units
   int part;
 
-  // index: of [batch, groups, parts]
-  __device__ GroupUnits(const MmaSsd& mma, int64_t index, int parts) {
-    const int64_t of_group = mma.ssd.heads / mma.ssd.groups;
+  // index: of [batch, groups, parts]. All of it fits 32 bits, whose divisions take a quarter of the time.
+  __device__ GroupUnits(const MmaSsd& mma, uint32_t index, uint32_t parts) {
+    const auto groups = static_cast<uint32_t>(mma.ssd.groups);
+    const uint32_t of_group = static_cast<uint32_t>(mma.ssd.heads) / groups, of_item = index / parts;
     part = static_cast<int>(index % parts);
-    group = index / parts % mma.ssd.groups;
-    item = index / parts / mma.ssd.groups;
-    const int64_t begin = of_group * part / parts, end = of_group * (part + 1) / parts;
-    first_head = group * of_group + begin;
+    group = of_item % groups;
+    item = of_item / groups;
+    const uint32_t begin = of_group * (index % parts) / parts, end = of_group * (index % parts + 1) / parts;
+    first_head = of_item % groups * of_group + begin;
     first = first_head * mma.blocks;
     heads = static_cast<int>(end - begin);
     count = static_cast<int>((end - begin) * mma.blocks);

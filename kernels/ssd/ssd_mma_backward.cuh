@@ -10,13 +10,14 @@
 //   then, for each unit      dC += from_start (dY h_in^T)
 //   (rows t of dY)
 //
-// The second pass takes the units backward, so that it finds the last of them in L2; while a unit's product
-// is added, the next one's is on its way. In the first, a pair of warpgroups takes what happens inside the
-// chunk, keeps dS^T and hands its part of dx~ over through shared memory; the other brings the tiles, takes
-// what goes through the state, keeps dB and writes dx, while the first is at the next unit. In the second,
-// warpgroup w of pair p keeps rows [64 w, 64 w + 64) and half p of the columns of dC. That leaves each thread
-// the 128 registers with which four warpgroups fit. Loops must not spill any: shared memory leaves 28 KB of
-// L1 to 512 threads, so that what is spilled comes from L2.
+// In the first pass a pair of warpgroups takes what happens inside the chunk, keeps dS^T and hands its part
+// of dx~ over through shared memory; the other brings the tiles, takes what goes through the state, keeps dB
+// and writes dx, while the first is at the next unit. The second pass takes the units backward, so that it
+// finds the last of them in L2; while a unit's product is added, the next one's is on its way and the two
+// units after it are copied. Warpgroup w of pair p keeps rows [64 w, 64 w + 64) and half p of the columns of
+// dC. That leaves each thread the 128 registers with which four warpgroups fit. Loops must not spill any:
+// shared memory leaves 28 KB of L1 to 512 threads, so that what is spilled comes from L2. One CTA
+// fills an SM: nothing covers its waits at the start, between the passes and at the end.
 //
 // In the first pass rows are folded (ssd_mma.cuh), those of the tiles of X, B and dS^T too: row s of dS^T has
 // columns t >= s. The tile of dY has its rows mirrored.
@@ -55,7 +56,8 @@ class BackwardCta {
         warp_(__shfl_sync(~0u, thread_ / 32, 0)),
         per_block_((1 << 16) / mma.blocks + 1) {
     if (threadIdx.x == 0) {
-      place_ = {GroupUnits(mma, blockIdx.y, partial.parts), ChunkAt(mma.ssd.chunks, blockIdx.x), {}, {}};
+      const GroupUnits units(mma, blockIdx.y, static_cast<uint32_t>(partial.parts));
+      place_ = {units, ChunkAt(mma.ssd.chunks, blockIdx.x), {}, {}};
       place_.x = ValuesFrom(mma.ssd.x);
       place_.dy = ValuesFrom(out.dy);
       const int64_t chunk = blockIdx.x;
@@ -63,6 +65,7 @@ class BackwardCta {
       place_.super = super;
       *HiddenSlots() = SlotsOf<kState, Flow::kForward>(mma, states.states, chunk, super, Unit(0));
       *GradientSlots() = SlotsOf<kState, Flow::kBackward>(mma, gradients.states, chunk, super, Unit(0));
+      Phases().Init();
     }
     __syncthreads();
   }
@@ -75,12 +78,9 @@ class BackwardCta {
       ThroughState();
     }
     float dc[kState / 16][4];
-    SecondLoad(units_.count - 1);
-    CopyAsyncCommit();
     ProductQueryGradient(dc);
     SecondPass(dc);
-    const int row = SecondRow();
-    StoreKeys(out_.dc, partial_.dc, dc, row, row + 8, pair_ * (kState / 2));
+    StoreKeys(out_.dc, partial_.dc, dc, SecondRow(), SecondRow() + 8, pair_ * (kState / 2));
     __syncthreads();
     const GateGradients<Memory> gates{mma_, units_, rows_, blockIdx.x, shared_};
     gates.Sum(dskip_);
@@ -91,20 +91,9 @@ class BackwardCta {
  private:
   using Memory = BackwardMemory<kState>;
   using Second = StateLoad<kState, kBackwardThreads>;  // states of the second pass
-  // Of units, one of two in turns: the second pair may come to a unit before the first has come to the one
-  // before.
-  enum Barrier {
-    kUnitIsThere = 1,
-    kInsideIsThere = 3,
-    kInsideIsRead = 4,
-    kUnitsAreDone = 5,
-    kProductsAreThere = 6,
-    kFirstPair = 7,
-    kSecondPair = 8
-  };
+  enum Barrier { kUnitsAreDone = 1, kProductsAreThere = 2, kFirstPair = 3, kSecondPair = 4 };
 
-  // What follows from these indices is computed anew behind it, instead of staying in registers across a
-  // loop.
+  // Behind it what follows from these indices is computed anew: it stays in no registers across a loop.
   __device__ void Refresh() {
     thread_ = static_cast<int>(Again(threadIdx.x) % kSsdThreads);
     for (int* index : {&pair_, &wg_, &warp_}) *index = static_cast<int>(Again(static_cast<uint32_t>(*index)));
@@ -114,13 +103,18 @@ class BackwardCta {
   __device__ int Head(int u) const { return u * per_block_ >> 16; }
   // Row array of the unit's head.
   __device__ float* OfHead(int offset, int u) const { return Floats(offset) + Head(u) * kSsdRows; }
+  __device__ UnitPhases Phases() const { return UnitPhases(memory_ + Memory::kPhases); }
+  __device__ int Rows() const { return static_cast<int>(rows_.end - rows_.begin); }
   __device__ int64_t Column(int u) const { return (units_.first + u) * kSsdColumns; }
+  // The last unit is in the second stage.
   __device__ uint32_t X(int u) const {
-    return memory_ + Memory::kStages + static_cast<uint32_t>(u % 2) * Memory::kStage;
+    return memory_ + Memory::kStages + static_cast<uint32_t>(u + units_.count) % 2 * Memory::kStage;
   }
   __device__ uint32_t Dy(int u) const { return X(u) + Memory::kValues; }
   __device__ uint32_t Gradient(int u) const { return Dy(u) + Memory::kValues; }
-  __device__ int SecondStage(int u) const { return (units_.count - 1 - u) % 3; }
+  __device__ int SecondStage(int u) const {
+    return static_cast<int>(static_cast<uint32_t>(units_.count - 1 - u) % 3);
+  }
   __device__ uint32_t SecondDy(int u) const { return memory_ + Memory::SecondStage(SecondStage(u)); }
   __device__ uint32_t State(int u) const { return SecondDy(u) + Memory::kValues; }
   __device__ uint32_t SecondGradient(int u) const { return memory_ + Memory::SecondGradient(SecondStage(u)); }
@@ -132,7 +126,9 @@ class BackwardCta {
   }
 
   // This lane's rows of the chunk: in the first pass, half 0 or 1, and the first of two in the second.
-  __device__ int FirstRow(int half) const { return FoldedRow(16 * warp_ + 8 * half + thread_ % 32 / 4); }
+  __device__ int FirstRow(int half) const {
+    return (half == 0 ? 8 * warp_ : 120 - 8 * warp_) + thread_ % 32 / 4;
+  }
   __device__ int SecondRow() const { return 16 * warp_ + thread_ % 32 / 4; }
 
   __device__ int64_t Unit(int u) const {
@@ -154,7 +150,7 @@ class BackwardCta {
     const CudaSsd<Bf16>& ssd = mma_.ssd;
     const int64_t keys = units_.group * kState, head = units_.item * ssd.heads + units_.first_head;
     if (pair_ == 0) {
-      LoadRows<kState>(memory_ + Memory::kFirstC, ssd.c, rows_, units_.item, keys, thread_);
+      LoadRows<kState>(X(1), ssd.c, rows_, units_.item, keys, thread_);
     } else {
       LoadFolded<kState>(memory_ + Memory::kB, ssd.b, rows_, units_.item, keys);
     }
@@ -194,7 +190,7 @@ class BackwardCta {
     for (int k = 0; k < kState / 16; ++k) {
       MultiplyShared<Major::kDepthInRow, Major::kDepthInRow>(
           product, OperandAt<kSsdRows>(memory_ + Memory::kB, 64 * wg_, 2 * k),
-          OperandAt<kSsdRows>(memory_ + Memory::kFirstC, 64 * pair_, 2 * k), k > 0);
+          OperandAt<kSsdRows>(X(1), 64 * pair_, 2 * k), k > 0);
     }
     GroupCommit();
     GroupWait<0>();
@@ -220,11 +216,11 @@ class BackwardCta {
   // ---- The first pass, inside the chunk: by the first pair.
 
   using ProductGradients = float[kPieces][2];  // dS^T
-
   __device__ void InsideChunk() {
     ProductGradients ds = {};
     for (int u = 0; u < units_.count; ++u) {
-      BarrierOfRoles(kUnitIsThere + u % 2, kBackwardThreads);
+      Phases().Wait(UnitPhases::kUnitIsThere + u % 2, u / 2);
+      NamedBarrier(kFirstPair, kSsdThreads);  // the columns of the unit before have been added
       Refresh();
       RowPair rows = RowsOf(u);
       float dx[8][4];
@@ -234,11 +230,11 @@ class BackwardCta {
       AddColumns(u);
       const float skip = WarpSum(rows.skip);
       if (thread_ % 32 == 0) Floats(Memory::kSkips)[warp_ * kBackwardMostHeads + Head(u)] += skip;
-      if (u > 0) BarrierOfRoles(kInsideIsRead, kBackwardThreads);
+      if (u > 0) Phases().Wait(UnitPhases::kInsideIsRead, u - 1);
 #pragma unroll
       for (int n = 0; n < 8; ++n) *InsideAt(n) = {dx[n][0], dx[n][1], dx[n][2], dx[n][3]};
       *InsideEnergies() = {rows.energy[0], rows.energy[1]};
-      ArriveForRoles(kInsideIsThere, kBackwardThreads);
+      Phases().Arrive(UnitPhases::kInsideIsThere);
     }
     StartBetweenPasses();
     StoreProductGradients(ds);
@@ -346,21 +342,10 @@ class BackwardCta {
   __device__ void FirstLoad(int u) {
     Refresh();
     const auto thread = static_cast<uint32_t>(thread_);
-    LoadUnit<4>(CopyAt(X(u), thread), place_.x, u, FoldedRow(thread_ / 8), FoldedStep(thread), 32);
-    LoadUnit<4>(CopyAt(Dy(u), thread), place_.dy, u, MirroredRow(thread_ / 8), MirroredStep(thread), 32);
+    place_.x.Load<4, 32>(CopyAt(X(u), thread), thread, u, FoldedRow(thread_ / 8), FoldedStep(thread), Rows());
+    place_.dy.Load<4, 32>(CopyAt(Dy(u), thread), thread, u, MirroredRow(thread_ / 8), MirroredStep(thread),
+                          Rows());
     StateLoad<kState>::StartCopy(Gradient(u), *GradientSlots(), u, thread);
-  }
-  // Of unit u kCount rows, the first to `to`; places: from one to the next in the tile
-  template <int kCount>
-  __device__ void LoadUnit(uint32_t to, const CtaPlace::Values& values, int u, int first, int step,
-                           int places) const {
-    const int count = static_cast<int>(rows_.end - rows_.begin);
-    const Bf16* from = values.data + first * values.row_stride + u * kSsdColumns + thread_ % 8 * 8;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      CopyAsync16(to + static_cast<uint32_t>(i * places * 128), from, first + i * step < count);
-      from += step * values.row_stride;
-    }
   }
   // The chunk's rows of the CTA's units.
   __device__ CtaPlace::Values ValuesFrom(const StridedRows<const Bf16>& x) const {
@@ -372,17 +357,25 @@ class BackwardCta {
     FinishFirstLoad(0);
     for (int u = 0; u < units_.count; ++u) {
       NamedBarrier(kSecondPair, kSsdThreads);  // what the other stage held has been read
-      if (u + 1 < units_.count) FirstLoad(u + 1);
-      CopyAsyncCommit();
       Refresh();
       RowPair rows = RowsOf(u);
       const float last = OfHead(Memory::kSums, u)[kSsdRows - 1];
       const float to_end[2] = {Exp2(last - rows.sum[0]), Exp2(last - rows.sum[1])};
-      KeyGradient(u, to_end[0] * rows.dt[0], to_end[1] * rows.dt[1], db);
+      StartKeyGradient(u, to_end[0] * rows.dt[0], to_end[1] * rows.dt[1], db);
+      if (u + 1 < units_.count) {
+        FirstLoad(u + 1);
+      } else {
+        LoadRows<kState>(memory_ + Memory::kC, mma_.ssd.c, rows_, units_.item, units_.group * kState,
+                         thread_);  // for the second pass
+      }
+      CopyAsyncCommit();
+      Refresh();
+      GroupWait<0>();
+      GroupUse(db);
       float dx[8][4];
       StateGradient(u, to_end, &rows, dx);
       if (u + 1 < units_.count) FinishFirstLoad(u + 1);
-      BarrierOfRoles(kInsideIsThere, kBackwardThreads);
+      Phases().Wait(UnitPhases::kInsideIsThere, u);
       Refresh();
       StoreInputGradient(u, rows, dx);
     }
@@ -397,7 +390,7 @@ class BackwardCta {
     StateLoad<kState>::AddSuper(Gradient(u), *GradientSlots(), u, Again(threadIdx.x % kSsdThreads),
                                 GradientKept(u));
     BulkFence();
-    ArriveForRoles(kUnitIsThere + u % 2, kBackwardThreads);
+    Phases().Arrive(UnitPhases::kUnitIsThere + u % 2);
     NamedBarrier(kSecondPair, kSsdThreads);
   }
 
@@ -437,7 +430,7 @@ class BackwardCta {
       dx[n][3] = rows.dt[1] * (dx[n][3] + inside.w);
     }
     const float2 energies = *InsideEnergies();
-    if (u + 1 < units_.count) ArriveForRoles(kInsideIsRead, kBackwardThreads);
+    if (u + 1 < units_.count) Phases().Arrive(UnitPhases::kInsideIsRead);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float ddt = rows.energy[half] + (half == 0 ? energies.x : energies.y);
@@ -461,7 +454,7 @@ class BackwardCta {
   }
 
   // dB += (factor X) G^T   factor: of the rows
-  __device__ void KeyGradient(int u, float lower, float upper, float (&db)[kState / 8][4]) {
+  __device__ void StartKeyGradient(int u, float lower, float upper, float (&db)[kState / 8][4]) {
     uint32_t x[4][4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -480,8 +473,6 @@ class BackwardCta {
       MultiplyRegisters<Major::kDepthInRow>(db, x[k], OperandAt<kState>(Gradient(u), 0, 2 * k), 1);
     }
     GroupCommit();
-    GroupWait<0>();
-    GroupUse(db);
   }
 
   // ---- Between the passes and the second: all warpgroups.
@@ -490,7 +481,7 @@ class BackwardCta {
   __device__ void SecondLoad(int u) {
     Refresh();
     const uint32_t thread = Again(threadIdx.x);
-    LoadUnit<2>(CopyAt(SecondDy(u), thread), place_.dy, u, static_cast<int>(thread / 8), 64, 64);
+    place_.dy.Load<2, 64>(CopyAt(SecondDy(u), thread), thread, u, static_cast<int>(thread / 8), 64, Rows());
     Second::StartCopy(State(u), *HiddenSlots(), u, thread);
     if (Reaches(u)) Second::StartCopy(SecondGradient(u), *GradientSlots(), u, thread);
   }
@@ -500,14 +491,13 @@ class BackwardCta {
   // Before it all warps are done with the units of the first pass.
   __device__ void StartBetweenPasses() {
     BarrierOfRoles(kUnitsAreDone, kBackwardThreads);
-    LoadRows<kState, kBackwardThreads>(memory_ + Memory::kC, mma_.ssd.c, rows_, units_.item,
-                                       units_.group * kState, threadIdx.x);
+    SecondLoad(units_.count - 1);
     CopyAsyncCommit();
     for (int i = static_cast<int>(threadIdx.x); i < 2 * Memory::kArray / 4; i += kBackwardThreads)
       Floats(Memory::kStarts)[i] = 0;
   }
   __device__ void FinishFirstPass() {
-    CopyAsyncWait<0>();
+    CopyAsyncWait<1>();  // c
     BulkFence();
     BarrierOfRoles(kProductsAreThere, kBackwardThreads);
   }
@@ -558,7 +548,13 @@ class BackwardCta {
   __device__ void SecondPass(float (&dc)[kState / 16][4]) {
     const int last = units_.count - 1;
     float even[kState / 16][4], odd[kState / 16][4];
+    CopyAsyncWait<0>();
     FinishSecondLoad(last);
+    // Only now all that the other stages need is free.
+    if (last > 0) SecondLoad(last - 1);
+    CopyAsyncCommit();
+    if (last > 1) SecondLoad(last - 2);
+    CopyAsyncCommit();
     StartStateProduct(last, even);
     for (int u = last; u >= 0; u -= 2) {
       NextStateProduct(u, even, odd);
@@ -573,36 +569,42 @@ class BackwardCta {
   __device__ void NextStateProduct(int u, float (&product)[kState / 16][4], float (&next)[kState / 16][4]) {
     GroupWait<0>();
     GroupUse(product);
-    if (u > 0) FinishSecondLoad(u - 1);
+    if (u > 0) {
+      CopyAsyncWait<1>();
+      FinishSecondLoad(u - 1);
+      if (u > 2) SecondLoad(u - 3);  // to where unit u was
+      CopyAsyncCommit();
+    }
     StartStateProduct(max(u - 1, 0), next);  // of which the last is not used
   }
-  // Behind it unit u is there, and the one before is on its way to where nothing is read any more.
+  // Behind it unit u is there for all, and all products before it are complete.
   __device__ void FinishSecondLoad(int u) {
-    CopyAsyncWait<0>();
     Refresh();
     Second::AddSuper(State(u), *HiddenSlots(), u, Again(threadIdx.x), HiddenKept(u));
     if (Reaches(u)) ThroughChunk(u);
     BulkFence();
     __syncthreads();
-    if (u > 0) SecondLoad(u - 1);
-    CopyAsyncCommit();
     Refresh();
   }
 
   // <G, h_in>
   __device__ void ThroughChunk(int u) {
     const uint32_t thread = Again(threadIdx.x);
-    Second::AddSuper(SecondGradient(u), *GradientSlots(), u, thread, GradientKept(u));
+    const StateSlots slots = *GradientSlots();
+    const float kept = slots.own != slots.super ? GradientKept(u) : 0;
+    uint4 supers[Second::kChunks] = {};
+    if (kept != 0) Second::LoadSuper(slots, u, thread, supers);
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < Second::kChunks; ++i) {
       const uint4 h = LoadShared16(Second::At(State(u), i, thread));
       const uint4 g = LoadShared16(Second::At(SecondGradient(u), i, thread));
-      const auto dot = [](uint32_t hidden, uint32_t gradient) {
-        const float2 a = UnpackBf16(hidden), b = UnpackBf16(gradient);
+      const auto dot = [&](uint32_t hidden, uint32_t own, uint32_t of_super) {
+        const float2 a = UnpackBf16(hidden), b = Combine(own, kept, of_super);
         return a.x * b.x + a.y * b.y;
       };
-      sum += (dot(h.x, g.x) + dot(h.y, g.y)) + (dot(h.z, g.z) + dot(h.w, g.w));
+      sum += (dot(h.x, g.x, supers[i].x) + dot(h.y, g.y, supers[i].y)) +
+             (dot(h.z, g.z, supers[i].z) + dot(h.w, g.w, supers[i].w));
     }
     sum = WarpSum(sum);
     if (thread_ % 32 == 0) {

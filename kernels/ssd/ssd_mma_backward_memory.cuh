@@ -22,6 +22,18 @@ struct CtaPlace {
   struct Values {
     const Bf16* data;
     int64_t row_stride;
+    // Starts copies of 16 bytes of kCount rows of unit u by this of the threads that share it: row `first` to
+    // `to`, and so on, step rows and kPlaces places of the tile on; zeros from row `count` on.
+    template <int kCount, int kPlaces>
+    __device__ void Load(uint32_t to, uint32_t thread, int u, int first, int step, int count) const {
+      const int64_t stride = row_stride;  // read before the copies, not between them
+      const Bf16* from = data + first * stride + u * kSsdColumns + thread % 8 * 8;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        CopyAsync16(to + static_cast<uint32_t>(i * kPlaces * 128), from + i * step * stride,
+                    first + i * step < count);
+      }
+    }
   };
   GroupUnits units;
   ChunkRows rows;
@@ -29,9 +41,36 @@ struct CtaPlace {
   SuperChunks super;
 };
 
+// Phase barriers at which all threads of one pair of warpgroups arrive and for which the other waits, a phase
+// a unit. (Barriers at which threads arrive without waiting would do; racecheck of compute-sanitizer then
+// loses the order that later barriers of the block give.)
+class UnitPhases {
+ public:
+  // Of units, one of two in turns: the second pair may come to a unit before the first has come to the one
+  // before.
+  enum Phase { kUnitIsThere = 0, kInsideIsThere = 2, kInsideIsRead = 3, kCount = 4 };
+
+  // barriers: [kCount] in shared memory
+  __device__ explicit UnitPhases(uint32_t barriers) : barriers_(barriers) {}
+
+  __device__ void Init() const {
+    for (int phase = 0; phase < kCount; ++phase) PhaseBarrierInit(At(phase), kSsdThreads);
+  }
+  __device__ void Arrive(int phase) const { PhaseBarrierArrive(At(phase)); }
+  // before: phases of this barrier
+  __device__ void Wait(int phase, int before) const {
+    PhaseBarrierWait(At(phase), static_cast<uint32_t>(before % 2));
+  }
+
+ private:
+  __device__ uint32_t At(int phase) const { return barriers_ + static_cast<uint32_t>(phase) * 8; }
+  const uint32_t barriers_;
+};
+
 // Bytes of shared memory.
 //   b | stages of the first pass: x, dy, G | products | dx~ inside the chunk | gates and sums of rows
-//       c until products are there (second stage); later c, then stages of the second pass: dy, h
+//       c until products are there (second unit); c again (while the last unit is in the second stage),
+//       then stages of the second pass: dy, h
 //                                  later dS^T |        later `starts`
 template <int kState>
 struct BackwardMemory {
@@ -40,7 +79,6 @@ struct BackwardMemory {
   static constexpr int kStage = 2 * kValues + kStateBytes;
   static constexpr int kB = 0;
   static constexpr int kStages = kB + kKeys;
-  static constexpr int kFirstC = kStages + kStage;
   static constexpr int kC = kStages;
   static constexpr int kSecondStage = kValues + kStateBytes;
   static constexpr int kSecondStages = kC + kKeys;                        // two of the three
@@ -58,7 +96,8 @@ struct BackwardMemory {
   static constexpr int kWarpColumns = kFactors + 3 * kBackwardMostHeads * 4;  // [8 warps, rows]
   static constexpr int kSlots = kWarpColumns + 8 * kSsdRows * 4;              // StateSlots of h and of G
   static constexpr int kPlace = kSlots + 2 * static_cast<int>(sizeof(StateSlots));
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CtaPlace));
+  static constexpr int kPhases = kPlace + static_cast<int>(sizeof(CtaPlace));
+  static constexpr int kBytes = kPhases + UnitPhases::kCount * 8;
   // What rows get from the state before, of each half of its columns: [2, heads, rows].
   static constexpr int kStarts = kInside;
   // Of the second pass, in the order in which they are first used: dy and h, and G.
@@ -68,10 +107,10 @@ struct BackwardMemory {
   __device__ static constexpr int SecondGradient(int stage) {
     return stage == 0 ? kStarts + 2 * kArray : kB + (stage - 1) * kStateBytes;
   }
-  static_assert(kFirstC + kKeys <= kProducts && kSecondStages + 2 * kSecondStage <= kProducts);
+  static_assert(kKeys <= kStage && kSecondStages + 2 * kSecondStage <= kProducts);
   static_assert(KeyTile<128>::kBytes <= kInside - kProducts && kSecondStage <= kInside - kProducts);
   static_assert(2 * kArray + kStateBytes <= kSums - kInside && 2 * kStateBytes <= kKeys);
-  static_assert(kBytes + kSharedSlack <= 227 * 1024);
+  static_assert(kPhases % 8 == 0 && kBytes + kSharedSlack <= 227 * 1024);
 };
 
 // What this lane's two rows s bring along and gather.
@@ -169,15 +208,19 @@ struct GateGradients {
       for (int i = 0; i < 4; ++i) starts[i] = through + (of_before + before[i]) + (of_later + later[i]);
     }
   }
-  // Heads of a row lie side by side.
+  // Heads of a row lie side by side. Which rows start a document, where da is 0, can be seen from how much
+  // they decay.
   __device__ void Store(const CudaSsdGradients<Bf16>& out) const {
     const CudaSsd<Bf16>& ssd = mma.ssd;
+    static_assert(-kReset < 2 * kLogNegligible);
+    const float* sums = Floats(Memory::kSums);  // of any head
     const int count = static_cast<int>(rows.end - rows.begin) * units.heads;
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kBackwardThreads) {
       const int row = i / units.heads, h = i % units.heads;
       const int64_t token = (rows.begin + row) * ssd.batch + units.item;
       const int64_t gate = token * ssd.heads + units.first_head + h;
-      out.da[gate] = ssd.ages[token] == 0 ? 0 : Floats(Memory::kStarts)[h * kSsdRows + row];
+      const bool starts = sums[row] - (row > 0 ? sums[row - 1] : 0) < -kReset / 2;
+      out.da[gate] = starts ? 0 : Floats(Memory::kStarts)[h * kSsdRows + row];
       if (out.ddt != nullptr) out.ddt[gate] = Floats(Memory::kEnds)[h * kSsdRows + row];
     }
   }

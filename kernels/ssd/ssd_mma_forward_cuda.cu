@@ -38,7 +38,7 @@ class ForwardCta {
       : mma_(mma),
         states_(states),
         y_(y),
-        units_(mma, blockIdx.y, parts),
+        units_(mma, blockIdx.y, static_cast<uint32_t>(parts)),
         shared_(SharedBase()),
         memory_(SharedAddress(shared_)),
         thread_(static_cast<int>(threadIdx.x % kSsdThreads)),
