@@ -239,9 +239,6 @@ absl::Status RunFit(const Arguments& arguments, RunSpec spec, const MachineProfi
   return absl::OkStatus();
 }
 
-// Groups of more ranks have too many plans to look through them all twice.
-constexpr int64_t kMostRanksForAllPlans = 8;
-
 absl::Status Run(const Arguments& arguments, const std::string&) {
   const char* named = arguments.Has("--gpus") ? "--gpus" : "--world";
   ANNULUS_ASSIGN_OR_RETURN(const std::optional<int64_t> world, arguments.PositiveInt(named));
@@ -259,14 +256,12 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   if (fit) return RunFit(arguments, spec, machine, *world);
   // Without --world and parallel.dp the smallest world that the configuration asks for.
   spec.parallel.dp = std::max<int64_t>(1, spec.parallel.dp);
-  Planned planned{
-      .spec = spec,
-      .machine = machine,
-      .machine_text = ProfileSource(spec.parallel.exchange, machine),
-      .batch = ExampleBatchOf(spec),
-      .passes = {},
-      .step = PredictStep(spec, machine,
-                          spec.parallel.cp > kMostRanksForAllPlans ? PlanEffort::kQuick : PlanEffort::kAll)};
+  Planned planned{.spec = spec,
+                  .machine = machine,
+                  .machine_text = ProfileSource(spec.parallel.exchange, machine),
+                  .batch = ExampleBatchOf(spec),
+                  .passes = {},
+                  .step = PredictStep(spec, machine, EffortFor(spec.parallel.cp))};
   ANNULUS_ASSIGN_OR_RETURN(
       planned.passes,
       PlanExchange(spec, planned.batch.sequences, ExchangeOptionsOf(spec, TransportsOnOneHost(spec), machine),

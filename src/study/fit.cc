@@ -23,7 +23,7 @@ constexpr Recompute kPolicies[] = {Recompute::kNone, Recompute::kElementwise, Re
 constexpr size_t kBatch = 8;
 // All plans are searched for so many of the fastest, as far as their groups are small enough for it.
 constexpr size_t kThorough = 3;
-constexpr int64_t kMostRanksForAllPlans = 8;
+constexpr int64_t kMostRanks = int64_t{1} << 20;
 
 std::string GiB(int64_t bytes) { return FormatBytes(static_cast<double>(bytes)); }
 
@@ -32,15 +32,20 @@ int64_t NeededBytes(const StepFigures& figures) {
 }
 
 std::vector<int64_t> DivisorsOf(int64_t n) {
-  std::vector<int64_t> divisors;
-  for (int64_t d = 1; d <= n; ++d) {
-    if (n % d == 0) divisors.push_back(d);
+  std::vector<int64_t> divisors, larger;
+  for (int64_t d = 1; d <= n / d; ++d) {
+    if (n % d != 0) continue;
+    divisors.push_back(d);
+    if (d < n / d) larger.push_back(n / d);
   }
+  divisors.insert(divisors.end(), larger.rbegin(), larger.rend());
   return divisors;
 }
 
 // And more than one.
-bool HasFewPlans(const FitLayout& layout) { return layout.cp > 1 && layout.cp <= kMostRanksForAllPlans; }
+bool HasFewPlans(const FitLayout& layout) {
+  return layout.cp > 1 && EffortFor(layout.cp) == PlanEffort::kAll;
+}
 
 // A mesh with a micro-batch.
 struct Trial {
@@ -264,6 +269,8 @@ RunSpec WithLayout(RunSpec spec, const FitLayout& layout) {
 }
 
 absl::StatusOr<FitResult> Fit(const RunSpec& spec, const MachineProfile& machine, const FitOptions& options) {
+  if (options.ranks > kMostRanks)
+    return Invalid("--gpus=", options.ranks, ": expected at most ", kMostRanks, " ranks");
   return Search(spec, machine, options).Run();
 }
 

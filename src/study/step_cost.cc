@@ -12,6 +12,11 @@
 
 namespace annulus {
 
+PlanEffort EffortFor(int64_t cp) {
+  constexpr int64_t kMostRanksForAllPlans = 8;
+  return cp > kMostRanksForAllPlans ? PlanEffort::kQuick : PlanEffort::kAll;
+}
+
 const char* Name(StageKind kind) {
   switch (kind) {
     case StageKind::kCompute:

@@ -9,8 +9,6 @@
 namespace annulus {
 namespace {
 
-// Groups of more ranks have too many plans to search through all of them.
-constexpr int64_t kMostRanksForAllPlans = 64;
 // A checkpoint holds parameters and both moments of AdamW, each in f32.
 constexpr int64_t kCheckpointBytesPerElement = 12;
 
@@ -31,7 +29,12 @@ absl::StatusOr<RunSpec> PlannedRun(const PlannedPoint& planned) {
 
 absl::StatusOr<MachineProfile> ProfileFor(const RunSpec& run, const StudyPoint& point) {
   ANNULUS_ASSIGN_OR_RETURN(MachineProfile machine, ProfileOf(run));
-  machine.network.ranks_per_host = point.hosts > 1 ? static_cast<int>(point.ranks / point.hosts) : 0;
+  const int64_t ranks = point.ranks / point.hosts, most = machine.network.ranks_per_host;
+  if (most > 0 && ranks > most) {
+    return Invalid("ranks_per_host=", ranks, ": expected at most ", most, ", the ranks of a host of ",
+                   machine.device);
+  }
+  machine.network.ranks_per_host = point.hosts > 1 ? static_cast<int>(ranks) : 0;
   return machine;
 }
 
@@ -45,7 +48,7 @@ absl::StatusOr<MachineProfile> ProfileOf(const PlannedPoint& planned) {
 absl::StatusOr<Prediction> PredictPoint(const StudySpec& spec, const PlannedPoint& planned) {
   ANNULUS_ASSIGN_OR_RETURN(const RunSpec run, PlannedRun(planned));
   ANNULUS_ASSIGN_OR_RETURN(const MachineProfile machine, ProfileFor(run, planned.point));
-  const PlanEffort effort = run.parallel.cp > kMostRanksForAllPlans ? PlanEffort::kQuick : PlanEffort::kAll;
+  const PlanEffort effort = EffortFor(run.parallel.cp);
   Prediction prediction;
   ANNULUS_ASSIGN_OR_RETURN(prediction.figures, PredictStep(run, machine, effort,
                                                            {.seed = spec.seed,

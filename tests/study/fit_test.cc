@@ -133,6 +133,8 @@ TEST(Fit, SaysWhyOthersLost) {
   // tp 4 has one mesh, the others a micro-batch for each divisor of 4 / dp.
   EXPECT_EQ(lost + open.best.size(), 1u + 1 + 2 + 3 + 2 + 3) << Losers(open);
 
+  EXPECT_EQ(Fit(spec, machine, {.ranks = int64_t{1} << 40}).status().message(),
+            "--gpus=1099511627776: expected at most 1048576 ranks");
   MachineProfile threes = machine;
   threes.network = {.ranks_per_host = 3, .links = machine.links};
   EXPECT_TRUE(Says(BestOf(spec, threes, {.ranks = kRanks}), "parallel.tp=2 leaves hosts of 3 ranks",

@@ -77,6 +77,20 @@ TEST(StudyPoint, IsMeasuredWhereItsRanksAre) {
   EXPECT_FALSE(CanMeasure({.program = {}, .gpus = 0, .cpu_ranks = 8}, Grid(spec)[2]));
 }
 
+TEST(StudyPoint, AHostHoldsAsManyRanksAsItsProfileSays) {
+  StudySpec spec = TinyStudy();
+  spec.overrides = {"parallel.exchange.profile=" ANNULUS_SOURCE_DIR
+                    "/configs/machine/cpu_hosts_10g.textproto"};
+  const std::vector<PlannedPoint> points = Grid(spec);
+  ASSERT_EQ(points.size(), 4u);
+  EXPECT_TRUE(ProfileOf(points[0]).ok()) << ProfileOf(points[0]).status();
+  const absl::Status status = ProfileOf(points[2]).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(
+      absl::StartsWith(status.message(), "ranks_per_host=4: expected at most 2, the ranks of a host of "))
+      << status;
+}
+
 TEST_F(StudyJobTest, FiguresAreMediansOfTheStepsThatCount) {
   std::string lines;
   for (const int ms : {100, 10, 30, 20}) {

@@ -75,6 +75,8 @@ enum class PlanEffort {
   kAll,    // as the trainer does
   kQuick,  // a few likely ones of each kind: for searches over many layouts, and for groups of hundreds
 };
+// kAll for groups of up to eight ranks: larger ones have too many plans to search through all of them.
+PlanEffort EffortFor(int64_t cp);
 
 // Ranks are placed as mpirun does by default: consecutive world ranks on a host,
 // machine.network.ranks_per_host of them. spec.device and spec.compute are resolved (ResolvePlannedDevice).
