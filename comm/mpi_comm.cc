@@ -1,11 +1,10 @@
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
+#include "annulus/base/host.h"
 #include "annulus/comm/communicator.h"
 #include "backoff.h"
 #include "mpi_internal.h"
@@ -253,9 +252,7 @@ absl::StatusOr<MpiSession> MpiSession::Start(int* argc, char*** argv) {
   ANNULUS_ASSIGN_OR_RETURN(std::shared_ptr<CommBackend> world,
                            MpiComm::Create(MPI_COMM_WORLD, std::make_shared<CommProgress>()));
   session.world_ = Communicator(std::move(world));
-  char host[256] = {};
-  gethostname(host, sizeof(host) - 1);
-  ANNULUS_ASSIGN_OR_RETURN(std::vector<std::string> hosts, session.world_.AllGatherStrings(host));
+  ANNULUS_ASSIGN_OR_RETURN(std::vector<std::string> hosts, session.world_.AllGatherStrings(HostName()));
   AwaitedByMpi().SetWorld(std::move(hosts));
   return session;
 }

@@ -44,7 +44,7 @@ std::string BytesOf(int64_t bytes) { return FormatBytes(static_cast<double>(byte
 std::string Memory(const StepFigures& figures) {
   std::string text = MemoryText(figures.memory);
   if (figures.other_memory_bytes > 0) absl::StrAppend(&text, ", other ", BytesOf(figures.other_memory_bytes));
-  return absl::StrCat(BytesOf(figures.memory.total() + figures.other_memory_bytes), ": ", text);
+  return absl::StrCat(BytesOf(figures.memory_bytes()), ": ", text);
 }
 
 std::string Shares(const StepFigures& figures) {

@@ -4,7 +4,6 @@
 #include <sched.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -49,13 +48,6 @@ absl::StatusOr<MeasuringMachine> FindMachine(const Arguments& arguments) {
     ANNULUS_ASSIGN_OR_RETURN(machine.hosts, ParseHostfile(path, text));
   }
   return machine;
-}
-
-// One profile stands for the study: that of its first point.
-absl::StatusOr<MachineProfile> ProfileOfStudy(const std::vector<PlannedPoint>& points) {
-  const auto first = std::find_if(points.begin(), points.end(),
-                                  [](const PlannedPoint& planned) { return planned.refused.ok(); });
-  return ProfileOf(*first);  // StudyGrid gives at least one
 }
 
 absl::Status WriteReports(const std::string& folder, const StudyResults& results) {
@@ -125,17 +117,12 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
       .failed = arguments.Has("--retry") ? StudyRunOptions::Failed::kRetry : StudyRunOptions::Failed::kKeep,
       .only = arguments.Last("--point", ""),
       .slurm = slurm ? StudyRunOptions::Slurm::kWriteScripts : StudyRunOptions::Slurm::kNone};
-  StudyResults empty;
-  empty.name = study.spec.name;
-  empty.device = profile.device;
-  empty.profile_measured = profile.measured;
-  empty.memory_bytes = profile.memory_bytes;
-  empty.scaling = study.spec.scaling;
   std::signal(SIGINT, OnStopSignal);
   std::signal(SIGTERM, OnStopSignal);
   ANNULUS_ASSIGN_OR_RETURN(
       const StudyResults results,
-      RunStudy(study.spec, points, options, Hooks(study.spec, machine, profile, options.folder), empty));
+      RunStudy(study.spec, points, options, Hooks(study.spec, machine, profile, options.folder),
+               OpenResults(study.spec, points, profile)));
   PrintSummary(points, results);
   const char* folder = options.folder.c_str();
   if (slurm) std::printf("%s/submit-all hands the points that do not fit here over to Slurm\n", folder);

@@ -1,11 +1,11 @@
 #include <cuda_runtime_api.h>
-#include <unistd.h>
 
 #include <cstdio>
 #include <fstream>
 #include <utility>
 
 #include "../../src/device/cuda_call.h"
+#include "annulus/base/host.h"
 #include "annulus/device/gpu.h"
 #include "annulus/device/stream.h"
 #include "peer_memory.h"
@@ -21,9 +21,7 @@ std::string MachineIdentity() {
   std::string identity;
   std::ifstream("/proc/sys/kernel/random/boot_id") >> identity;
   if (!identity.empty()) return identity;
-  char name[256] = "";
-  gethostname(name, sizeof(name) - 1);
-  return name;
+  return HostName();
 }
 
 // Whether CUDA denies mapping between this rank's GPU and that of a peer. GPUs that this process does not see

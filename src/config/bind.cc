@@ -17,7 +17,6 @@ constexpr IntRange kCount{0, int64_t{1} << 40};
 constexpr IntRange kSteps{1, int64_t{1} << 32};
 constexpr IntRange kWarmup{0, int64_t{1} << 32};
 constexpr IntRange kSequences{1, int64_t{1} << 24};
-constexpr IntRange kRanks{1, int64_t{1} << 20};
 constexpr RealRange kFraction{0.0, 1.0, Bound::kClosed, Bound::kOpen};
 constexpr RealRange kRatio{0.0, 1.0};
 constexpr RealRange kPositive{0.0, 1e9, Bound::kOpen};
@@ -99,10 +98,10 @@ void BindData(const Section& data, DataSpec* out) {
 }
 
 void BindParallel(const Section& parallel, ParallelSpec* out) {
-  parallel.Int("cp", Presence::kOptional, kRanks, &out->cp);
-  parallel.Int("tp", Presence::kOptional, kRanks, &out->tp);
+  parallel.Int("cp", Presence::kOptional, kRanksRange, &out->cp);
+  parallel.Int("tp", Presence::kOptional, kRanksRange, &out->tp);
   out->dp = 0;
-  if (parallel.Has("dp")) parallel.Int("dp", Presence::kRequired, kRanks, &out->dp);
+  if (parallel.Has("dp")) parallel.Int("dp", Presence::kRequired, kRanksRange, &out->dp);
   parallel.Enum<LayoutKind>("layout",
                             {{"CONTIGUOUS", LayoutKind::kContiguous},
                              {"ZIGZAG", LayoutKind::kZigzag},

@@ -11,7 +11,6 @@ namespace annulus::config {
 namespace {
 
 constexpr IntRange kHosts{1, 1 << 16};
-constexpr IntRange kRanks{1, 1 << 20};
 constexpr IntRange kSteps{1, int64_t{1} << 32};
 constexpr IntRange kWarmUp{0, 1 << 20};
 constexpr IntRange kRepeats{1, 1000};
@@ -154,9 +153,9 @@ void BindAxes(const Section& axes, Study::Axes* message, StudySpec* spec) {
     axes.provenance()->Missing(axes.PathOf("ranks_per_host"),
                                "at least one number of ranks, such as [1, 2, 4]");
   }
-  BindCountAxis(axes, "dp", message->dp(), kRanks, "parallel.dp", spec);
-  BindCountAxis(axes, "cp", message->cp(), kRanks, "parallel.cp", spec);
-  BindCountAxis(axes, "tp", message->tp(), kRanks, "parallel.tp", spec);
+  BindCountAxis(axes, "dp", message->dp(), kRanksRange, "parallel.dp", spec);
+  BindCountAxis(axes, "cp", message->cp(), kRanksRange, "parallel.cp", spec);
+  BindCountAxis(axes, "tp", message->tp(), kRanksRange, "parallel.tp", spec);
   BindCountAxis(axes, "seq_len", message->seq_len(), kLengthRange, "data.seq_len", spec);
   BindEnumAxis(axes, "plan", message->plan(), *Exchange::Plan_descriptor(), "parallel.exchange.plan", spec);
   BindEnumAxis(axes, "transport", message->transport(), *Exchange::Transport_descriptor(),

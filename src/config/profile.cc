@@ -12,9 +12,7 @@ namespace {
 using config::Presence;
 using config::Section;
 
-constexpr IntRange kRanks{1, 1 << 20};
 constexpr IntRange kMultiprocessors{0, 1 << 20};
-constexpr IntRange kRanksPerHost{1, 1 << 20};
 constexpr IntRange kBytes{0, int64_t{1} << 50};
 constexpr RealRange kSize{0.0, 1e30, RealRange::Bound::kOpen};
 constexpr RealRange kPerSecond{0.0, 1e30, RealRange::Bound::kOpen};
@@ -127,7 +125,7 @@ PassRate BindPass(const Section& section) {
 NetworkProfile BindNetwork(const Section& section) {
   NetworkProfile network;
   int64_t ranks = 0;
-  section.Int("ranks_per_host", Presence::kRequired, kRanksPerHost, &ranks);
+  section.Int("ranks_per_host", Presence::kRequired, kRanksRange, &ranks);
   network.ranks_per_host = static_cast<int>(ranks);
   for (const Section& link : section.Children("link")) network.links.push_back(BindLink(link));
   section.Real("host_bytes_per_second", Presence::kOptional, kAtLeastZero, &network.host_bytes_per_second);
@@ -198,7 +196,7 @@ MachineProfile Bind(const Section& root) {
   int64_t ranks = profile.ranks, multiprocessors = profile.multiprocessors;
   root.String("device", Presence::kRequired, &profile.device);
   root.Bool("measured", &profile.measured);
-  root.Int("ranks", presence, kRanks, &ranks);
+  root.Int("ranks", presence, kRanksRange, &ranks);
   profile.ranks = static_cast<int>(ranks);
   root.Int("multiprocessors", Presence::kOptional, kMultiprocessors, &multiprocessors);
   profile.multiprocessors = static_cast<int>(multiprocessors);

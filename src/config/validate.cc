@@ -6,12 +6,12 @@
 #include "absl/strings/str_split.h"
 #include "annulus/base/nearest.h"
 #include "annulus/train/config.h"
+#include "annulus/train/ranges.h"
 #include "validate_exchange.h"
 
 namespace annulus::config {
 namespace {
 
-constexpr int64_t kMostRanks = int64_t{1} << 20;
 constexpr double kMostTokens = 4.6e18;  // 2^62: token counters of a run are int64
 
 void CheckSchedule(const OptimSpec& optim, std::vector<std::string>* findings) {
@@ -171,8 +171,8 @@ void CheckBatch(const RunSpec& spec, int64_t dp, std::vector<std::string>* findi
 std::optional<int64_t> CheckMesh(const ParallelSpec& parallel, int64_t world,
                                  std::vector<std::string>* findings) {
   if (parallel.cp < 1 || parallel.tp < 1) return std::nullopt;  // refused on their own
-  if (world < 1 || world > kMostRanks) {
-    findings->push_back(absl::StrCat("world=", world, ": expected 1 to ", kMostRanks, " ranks"));
+  if (!kRanksRange.Contains(world)) {
+    findings->push_back(absl::StrCat("world=", world, ": expected 1 to ", kRanksRange.high, " ranks"));
     return std::nullopt;
   }
   const int64_t inner = parallel.cp * parallel.tp;

@@ -1,16 +1,15 @@
 #include "annulus/parallel/choose_plan.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <map>
 #include <numeric>
-#include <thread>
 #include <tuple>
 
 #include "absl/strings/str_format.h"
 #include "annulus/base/check.h"
+#include "annulus/base/threads.h"
 #include "plan_cost.h"
 
 namespace annulus {
@@ -102,16 +101,9 @@ class Pricing {
     for (const PlanChoice& choice : choices) ProblemOf(ChunkParts(choice));
     std::vector<std::vector<PlanCandidate>> found(choices.size());
     bounded_.resize(choices.size());
-    std::atomic<size_t> next = 0;
-    const auto work = [&] {
-      for (size_t i = next++; i < choices.size(); i = next++)
-        bounded_[i] = {choices[i], Candidates(choices[i], How::kBound, &found[i])};
-    };
-    std::vector<std::thread> others(std::clamp<size_t>(std::thread::hardware_concurrency(), 1, kMostThreads) -
-                                    1);
-    for (std::thread& other : others) other = std::thread(work);
-    work();
-    for (std::thread& other : others) other.join();
+    ForEachInThreads(0, choices.size(), kMostThreads, [&](size_t i) {
+      bounded_[i] = {choices[i], Candidates(choices[i], How::kBound, &found[i])};
+    });
     for (const std::vector<PlanCandidate>& each : found)
       candidates->insert(candidates->end(), each.begin(), each.end());
   }

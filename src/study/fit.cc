@@ -1,14 +1,14 @@
 #include "annulus/study/fit.h"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <optional>
-#include <thread>
 
 #include "absl/strings/str_format.h"
 #include "annulus/base/check.h"
+#include "annulus/base/threads.h"
 #include "annulus/train/config.h"
+#include "annulus/train/ranges.h"
 #include "annulus/train/report.h"
 #include "fit_bound.h"
 
@@ -23,13 +23,8 @@ constexpr Recompute kPolicies[] = {Recompute::kNone, Recompute::kElementwise, Re
 constexpr size_t kBatch = 8;
 // All plans are searched for so many of the fastest, as far as their groups are small enough for it.
 constexpr size_t kThorough = 3;
-constexpr int64_t kMostRanks = int64_t{1} << 20;
 
 std::string GiB(int64_t bytes) { return FormatBytes(static_cast<double>(bytes)); }
-
-int64_t NeededBytes(const StepFigures& figures) {
-  return figures.memory.total() + figures.other_memory_bytes;
-}
 
 std::vector<int64_t> DivisorsOf(int64_t n) {
   std::vector<int64_t> divisors, larger;
@@ -126,16 +121,9 @@ class Search {
       const double slowest_shown = result_.best.size() < options_.shown
                                        ? std::numeric_limits<double>::infinity()
                                        : result_.best.back().figures.step_seconds;
-      std::atomic<size_t> next = first;
-      const auto work = [&] {
-        for (size_t i = next++; i < last; i = next++) {
-          if (trials_[i].bound <= slowest_shown) PredictTrial(&trials_[i]);
-        }
-      };
-      std::vector<std::thread> others(std::clamp<size_t>(std::thread::hardware_concurrency(), 1, kBatch) - 1);
-      for (std::thread& other : others) other = std::thread(work);
-      work();
-      for (std::thread& other : others) other.join();
+      ForEachInThreads(first, last, kBatch, [&](size_t i) {
+        if (trials_[i].bound <= slowest_shown) PredictTrial(&trials_[i]);
+      });
       for (size_t i = first; i < last; ++i) Take(std::move(trials_[i]));
     }
   }
@@ -153,7 +141,7 @@ class Search {
           return;
         }
         trial->found = {.layout = trial->layout, .figures = *std::move(figures)};
-        if (Fits(NeededBytes(trial->found->figures))) return;
+        if (Fits(trial->found->figures.memory_bytes())) return;
       }
     }
   }
@@ -163,7 +151,7 @@ class Search {
     if (!trial.found.has_value())
       return Lose(trial.layout, "computing alone takes longer than a step of those shown");
     ++result_.predicted;
-    const int64_t needed = NeededBytes(trial.found->figures);
+    const int64_t needed = trial.found->figures.memory_bytes();
     if (!Fits(needed)) return DoesNotFit(trial.layout, needed);
     result_.best.push_back(*std::move(trial.found));
     Sort();
@@ -216,7 +204,7 @@ class Search {
       FitCandidate& candidate = result_.best[i];
       if (!HasFewPlans(candidate.layout)) continue;
       absl::StatusOr<StepFigures> figures = PredictStep(WithLayout(spec_, candidate.layout), machine_);
-      if (figures.ok() && Fits(NeededBytes(*figures))) candidate.figures = *std::move(figures);
+      if (figures.ok() && Fits(figures->memory_bytes())) candidate.figures = *std::move(figures);
     }
     Sort();
   }
@@ -249,9 +237,7 @@ const char* Name(Recompute policy) {
   return kNames[static_cast<int>(policy)];
 }
 
-std::string MeshText(const FitLayout& layout) {
-  return absl::StrCat("dp ", layout.dp, " x cp ", layout.cp, " x tp ", layout.tp);
-}
+std::string MeshText(const FitLayout& layout) { return MeshText(layout.dp, layout.cp, layout.tp); }
 
 std::string OverridesText(const FitLayout& layout) {
   return absl::StrCat("--set parallel.dp=", layout.dp, " --set parallel.cp=", layout.cp,
@@ -269,8 +255,8 @@ RunSpec WithLayout(RunSpec spec, const FitLayout& layout) {
 }
 
 absl::StatusOr<FitResult> Fit(const RunSpec& spec, const MachineProfile& machine, const FitOptions& options) {
-  if (options.ranks > kMostRanks)
-    return Invalid("--gpus=", options.ranks, ": expected at most ", kMostRanks, " ranks");
+  if (options.ranks > kRanksRange.high)
+    return Invalid("--gpus=", options.ranks, ": expected at most ", kRanksRange.high, " ranks");
   return Search(spec, machine, options).Run();
 }
 

@@ -35,8 +35,7 @@ const std::vector<FigureColumn>& FigureColumns() {
       {"memory_workspace_bytes", [](const F& f) { return absl::StrCat(f.memory.workspace); }},
       {"memory_exchange_bytes", [](const F& f) { return absl::StrCat(f.memory.exchange); }},
       {"memory_other_bytes", [](const F& f) { return absl::StrCat(f.other_memory_bytes); }},
-      {"memory_total_bytes",
-       [](const F& f) { return absl::StrCat(f.memory.total() + f.other_memory_bytes); }},
+      {"memory_total_bytes", [](const F& f) { return absl::StrCat(f.memory_bytes()); }},
       {"bytes_inside_hosts", [](const F& f) { return absl::StrCat(f.bytes_inside_hosts); }},
       {"bytes_between_hosts", [](const F& f) { return absl::StrCat(f.bytes_between_hosts); }},
       {"plans", [](const F& f) { return absl::StrJoin(f.plans, "; "); }}};

@@ -31,13 +31,15 @@ std::vector<double> Finite(const RunRecord& run, RunNumber number) {
   return values;
 }
 
-double MedianOf(const RunRecord& run, RunNumber number) {
-  std::vector<double> values = Finite(run, number);
+// The upper one of two in the middle, which is a value of the run.
+double UpperMedian(std::vector<double> values) {
   if (values.empty()) return kNotANumber;
   const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
   std::nth_element(values.begin(), middle, values.end());
   return *middle;
 }
+
+double MedianOf(const RunRecord& run, RunNumber number) { return UpperMedian(Finite(run, number)); }
 
 double MostOf(const RunRecord& run, RunNumber number) {
   const std::vector<double> values = Finite(run, number);
@@ -254,10 +256,7 @@ double MedianY(const std::vector<ChartPoint>& points) {
   for (size_t i = points.size() > 1 ? 1 : 0; i < points.size(); ++i) {
     if (std::isfinite(points[i].y)) values.push_back(points[i].y);
   }
-  if (values.empty()) return kNotANumber;
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
+  return UpperMedian(std::move(values));
 }
 
 void AddAttention(const RunRecord& run, HtmlPage* page) {

@@ -213,7 +213,7 @@ std::vector<double> MemoryParts(const StepFigures& f) {
   return bytes;
 }
 
-double MemoryOf(const StepFigures& f) { return static_cast<double>(f.memory.total() + f.other_memory_bytes); }
+double MemoryOf(const StepFigures& f) { return static_cast<double>(f.memory_bytes()); }
 
 std::vector<double> ByteParts(const StepFigures& f) {
   return {static_cast<double>(f.bytes_inside_hosts), static_cast<double>(f.bytes_between_hosts)};

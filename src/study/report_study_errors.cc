@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "annulus/train/report.h"
+#include "median.h"
 #include "report_study_charts.h"
 #include "report_text.h"
 
@@ -57,12 +58,6 @@ void AddErrorGuides(Errors* errors) {
   }
 }
 
-double MedianOf(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t n = values.size();
-  return n % 2 == 1 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
-}
-
 }  // namespace
 
 void AddErrorFigure(const std::vector<SeriesPanel>& panels, const ErrorMetric& metric, HtmlPage* page) {
@@ -87,7 +82,7 @@ void AddErrorFigure(const std::vector<SeriesPanel>& panels, const ErrorMetric& m
   AddErrorGuides(&errors);
   const double worst = *std::max_element(errors.sizes.begin(), errors.sizes.end());
   page->Paragraph(absl::StrFormat("%s: off by %s in the median and %s at worst (%s), of %s.", metric.title,
-                                  PercentText(MedianOf(errors.sizes)), PercentText(worst), errors.worst,
+                                  PercentText(Median(errors.sizes)), PercentText(worst), errors.worst,
                                   CountText(static_cast<int64_t>(errors.sizes.size()), "point")));
   page->Figure({{metric.title, Svg(errors.chart)}}, SeriesLegend(panels), errors.table);
 }

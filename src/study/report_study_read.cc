@@ -1,7 +1,5 @@
 // Results of a study from its folder.
 
-#include <algorithm>
-
 #include "annulus/base/file.h"
 #include "annulus/study/report.h"
 #include "annulus/study/study_run.h"
@@ -11,21 +9,15 @@
 namespace annulus {
 namespace {
 
-absl::StatusOr<PointResult> ReadPointOf(const std::string& study_dir, const PlannedPoint& planned) {
-  PointResult open;
-  open.point = planned.point;
-  open.layout = planned.layout;
-  if (!planned.refused.ok()) {
-    open.state = PointState::kFailed;
-    open.reason = absl::StrCat("refused: ", std::string(planned.refused.message()));
-    return open;
-  }
-  const std::string path = absl::StrCat(study_dir, "/points/", planned.point.id, "/result.json");
-  if (!Exists(path)) return open;
+// Into the result of a point that is open.
+absl::Status ReadPointOf(const std::string& study_dir, PointResult* result) {
+  const std::string path = absl::StrCat(study_dir, "/points/", result->point.id, "/result.json");
+  if (result->state != PointState::kOpen || !Exists(path)) return absl::OkStatus();
   ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   absl::StatusOr<StoredPoint> stored = ParseStoredPoint(text);
   ANNULUS_RETURN_IF_ERROR(Prefixed(stored.status(), path + ": "));
-  return std::move(stored->result);
+  *result = std::move(stored->result);
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -36,18 +28,9 @@ absl::StatusOr<StudyResults> ReadStudy(const std::string& study_dir) {
   ANNULUS_ASSIGN_OR_RETURN(const ResolvedStudy study, LoadStudy(path, text));
   ANNULUS_ASSIGN_OR_RETURN(const std::string run_text, ReadFile(study.spec.run));
   ANNULUS_ASSIGN_OR_RETURN(const std::vector<PlannedPoint> points, StudyGrid(study.spec, run_text));
-  const auto first = std::find_if(points.begin(), points.end(),
-                                  [](const PlannedPoint& point) { return point.refused.ok(); });
-  ANNULUS_ASSIGN_OR_RETURN(const MachineProfile machine, ProfileOf(*first));  // a grid has a sensible point
-  StudyResults results{.name = study.spec.name,
-                       .device = machine.device,
-                       .profile_measured = machine.measured,
-                       .memory_bytes = machine.memory_bytes,
-                       .scaling = study.spec.scaling,
-                       .points = {}};
-  for (const PlannedPoint& planned : points) {
-    ANNULUS_ASSIGN_OR_RETURN(results.points.emplace_back(), ReadPointOf(study_dir, planned));
-  }
+  ANNULUS_ASSIGN_OR_RETURN(const MachineProfile machine, ProfileOfStudy(points));
+  StudyResults results = OpenResults(study.spec, points, machine);
+  for (PointResult& result : results.points) ANNULUS_RETURN_IF_ERROR(ReadPointOf(study_dir, &result));
   return results;
 }
 

@@ -106,7 +106,8 @@ ExchangePass ExchangeOf(const PlannedPass& planned) {
 // Rings, a ring of hosts' rings, and heads over all ranks or those of a host; of very many ranks, whose plans
 // have as many steps squared, one ring at most. What is asked for by name stays as it is.
 void KeepLikely(int ranks, int on_host, std::vector<PlanChoice>* plans) {
-  const bool hosts = on_host > 1 && on_host<ranks, many = ranks> kSimulateAllRanks;
+  const bool hosts = on_host > 1 && ranks > on_host;
+  const bool many = ranks > kSimulateAllRanks;
   const auto likely = [&](const PlanChoice& choice) {
     if (choice.head_split > 1) {
       const bool split = choice.head_split == ranks || (hosts && choice.head_split == on_host);

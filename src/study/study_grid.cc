@@ -5,12 +5,12 @@
 #include "absl/strings/str_join.h"
 #include "annulus/base/hash.h"
 #include "annulus/study/study_run.h"
+#include "annulus/train/ranges.h"
 #include "annulus/train/report.h"
 
 namespace annulus {
 namespace {
 
-constexpr int64_t kMostRanks = int64_t{1} << 20;
 constexpr size_t kLongestId = 120;
 
 // One value of every axis.
@@ -97,8 +97,7 @@ absl::StatusOr<ParallelSpec> MeshOf(const Choice& choice, const ParallelSpec& ba
   }
   const int64_t all = mesh.dp * mesh.cp * mesh.tp;
   if (all == ranks) return mesh;
-  return Invalid(CountText(ranks, "rank"), ": expected ", all, " for dp ", mesh.dp, " x cp ", mesh.cp,
-                 " x tp ", mesh.tp);
+  return Invalid(CountText(ranks, "rank"), ": expected ", all, " for ", MeshText(mesh.dp, mesh.cp, mesh.tp));
 }
 
 // What makes a run a short one that is only timed.
@@ -118,7 +117,8 @@ absl::Status Plan(const StudySpec& spec, const std::string& run_text, const Choi
   StudyPoint& point = planned->point;
   point.hosts = choice.hosts;
   point.ranks = choice.hosts * choice.ranks_per_host;
-  if (point.ranks > kMostRanks) return Invalid(point.ranks, " ranks: expected at most ", kMostRanks);
+  if (point.ranks > kRanksRange.high)
+    return Invalid(point.ranks, " ranks: expected at most ", kRanksRange.high);
   if (!spec.machine.empty()) {
     point.overrides.push_back(absl::StrCat("parallel.exchange.profile=", spec.machine));
   }
@@ -132,7 +132,7 @@ absl::Status Plan(const StudySpec& spec, const std::string& run_text, const Choi
   for (const auto& [name, size] : {std::pair{"dp", mesh.dp}, {"cp", mesh.cp}, {"tp", mesh.tp}}) {
     point.overrides.push_back(absl::StrCat("parallel.", name, "=", size));
   }
-  planned->layout = absl::StrCat("dp ", mesh.dp, " x cp ", mesh.cp, " x tp ", mesh.tp);
+  planned->layout = MeshText(mesh.dp, mesh.cp, mesh.tp);
   if (spec.scaling == Scaling::kWeak) {
     const int64_t sequences = base.spec.optim.sequences_per_step * (spec.grow_sequences ? mesh.dp : 1);
     const int64_t seq_len = base.spec.data.seq_len * (spec.grow_seq_len ? mesh.cp : 1);
@@ -146,6 +146,28 @@ absl::Status Plan(const StudySpec& spec, const std::string& run_text, const Choi
 }
 
 }  // namespace
+
+PointResult OpenResult(const PlannedPoint& planned) {
+  PointResult result;
+  result.point = planned.point;
+  result.layout = planned.layout;
+  if (planned.refused.ok()) return result;
+  result.state = PointState::kFailed;
+  result.reason = absl::StrCat("refused: ", std::string(planned.refused.message()));
+  return result;
+}
+
+StudyResults OpenResults(const StudySpec& spec, const std::vector<PlannedPoint>& points,
+                         const MachineProfile& machine) {
+  StudyResults results{.name = spec.name,
+                       .device = machine.device,
+                       .profile_measured = machine.measured,
+                       .memory_bytes = machine.memory_bytes,
+                       .scaling = spec.scaling,
+                       .points = {}};
+  for (const PlannedPoint& planned : points) results.points.push_back(OpenResult(planned));
+  return results;
+}
 
 absl::StatusOr<std::vector<PlannedPoint>> StudyGrid(const StudySpec& spec, const std::string& run_text) {
   std::vector<PlannedPoint> points;

@@ -6,6 +6,7 @@
 #include "absl/strings/str_split.h"
 #include "annulus/base/check.h"
 #include "annulus/base/file.h"
+#include "median.h"
 
 namespace annulus {
 namespace {
@@ -31,15 +32,13 @@ absl::StatusOr<std::vector<Json>> ReadSteps(const std::string& path, int64_t war
 }
 
 // Of a number that steps may leave away where it is zero.
-double Median(const std::vector<Json>& steps, const char* name) {
+double MedianOf(const std::vector<Json>& steps, const char* name) {
   std::vector<double> values;
   for (const Json& step : steps) {
     const Json value = step.value(name, Json(0.0));
     values.push_back(value.is_number() ? value.get<double>() : 0.0);
   }
-  std::sort(values.begin(), values.end());
-  const size_t middle = values.size() / 2;
-  return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
+  return Median(std::move(values));
 }
 
 int64_t Bytes(const Json& memory, const char* name) {
@@ -66,20 +65,20 @@ absl::StatusOr<StepFigures> FiguresOfRun(const std::string& run_dir, int64_t war
   ANNULUS_ASSIGN_OR_RETURN(const std::vector<Json> lines,
                            ReadSteps(run_dir + "/metrics.jsonl", warm_up, steps));
   StepFigures figures;
-  figures.step_seconds = Median(lines, "step_ms") * 1e-3;
-  figures.exposed_exchange_seconds = Median(lines, "exposed_exchange_ms") * 1e-3;
-  figures.exposed_gradients_seconds = Median(lines, "exposed_reduce_ms") * 1e-3;
-  figures.exposed_tensor_seconds = Median(lines, "exposed_tensor_ms") * 1e-3;
-  figures.bubble_seconds = Median(lines, "data_ms") * 1e-3;
+  figures.step_seconds = MedianOf(lines, "step_ms") * 1e-3;
+  figures.exposed_exchange_seconds = MedianOf(lines, "exposed_exchange_ms") * 1e-3;
+  figures.exposed_gradients_seconds = MedianOf(lines, "exposed_reduce_ms") * 1e-3;
+  figures.exposed_tensor_seconds = MedianOf(lines, "exposed_tensor_ms") * 1e-3;
+  figures.bubble_seconds = MedianOf(lines, "data_ms") * 1e-3;
   // Each wait is that of the rank that waited longest: together they may be more than a step.
   figures.compute_seconds = std::max(0.0, figures.step_seconds - figures.exposed_exchange_seconds -
                                               figures.exposed_gradients_seconds -
                                               figures.exposed_tensor_seconds - figures.bubble_seconds);
-  figures.tokens_per_second = Median(lines, "tokens_per_second");
-  figures.tflops_causal = Median(lines, "tflops_causal");
-  figures.tflops_full = Median(lines, "tflops_full");
-  figures.mfu_causal = Median(lines, "mfu_causal");
-  figures.mfu_full = Median(lines, "mfu_full");
+  figures.tokens_per_second = MedianOf(lines, "tokens_per_second");
+  figures.tflops_causal = MedianOf(lines, "tflops_causal");
+  figures.tflops_full = MedianOf(lines, "tflops_full");
+  figures.mfu_causal = MedianOf(lines, "mfu_causal");
+  figures.mfu_full = MedianOf(lines, "mfu_full");
   const Json memory = lines.back().value("memory_bytes", Json::object());
   figures.memory = {.parameters = Bytes(memory, "parameters"),
                     .gradients = Bytes(memory, "gradients"),

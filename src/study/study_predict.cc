@@ -1,5 +1,7 @@
 // Predicting a point: a step by the simulator, and the goodput of the whole run where hosts fail.
 
+#include <algorithm>
+
 #include "annulus/model/params.h"
 #include "annulus/study/study_run.h"
 #include "annulus/train/exchange.h"
@@ -13,7 +15,7 @@ namespace {
 constexpr int64_t kCheckpointBytesPerElement = 12;
 
 absl::Status CheckMemory(const StepFigures& figures, const MachineProfile& machine) {
-  const int64_t needed = figures.memory.total() + figures.other_memory_bytes;
+  const int64_t needed = figures.memory_bytes();
   if (machine.memory_bytes == 0 || needed <= machine.memory_bytes) return absl::OkStatus();
   return Invalid("memory: a rank is predicted to need ", FormatBytes(static_cast<double>(needed)),
                  ", expected at most ", FormatBytes(static_cast<double>(machine.memory_bytes)), " (",
@@ -43,6 +45,12 @@ absl::StatusOr<MachineProfile> ProfileFor(const RunSpec& run, const StudyPoint& 
 absl::StatusOr<MachineProfile> ProfileOf(const PlannedPoint& planned) {
   ANNULUS_ASSIGN_OR_RETURN(const RunSpec run, PlannedRun(planned));
   return ProfileFor(run, planned.point);
+}
+
+absl::StatusOr<MachineProfile> ProfileOfStudy(const std::vector<PlannedPoint>& points) {
+  const auto first = std::find_if(points.begin(), points.end(),
+                                  [](const PlannedPoint& planned) { return planned.refused.ok(); });
+  return ProfileOf(*first);  // StudyGrid gives at least one
 }
 
 absl::StatusOr<Prediction> PredictPoint(const StudySpec& spec, const PlannedPoint& planned) {

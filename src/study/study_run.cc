@@ -138,10 +138,7 @@ absl::StatusOr<Work> StudyRun::LookAt(const PlannedPoint& planned) const {
   Work work;
   PointResult& result = work.stored.result;
   if (!planned.refused.ok()) {
-    result.point = planned.point;
-    result.layout = planned.layout;
-    result.state = PointState::kFailed;
-    result.reason = absl::StrCat("refused: ", std::string(planned.refused.message()));
+    result = OpenResult(planned);
     return work;
   }
   ANNULUS_ASSIGN_OR_RETURN(work.stored, ReadStored(FolderOf(planned)));
@@ -266,7 +263,7 @@ absl::StatusOr<StudyResults> StudyRun::Run() {
 
 absl::StatusOr<StudyResults> RunStudy(const StudySpec& spec, const std::vector<PlannedPoint>& points,
                                       const StudyRunOptions& options, const StudyHooks& hooks,
-                                      StudyResults empty) {
+                                      StudyResults open) {
   const auto is_only = [&](const PlannedPoint& planned) { return planned.point.id == options.only; };
   if (!options.only.empty() && std::none_of(points.begin(), points.end(), is_only)) {
     return Invalid("--point=", options.only, ": expected the id of a point, such as ",
@@ -278,7 +275,7 @@ absl::StatusOr<StudyResults> RunStudy(const StudySpec& spec, const std::vector<P
   ANNULUS_RETURN_IF_ERROR(Prefixed(lock.status(), "--out: expected no other study in it: "));
   ANNULUS_RETURN_IF_ERROR(
       WriteFileAtomically(options.folder + "/study.resolved.textproto", options.study_text));
-  return StudyRun(spec, points, options, hooks, std::move(empty)).Run();
+  return StudyRun(spec, points, options, hooks, std::move(open)).Run();
 }
 
 }  // namespace annulus

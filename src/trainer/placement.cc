@@ -2,12 +2,12 @@
 
 #include <algorithm>
 
+#include "annulus/base/host.h"
 #include "annulus/comm/gpu_communicator.h"
 #include "annulus/device/gpu.h"
 #include "annulus/ops/attention.h"
 #include "annulus/train/exchange.h"
 #include "annulus/train/report.h"
-#include "run_directory.h"
 
 namespace annulus {
 

@@ -77,6 +77,10 @@ std::string FormatCount(double value) {
   return absl::StrFormat("%.0f", value);
 }
 
+std::string MeshText(int64_t dp, int64_t cp, int64_t tp) {
+  return absl::StrCat("dp ", dp, " x cp ", cp, " x tp ", tp);
+}
+
 std::string FormatBytes(double bytes) {
   const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
   int unit = 0;

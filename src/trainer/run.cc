@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "absl/strings/str_format.h"
+#include "annulus/base/host.h"
 #include "annulus/device/gpu.h"
 #include "annulus/train/exchange.h"
 #include "annulus/train/placement.h"

@@ -8,6 +8,7 @@
 #include "absl/strings/str_format.h"
 #include "annulus/base/file.h"
 #include "annulus/base/hash.h"
+#include "annulus/base/host.h"
 
 namespace annulus {
 namespace {
@@ -41,12 +42,6 @@ absl::Status Prepare(StartFrom start, RunDirectory* directory) {
 }
 
 }  // namespace
-
-std::string HostName() {
-  char name[256] = {};
-  gethostname(name, sizeof(name) - 1);
-  return name;
-}
 
 std::string UtcNow(const char* format) {
   const std::time_t now = std::time(nullptr);

@@ -44,7 +44,6 @@ struct RunDirectory {
   absl::Status Event(absl::string_view event, int64_t step, absl::string_view detail) const;
 };
 
-std::string HostName();
 std::string UtcNow(const char* format);  // strftime format
 
 }  // namespace annulus

@@ -8,8 +8,8 @@
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
+#include "annulus/base/host.h"
 #include "annulus/comm/awaited.h"
-#include "run_directory.h"
 
 namespace annulus {
 namespace {

@@ -38,6 +38,7 @@ struct StepFigures {
   // Sent in a step, of all ranks.
   int64_t bytes_inside_hosts = 0, bytes_between_hosts = 0;
   std::vector<std::string> plans = {};  // "forward: kv_ring by copy engine"
+  int64_t memory_bytes() const { return memory.total() + other_memory_bytes; }
 };
 
 // Deterministic. The last of a few steps, when gathering overlaps with the next forward.

@@ -32,6 +32,11 @@ struct PlannedPoint {
 // The product of all axes. `run_text`: contents of spec.run. InvalidArgument if no point makes sense.
 absl::StatusOr<std::vector<PlannedPoint>> StudyGrid(const StudySpec& spec, const std::string& run_text);
 
+// Results before any point is run: those that are refused say why.
+PointResult OpenResult(const PlannedPoint& planned);
+StudyResults OpenResults(const StudySpec& spec, const std::vector<PlannedPoint>& points,
+                         const MachineProfile& machine);
+
 struct Measurement {
   StepFigures figures;  // medians over steps and repeats
   double spread = 0;    // (slowest - fastest repeat) / median
@@ -71,6 +76,8 @@ absl::StatusOr<Measurement> MeasurePoint(const StudySpec& spec, const MeasuringM
 
 // The profile that the point is predicted by, for its hosts.
 absl::StatusOr<MachineProfile> ProfileOf(const PlannedPoint& planned);
+// The one that stands for the study: of its first point that makes sense.
+absl::StatusOr<MachineProfile> ProfileOfStudy(const std::vector<PlannedPoint>& points);
 // InvalidArgument too where a rank has not the memory.
 absl::StatusOr<Prediction> PredictPoint(const StudySpec& spec, const PlannedPoint& planned);
 
@@ -93,9 +100,10 @@ struct StudyRunOptions {
   enum class Slurm { kNone, kWriteScripts } slurm = Slurm::kNone;
 };
 
-// Results of all points, `empty` with them. A point that fails does not end the study.
+// Results of all points; of `open` (OpenResults) what is not of points counts. A point that fails does not
+// end the study.
 absl::StatusOr<StudyResults> RunStudy(const StudySpec& spec, const std::vector<PlannedPoint>& points,
                                       const StudyRunOptions& options, const StudyHooks& hooks,
-                                      StudyResults empty);
+                                      StudyResults open);
 
 }  // namespace annulus

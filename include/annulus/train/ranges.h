@@ -28,6 +28,7 @@ struct RealRange {
 std::string Describe(const IntRange& range);
 std::string Describe(const RealRange& range);
 
+inline constexpr IntRange kRanksRange{1, int64_t{1} << 20};
 inline constexpr IntRange kWidthRange{1, int64_t{1} << 20};
 inline constexpr IntRange kHeadsRange{1, int64_t{1} << 16};
 inline constexpr IntRange kHeadDimRange{1, int64_t{1} << 16};

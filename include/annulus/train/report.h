@@ -11,10 +11,11 @@
 
 namespace annulus {
 
-std::string FormatDuration(double seconds);  // "46m", "2h 5m", "8s"
-std::string FormatCount(double value);       // "88.4k", "1.2M"
+std::string FormatDuration(double seconds);                    // "46m", "2h 5m", "8s"
+std::string FormatCount(double value);                         // "88.4k", "1.2M"
 std::string CountText(int64_t count, absl::string_view what);  // "1 rank", "2 ranks"
-std::string FormatBytes(double bytes);       // "71.2 GiB"
+std::string MeshText(int64_t dp, int64_t cp, int64_t tp);      // "dp 8 x cp 4 x tp 2"
+std::string FormatBytes(double bytes);                         // "71.2 GiB"
 // "parameters 5.2 GiB, gradients 3.9 GiB, ...", without parts that are empty.
 std::string MemoryText(const MemoryPlan& memory);
 
