@@ -53,109 +53,80 @@ __device__ inline uint64_t OperandAt(uint32_t tile, int row, int chunk) {
   return (kGroupBytes >> 4 << 32) | (kSwizzle128 << 62) | low;
 }
 
-// c (=, +=) a b for 16 of k: `keep` 0 or 1.
+// c (=, +=) a b for 16 of k: `keep` 0 or 1. c holds 8 columns an element, 16 to 256 in all.
+//   MultiplyShared<left, right>(c, a, b, keep)   a and b descriptors
+//   MultiplyRegisters<right>(c, a, b, keep)      a an A fragment of 16 of k
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-template <Major kLeft, Major kRight>
-__device__ inline void MultiplyShared(float (&c)[4][4], uint64_t a, uint64_t b, int keep) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, p, 1, 1, %19, %20; }"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
-      : "l"(a), "l"(b), "r"(keep), "n"(static_cast<int>(kLeft)), "n"(static_cast<int>(kRight)));
-}
+// Names of the first 8 n registers of an instruction, its accumulators, and what they are bound to.
+#define ANNULUS_NAMES_1 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define ANNULUS_NAMES_2 ANNULUS_NAMES_1 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define ANNULUS_NAMES_3 ANNULUS_NAMES_2 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define ANNULUS_NAMES_4 ANNULUS_NAMES_3 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define ANNULUS_NAMES_5 ANNULUS_NAMES_4 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define ANNULUS_NAMES_6 ANNULUS_NAMES_5 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define ANNULUS_NAMES_7 ANNULUS_NAMES_6 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define ANNULUS_NAMES_8 ANNULUS_NAMES_7 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define ANNULUS_NAMES_9 ANNULUS_NAMES_8 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define ANNULUS_NAMES_10 ANNULUS_NAMES_9 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define ANNULUS_NAMES_11 ANNULUS_NAMES_10 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define ANNULUS_NAMES_12 ANNULUS_NAMES_11 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define ANNULUS_NAMES_13 ANNULUS_NAMES_12 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define ANNULUS_NAMES_14 ANNULUS_NAMES_13 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define ANNULUS_NAMES_15 ANNULUS_NAMES_14 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define ANNULUS_NAMES_16 ANNULUS_NAMES_15 ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define ANNULUS_FRAGMENT(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define ANNULUS_BOUND_1 ANNULUS_FRAGMENT(0), ANNULUS_FRAGMENT(1)
+#define ANNULUS_BOUND_2 ANNULUS_BOUND_1, ANNULUS_FRAGMENT(2), ANNULUS_FRAGMENT(3)
+#define ANNULUS_BOUND_3 ANNULUS_BOUND_2, ANNULUS_FRAGMENT(4), ANNULUS_FRAGMENT(5)
+#define ANNULUS_BOUND_4 ANNULUS_BOUND_3, ANNULUS_FRAGMENT(6), ANNULUS_FRAGMENT(7)
+#define ANNULUS_BOUND_5 ANNULUS_BOUND_4, ANNULUS_FRAGMENT(8), ANNULUS_FRAGMENT(9)
+#define ANNULUS_BOUND_6 ANNULUS_BOUND_5, ANNULUS_FRAGMENT(10), ANNULUS_FRAGMENT(11)
+#define ANNULUS_BOUND_7 ANNULUS_BOUND_6, ANNULUS_FRAGMENT(12), ANNULUS_FRAGMENT(13)
+#define ANNULUS_BOUND_8 ANNULUS_BOUND_7, ANNULUS_FRAGMENT(14), ANNULUS_FRAGMENT(15)
+#define ANNULUS_BOUND_9 ANNULUS_BOUND_8, ANNULUS_FRAGMENT(16), ANNULUS_FRAGMENT(17)
+#define ANNULUS_BOUND_10 ANNULUS_BOUND_9, ANNULUS_FRAGMENT(18), ANNULUS_FRAGMENT(19)
+#define ANNULUS_BOUND_11 ANNULUS_BOUND_10, ANNULUS_FRAGMENT(20), ANNULUS_FRAGMENT(21)
+#define ANNULUS_BOUND_12 ANNULUS_BOUND_11, ANNULUS_FRAGMENT(22), ANNULUS_FRAGMENT(23)
+#define ANNULUS_BOUND_13 ANNULUS_BOUND_12, ANNULUS_FRAGMENT(24), ANNULUS_FRAGMENT(25)
+#define ANNULUS_BOUND_14 ANNULUS_BOUND_13, ANNULUS_FRAGMENT(26), ANNULUS_FRAGMENT(27)
+#define ANNULUS_BOUND_15 ANNULUS_BOUND_14, ANNULUS_FRAGMENT(28), ANNULUS_FRAGMENT(29)
+#define ANNULUS_BOUND_16 ANNULUS_BOUND_15, ANNULUS_FRAGMENT(30), ANNULUS_FRAGMENT(31)
 
-template <Major kRight>
-__device__ inline void MultiplyRegisters(float (&c)[4][4], const uint32_t (&a)[4], uint64_t b, int keep) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, p, 1, 1, %22; }"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(static_cast<int>(kRight)));
-}
+// kColumns = 16 kPairs; then the names of the operands behind the accumulators.
+#define ANNULUS_GROUP_PRODUCT(kColumns, kPairs, o0, o1, o2, o3, o4, o5, o6)                                 \
+  template <Major kLeft, Major kRight>                                                                      \
+  __device__ inline void MultiplyShared(float (&c)[2 * kPairs][4], uint64_t a, uint64_t b, int keep) {      \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " o2 ", 0; wgmma.mma_async.sync.aligned.m64n" #kColumns    \
+                 "k16.f32.bf16.bf16 {" ANNULUS_NAMES_##kPairs "}, " o0 ", " o1 ", p, 1, 1, " o3 ", " o4     \
+                                                              "; }"                                         \
+                 : ANNULUS_BOUND_##kPairs                                                                   \
+                 : "l"(a), "l"(b), "r"(keep), "n"(static_cast<int>(kLeft)), "n"(static_cast<int>(kRight))); \
+  }                                                                                                         \
+  template <Major kRight>                                                                                   \
+  __device__ inline void MultiplyRegisters(float (&c)[2 * kPairs][4], const uint32_t (&a)[4], uint64_t b,   \
+                                           int keep) {                                                      \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " o5 ", 0; wgmma.mma_async.sync.aligned.m64n" #kColumns    \
+                 "k16.f32.bf16.bf16 {" ANNULUS_NAMES_##kPairs "}, {" o0 ", " o1 ", " o2 ", " o3 "}, " o4    \
+                                                              ", p, 1, 1, " o6 "; }"                        \
+                 : ANNULUS_BOUND_##kPairs                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep),                           \
+                   "n"(static_cast<int>(kRight)));                                                          \
+  }
 
-template <Major kLeft, Major kRight>
-__device__ inline void MultiplyShared(float (&c)[8][4], uint64_t a, uint64_t b, int keep) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, %35, %36; }"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
-        "+f"(c[7][2]), "+f"(c[7][3])
-      : "l"(a), "l"(b), "r"(keep), "n"(static_cast<int>(kLeft)), "n"(static_cast<int>(kRight)));
-}
-
-template <Major kRight>
-__device__ inline void MultiplyRegisters(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, int keep) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1, %38; }"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
-        "+f"(c[7][2]), "+f"(c[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(static_cast<int>(kRight)));
-}
-
-template <Major kLeft, Major kRight>
-__device__ inline void MultiplyShared(float (&c)[16][4], uint64_t a, uint64_t b, int keep) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, %67, %68; }"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
-        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
-        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]),
-        "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
-        "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]),
-        "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]),
-        "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
-      : "l"(a), "l"(b), "r"(keep), "n"(static_cast<int>(kLeft)), "n"(static_cast<int>(kRight)));
-}
-
-template <Major kRight>
-__device__ inline void MultiplyRegisters(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, int keep) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, p, 1, 1, %70; }"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
-        "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
-        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]),
-        "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
-        "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]),
-        "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]),
-        "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(static_cast<int>(kRight)));
-}
+ANNULUS_GROUP_PRODUCT(32, 2, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+ANNULUS_GROUP_PRODUCT(48, 3, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
+ANNULUS_GROUP_PRODUCT(64, 4, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+ANNULUS_GROUP_PRODUCT(80, 5, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
+ANNULUS_GROUP_PRODUCT(96, 6, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
+ANNULUS_GROUP_PRODUCT(112, 7, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
+ANNULUS_GROUP_PRODUCT(128, 8, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+ANNULUS_GROUP_PRODUCT(144, 9, "%72", "%73", "%74", "%75", "%76", "%77", "%78")
+ANNULUS_GROUP_PRODUCT(160, 10, "%80", "%81", "%82", "%83", "%84", "%85", "%86")
+ANNULUS_GROUP_PRODUCT(176, 11, "%88", "%89", "%90", "%91", "%92", "%93", "%94")
+ANNULUS_GROUP_PRODUCT(192, 12, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
+ANNULUS_GROUP_PRODUCT(256, 16, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+#undef ANNULUS_GROUP_PRODUCT
+#undef ANNULUS_FRAGMENT
 
 #else  // never launched there
 __device__ inline void GroupFence() { __trap(); }
