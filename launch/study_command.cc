@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -55,15 +56,14 @@ absl::Status WriteReports(const std::string& folder, const StudyResults& results
   return WriteFileAtomically(folder + "/report.html", StudyHtml(results));
 }
 
-StudyHooks Hooks(const StudySpec& spec, const MeasuringMachine& machine, const MachineProfile& profile,
-                 const std::string& folder) {
+StudyHooks Hooks(const StudySpec& spec, const MeasuringMachine& machine, const std::string& folder) {
   StudyHooks hooks;
   hooks.can_measure = [&](const PlannedPoint& planned) { return CanMeasure(machine, planned); };
   hooks.measure = [&](const PlannedPoint& planned, const std::string& point_folder) {
     return MeasurePoint(spec, machine, planned, point_folder);
   };
   hooks.predict = [&](const PlannedPoint& planned) { return PredictPoint(spec, planned); };
-  hooks.prediction_inputs = ProfileText(profile);
+  hooks.prediction_inputs = PredictionInputs;
   hooks.say = [](const std::string& line) {
     std::printf("%s\n", line.c_str());
     std::fflush(stdout);
@@ -72,29 +72,53 @@ StudyHooks Hooks(const StudySpec& spec, const MeasuringMachine& machine, const M
   return hooks;
 }
 
-// Points that make no sense often share the reason: each reason once, with how many there are.
-void PrintSummary(const std::vector<PlannedPoint>& points, const StudyResults& results) {
-  int64_t measured = 0, simulated = 0, failed = 0, refused = 0, open = 0;
-  std::map<std::string, int64_t> reasons;
-  for (size_t i = 0; i < points.size(); ++i) {
-    const PointResult& result = results.points[i];
-    if (!points[i].refused.ok()) {
-      ++refused;
-      ++reasons[result.reason];
-    } else if (result.state == PointState::kFailed) {
-      ++failed;
+// Points that are refused often share the reason: each reason once, with how many there are.
+void PrintRefused(const StudyResults& results) {
+  std::map<std::string, std::vector<std::string>> ids;
+  for (const PointResult& result : results.points) {
+    if (result.state == PointState::kRefused) ids[result.reason].push_back(result.point.id);
+  }
+  for (const auto& [reason, points] : ids) {
+    const auto count = static_cast<int64_t>(points.size());
+    std::printf("%s: %s\n", (count == 1 ? points.front() : CountText(count, "point")).c_str(),
+                reason.c_str());
+  }
+}
+
+void PrintSummary(const StudyResults& results) {
+  const auto count = [&](const auto& holds) {
+    return std::count_if(results.points.begin(), results.points.end(), holds);
+  };
+  const auto in = [&](PointState state) {
+    return absl::StrCat(count([state](const PointResult& result) { return result.state == state; }), " ",
+                        Name(state));
+  };
+  for (const PointResult& result : results.points) {
+    if (result.state == PointState::kFailed)
       std::printf("FAILED: %s: %s\n", result.point.id.c_str(), result.reason.c_str());
-    } else if (result.state == PointState::kOpen) {
-      ++open;
-    } else {
-      ++(result.measured ? measured : simulated);
-    }
   }
-  for (const auto& [reason, count] : reasons) {
-    std::printf("%s: %s\n", CountText(count, "point").c_str(), reason.c_str());
-  }
-  std::printf("%zu points: %ld measured, %ld simulated alone, %ld failed, %ld refused, %ld open\n",
-              points.size(), measured, simulated, failed, refused, open);
+  PrintRefused(results);
+  const auto done = [&](bool measured) {
+    return count([measured](const PointResult& result) {
+      return result.state == PointState::kDone && result.measured.has_value() == measured;
+    });
+  };
+  std::printf("%s: %ld measured, %ld simulated alone, %s, %s, %s\n",
+              CountText(static_cast<int64_t>(results.points.size()), "point").c_str(), done(true),
+              done(false), in(PointState::kFailed).c_str(), in(PointState::kRefused).c_str(),
+              in(PointState::kOpen).c_str());
+}
+
+// Of the points that this command was to run. What failed in an earlier start counts too.
+absl::Status CheckNoneFailed(const StudyResults& results, const StudyRunOptions& options) {
+  const auto failed =
+      std::count_if(results.points.begin(), results.points.end(), [&](const PointResult& result) {
+        const bool wanted = options.only.empty() || options.only == result.point.id;
+        return wanted && result.state == PointState::kFailed;
+      });
+  if (failed == 0) return absl::OkStatus();
+  return absl::AbortedError(
+      absl::StrCat(CountText(failed, "point"), " failed, as said above; --retry runs failed points again"));
 }
 
 absl::Status Run(const Arguments& arguments, const std::string&) {
@@ -119,15 +143,15 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
       .slurm = slurm ? StudyRunOptions::Slurm::kWriteScripts : StudyRunOptions::Slurm::kNone};
   std::signal(SIGINT, OnStopSignal);
   std::signal(SIGTERM, OnStopSignal);
-  ANNULUS_ASSIGN_OR_RETURN(
-      const StudyResults results,
-      RunStudy(study.spec, points, options, Hooks(study.spec, machine, profile, options.folder),
-               OpenResults(study.spec, points, profile)));
-  PrintSummary(points, results);
+  ANNULUS_ASSIGN_OR_RETURN(const StudyResults results,
+                           RunStudy(study.spec, points, options, Hooks(study.spec, machine, options.folder),
+                                    OpenResults(study.spec, points, profile)));
+  PrintSummary(results);
   const char* folder = options.folder.c_str();
   if (slurm) std::printf("%s/submit-all hands the points that do not fit here over to Slurm\n", folder);
   std::printf("%s/report.html %s/results.csv\n", folder, folder);
-  return absl::OkStatus();
+  std::fflush(stdout);
+  return CheckNoneFailed(results, options);
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 #include <filesystem>
 #include <set>
 
+#include "absl/strings/match.h"
+#include "absl/strings/strip.h"
 #include "path.h"
 #include "section.h"
 
@@ -146,6 +148,71 @@ void BindFields(const Section& axes, Study::Axes* message, StudySpec* spec) {
   }
 }
 
+// What sets fields of the run.
+struct Setter {
+  std::string name;             // of an axis; empty: none
+  std::set<std::string> paths;  // of the fields
+  std::string why;              // no axis before it may set them
+};
+
+std::set<std::string> PathsOf(const std::vector<std::string>& overrides) {
+  std::set<std::string> paths;
+  for (const std::string& override : overrides) paths.insert(override.substr(0, override.find('=')));
+  return paths;
+}
+
+// In the order in which a point gets them, so that each wins over those before: axes, those of the mesh last;
+// what follows from the ranks where no axis says it (StudyGrid); what makes a measured run short.
+std::vector<Setter> SettersOf(const StudySpec& spec) {
+  std::vector<Setter> setters, mesh;
+  std::set<std::string> given;
+  for (const StudyAxis& axis : spec.axes) {
+    const bool of_mesh = axis.name == "dp" || axis.name == "cp" || axis.name == "tp";
+    if (of_mesh) given.insert(axis.name);
+    Setter& setter = (of_mesh ? mesh : setters).emplace_back();
+    setter.name = axis.name;
+    setter.why = absl::StrCat("the axis ", axis.name, " sets it too");
+    for (const StudyAxis::Value& value : axis.values) setter.paths.merge(PathsOf(value.overrides));
+  }
+  setters.insert(setters.end(), mesh.begin(), mesh.end());
+  const std::string follows = given.count("dp") == 0 ? "dp" : given.count("cp") == 0 ? "cp" : "";
+  if (!follows.empty()) {
+    setters.push_back({.name = "",
+                       .paths = {"parallel." + follows},
+                       .why = absl::StrCat("it follows from the ranks, or is given by the axis ", follows)});
+  }
+  setters.push_back({.name = "",
+                     .paths = PathsOf(MeasureOverrides(spec)),
+                     .why = "it is the same in all runs that are measured"});
+  // Goodput goes by it.
+  setters.back().paths.erase("checkpoint.every_steps");
+  return setters;
+}
+
+// Whether it is the field at `other`, or in it.
+bool IsIn(absl::string_view path, absl::string_view other) {
+  return absl::ConsumePrefix(&path, other) && (path.empty() || path[0] == '.' || path[0] == '[');
+}
+
+// Else points with other labels would be the same run.
+void CheckSetOnce(const Section& axes, const StudySpec& spec) {
+  const std::vector<Setter> setters = SettersOf(spec);
+  for (size_t i = 0; i < setters.size(); ++i) {
+    for (size_t later = i + 1; later < setters.size(); ++later) {
+      const std::string& name = setters[i].name;
+      if (name.empty() || name == setters[later].name) continue;  // refused on its own
+      for (const std::string& path : setters[i].paths) {
+        const bool set_again = std::any_of(setters[later].paths.begin(), setters[later].paths.end(),
+                                           [&](const std::string& other) { return IsIn(path, other); });
+        if (!set_again) continue;
+        axes.provenance()->Refuse(
+            axes.path(), absl::StrCat("{ ... ", Printable(name), " ... }"),
+            absl::StrCat("expected no axis that sets ", Printable(path), ": ", setters[later].why));
+      }
+    }
+  }
+}
+
 void BindAxes(const Section& axes, Study::Axes* message, StudySpec* spec) {
   spec->hosts = BindCounts(axes, "hosts", message->hosts(), kHosts);
   spec->ranks_per_host = BindCounts(axes, "ranks_per_host", message->ranks_per_host(), kHosts);
@@ -171,6 +238,7 @@ void BindAxes(const Section& axes, Study::Axes* message, StudySpec* spec) {
     axes.provenance()->Refuse(axes.path(), absl::StrCat("{ ... ", Printable(axis.name), " ... }"),
                               "expected each axis once");
   }
+  CheckSetOnce(axes, *spec);
   if (points > kMostPoints) {
     axes.provenance()->Refuse(
         axes.path(), "{ ... }",

@@ -14,6 +14,16 @@ constexpr size_t kLongestText = size_t{1} << 20;
 
 }  // namespace
 
+std::vector<std::string> MeasureOverrides(const StudySpec& spec) {
+  return {absl::StrCat("optim.steps=", spec.warm_up + spec.steps),
+          "optim.schedule={ constant { } }",
+          "checkpoint.every_steps=0",
+          "checkpoint.keep=0",
+          "eval.every_steps=0",
+          "eval.sequences=1",
+          "sample.tokens=0"};
+}
+
 absl::StatusOr<ResolvedStudy> LoadStudy(const std::string& path, const std::string& text,
                                         const std::vector<std::string>& overrides) {
   if (text.size() > kLongestText) {

@@ -87,18 +87,6 @@ std::vector<std::string> Header(const std::vector<std::string>& axes) {
   return names;
 }
 
-const char* StateName(PointState state) {
-  switch (state) {
-    case PointState::kOpen:
-      return "open";
-    case PointState::kDone:
-      return "done";
-    case PointState::kFailed:
-      return "failed";
-  }
-  return "";
-}
-
 std::string AxisValue(const PointResult& point, const std::string& axis) {
   for (const StudyPoint::Label& label : point.point.labels) {
     if (label.axis == axis) return label.value;
@@ -132,7 +120,7 @@ std::string StudyCsv(const StudyResults& results) {
     for (const std::string& text :
          {absl::StrJoin(point.point.overrides, " "), absl::StrCat(point.point.ranks),
           absl::StrCat(point.point.hosts), point.layout, absl::StrCat(point.tokens_per_step),
-          std::string(StateName(point.state)), point.reason}) {
+          std::string(Name(point.state)), point.reason}) {
       fields.push_back(text);
     }
     Append(FigureColumns(), point.measured, &fields);

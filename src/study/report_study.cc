@@ -73,11 +73,14 @@ void AddSummary(const StudyResults& results, const Panels& panels, HtmlPage* pag
   const int64_t measured = Count(results, [](const auto& p) { return p.measured.has_value(); });
   const int64_t simulated =
       Count(results, [](const auto& p) { return p.predicted.has_value() && !p.measured.has_value(); });
-  const int64_t failed = Count(results, [](const auto& p) { return p.state == PointState::kFailed; });
-  const int64_t open = Count(results, [](const auto& p) { return p.state == PointState::kOpen; });
+  const auto in = [&](PointState state) {
+    return absl::StrCat(Count(results, [state](const auto& p) { return p.state == state; }), " ",
+                        Name(state));
+  };
   std::vector<std::string> items = {
       absl::StrCat(CountText(static_cast<int64_t>(results.points.size()), "point"), ": ", measured,
-                   " measured, ", simulated, " simulated only, ", failed, " failed, ", open, " open.")};
+                   " measured, ", simulated, " simulated only, ", in(PointState::kFailed), ", ",
+                   in(PointState::kRefused), ", ", in(PointState::kOpen), ".")};
   if (measured > 0) items.push_back(absl::StrCat("Measured: medians over steps, on ", results.device, "."));
   if (simulated > 0) {
     items.push_back(absl::StrCat("Simulated: predicted step by step for ", results.device, " by ",

@@ -19,15 +19,18 @@ bool NoneOf(const StudyResults& results, Fn&& holds) {
 }
 
 std::string StateText(const PointResult& point) {
-  if (point.state == PointState::kFailed) return "failed";
-  if (point.state == PointState::kOpen) return "open";
+  if (point.state != PointState::kDone) return Name(point.state);
   return point.measured.has_value() ? point.predicted.has_value() ? "measured, simulated" : kMeasuredText
                                     : kSimulatedText;
 }
 
+bool HasFailed(const PointResult& point) {
+  return point.state == PointState::kFailed || point.state == PointState::kRefused;
+}
+
 // With what went wrong beside; why a point failed has a table of its own.
 std::string StateAndReason(const PointResult& point) {
-  const bool tell = point.state != PointState::kFailed && !point.reason.empty();
+  const bool tell = !HasFailed(point) && !point.reason.empty();
   return absl::StrCat(StateText(point), tell ? "; " : "", tell ? point.reason : "");
 }
 
@@ -54,13 +57,14 @@ void AddGoodput(const StudyResults& results, const std::vector<SeriesPanel>& pan
 }
 
 void AddFailed(const StudyResults& results, HtmlPage* page) {
-  if (NoneOf(results, [](const PointResult& point) { return point.state == PointState::kFailed; })) return;
-  page->Section("Failed points", "");
-  HtmlTable table{.caption = "Points that failed, and why",
+  if (NoneOf(results, HasFailed)) return;
+  page->Section("Failed and refused points",
+                "Refused is what makes no sense, or is predicted not to fit in memory.");
+  HtmlTable table{.caption = "Points that failed or were refused, and why",
                   .columns = {{"point", Align::kText}, {"ranks"}, {"reason", Align::kText}},
                   .rows = {}};
   for (const PointResult& point : results.points) {
-    if (point.state == PointState::kFailed)
+    if (HasFailed(point))
       table.rows.push_back({point.point.id, absl::StrCat(point.point.ranks), point.reason});
   }
   page->Table(table);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <map>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -7,6 +8,7 @@
 #include "annulus/study/study_run.h"
 #include "annulus/train/ranges.h"
 #include "annulus/train/report.h"
+#include "study_key.h"
 
 namespace annulus {
 namespace {
@@ -100,17 +102,6 @@ absl::StatusOr<ParallelSpec> MeshOf(const Choice& choice, const ParallelSpec& ba
   return Invalid(CountText(ranks, "rank"), ": expected ", all, " for ", MeshText(mesh.dp, mesh.cp, mesh.tp));
 }
 
-// What makes a run a short one that is only timed.
-std::vector<std::string> MeasureOverrides(const StudySpec& spec) {
-  return {absl::StrCat("optim.steps=", spec.warm_up + spec.steps),
-          "optim.schedule={ constant { } }",
-          "checkpoint.every_steps=0",
-          "checkpoint.keep=0",
-          "eval.every_steps=0",
-          "eval.sequences=1",
-          "sample.tokens=0"};
-}
-
 // Fills in all but the labels; an error is the reason why the point makes no sense.
 absl::Status Plan(const StudySpec& spec, const std::string& run_text, const Choice& choice,
                   PlannedPoint* planned) {
@@ -145,15 +136,53 @@ absl::Status Plan(const StudySpec& spec, const std::string& run_text, const Choi
   return absl::OkStatus();
 }
 
+// Steps of the whole run and between its saves are of its goodput alone.
+bool HasGoodput(const PlannedPoint& planned) {
+  const absl::StatusOr<MachineProfile> machine = ProfileOf(planned);
+  return machine.ok() && machine->reliability.failure_hours > 0;
+}
+
+absl::Status CheckDistinct(const std::vector<PlannedPoint>& points) {
+  std::map<std::string, std::string> ids;
+  for (const PlannedPoint& planned : points) {
+    if (!planned.refused.ok()) continue;
+    const std::string run = RunTextOf(planned);
+    const std::string whole =
+        absl::StrCat(run, " of ", planned.steps, " steps, saves each ", planned.steps_between_saves);
+    const auto same = ids.find(whole), same_step = ids.find(run);
+    const auto twin = same != ids.end() || HasGoodput(planned) ? same : same_step;
+    if (twin != ids.end()) {
+      return Invalid("axes: ", twin->second, " and ", planned.point.id,
+                     " are the same run: expected points that differ in more than their labels");
+    }
+    ids[run] = ids[whole] = planned.point.id;
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
+
+const char* Name(PointState state) {
+  switch (state) {
+    case PointState::kOpen:
+      return "open";
+    case PointState::kDone:
+      return "done";
+    case PointState::kFailed:
+      return "failed";
+    case PointState::kRefused:
+      return "refused";
+  }
+  return "";
+}
 
 PointResult OpenResult(const PlannedPoint& planned) {
   PointResult result;
   result.point = planned.point;
   result.layout = planned.layout;
   if (planned.refused.ok()) return result;
-  result.state = PointState::kFailed;
-  result.reason = absl::StrCat("refused: ", std::string(planned.refused.message()));
+  result.state = PointState::kRefused;
+  result.reason = absl::StrCat(kRefusedText, std::string(planned.refused.message()));
   return result;
 }
 
@@ -178,9 +207,13 @@ absl::StatusOr<std::vector<PlannedPoint>> StudyGrid(const StudySpec& spec, const
     planned.refused = Plan(spec, run_text, choice, &planned);
   }
   const auto sensible = [](const PlannedPoint& planned) { return planned.refused.ok(); };
-  if (std::any_of(points.begin(), points.end(), sensible)) return points;
-  return Invalid("axes: expected at least one point of ", points.size(),
-                 " that makes sense; the first is refused: ", std::string(points.front().refused.message()));
+  if (std::none_of(points.begin(), points.end(), sensible)) {
+    return Invalid(
+        "axes: expected at least one point of ", points.size(),
+        " that makes sense; the first is refused: ", std::string(points.front().refused.message()));
+  }
+  ANNULUS_RETURN_IF_ERROR(CheckDistinct(points));
+  return points;
 }
 
 }  // namespace annulus

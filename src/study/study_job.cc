@@ -43,26 +43,6 @@ constexpr size_t kLongestReason = 2000;
   _exit(127);
 }
 
-// What the program said went wrong; else the last lines.
-std::string Reason(const std::string& log) {
-  const absl::StatusOr<std::string> text = ReadFile(log);
-  if (!text.ok()) return std::string(text.status().message());
-  std::vector<std::string> lines, errors;
-  for (const absl::string_view line : absl::StrSplit(*text, '\n')) {
-    const absl::string_view stripped = absl::StripAsciiWhitespace(line);
-    if (stripped.empty()) continue;
-    lines.emplace_back(stripped);
-    if (absl::StartsWith(stripped, "error:") || absl::StartsWith(stripped, "watchdog:"))
-      errors.emplace_back(stripped);
-  }
-  const std::vector<std::string>& told = errors.empty() ? lines : errors;
-  const size_t first = errors.empty() ? lines.size() - std::min(lines.size(), kReasonLines) : 0;
-  const size_t last = std::min(told.size(), first + kReasonLines);
-  const std::vector<std::string> shown(told.begin() + static_cast<std::ptrdiff_t>(first),
-                                       told.begin() + static_cast<std::ptrdiff_t>(last));
-  return absl::StrCat(absl::StrJoin(shown, " | ").substr(0, kLongestReason), " (", log, ")");
-}
-
 // Children of this process; of ranks whose mpirun has ended, this one is the parent.
 std::vector<pid_t> Children() {
   const absl::StatusOr<std::string> text = ReadFile(absl::StrCat("/proc/self/task/", getpid(), "/children"));
@@ -104,6 +84,30 @@ void End(pid_t job, int* status) {
 
 }  // namespace
 
+std::string ReasonIn(const std::string& log) {
+  const absl::StatusOr<std::string> text = ReadFile(log);
+  if (!text.ok()) return std::string(text.status().message());
+  std::vector<std::string> lines, errors;
+  for (const absl::string_view line : absl::StrSplit(*text, '\n')) {
+    const absl::string_view stripped = absl::StripAsciiWhitespace(line);
+    if (stripped.empty()) continue;
+    lines.emplace_back(stripped);
+    if (absl::StartsWith(stripped, "error:") || absl::StartsWith(stripped, "watchdog:"))
+      errors.emplace_back(stripped);
+  }
+  const std::vector<std::string>& told = errors.empty() ? lines : errors;
+  const size_t first = errors.empty() ? lines.size() - std::min(lines.size(), kReasonLines) : 0;
+  const size_t last = std::min(told.size(), first + kReasonLines);
+  const std::vector<std::string> shown(told.begin() + static_cast<std::ptrdiff_t>(first),
+                                       told.begin() + static_cast<std::ptrdiff_t>(last));
+  return absl::StrCat(absl::StrJoin(shown, " | ").substr(0, kLongestReason), " (", log, ")");
+}
+
+std::string TookTooLong(double limit_seconds, const std::string& log) {
+  return absl::StrCat("took longer than measure.limit_minutes, ", FormatDuration(limit_seconds), ": ",
+                      ReasonIn(log));
+}
+
 absl::Status RunChildJob(const ChildJob& job) {
   // Ranks that outlive their mpirun become children of this process, which then ends them.
   if (prctl(PR_SET_CHILD_SUBREAPER, 1) != 0) return FileError("become a subreaper for", job.words.front());
@@ -116,14 +120,12 @@ absl::Status RunChildJob(const ChildJob& job) {
       std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(job.limit_seconds));
   if (!WaitUntilNoneIsLeft(child, Clock::now() + limit, &status)) {
     End(child, &status);
-    return absl::DeadlineExceededError(absl::StrCat("took longer than measure.limit_minutes, ",
-                                                    FormatDuration(job.limit_seconds), ": ",
-                                                    Reason(job.log)));
+    return absl::DeadlineExceededError(TookTooLong(job.limit_seconds, job.log));
   }
   if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return absl::OkStatus();
   const std::string how = WIFEXITED(status) ? absl::StrCat("exit code ", WEXITSTATUS(status))
                                             : absl::StrCat("ended by signal ", WTERMSIG(status));
-  return absl::UnavailableError(absl::StrCat(how, ": ", Reason(job.log)));
+  return absl::UnavailableError(absl::StrCat(how, ": ", ReasonIn(job.log)));
 }
 
 }  // namespace annulus

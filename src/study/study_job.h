@@ -19,4 +19,9 @@ struct ChildJob {
 // Waits for its end. An error has the exit code, or the limit, and what the log says last.
 absl::Status RunChildJob(const ChildJob& job);
 
+// What a program said went wrong in its log, else the log's last lines; with the log's name.
+std::string ReasonIn(const std::string& log);
+// "took longer than measure.limit_minutes, 30m: " and the reason.
+std::string TookTooLong(double limit_seconds, const std::string& log);
+
 }  // namespace annulus

@@ -127,12 +127,20 @@ void VisitStored(T& stored, const Visit& visit) {
   visit("measured_spread", stored.result.measured_spread);
 }
 
+// One that is not known is open, and so made anew.
+PointState ReadState(const std::string& name) {
+  for (const PointState state : {PointState::kDone, PointState::kFailed, PointState::kRefused}) {
+    if (name == Name(state)) return state;
+  }
+  return PointState::kOpen;
+}
+
 StoredPoint ReadStored(const Json& json) {
   StoredPoint stored;
   PointResult& result = stored.result;
   result.point = ReadPoint(json.at("point"));
   VisitStored(stored, Reader{&json});
-  result.state = json.at("state").get<std::string>() == "done" ? PointState::kDone : PointState::kFailed;
+  result.state = ReadState(json.at("state").get<std::string>());
   if (json.contains("measured")) result.measured = ReadFigures(json["measured"]);
   if (json.contains("predicted")) result.predicted = ReadFigures(json["predicted"]);
   if (json.contains("goodput")) VisitGoodput(result.goodput.emplace(), Reader{&json["goodput"]});
@@ -144,7 +152,7 @@ StoredPoint ReadStored(const Json& json) {
 std::string StoredPointJson(const StoredPoint& stored) {
   const PointResult& result = stored.result;
   Json json = {{"format", kFormat}, {"point", PointJson(result.point)}};
-  json["state"] = result.state == PointState::kDone ? "done" : "failed";
+  json["state"] = Name(result.state);
   VisitStored(stored, Writer{&json});
   if (result.measured) json["measured"] = FiguresJson(*result.measured);
   if (result.predicted) json["predicted"] = FiguresJson(*result.predicted);

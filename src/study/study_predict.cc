@@ -2,10 +2,13 @@
 
 #include <algorithm>
 
+#include "annulus/base/file.h"
+#include "annulus/base/hash.h"
 #include "annulus/model/params.h"
 #include "annulus/study/study_run.h"
 #include "annulus/train/exchange.h"
 #include "annulus/train/placement.h"
+#include "annulus/train/profile.h"
 #include "annulus/train/report.h"
 
 namespace annulus {
@@ -17,10 +20,10 @@ constexpr int64_t kCheckpointBytesPerElement = 12;
 absl::Status CheckMemory(const StepFigures& figures, const MachineProfile& machine) {
   const int64_t needed = figures.memory_bytes();
   if (machine.memory_bytes == 0 || needed <= machine.memory_bytes) return absl::OkStatus();
-  return Invalid("memory: a rank is predicted to need ", FormatBytes(static_cast<double>(needed)),
-                 ", expected at most ", FormatBytes(static_cast<double>(machine.memory_bytes)), " (",
-                 MemoryText(figures.memory), ", other ",
-                 FormatBytes(static_cast<double>(figures.other_memory_bytes)), ")");
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "memory: a rank is predicted to need ", FormatBytes(static_cast<double>(needed)), ", expected at most ",
+      FormatBytes(static_cast<double>(machine.memory_bytes)), " (", MemoryText(figures.memory), ", other ",
+      FormatBytes(static_cast<double>(figures.other_memory_bytes)), ")"));
 }
 
 absl::StatusOr<RunSpec> PlannedRun(const PlannedPoint& planned) {
@@ -40,6 +43,12 @@ absl::StatusOr<MachineProfile> ProfileFor(const RunSpec& run, const StudyPoint& 
   return machine;
 }
 
+// Whatever changes in the simulator, or in what it prices, is another program.
+std::string ProgramHash() {
+  const absl::StatusOr<MappedFile> program = MappedFile::Open("/proc/self/exe");
+  return program.ok() ? Hex64(Hash64(program->bytes().data(), program->bytes().size())) : "";
+}
+
 }  // namespace
 
 absl::StatusOr<MachineProfile> ProfileOf(const PlannedPoint& planned) {
@@ -51,6 +60,13 @@ absl::StatusOr<MachineProfile> ProfileOfStudy(const std::vector<PlannedPoint>& p
   const auto first = std::find_if(points.begin(), points.end(),
                                   [](const PlannedPoint& planned) { return planned.refused.ok(); });
   return ProfileOf(*first);  // StudyGrid gives at least one
+}
+
+std::string PredictionInputs(const PlannedPoint& planned) {
+  static const std::string program = ProgramHash();
+  const absl::StatusOr<MachineProfile> machine = ProfileOf(planned);
+  return absl::StrCat(program, " ",
+                      machine.ok() ? ProfileText(*machine) : std::string(machine.status().message()));
 }
 
 absl::StatusOr<Prediction> PredictPoint(const StudySpec& spec, const PlannedPoint& planned) {

@@ -6,12 +6,12 @@
 #include <chrono>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/str_split.h"
 #include "annulus/base/file.h"
-#include "annulus/base/hash.h"
 #include "annulus/train/report.h"
 #include "study_json.h"
+#include "study_key.h"
 #include "study_slurm.h"
 
 namespace annulus {
@@ -21,22 +21,11 @@ double Now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// A resolved configuration without the comments that say where values come from: the same run has the same.
-std::string WithoutSources(const std::string& text) {
-  std::string plain;
-  for (const absl::string_view line : absl::StrSplit(text, '\n')) {
-    absl::StrAppend(&plain, line.substr(0, line.rfind("  # ")), "\n");
-  }
-  return plain;
-}
-
-std::string KeyOf(const std::string& what) { return Hex64(Hash64(what)); }
-
 // What is known of a point and what is still to be done.
 struct Work {
   StoredPoint stored;
   bool measure = false, predict = false;
-  bool collected = false;  // measured by runs of Slurm: to be written down
+  bool collected = false;  // measured by jobs of Slurm, or failed there: to be written down
   bool open() const { return measure || predict || collected; }
 };
 
@@ -75,7 +64,6 @@ class StudyRun {
   void ForgetStale(const PlannedPoint& planned, StoredPoint* stored) const;
   absl::StatusOr<Work> LookAt(const PlannedPoint& planned) const;
   absl::Status RunPoint(size_t index);
-  void Measure(const PlannedPoint& planned, StoredPoint* stored) const;
   void Predict(const PlannedPoint& planned, StoredPoint* stored) const;
   void SayProgress(size_t index) const;
   absl::Status WriteSlurm() const;
@@ -100,10 +88,20 @@ void Settle(Work* work) {
                       : prediction_error;
   const bool known = result.measured || result.predicted;
   const bool failed = !measurement_error.empty() || (!known && !prediction_error.empty());
+  const bool refused = measurement_error.empty() && absl::StartsWith(prediction_error, kRefusedText);
   result.state = work->measure || work->predict ? PointState::kOpen
-                 : failed                       ? PointState::kFailed
+                 : failed                       ? refused ? PointState::kRefused : PointState::kFailed
                  : known                        ? PointState::kDone
                                                 : PointState::kOpen;
+}
+
+void Take(absl::StatusOr<Measurement> measurement, StoredPoint* stored) {
+  if (!measurement.ok()) {
+    stored->measurement_error = std::string(measurement.status().message());
+    return;
+  }
+  stored->result.measured = std::move(measurement->figures);
+  stored->result.measured_spread = measurement->spread;
 }
 
 // What an earlier start left of the point; nothing where it left nothing that can be read.
@@ -116,14 +114,9 @@ absl::StatusOr<StoredPoint> ReadStored(const std::string& folder) {
 
 // Forgets what depends on something that has changed since.
 void StudyRun::ForgetStale(const PlannedPoint& planned, StoredPoint* stored) const {
-  const std::string runs = absl::StrCat(WithoutSources(planned.config.text), planned.point.ranks,
-                                        " ranks on ", planned.point.hosts, " hosts");
-  const std::string measurement =
-      KeyOf(absl::StrCat(runs, " warm_up ", spec_.warm_up, " repeats ", spec_.repeats));
-  const std::string prediction = KeyOf(absl::StrCat(
-      runs, " steps ", planned.steps, " or ", spec_.goodput_steps, " saves ", planned.steps_between_saves,
-      " seed ", spec_.seed, " jitter ", spec_.jitter, " stragglers ", spec_.straggler_share, " by ",
-      spec_.straggler_slowdown, hooks_.prediction_inputs));
+  const std::string runs = RunTextOf(planned);
+  const std::string measurement = MeasurementKey(spec_, runs);
+  const std::string prediction = PredictionKey(spec_, planned, runs, hooks_.prediction_inputs(planned));
   const bool retry = options_.failed == StudyRunOptions::Failed::kRetry;
   const bool remeasure = std::exchange(stored->measurement_key, measurement) != measurement;
   const bool repredict = std::exchange(stored->prediction_key, prediction) != prediction;
@@ -151,11 +144,12 @@ absl::StatusOr<Work> StudyRun::LookAt(const PlannedPoint& planned) const {
   const bool wanted = options_.only.empty() || options_.only == planned.point.id;
   const bool unmeasured = wanted && !result.measured && work.stored.measurement_error.empty();
   if (unmeasured) {
-    if (const auto collected = CollectSlurmRuns(spec_, work.stored.measurement_key, FolderOf(planned))) {
-      result.measured = collected->figures;
-      result.measured_spread = collected->spread;
-      work.collected = true;
-    }
+    const SlurmRuns runs{.spec = spec_, .key = work.stored.measurement_key, .folder = FolderOf(planned)};
+    if (options_.failed == StudyRunOptions::Failed::kRetry) ANNULUS_RETURN_IF_ERROR(ForgetFailures(runs));
+    absl::StatusOr<std::optional<Measurement>> collected = Collect(runs);
+    work.collected = !collected.ok() || collected->has_value();
+    if (!collected.ok()) Take(collected.status(), &work.stored);
+    if (collected.ok() && collected->has_value()) Take(**std::move(collected), &work.stored);
   }
   work.measure = unmeasured && !work.collected && hooks_.can_measure(planned);
   work.predict = wanted && !result.predicted && work.stored.prediction_error.empty();
@@ -166,21 +160,13 @@ absl::StatusOr<Work> StudyRun::LookAt(const PlannedPoint& planned) const {
 void StudyRun::Predict(const PlannedPoint& planned, StoredPoint* stored) const {
   absl::StatusOr<Prediction> prediction = hooks_.predict(planned);
   if (!prediction.ok()) {
-    stored->prediction_error = std::string(prediction.status().message());
+    const bool refused = absl::IsResourceExhausted(prediction.status());
+    stored->prediction_error =
+        absl::StrCat(refused ? kRefusedText : "", std::string(prediction.status().message()));
     return;
   }
   stored->result.predicted = std::move(prediction->figures);
   stored->result.goodput = prediction->goodput;
-}
-
-void StudyRun::Measure(const PlannedPoint& planned, StoredPoint* stored) const {
-  absl::StatusOr<Measurement> measurement = hooks_.measure(planned, FolderOf(planned));
-  if (!measurement.ok()) {
-    stored->measurement_error = std::string(measurement.status().message());
-    return;
-  }
-  stored->result.measured = std::move(measurement->figures);
-  stored->result.measured_spread = measurement->spread;
 }
 
 absl::Status StudyRun::RunPoint(size_t index) {
@@ -192,7 +178,7 @@ absl::Status StudyRun::RunPoint(size_t index) {
   if (work.predict) Predict(planned, &work.stored);
   if (work.measure) {
     ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(folder + "/config.textproto", planned.config.text));
-    Measure(planned, &work.stored);
+    Take(hooks_.measure(planned, folder), &work.stored);
   }
   pace_.Add(work, Now() - start);
   work.measure = work.predict = work.collected = false;
@@ -214,6 +200,8 @@ void StudyRun::SayProgress(size_t index) const {
       absl::StrFormat("point %d/%d %s | %s", index + 1, points_.size(), result.point.id, result.layout);
   if (result.state == PointState::kFailed) {
     absl::StrAppend(&text, " | FAILED: ", result.reason);
+  } else if (result.state == PointState::kRefused) {
+    absl::StrAppend(&text, " | ", result.reason);
   } else {
     if (result.measured) absl::StrAppend(&text, " | measured ", StepTime(*result.measured));
     if (result.predicted) absl::StrAppend(&text, " | predicted ", StepTime(*result.predicted));
@@ -229,17 +217,18 @@ void StudyRun::SayProgress(size_t index) const {
   hooks_.say(text);
 }
 
-// Of points that could be measured elsewhere.
+// Of points that could be measured elsewhere, and have not failed there.
 absl::Status StudyRun::WriteSlurm() const {
   std::vector<std::string> scripts;
   for (size_t i = 0; i < points_.size(); ++i) {
     const PlannedPoint& planned = points_[i];
     const PointResult& result = results_.points[i];
+    const StoredPoint& stored = work_[i].stored;
     const bool wanted = options_.only.empty() || options_.only == planned.point.id;
-    if (!wanted || !planned.refused.ok() || result.measured || hooks_.can_measure(planned)) continue;
-    ANNULUS_ASSIGN_OR_RETURN(scripts.emplace_back(),
-                             WriteSlurmScript(spec_, planned, work_[i].stored.measurement_key,
-                                              options_.program, FolderOf(planned)));
+    const bool known = result.measured || !stored.measurement_error.empty();
+    if (!wanted || !planned.refused.ok() || known || hooks_.can_measure(planned)) continue;
+    const SlurmRuns runs{.spec = spec_, .key = stored.measurement_key, .folder = FolderOf(planned)};
+    ANNULUS_ASSIGN_OR_RETURN(scripts.emplace_back(), WriteSlurmScript(runs, planned, options_.program));
   }
   return WriteSubmitAll(options_.folder, scripts);
 }

@@ -5,14 +5,20 @@
 #include <cmath>
 #include <filesystem>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_replace.h"
 #include "annulus/base/file.h"
+#include "annulus/train/exchange.h"
+#include "annulus/train/placement.h"
+#include "study_job.h"
 #include "study_measure.h"
 
 namespace annulus {
 namespace {
+
+constexpr char kTookTooLong[] = "took longer than measure.limit_minutes";
 
 // In single quotes for a shell.
 std::string Quoted(const std::string& text) {
@@ -24,8 +30,9 @@ std::string Absolute(const std::string& path) {
   return std::filesystem::absolute(path, ignored).lexically_normal().string();
 }
 
-std::string RunDirectories(const std::string& key, const std::string& folder) {
-  return absl::StrCat(folder, "/slurm-", key.substr(0, 8), "-");
+// A number follows: slurm-KEY-1.
+std::string RunPrefix(const SlurmRuns& runs) {
+  return absl::StrCat(Absolute(runs.folder), "/slurm-", runs.key.substr(0, 8), "-");
 }
 
 absl::Status WriteScript(const std::string& path, const std::string& text) {
@@ -45,35 +52,75 @@ std::string TimeLimit(const StudySpec& spec) {
   return absl::StrFormat("%02d:%02d:00", minutes / 60, minutes % 60);
 }
 
-}  // namespace
+// Each job sees as many GPUs of a node as it has ranks there.
+absl::StatusOr<std::string> GpuLine(const PlannedPoint& planned) {
+  RunSpec run = planned.config.spec;
+  ANNULUS_RETURN_IF_ERROR(ResolvePlannedDevice(&run));
+  if (DeviceKindOf(run.device) != DeviceKind::kCuda) return "";
+  return absl::StrCat("#SBATCH --gres=gpu:", planned.point.ranks / planned.point.hosts, "\n");
+}
 
-absl::StatusOr<std::string> WriteSlurmScript(const StudySpec& spec, const PlannedPoint& planned,
-                                             const std::string& key, const ProgramPaths& program,
-                                             const std::string& folder) {
-  const std::string path = Absolute(folder), config = path + "/config.textproto";
-  std::error_code ignored;
-  const std::string text = absl::StrFormat(
-      R"(#!/usr/bin/env bash
-#SBATCH --job-name=annulus-%s
+std::string Directives(const SlurmRuns& runs, const PlannedPoint& planned, const std::string& gpus) {
+  return absl::StrFormat(R"(#SBATCH --job-name=annulus-%s-%s
 #SBATCH --nodes=%d
 #SBATCH --ntasks-per-node=%d
 #SBATCH --cpus-per-task=1
-#SBATCH --time=%s
+%s#SBATCH --time=%s
+#SBATCH --dependency=singleton
 #SBATCH --open-mode=append
-#SBATCH --output=%s/slurm-%%j.log
-# Measures one point of the study; `annulus study` collects what it leaves. Runs that are finished stay.
-set -euo pipefail
+#SBATCH --output="%s/slurm-%%j.log"
+)",
+                         runs.spec.name, runs.key.substr(0, 8), planned.point.hosts,
+                         planned.point.ranks / planned.point.hosts, gpus, TimeLimit(runs.spec),
+                         Absolute(runs.folder));
+}
+
+// A run that is finished stays; one that failed leaves its reason in RUN.failed, and the others are not
+// begun.
+std::string Body(const SlurmRuns& runs, const ProgramPaths& program, const std::string& config) {
+  std::error_code ignored;
+  return absl::StrFormat(
+      R"(set -euo pipefail
 cd %s
+limit=%d  # seconds of a run
+ended_by_slurm=no
+trap 'ended_by_slurm=yes' TERM
 for ((run = 1; run <= %d; run++)); do
   run_dir=%s$run
   if grep -qs '"event":"done"' "$run_dir/events.jsonl"; then continue; fi
-  rm -rf "$run_dir"
-  %s -n "$SLURM_NTASKS" %s train %s --run_dir "$run_dir"
+  rm -rf "$run_dir" "$run_dir.failed"
+  start=$SECONDS status=0
+  timeout --kill-after=30 "$limit" %s -n "$SLURM_NTASKS" %s train %s --run_dir "$run_dir" \
+    >"$run_dir.log" 2>&1 || status=$?
+  ((status == 0)) && continue
+  reason="exit code $status"
+  ((status != 124 && (status != 137 || SECONDS - start < limit))) || reason=%s
+  [[ $ended_by_slurm == no ]] || reason="ended by Slurm: its time limit, or scancel"
+  echo "$reason" >"$run_dir.failed"
+  echo "$run_dir: $reason" >&2
+  exit 1
 done
 )",
-      spec.name, planned.point.hosts, planned.point.ranks / planned.point.hosts, TimeLimit(spec), path,
-      Quoted(std::filesystem::current_path(ignored).string()), spec.repeats,
-      Quoted(RunDirectories(key, path)), Quoted(program.mpirun), Quoted(program.program), Quoted(config));
+      Quoted(std::filesystem::current_path(ignored).string()),
+      static_cast<int64_t>(std::ceil(runs.spec.limit_minutes * 60)), runs.spec.repeats,
+      Quoted(RunPrefix(runs)), Quoted(program.mpirun), Quoted(program.program), Quoted(config),
+      Quoted(kTookTooLong));
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> WriteSlurmScript(const SlurmRuns& runs, const PlannedPoint& planned,
+                                             const ProgramPaths& program) {
+  const std::string path = Absolute(runs.folder), config = path + "/config.textproto";
+  // What #SBATCH lines cannot quote, or take for a pattern.
+  if (path.find_first_of("\"\\%\n") != std::string::npos) {
+    return Invalid("--out: ", path, ": expected no \", \\, % or line end where Slurm is to write its log");
+  }
+  ANNULUS_ASSIGN_OR_RETURN(const std::string gpus, GpuLine(planned));
+  const std::string text =
+      absl::StrCat("#!/usr/bin/env bash\n", Directives(runs, planned, gpus),
+                   "# Measures one point of the study; `annulus study` collects what it leaves.\n",
+                   Body(runs, program, config));
   ANNULUS_RETURN_IF_ERROR(MakeDirectories(path));
   ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(config, planned.config.text));
   ANNULUS_RETURN_IF_ERROR(WriteScript(path + "/slurm.sbatch", text));
@@ -88,17 +135,28 @@ absl::Status WriteSubmitAll(const std::string& study_folder, const std::vector<s
   return WriteScript(study_folder + "/submit-all", text);
 }
 
-std::optional<Measurement> CollectSlurmRuns(const StudySpec& spec, const std::string& key,
-                                            const std::string& folder) {
-  std::vector<StepFigures> runs;
-  for (int64_t run = 1; run <= spec.repeats; ++run) {
-    const std::string run_dir = absl::StrCat(RunDirectories(key, folder), run);
+absl::StatusOr<std::optional<Measurement>> Collect(const SlurmRuns& runs) {
+  std::vector<StepFigures> finished;
+  for (int64_t run = 1; run <= runs.spec.repeats; ++run) {
+    const std::string run_dir = absl::StrCat(RunPrefix(runs), run), log = run_dir + ".log";
+    if (const absl::StatusOr<std::string> failed = ReadFile(run_dir + ".failed"); failed.ok()) {
+      const std::string reason(absl::StripAsciiWhitespace(*failed));
+      if (reason == kTookTooLong)
+        return absl::DeadlineExceededError(TookTooLong(runs.spec.limit_minutes * 60, log));
+      return absl::UnavailableError(absl::StrCat(reason, ": ", ReasonIn(log)));
+    }
     if (!IsFinished(run_dir)) return std::nullopt;
-    absl::StatusOr<StepFigures> figures = FiguresOfRun(run_dir, spec.warm_up, spec.steps);
-    if (!figures.ok()) return std::nullopt;
-    runs.push_back(*std::move(figures));
+    ANNULUS_ASSIGN_OR_RETURN(finished.emplace_back(),
+                             FiguresOfRun(run_dir, runs.spec.warm_up, runs.spec.steps));
   }
-  return MedianRun(std::move(runs));
+  return MedianRun(std::move(finished));
+}
+
+absl::Status ForgetFailures(const SlurmRuns& runs) {
+  for (int64_t run = 1; run <= runs.spec.repeats; ++run) {
+    ANNULUS_RETURN_IF_ERROR(RemoveAll(absl::StrCat(RunPrefix(runs), run, ".failed")));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace annulus

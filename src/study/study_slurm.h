@@ -10,17 +10,24 @@
 
 namespace annulus {
 
-// Writes the point's configuration and script into its folder; returns the script's path. `key` names the
-// runs, so that those of an older configuration are not taken for them.
-absl::StatusOr<std::string> WriteSlurmScript(const StudySpec& spec, const PlannedPoint& planned,
-                                             const std::string& key, const ProgramPaths& program,
-                                             const std::string& folder);
+// Of a point. `key` names its runs, so that those of an older configuration are not taken for them.
+struct SlurmRuns {
+  const StudySpec& spec;
+  std::string key;
+  std::string folder;  // of the point
+};
+
+// Writes the point's configuration and script into its folder; returns the script's path. InvalidArgument
+// where its device cannot be, or Slurm cannot name the folder.
+absl::StatusOr<std::string> WriteSlurmScript(const SlurmRuns& runs, const PlannedPoint& planned,
+                                             const ProgramPaths& program);
 
 // DIR/submit-all, which hands over all of them.
 absl::Status WriteSubmitAll(const std::string& study_folder, const std::vector<std::string>& scripts);
 
-// Of the runs that a script has made, all of them finished; else nothing.
-std::optional<Measurement> CollectSlurmRuns(const StudySpec& spec, const std::string& key,
-                                            const std::string& folder);
+// Of the runs that a script has made, all of them finished; an error is why one failed; else nothing.
+absl::StatusOr<std::optional<Measurement>> Collect(const SlurmRuns& runs);
+// So that Collect finds none.
+absl::Status ForgetFailures(const SlurmRuns& runs);
 
 }  // namespace annulus

@@ -120,6 +120,38 @@ TEST(StudyConfig, MistakesAreNamedWhereTheyStand) {
                 "5:1: grows[1]=SEQ_LEN: expected scaling: WEAK with it");
 }
 
+// Whatever is set later would win, and points under different labels would be the same run.
+TEST(StudyConfig, NoFieldIsSetByTwoAxes) {
+  const auto error = [](const std::string& axes) {
+    return ErrorsOfStudy(absl::StrCat("name: \"s\" run: \"r\" axes {\nranks_per_host: 4 ", axes, "}"));
+  };
+  const auto refused = [](const std::string& axis, const std::string& field, const std::string& why) {
+    return absl::StrCat("/configs/study/s.textproto:1:20: axes={ ... ", axis,
+                        " ... }: expected no axis that sets ", field, ": ", why);
+  };
+  const auto field = [](const std::string& path) {
+    return absl::StrCat("field { path: \"", path, "\" value: \"1\" } ");
+  };
+  EXPECT_EQ(error("dp: 1 " + field("parallel.dp")),
+            refused("parallel.dp", "parallel.dp", "the axis dp sets it too"));
+  EXPECT_EQ(error(field("parallel.dp")),
+            refused("parallel.dp", "parallel.dp", "it follows from the ranks, or is given by the axis dp"));
+  EXPECT_EQ(error("dp: 1 " + field("parallel.cp")),
+            refused("parallel.cp", "parallel.cp", "it follows from the ranks, or is given by the axis cp"));
+  EXPECT_EQ(error(field("parallel.cp")), "ok");
+  EXPECT_EQ(error("tp: 1 model { label: \"a\" set: [\"seed=1\", \"parallel.tp=1\"] }"),
+            refused("model", "parallel.tp", "the axis tp sets it too"));
+  EXPECT_EQ(error("seq_len: 64 " + field("data.seq_len")),
+            refused("seq_len", "data.seq_len", "the axis data.seq_len sets it too"));
+  EXPECT_EQ(
+      error("model { label: \"a\" set: \"model.mlp.d_ff=8\" } field { path: \"model.mlp\" value: \"{}\" }"),
+      refused("model", "model.mlp.d_ff", "the axis model.mlp sets it too"));
+  EXPECT_EQ(error("model { label: \"a\" set: \"model.mlp={}\" } " + field("model.mlp.d_ff")), "ok");
+  EXPECT_EQ(error(field("optim.steps")),
+            refused("optim.steps", "optim.steps", "it is the same in all runs that are measured"));
+  EXPECT_EQ(error(field("checkpoint.every_steps")), "ok") << "goodput goes by it";
+}
+
 TEST(StudyConfig, AxesAreBounded) {
   std::string values;
   for (int i = 0; i < 2500; ++i) absl::StrAppend(&values, i == 0 ? "" : ", ", i + 1);

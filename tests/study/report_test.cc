@@ -250,6 +250,7 @@ TEST(ReadStudy, IsWhatTheStudyHas) {
     if (planned.point.ranks == 3) return Invalid("no rates");
     return Prediction{.figures = MadeUpFigures(planned.point.ranks, 8192, 1.5), .goodput = {}};
   };
+  hooks.prediction_inputs = [](const PlannedPoint&) { return ""; };
   hooks.say = [](const std::string&) {};
   hooks.report = [&](const StudyResults& results) { return own = results, absl::OkStatus(); };
   StudyRunOptions options;

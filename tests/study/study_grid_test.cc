@@ -99,14 +99,35 @@ TEST(StudyGrid, WithoutASensiblePointIsAnError) {
       "multiple of cp 2 x tp 1");
 }
 
+TEST(StudyGrid, EqualRunsUnderDifferentLabelsAreRefused) {
+  const auto error = [](const StudyAxis& axis, const std::vector<std::string>& overrides = {}) {
+    StudySpec spec = TinyStudy();
+    spec.axes = {axis};
+    spec.overrides = overrides;
+    const auto points = StudyGrid(spec, kStudyRun);
+    return points.ok() ? "" : std::string(points.status().message());
+  };
+  EXPECT_EQ(error({"model", {{"a", {}}, {"b", {"model.d_model=16"}}}}),
+            "axes: ranks_per_host=2-model=a and ranks_per_host=2-model=b are the same run: expected points "
+            "that differ in more than their labels");
+  EXPECT_EQ(error({"model", {{"a", {}}, {"b", {"model.d_model=32"}}}}), "");
+  // How often a run saves is of its goodput alone, which is predicted where hosts fail.
+  const StudyAxis saves{"saves", {{"a", {}}, {"b", {"checkpoint.every_steps=10"}}}};
+  EXPECT_TRUE(absl::StrContains(error(saves), "saves=a and ")) << error(saves);
+  EXPECT_EQ(
+      error(saves, {"parallel.exchange.profile=" ANNULUS_SOURCE_DIR "/configs/machine/h200_x8_400g.textproto",
+                    "device=CUDA"}),
+      "");
+}
+
 // Two labels that differ only in what may not be in a file name.
 TEST(StudyGrid, IdsAreDistinctFileNames) {
   StudySpec spec = TinyStudy();
   spec.axes = {{"model",
-                {{"8 layers", {}},
-                 {"8/layers", {}},
-                 {std::string(300, 'x') + "1", {}},
-                 {std::string(300, 'x') + "2", {}}}}};
+                {{"8 layers", {"seed=1"}},
+                 {"8/layers", {"seed=2"}},
+                 {std::string(300, 'x') + "1", {"seed=3"}},
+                 {std::string(300, 'x') + "2", {"seed=4"}}}}};
   std::set<std::string> ids;
   for (const std::string& id : Ids(Grid(spec))) {
     EXPECT_LE(id.size(), 150u);

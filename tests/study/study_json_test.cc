@@ -78,6 +78,17 @@ TEST(StudyJson, EveryFieldSurvives) {
   EXPECT_EQ(again->prediction_error, "e2");
 }
 
+TEST(StudyJson, EveryStateSurvives) {
+  for (const PointState state :
+       {PointState::kOpen, PointState::kDone, PointState::kFailed, PointState::kRefused}) {
+    StoredPoint stored = Sample();
+    stored.result.state = state;
+    const auto again = ParseStoredPoint(StoredPointJson(stored));
+    ASSERT_TRUE(again.ok()) << again.status();
+    EXPECT_EQ(again->result.state, state) << Name(state);
+  }
+}
+
 TEST(StudyJson, WhatIsNotThereStaysAway) {
   const auto again = ParseStoredPoint(StoredPointJson({}));
   ASSERT_TRUE(again.ok()) << again.status();

@@ -91,6 +91,39 @@ TEST(StudyPoint, AHostHoldsAsManyRanksAsItsProfileSays) {
       << status;
 }
 
+// Each point's own profile, not that of the study's first.
+TEST(StudyPoint, PredictionsDependOnThePointsProfile) {
+  StudySpec spec = TinyStudy();
+  spec.ranks_per_host = {2};
+  spec.axes = {{"profile", {}}};
+  const std::string folder = ANNULUS_SOURCE_DIR "/configs/machine/";
+  for (const char* name : {"cpu_hosts_10g", "h200_x8_400g"}) {
+    const std::string field = absl::StrCat("parallel.exchange.profile=", folder, name, ".textproto");
+    spec.axes[0].values.push_back({name, {field}});
+  }
+  const std::vector<PlannedPoint> points = Grid(spec);
+  ASSERT_EQ(points.size(), 2u);
+  EXPECT_EQ(PredictionInputs(points[0]), PredictionInputs(points[0]));
+  EXPECT_NE(PredictionInputs(points[0]), PredictionInputs(points[1]));
+  // And the program, by a hash of 16 digits.
+  EXPECT_EQ(PredictionInputs(points[0]).find(' '), 16u) << PredictionInputs(points[0]);
+  spec.axes[0].values.resize(1);
+  spec.axes[0].values[0].overrides = {"parallel.exchange.profile=nowhere.textproto"};
+  EXPECT_TRUE(absl::StrContains(PredictionInputs(Grid(spec)[0]), "nowhere.textproto"));
+}
+
+TEST(StudyPoint, WhatDoesNotFitInMemoryIsNoFailureOfThePrediction) {
+  StudySpec spec = TinyStudy();
+  spec.ranks_per_host = {1};
+  spec.axes = {{"model", {{"wide", {"model.d_model=65536", "model.mlp={ d_ff: 262144 }"}}}}};
+  spec.overrides = {"parallel.exchange.profile=" ANNULUS_SOURCE_DIR "/configs/machine/h200_x8_400g.textproto",
+                    "device=CUDA"};
+  const auto prediction = PredictPoint(spec, Grid(spec)[0]);
+  EXPECT_TRUE(absl::IsResourceExhausted(prediction.status())) << prediction.status();
+  EXPECT_TRUE(absl::StartsWith(prediction.status().message(), "memory: a rank is predicted to need "))
+      << prediction.status();
+}
+
 TEST_F(StudyJobTest, FiguresAreMediansOfTheStepsThatCount) {
   std::string lines;
   for (const int ms : {100, 10, 30, 20}) {

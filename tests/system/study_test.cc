@@ -188,7 +188,8 @@ TEST_F(StudyTest, APointThatFailsIsRecordedWithItsReason) {
             "field { path: \"data.train[0].text.path\" value: [\"text.txt\", \"nowhere.txt\"] } }");
   Study study(folder_.path(), "log.txt");
   ASSERT_TRUE(WaitFor([&] { return study.Ended(); }, 60)) << study.log();
-  EXPECT_EQ(study.exit_code(), 0) << study.log();
+  EXPECT_EQ(study.exit_code(), 1) << study.log();
+  EXPECT_TRUE(absl::StrContains(study.log(), "\nerror: 2 points failed, ")) << study.log();
   EXPECT_TRUE(
       absl::StrContains(study.log(), "4 points: 2 measured, 0 simulated alone, 2 failed, 0 refused, 0 open"))
       << study.log();
@@ -202,7 +203,11 @@ TEST_F(StudyTest, APointThatTakesTooLongIsEndedWithItsRanks) {
             "ranks_per_host: 2 }");
   Study study(folder_.path(), "log.txt");
   ASSERT_TRUE(WaitFor([&] { return study.Ended(); }, 60)) << study.log();
+  EXPECT_EQ(study.exit_code(), 1) << study.log();
   EXPECT_TRUE(absl::StrContains(study.log(), "FAILED: took longer than measure.limit_minutes, 3s: "))
+      << study.log();
+  EXPECT_TRUE(
+      absl::StrContains(study.log(), "\n1 point: 0 measured, 0 simulated alone, 1 failed, 0 refused, 0 open"))
       << study.log();
   EXPECT_TRUE(NobodyIsLeft(0)) << "the study has waited for all of them";
 }

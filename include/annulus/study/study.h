@@ -25,12 +25,20 @@ struct StudyPoint {
   int64_t ranks = 1, hosts = 1;
 };
 
-enum class PointState { kOpen, kDone, kFailed };
+enum class PointState {
+  kOpen,
+  kDone,
+  kFailed,
+  kRefused,  // there is nothing to run: it makes no sense, or is predicted not to fit in memory
+};
+const char* Name(PointState state);  // "open", "done", ...
+// What the reason of a refused point begins with.
+inline constexpr char kRefusedText[] = "refused: ";
 
 struct PointResult {
   StudyPoint point;
   PointState state = PointState::kOpen;
-  std::string reason;  // kFailed: why; kDone: why it was measured, but not predicted, if so
+  std::string reason;  // kFailed, kRefused: why; kDone: why it was measured, but not predicted, if so
   int64_t tokens_per_step = 0;
   std::string layout;                   // "dp 2 x cp 4 x tp 1"
   std::optional<StepFigures> measured;  // medians over steps and repeats

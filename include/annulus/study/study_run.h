@@ -6,7 +6,7 @@
 //   DIR/points/ID/result.json       written once the point is finished; what makes a study resumable
 //   DIR/points/ID/config.textproto  what its runs train
 //   DIR/points/ID/run-0001/         a run directory of `annulus train`, with run-0001.log; a new one each
-//   time DIR/points/ID/slurm.sbatch, slurm-KEY-1/
+//   time DIR/points/ID/slurm.sbatch      measures the point; slurm-KEY-1/, .log and .failed are of its runs
 //
 // Results carry keys of what they depend on: a changed study measures and predicts again what changed.
 
@@ -29,7 +29,8 @@ struct PlannedPoint {
   std::string layout;
 };
 
-// The product of all axes. `run_text`: contents of spec.run. InvalidArgument if no point makes sense.
+// The product of all axes. `run_text`: contents of spec.run. InvalidArgument if no point makes sense, or two
+// are the same run.
 absl::StatusOr<std::vector<PlannedPoint>> StudyGrid(const StudySpec& spec, const std::string& run_text);
 
 // Results before any point is run: those that are refused say why.
@@ -78,15 +79,17 @@ absl::StatusOr<Measurement> MeasurePoint(const StudySpec& spec, const MeasuringM
 absl::StatusOr<MachineProfile> ProfileOf(const PlannedPoint& planned);
 // The one that stands for the study: of its first point that makes sense.
 absl::StatusOr<MachineProfile> ProfileOfStudy(const std::vector<PlannedPoint>& points);
-// InvalidArgument too where a rank has not the memory.
+// ResourceExhausted where a rank has not the memory.
 absl::StatusOr<Prediction> PredictPoint(const StudySpec& spec, const PlannedPoint& planned);
+// What a prediction depends on besides the study and the point: the profile and this program.
+std::string PredictionInputs(const PlannedPoint& planned);
 
 // What runs a point. `folder` is the point's and exists.
 struct StudyHooks {
   std::function<bool(const PlannedPoint&)> can_measure;
   std::function<absl::StatusOr<Measurement>(const PlannedPoint&, const std::string& folder)> measure;
   std::function<absl::StatusOr<Prediction>(const PlannedPoint&)> predict;
-  std::string prediction_inputs;                            // what predictions depend on besides the point
+  std::function<std::string(const PlannedPoint&)> prediction_inputs;
   std::function<void(const std::string&)> say;              // a line of progress
   std::function<absl::Status(const StudyResults&)> report;  // after each point that was run, and at the end
 };

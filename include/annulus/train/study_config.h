@@ -51,6 +51,9 @@ struct StudySpec {
   friend bool operator==(const StudySpec&, const StudySpec&) = default;
 };
 
+// Overrides that make a run a short one which is only timed.
+std::vector<std::string> MeasureOverrides(const StudySpec& spec);
+
 struct ResolvedStudy {
   StudySpec spec;
   std::string text;  // as ResolvedConfig has it; its paths are absolute, so that it loads anywhere
