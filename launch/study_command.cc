@@ -107,6 +107,7 @@ void PrintSummary(const StudyResults& results) {
               CountText(static_cast<int64_t>(results.points.size()), "point").c_str(), done(true),
               done(false), in(PointState::kFailed).c_str(), in(PointState::kRefused).c_str(),
               in(PointState::kOpen).c_str());
+  for (const std::string& line : StudyFindings(results)) std::printf("%s\n", line.c_str());
 }
 
 // Of the points that this command was to run. What failed in an earlier start counts too.

@@ -5,6 +5,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "annulus/study/report.h"
+#include "report_choice.h"
 
 namespace annulus {
 namespace {
@@ -84,6 +85,8 @@ std::vector<std::string> Header(const std::vector<std::string>& axes) {
   names.push_back("measured_spread");
   names.push_back("predicted_step_error");
   for (const GoodputColumn& column : GoodputColumns()) names.push_back(column.name);
+  names.push_back("layout_choice");
+  names.push_back("layout_slower_by");
   return names;
 }
 
@@ -92,6 +95,19 @@ std::string AxisValue(const PointResult& point, const std::string& axis) {
     if (label.axis == axis) return label.value;
   }
   return "";
+}
+
+// Whether it is the planner's choice of its case, the best measured or both; and how much slower the choice
+// is.
+void AppendChoice(const std::vector<LayoutCase>& cases, const PointResult& point,
+                  std::vector<std::string>* fields) {
+  std::string role, slower_by;
+  for (const LayoutCase& layouts : cases) {
+    if (&point == layouts.choice) role = "planner", slower_by = CsvNumber(layouts.slower_by);
+    if (&point == layouts.best) absl::StrAppend(&role, role.empty() ? "" : " ", "best");
+  }
+  fields->push_back(role);
+  fields->push_back(slower_by);
 }
 
 }  // namespace
@@ -111,6 +127,7 @@ std::string CsvNumber(double value) { return absl::StrFormat("%.12g", value); }
 
 std::string StudyCsv(const StudyResults& results) {
   const std::vector<std::string> axes = AxesOf(results);
+  const std::vector<LayoutCase> cases = LayoutCases(results);
   std::string csv = CsvLine(Header(axes));
   for (const PointResult& point : results.points) {
     std::vector<std::string> fields = {
@@ -129,6 +146,7 @@ std::string StudyCsv(const StudyResults& results) {
     fields.push_back(point.measured.has_value() ? CsvNumber(point.measured_spread) : "");
     fields.push_back(both ? CsvNumber(point.predicted->step_seconds / point.measured->step_seconds - 1) : "");
     Append(GoodputColumns(), point.goodput, &fields);
+    AppendChoice(cases, point, &fields);
     csv += CsvLine(fields);
   }
   return csv;

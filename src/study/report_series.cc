@@ -160,4 +160,14 @@ std::string PointText(const SeriesPanel& panel, const PointSeries& series, const
   return text;
 }
 
+std::string LabelsText(const PointResult& point, bool (*shown)(const std::string& axis)) {
+  Labels axes, values;
+  for (const StudyPoint::Label& label : point.point.labels) {
+    if (!shown(label.axis)) continue;
+    axes.push_back(label.axis);
+    values.push_back(label.value);
+  }
+  return LabelOf(axes, values);
+}
+
 }  // namespace annulus

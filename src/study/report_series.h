@@ -29,4 +29,7 @@ std::vector<SeriesPanel> PanelsOf(const StudyResults& results);
 // "8 ranks, seq_len 32768"
 std::string PointText(const SeriesPanel& panel, const PointSeries& series, const PointResult& point);
 
+// "cp 2, recompute NONE": the point's values on the axes for which `shown` is true.
+std::string LabelsText(const PointResult& point, bool (*shown)(const std::string& axis));
+
 }  // namespace annulus

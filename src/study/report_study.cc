@@ -335,6 +335,7 @@ std::string StudyHtml(const StudyResults& results) {
     AddMemory(results, panels, &page);
     AddTraffic(results, panels, &page);
     AddErrors(results, panels, &page);
+    AddChoices(results, &page);
     AddGoodput(results, panels, &page);
   }
   AddFailed(results, &page);

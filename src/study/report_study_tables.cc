@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "annulus/train/report.h"
+#include "report_choice.h"
 #include "report_study_points.h"
 #include "report_text.h"
 
@@ -53,6 +54,35 @@ void AddGoodput(const StudyResults& results, const std::vector<SeriesPanel>& pan
                           FormatDuration(g.saving_seconds), FormatDuration(g.lost_seconds),
                           FormatDuration(g.restarting_seconds)});
   });
+  page->Table(table);
+}
+
+void AddChoices(const StudyResults& results, HtmlPage* page) {
+  const std::vector<LayoutCase> cases = LayoutCases(results);
+  if (cases.empty()) return;
+  page->Section("Planner's choice against the best measured",
+                "Of points that differ in their layout alone, the one that is predicted to be fastest, and "
+                "the one that was.");
+  page->Paragraph(absl::StrCat("The ", ChoiceText(cases), "."));
+  HtmlTable table{.caption = "Planner's choice against the best measured",
+                  .columns = {{"case", Align::kText},
+                              {"layouts measured"},
+                              {"planner's choice", Align::kText},
+                              {"predicted"},
+                              {kMeasuredText},
+                              {"best measured", Align::kText},
+                              {kMeasuredText},
+                              {"choice slower by"}},
+                  .rows = {}};
+  const auto step = [](const std::optional<StepFigures>& figures) {
+    return figures.has_value() ? StepText(figures->step_seconds) : std::string(kNone);
+  };
+  for (const LayoutCase& layouts : cases) {
+    table.rows.push_back({layouts.label, absl::StrCat(layouts.measured), LayoutText(*layouts.choice),
+                          step(layouts.choice->predicted), step(layouts.choice->measured),
+                          LayoutText(*layouts.best), step(layouts.best->measured),
+                          PercentText(layouts.slower_by)});
+  }
   page->Table(table);
 }
 

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <limits>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_split.h"
 #include "annulus/base/file.h"
 #include "annulus/study/study_run.h"
@@ -225,6 +226,83 @@ TEST(StudyCsv, QuotesAsTheStandardSays) {
   results.points[1].reason = "a,b \"c\"\nd";
   EXPECT_TRUE(Has(StudyCsv(results), ",failed,\"a,b \"\"c\"\"\nd\","));
   EXPECT_EQ(LinesOf(StudyCsv(StudyResults())).size(), 1u);
+}
+
+// Two cases of four layouts each: of the first the planner takes the best, of the second one that is 5%
+// slower, and best is one that it thinks slow.
+StudyResults Layouts() {
+  StudyResults results;
+  const double measured[2][4] = {{1.0, 1.2, 1.1, 1.3}, {2.1, 2.0, 2.4, 2.2}};
+  const double predicted[2][4] = {{0.9, 1.0, 1.1, 1.2}, {1.9, 2.0, 2.1, 2.2}};
+  for (int model = 0; model < 2; ++model) {
+    for (int layout = 0; layout < 4; ++layout) {
+      PointResult& point = results.points.emplace_back();
+      point.point.id = absl::StrCat(model, "-", layout);
+      point.point.labels = {{"recompute", layout < 2 ? "NONE" : "ALL"},
+                            {"model", absl::StrCat("m", model)},
+                            {"cp", absl::StrCat(1 + layout % 2)}};
+      point.state = PointState::kDone;
+      point.tokens_per_step = 100;
+      point.measured = point.predicted = MadeUpFigures(4, 8192, 1);
+      point.measured->step_seconds = measured[model][layout];
+      point.predicted->step_seconds = predicted[model][layout];
+    }
+  }
+  return results;
+}
+
+std::string ChoicesIn(const StudyResults& results) {
+  const std::vector<std::string> findings = StudyFindings(results);
+  return !findings.empty() && Has(findings.back(), "planner") ? findings.back() : "";
+}
+
+TEST(StudyChoices, PointsThatDifferInTheirLayoutAloneAreOneCase) {
+  StudyResults results = Layouts();
+  EXPECT_EQ(ChoicesIn(results),
+            "planner's choice against the best measured layout: 2.5% slower in the median and 5.0% at worst "
+            "(model m1), of 2 cases");
+  const std::string page = StudyHtml(results);
+  EXPECT_EQ(FlawOf(page), "");
+  EXPECT_TRUE(Has(page, "<td>recompute NONE, cp 1</td>")) << page;
+  const std::vector<std::string> lines = LinesOf(StudyCsv(results));
+  EXPECT_TRUE(absl::EndsWith(lines[0], ",layout_choice,layout_slower_by")) << lines[0];
+  EXPECT_TRUE(absl::EndsWith(lines[1], ",planner best,0")) << lines[1];
+  EXPECT_TRUE(absl::EndsWith(lines[2], ",,")) << lines[2];
+  EXPECT_TRUE(absl::EndsWith(lines[5], ",planner,0.05")) << lines[5];
+  EXPECT_TRUE(absl::EndsWith(lines[6], ",best,")) << lines[6];
+  // What is predicted not to fit is not chosen, what has not been measured yet is no case.
+  results.points[4].predicted.reset();
+  EXPECT_TRUE(Has(ChoicesIn(results), " 0.0% at worst (model m0), of 2 cases")) << ChoicesIn(results);
+  results = Layouts();
+  results.points[4].measured.reset();
+  EXPECT_TRUE(Has(ChoicesIn(results), ", of 1 case")) << ChoicesIn(results);
+  results.points[4].state = PointState::kFailed;
+  EXPECT_TRUE(Has(ChoicesIn(results), " and inf at worst (model m1), of 2 cases")) << ChoicesIn(results);
+}
+
+TEST(StudyChoices, WithoutLayoutsToChooseFromThereAreNone) {
+  const StudyResults results = MadeUpStudy({1, 2, 4}, {8192, 32768}, {"AUTO"});
+  EXPECT_EQ(ChoicesIn(results), "");
+  EXPECT_FALSE(Has(StudyHtml(results), "Planner&#39;s choice"));
+  EXPECT_TRUE(Has(StudyHtml(Layouts()), "Planner&#39;s choice"));
+}
+
+// With weak scaling more replicas do more work in a step.
+TEST(StudyChoices, CompareTheTimeOfAToken) {
+  StudyResults results = Layouts();
+  results.points[1].tokens_per_step = 200;
+  EXPECT_TRUE(Has(ChoicesIn(results), "and 5.0% at worst (model m1)")) << ChoicesIn(results);
+  EXPECT_TRUE(Has(LinesOf(StudyCsv(results))[2], ",planner best,0"));
+}
+
+TEST(StudyFindings, SayHowFarPredictionsAreOff) {
+  StudyResults results = Layouts();
+  results.points[6].predicted->memory.workspace += results.points[6].predicted->memory_bytes() / 4;
+  const std::vector<std::string> lines = StudyFindings(results);
+  ASSERT_EQ(lines.size(), 3u);
+  EXPECT_EQ(lines[0], "predicted step time: off by 8.6% in the median and 16.7% at worst (0-1), of 8 points");
+  EXPECT_EQ(lines[1], "predicted memory: off by 0.0% in the median and 25.0% at worst (1-2), of 8 points");
+  EXPECT_TRUE(StudyFindings(StudyResults()).empty());
 }
 
 // What a study stores is what its own report shows.

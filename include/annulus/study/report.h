@@ -4,6 +4,7 @@
 // screen, light or dark, without a mouse, and on paper; report.csv has the numbers.
 
 #include <string>
+#include <vector>
 
 #include "annulus/base/status.h"
 #include "annulus/study/study.h"
@@ -12,6 +13,9 @@ namespace annulus {
 
 std::string StudyHtml(const StudyResults& results);
 std::string StudyCsv(const StudyResults& results);
+// How far predictions are off, and the planner's choices, each in a line; none where there is nothing to
+// compare.
+std::vector<std::string> StudyFindings(const StudyResults& results);
 
 // What a study has stored in its folder so far. Points are those of its grid, open where nothing is stored.
 // NotFound where it is no folder of a study; it also needs the files of the base run and the machine profile.
