@@ -28,6 +28,8 @@ target_link_libraries(cuda_check PRIVATE ${ANNULUS_CUDNN})
 
 file(GLOB sources CONFIGURE_DEPENDS cuda/attention_mma/*.cu)
 annulus_kernel_check(attention_mma_check check ${sources})
+file(GLOB sources CONFIGURE_DEPENDS cuda/attention_hopper/*.cu)
+annulus_kernel_check(attention_hopper_check check ${sources})
 
 # launch/test --gpu --sanitize: small shapes under compute-sanitizer. How kernels of libraries synchronise is
 # not judged; cuBLASLt's for bf16 fail under racecheck, so it sees no products and the loss in f32 alone.

@@ -24,6 +24,7 @@ namespace annulus::kernels {
 
 inline constexpr float kInfinity = __builtin_huge_valf();
 
+#if !defined(ANNULUS_EMULATED)
 __device__ inline void StoreShared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -71,6 +72,7 @@ __device__ inline uint32_t PackHalf(float low, float high) {
 __device__ inline float2 UnpackHalf(uint32_t packed) {
   return __half22float2(*reinterpret_cast<const __half2*>(&packed));
 }
+#endif
 
 // The A fragment of two adjacent C fragments.
 __device__ inline void PackFragment(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
@@ -80,6 +82,7 @@ __device__ inline void PackFragment(uint32_t (&a)[4], const float (&left)[4], co
   a[3] = PackBf16(right[2], right[3]);
 }
 
+#if !defined(ANNULUS_EMULATED)
 // Adds four adjacent floats to global memory; no order among threads.
 __device__ inline void AtomicAdd4(float* to, float x, float y, float z, float w) {
 #if __CUDA_ARCH__ >= 900
@@ -159,6 +162,7 @@ __device__ inline void PhaseBarrierWait(uint32_t barrier, uint32_t parity) {
   } while (over == 0);
 }
 #undef ANNULUS_PHASE_TEST
+#endif
 
 // Four adjacent columns out of a C fragment: even lanes get row g, odd lanes row g + 8, both columns
 // 4 (t / 2) ... + 3, so that a lane moves 16 bytes.

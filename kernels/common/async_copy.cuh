@@ -3,6 +3,9 @@
 // Copies from global to shared memory that a thread starts and does not wait for; they go past registers, and
 // those of 16 bytes past L1. Whoever started a copy sees it after its own wait, others after a barrier behind
 // that.
+//
+// Instructions stand between #if !defined(ANNULUS_EMULATED) and #endif, here and in the other headers that
+// have any: tests/emulation runs kernels on a CPU, and has functions of its own for them.
 
 #include <cuda_runtime.h>
 
@@ -10,6 +13,7 @@
 
 namespace annulus::kernels {
 
+#if !defined(ANNULUS_EMULATED)
 __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -38,5 +42,6 @@ template <int kPending>
 __device__ inline void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+#endif
 
 }  // namespace annulus::kernels

@@ -23,4 +23,12 @@ struct PanelsRef {
 // box_panels> lies in shared memory; rows past the end become zeros. rows, batch and panels are above 0.
 cudaError_t MakeTensorMap(const PanelsRef& x, int box_rows, int box_panels, CUtensorMap* map);
 
+// The same of f32 [rows, batch, panels, 32], strides multiples of 4, below 2^38: for sums (hopper_add.cuh).
+struct SumPanelsRef {
+  float* data = nullptr;
+  int64_t rows = 0, batch = 0, panels = 0;
+  int64_t row_stride = 0, batch_stride = 0;
+};
+cudaError_t MakeTensorMap(const SumPanelsRef& x, int box_rows, int box_panels, CUtensorMap* map);
+
 }  // namespace annulus::kernels

@@ -15,11 +15,11 @@ Encode EncodeFunction() {
   return encode;
 }
 
-}  // namespace
-
-cudaError_t MakeTensorMap(const PanelsRef& x, int box_rows, int box_panels, CUtensorMap* map) {
-  constexpr cuuint32_t kPanel = 64;
-  constexpr cuuint64_t kBytes = sizeof(__nv_bfloat16);
+// Panels of 128 bytes, whatever they hold.
+template <typename Panels>
+cudaError_t Make(const Panels& x, CUtensorMapDataType type, int box_rows, int box_panels, CUtensorMap* map) {
+  constexpr cuuint64_t kBytes = sizeof(*x.data);
+  constexpr cuuint32_t kPanel = 128 / kBytes;
   const Encode encode = EncodeFunction();
   if (encode == nullptr) return cudaErrorNotSupported;
   // The stride of a dimension of one may be anything; the driver wants one that it could use.
@@ -33,11 +33,21 @@ cudaError_t MakeTensorMap(const PanelsRef& x, int box_rows, int box_panels, CUte
   const cuuint32_t box[] = {kPanel, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_panels),
                             1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
-  const CUresult made =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<__nv_bfloat16*>(x.data), sizes, strides,
-             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  void* data = const_cast<void*>(static_cast<const void*>(x.data));
+  const CUresult made = encode(map, type, 4, data, sizes, strides, box, steps,
+                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t MakeTensorMap(const PanelsRef& x, int box_rows, int box_panels, CUtensorMap* map) {
+  return Make(x, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, box_rows, box_panels, map);
+}
+
+cudaError_t MakeTensorMap(const SumPanelsRef& x, int box_rows, int box_panels, CUtensorMap* map) {
+  return Make(x, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, box_rows, box_panels, map);
 }
 
 }  // namespace annulus::kernels

@@ -21,6 +21,7 @@ namespace annulus::kernels {
 // along k.
 enum class Major { kDepthInRow = 0, kDepthAcrossRows = 1 };
 
+#if !defined(ANNULUS_EMULATED)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ inline void GroupFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void GroupCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -39,6 +40,7 @@ __device__ inline void GroupUse(float (&c)[kN][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
   }
 }
+#endif
 
 // Descriptors of an operand that starts at row `row` and 16-byte chunk `chunk` of a tile at shared address
 // `tile`, of SharedTile<kRows, ..>. Rows in steps of 8; chunks in steps of 2 inside a panel of 64 columns.
@@ -56,6 +58,7 @@ __device__ inline uint64_t OperandAt(uint32_t tile, int row, int chunk) {
 // c (=, +=) a b for 16 of k: `keep` 0 or 1. c holds 8 columns an element, 16 to 256 in all.
 //   MultiplyShared<left, right>(c, a, b, keep)   a and b descriptors
 //   MultiplyRegisters<right>(c, a, b, keep)      a an A fragment of 16 of k
+#if !defined(ANNULUS_EMULATED)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // Names of the first 8 n registers of an instruction, its accumulators, and what they are bound to.
 #define ANNULUS_NAMES_1 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -137,6 +140,7 @@ template <Major kLeft, Major kRight, int kN>
 __device__ inline void MultiplyShared(float (&)[kN][4], uint64_t, uint64_t, int) {}
 template <Major kRight, int kN>
 __device__ inline void MultiplyRegisters(float (&)[kN][4], const uint32_t (&)[4], uint64_t, int) {}
+#endif
 #endif
 
 }  // namespace annulus::kernels

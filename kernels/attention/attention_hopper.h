@@ -1,0 +1,38 @@
+#pragma once
+
+// Block attention (annulus/ops/attention.h) in bf16 on Hopper (sm_90a): head dims 64, 128, and 192 with
+// values of 128. Accumulation and carry are f32.
+//
+// Compiled, and run in emulation (tests/emulation); not yet run on a GPU. Nothing dispatches to it.
+//
+// Pointers are 16-byte aligned, strides of bf16 tensors multiples of 8 elements, of f32 tensors multiples
+// of 4. scale > 0; q_rows and k_rows < 2^31. Nothing is allocated and nothing waits for the device. Arguments
+// outside of this return cudaErrorInvalidValue.
+
+#include <cuda_bf16.h>
+
+#include "kernels/attention/attention_block_cuda.h"
+
+namespace annulus::kernels {
+
+using HopperAttentionBlock = CudaAttentionBlock<__nv_bfloat16>;
+using HopperAttentionPartial = CudaAttentionPartial<__nv_bfloat16>;
+
+// Heads for which there is a kernel, and whether the current device runs it.
+bool HopperAttentionSupports(int64_t dim, int64_t v_dim);
+bool HopperAttentionRuns();
+
+// Bytes of device memory the forward needs besides its arguments, about 8 per query row.
+int64_t HopperAttentionForwardWorkspaceBytes(const HopperAttentionBlock& block);
+
+// Folds the block into `partial`. Rows without an allowed key keep their bits. `workspace` is 16-byte
+// aligned.
+cudaError_t HopperAttentionForward(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
+                                   void* workspace, cudaStream_t stream);
+
+// The same where the block holds all keys of its queries: nothing is carried, and out is rounded.
+//   out: [q_rows, batch, heads, v_dim], 0 for rows without an allowed key   lse: [q_rows, batch, heads]
+cudaError_t HopperAttentionForwardWhole(const HopperAttentionBlock& block, CudaHeads<__nv_bfloat16> out,
+                                        float* lse, void* workspace, cudaStream_t stream);
+
+}  // namespace annulus::kernels

@@ -1,0 +1,10 @@
+#include "kernels/attention/attention_hopper_forward.cuh"
+
+namespace annulus::kernels {
+
+cudaError_t HopperForwardDim192(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
+                                void* workspace, cudaStream_t stream) {
+  return LaunchHopperForward<HopperForwardTile<192, 128, 2, 128, 2, 1>>(block, partial, workspace, stream);
+}
+
+}  // namespace annulus::kernels

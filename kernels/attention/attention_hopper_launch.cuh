@@ -1,0 +1,32 @@
+#pragma once
+
+// The forwards of attention_hopper.h, one function per head dim, each defined in a file of its own so that
+// they compile in parallel: attention_hopper_forward_<dim>.cu.
+
+#include "kernels/attention/attention_bounds.cuh"
+#include "kernels/attention/attention_hopper.h"
+
+namespace annulus::kernels {
+
+// What the forward reads of the mask, made once per call. Query rows are padded to whole tiles.
+struct ForwardTables {
+  const KeyRows* ranges;     // [batch, query_tiles * rows of a tile]
+  const TileBounds* bounds;  // [batch, query_tiles]
+  const int* order;          // [batch, query_tiles], of one item the longest first
+  int* next;                 // the first tile that no thread block has taken
+  int query_tiles;
+};
+
+// Where results go: `out` and `lse` are the carry, or `out` has no data and `result` and `lse` are all that
+// is written.
+using HopperForwardLauncher = cudaError_t(const HopperAttentionBlock& block,
+                                          const HopperAttentionPartial& partial, void* workspace,
+                                          cudaStream_t stream);
+
+// Fills the tables, of tiles of so many query rows, in a workspace of HopperAttentionForwardWorkspaceBytes.
+cudaError_t FillForwardTables(const HopperAttentionBlock& block, int tile_rows, void* workspace,
+                              ForwardTables* tables, cudaStream_t stream);
+
+HopperForwardLauncher HopperForwardDim64, HopperForwardDim128, HopperForwardDim192;
+
+}  // namespace annulus::kernels

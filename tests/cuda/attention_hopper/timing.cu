@@ -1,0 +1,257 @@
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+
+#include "cuda/attention_hopper/timing.h"
+#include "cuda/attention_hopper/variants.h"
+#include "cuda/attention_mma/timing.cuh"
+#include "kernels/attention/attention_hopper.h"
+#include "kernels/attention/attention_mma.h"
+#if ANNULUS_HAS_CUDNN
+#include "kernels/attention/cudnn_attention.h"
+#endif
+
+namespace annulus::testing {
+namespace {
+
+using kernels::HopperAttentionBlock;
+using kernels::HopperAttentionPartial;
+
+enum class TimedMask { kCausal, kFull, kDocuments, kWindow };
+
+struct Shape {
+  const char* name;
+  int64_t dim, v_dim, rows, heads, kv_heads;
+  TimedMask mask = TimedMask::kCausal;
+  int64_t extent = 0;  // of windows, and the mean of documents
+  bool variants = false;
+  int chunks = 1;  // of the keys, for the carry
+};
+
+constexpr Shape kShapes[] = {
+    {"causal", 128, 128, 32768, 16, 16, TimedMask::kCausal, 0, true},
+    {"full", 128, 128, 32768, 16, 16, TimedMask::kFull, 0, true},
+    {"causal", 128, 128, 8192, 16, 16, TimedMask::kCausal, 0, true},
+    {"full", 128, 128, 8192, 16, 16, TimedMask::kFull},
+    {"causal gqa", 128, 128, 32768, 32, 8},
+    {"documents of 4K", 128, 128, 32768, 16, 16, TimedMask::kDocuments, 4096, true},
+    {"window of 4K", 128, 128, 131072, 8, 8, TimedMask::kWindow, 4096},
+    {"full, 8 chunks", 128, 128, 65536, 8, 8, TimedMask::kFull, 0, false, 8},
+    {"causal", 128, 128, 1024, 16, 16},
+    {"causal", 64, 64, 32768, 16, 16, TimedMask::kCausal, 0, true},
+    {"full", 64, 64, 32768, 16, 16, TimedMask::kFull},
+    {"causal", 64, 64, 8192, 16, 16},
+    {"documents of 4K", 64, 64, 32768, 16, 16, TimedMask::kDocuments, 4096},
+    {"causal", 192, 128, 32768, 16, 16, TimedMask::kCausal, 0, true},
+    {"full", 192, 128, 32768, 16, 16, TimedMask::kFull},
+    {"causal", 192, 128, 8192, 16, 16},
+    {"documents of 4K", 192, 128, 32768, 16, 16, TimedMask::kDocuments, 4096},
+};
+
+// Bounds of the mask; returns the pairs of query and key that they allow.
+double FillTimedBounds(const Shape& shape, std::vector<int64_t>* lo, std::vector<int64_t>* hi) {
+  std::mt19937 rng(1);
+  double pairs = 0;
+  int64_t start = 0, end = 0;
+  lo->assign(Size(shape.rows), 0);
+  hi->assign(Size(shape.rows), shape.rows);
+  for (int64_t i = 0; i < shape.rows; ++i) {
+    if (i == end) start = i, end = i + 1 + static_cast<int64_t>(rng() % Size(2 * shape.extent + 1));
+    int64_t &first = (*lo)[Size(i)], &last = (*hi)[Size(i)];
+    if (shape.mask != TimedMask::kFull) last = i + 1;
+    if (shape.mask == TimedMask::kDocuments) first = start;
+    if (shape.mask == TimedMask::kWindow) first = std::max<int64_t>(0, i + 1 - shape.extent);
+    pairs += static_cast<double>(last - first);
+  }
+  return pairs;
+}
+
+std::vector<double> Download(const float* data, int64_t n) {
+  std::vector<float> host(Size(n));
+  CUDA(cudaMemcpy(host.data(), data, Size(n) * sizeof(float), cudaMemcpyDeviceToHost));
+  return Doubles(host);
+}
+std::vector<double> Download(const bf16* data, int64_t n) {
+  std::vector<bf16> host(Size(n));
+  CUDA(cudaMemcpy(host.data(), data, Size(n) * sizeof(bf16), cudaMemcpyDeviceToHost));
+  return Doubles(host);
+}
+
+double Difference(const std::vector<double>& x, const std::vector<double>& y) {
+  double square = 0, norm = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    square += (x[i] - y[i]) * (x[i] - y[i]);
+    norm += y[i] * y[i];
+  }
+  return std::sqrt(square / norm);
+}
+
+__global__ void FillMinusInfinity(float* x, int64_t n) {
+  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (i < n) x[i] = -INFINITY;
+}
+
+class Timing {
+ public:
+  explicit Timing(const Shape& shape)
+      : shape_(shape),
+        q_(shape.rows * shape.heads * shape.dim),
+        k_(shape.rows * shape.kv_heads * shape.dim),
+        v_(shape.rows * shape.kv_heads * shape.v_dim),
+        result_(shape.rows * shape.heads * shape.v_dim),
+        out_(shape.rows * shape.heads * shape.v_dim),
+        lse_(shape.rows * shape.heads),
+        lo_(shape.rows),
+        hi_(shape.rows),
+        workspace_(kernels::HopperAttentionForwardWorkspaceBytes(
+            {.q = {}, .k = {}, .v = {}, .q_rows = shape.rows, .batch = 1, .heads = shape.heads})) {
+    FillRandom<<<1024, 256>>>(q_.data, shape.rows * shape.heads * shape.dim, 1);
+    FillRandom<<<1024, 256>>>(k_.data, shape.rows * shape.kv_heads * shape.dim, 2);
+    FillRandom<<<1024, 256>>>(v_.data, shape.rows * shape.kv_heads * shape.v_dim, 3);
+    std::vector<int64_t> lo, hi;
+    flop_ = FillTimedBounds(shape, &lo, &hi) * static_cast<double>(shape.heads) * 2 *
+            static_cast<double>(shape.dim + shape.v_dim);
+    CUDA(cudaMemcpy(lo_.data, lo.data(), lo.size() * 8, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(hi_.data, hi.data(), hi.size() * 8, cudaMemcpyHostToDevice));
+    block_ = {.q = {q_.data, shape.heads * shape.dim, shape.heads * shape.dim},
+              .k = {k_.data, shape.kv_heads * shape.dim, shape.kv_heads * shape.dim},
+              .v = {v_.data, shape.kv_heads * shape.v_dim, shape.kv_heads * shape.v_dim},
+              .q_rows = shape.rows,
+              .k_rows = shape.rows,
+              .batch = 1,
+              .heads = shape.heads,
+              .kv_heads = shape.kv_heads,
+              .dim = shape.dim,
+              .v_dim = shape.v_dim,
+              .lo = lo_.data,
+              .hi = hi_.data,
+              .scale = static_cast<float>(1 / std::sqrt(double(shape.dim)))};
+    partial_ = {.out = {out_.data, shape.heads * shape.v_dim, shape.heads * shape.v_dim},
+                .lse = lse_.data,
+                .result = {}};
+    whole_ = {.out = {},
+              .lse = lse_.data,
+              .result = {result_.data, partial_.out.row_stride, partial_.out.row_stride}};
+  }
+
+  bool Run() {
+    std::printf("%3ld/%-3ld %-16s %6ld rows %2ld/%-2ld heads\n", long(shape_.dim), long(shape_.v_dim),
+                shape_.name, long(shape_.rows), long(shape_.heads), long(shape_.kv_heads));
+    const auto whole = [&](kernels::HopperForwardLauncher* launch) {
+      return [this, launch] { CUDA(launch(block_, whole_, workspace_.data, nullptr)); };
+    };
+    const auto shipped = [&] {
+      CUDA(kernels::HopperAttentionForwardWhole(block_, whole_.result, lse_.data, workspace_.data, nullptr));
+    };
+    CUDA(cudaMemset(result_.data, 0xFF, Size(shape_.rows * shape_.heads * shape_.v_dim) * 2));
+    Report("whole", shipped);
+    const std::vector<double> got = Download(result_.data, shape_.rows * shape_.heads * shape_.v_dim),
+                              got_lse = Download(lse_.data, shape_.rows * shape_.heads);
+    for (int i = 0; shape_.variants && i < kHopperForwardVariantCount; ++i) {
+      const HopperForwardVariant& variant = kHopperForwardVariants[i];
+      if (variant.dim == shape_.dim) Report(variant.name, whole(variant.launch));
+    }
+    Report("carry", [&] {
+      Reset();
+      CUDA(kernels::HopperAttentionForward(block_, partial_, workspace_.data, nullptr));
+    });
+    if (shape_.chunks > 1) Report("carry over chunks", [&] { Chunks(); });
+    const std::vector<double> carried = Download(out_.data, shape_.rows * shape_.heads * shape_.v_dim);
+    Cudnn();
+    Report("mma", [&] {
+      Reset();
+      CUDA(kernels::MmaAttentionForward(block_, partial_, nullptr));
+    });
+    const std::vector<double> want = Download(out_.data, shape_.rows * shape_.heads * shape_.v_dim),
+                              want_lse = Download(lse_.data, shape_.rows * shape_.heads);
+    const double differences[] = {Difference(got, want), Difference(carried, want),
+                                  Difference(got_lse, want_lse)};
+    // bf16 rounds to 2^-9, 1.1e-3 of the norm of random numbers; weights of both kernels are rounded apart.
+    const bool good = differences[0] < 4e-3 && differences[1] < 4e-3 && differences[2] < 1e-5;
+    std::printf("  %s against mma: whole %.1e, carry %.1e, LSE %.1e\n", good ? "ok  " : "FAIL",
+                differences[0], differences[1], differences[2]);
+    return good;
+  }
+
+ private:
+  template <typename Fn>
+  void Report(const char* name, Fn&& fn) {
+    const double seconds = MedianSeconds(fn, 5);
+    std::printf("    %-24s %9.3f ms %7.1f TFLOP/s\n", name, seconds * 1e3, flop_ / seconds * 1e-12);
+  }
+
+  // No keys seen.
+  void Reset() {
+    const int64_t n = shape_.rows * shape_.heads;
+    FillMinusInfinity<<<static_cast<unsigned>((n + 255) / 256), 256>>>(lse_.data, n);
+  }
+
+  void Chunks() {
+    Reset();
+    const int64_t rows = shape_.rows / shape_.chunks;
+    for (int64_t first = 0; first < shape_.rows; first += rows) {
+      HopperAttentionBlock chunk = block_;
+      chunk.k.data += first * chunk.k.row_stride;
+      chunk.v.data += first * chunk.v.row_stride;
+      chunk.k_rows = rows;
+      chunk.key_offset = first;
+      CUDA(kernels::HopperAttentionForward(chunk, partial_, workspace_.data, nullptr));
+    }
+  }
+
+  void Cudnn() {
+#if ANNULUS_HAS_CUDNN
+    if (shape_.mask != TimedMask::kCausal && shape_.mask != TimedMask::kFull) return;
+    auto library = kernels::CudnnAttention::Create();
+    const kernels::CudnnBlock block{
+        .heads = shape_.heads,
+        .kv_heads = shape_.kv_heads,
+        .q_rows = shape_.rows,
+        .k_rows = shape_.rows,
+        .dim = shape_.dim,
+        .v_dim = shape_.v_dim,
+        .mask = shape_.mask == TimedMask::kFull ? kernels::CudnnMask::kFull : kernels::CudnnMask::kCausal,
+        .scale = block_.scale,
+        .q = {block_.q.row_stride, block_.q.row_stride},
+        .k = {block_.k.row_stride, block_.k.row_stride},
+        .v = {block_.v.row_stride, block_.v.row_stride},
+        .out = {partial_.out.row_stride, partial_.out.row_stride},
+        .dout = {},
+        .dq = {},
+        .dk = {},
+        .dv = {}};
+    const auto bytes =
+        library.ok() ? (*library)->ForwardWorkspaceBytes(block) : absl::StatusOr<int64_t>(library.status());
+    if (!bytes.ok()) {
+      std::printf("    cuDNN: %s\n", std::string(bytes.status().message()).c_str());
+      return;
+    }
+    const DeviceArray<char> workspace(*bytes);
+    Report("cuDNN", [&] {
+      const absl::Status status = (*library)->Forward(
+          block, {q_.data, k_.data, v_.data, result_.data, lse_.data}, {workspace.data, *bytes, nullptr});
+      if (!status.ok()) std::printf("    cuDNN: %s\n", std::string(status.message()).c_str());
+    });
+#endif
+  }
+
+  const Shape shape_;
+  const DeviceArray<bf16> q_, k_, v_, result_;
+  const DeviceArray<float> out_, lse_;
+  const DeviceArray<int64_t> lo_, hi_;
+  const DeviceArray<char> workspace_;
+  HopperAttentionBlock block_;
+  HopperAttentionPartial partial_, whole_;
+  double flop_ = 0;
+};
+
+}  // namespace
+
+bool TimeForward() {
+  bool ok = true;
+  for (const Shape& shape : kShapes) ok = Timing(shape).Run() && ok;
+  return ok;
+}
+
+}  // namespace annulus::testing

@@ -1,0 +1,58 @@
+// The Hopper forward of block attention under emulation, against the naive double reference.
+
+#include <gtest/gtest.h>
+
+#include "cuda/attention_hopper/forward_check.h"
+#include "emulation/block.h"
+
+namespace annulus::testing {
+namespace {
+
+struct Heads {
+  int64_t dim, v_dim;
+};
+
+class EmulatedForward : public ::testing::TestWithParam<Heads> {
+ protected:
+  // Several seeds are several orders of what runs side by side.
+  void Check(Case c, int seeds = 2) {
+    c.dim = GetParam().dim;
+    c.v_dim = GetParam().v_dim;
+    for (int seed = 0; seed < seeds; ++seed) {
+      emulation::SetSeed(static_cast<uint32_t>(seed));
+      Prepared prepared = Prepare<bf16>(c, static_cast<uint32_t>(seed));
+      EXPECT_TRUE(CheckForward(prepared)) << c.name << ", seed " << seed;
+    }
+  }
+};
+
+// name, dim, v_dim, q_rows, k_rows, batch, heads, kv_heads, mask, chunks, striped
+TEST_P(EmulatedForward, OneRow) { Check({"one", 0, 0, 1, 1, 1, 1, 1}); }
+TEST_P(EmulatedForward, Causal) { Check({"causal", 0, 0, 256, 256, 1, 2, 2}); }
+TEST_P(EmulatedForward, SeveralKeyTiles) {
+  Check({"full, 5 key tiles", 0, 0, 10, 600, 1, 1, 1, Mask::kFull});
+}
+TEST_P(EmulatedForward, Tails) { Check({"full tails gqa", 0, 0, 129, 191, 2, 4, 2, Mask::kFull}); }
+TEST_P(EmulatedForward, EarlyQueries) {
+  Check({"causal early queries", 0, 0, 400, 255, 1, 2, 1, Mask::kCausal, 2});
+}
+TEST_P(EmulatedForward, Window) { Check({"window, far keys NaN", 0, 0, 140, 600, 2, 2, 1, Mask::kWindow}); }
+TEST_P(EmulatedForward, Documents) {
+  Check({"documents 4 chunks", 0, 0, 311, 311, 2, 2, 2, Mask::kDocuments, 4});
+}
+TEST_P(EmulatedForward, Striped) {
+  Check({"window 4 striped", 0, 0, 300, 300, 1, 2, 2, Mask::kWindow, 4, true});
+}
+TEST_P(EmulatedForward, Random) {
+  Check({"random 3 striped", 0, 0, 200, 300, 1, 3, 1, Mask::kRandom, 3, true});
+}
+TEST_P(EmulatedForward, ManyChunks) {
+  Check({"causal 16 chunks", 0, 0, 100, 217, 1, 2, 1, Mask::kCausal, 16});
+}
+
+INSTANTIATE_TEST_SUITE_P(Heads, EmulatedForward,
+                         ::testing::Values(Heads{64, 64}, Heads{128, 128}, Heads{192, 128}),
+                         [](const auto& info) { return "Dim" + std::to_string(info.param.dim); });
+
+}  // namespace
+}  // namespace annulus::testing
