@@ -25,7 +25,8 @@ absl::StatusOr<ProcessMesh> ProcessMesh::Create(const MeshShape& shape, Communic
                    .dp = {},
                    .cp = {},
                    .tp = {},
-                   .dp_cp = {}};
+                   .dp_cp = {},
+                   .traffic = {}};
   const MeshCoordinates& at = mesh.at;
   ANNULUS_ASSIGN_OR_RETURN(mesh.dp, world.Split(at.cp * shape.tp + at.tp, at.dp));
   ANNULUS_ASSIGN_OR_RETURN(mesh.cp, world.Split(at.dp * shape.tp + at.tp, at.cp));
@@ -39,6 +40,15 @@ absl::Status ProcessMesh::UseGpu(GpuLink link, Context& ctx) {
   ANNULUS_ASSIGN_OR_RETURN(cp, WithGpu(cp, link, ctx, "collectives cp"));
   ANNULUS_ASSIGN_OR_RETURN(tp, WithGpu(tp, link, ctx, "collectives tp"));
   ANNULUS_ASSIGN_OR_RETURN(dp_cp, WithGpu(dp_cp, link, ctx, "collectives dp_cp"));
+  return absl::OkStatus();
+}
+
+absl::Status ProcessMesh::CountTraffic(const std::string& host) {
+  ANNULUS_ASSIGN_OR_RETURN(std::vector<std::string> hosts, world.AllGatherStrings(host));
+  traffic = std::make_shared<TrafficCounter>(std::move(hosts), world.rank());
+  for (Communicator* group : {&dp, &cp, &tp, &dp_cp}) {
+    ANNULUS_ASSIGN_OR_RETURN(*group, WithTraffic(*group, traffic));
+  }
   return absl::OkStatus();
 }
 

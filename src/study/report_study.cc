@@ -282,7 +282,7 @@ void AddMemory(const StudyResults& results, const Panels& panels, HtmlPage* page
            page);
 }
 
-// Runs do not count what they send; then only simulated points have it.
+// Points that sent nothing, or did not count it, have none.
 void AddTraffic(const StudyResults& results, const Panels& panels, HtmlPage* page) {
   const auto sends = [](const std::optional<StepFigures>& figures) {
     return figures.has_value() && figures->bytes_inside_hosts + figures->bytes_between_hosts > 0;

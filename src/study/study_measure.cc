@@ -41,8 +41,8 @@ double MedianOf(const std::vector<Json>& steps, const char* name) {
   return Median(std::move(values));
 }
 
-int64_t Bytes(const Json& memory, const char* name) {
-  const Json value = memory.is_object() ? memory.value(name, Json(0)) : Json(0);
+int64_t Bytes(const Json& counts, const char* name) {
+  const Json value = counts.is_object() ? counts.value(name, Json(0)) : Json(0);
   return value.is_number() ? value.get<int64_t>() : 0;
 }
 
@@ -87,6 +87,9 @@ absl::StatusOr<StepFigures> FiguresOfRun(const std::string& run_dir, int64_t war
                     .workspace = Bytes(memory, "workspace"),
                     .exchange = Bytes(memory, "exchange")};
   figures.other_memory_bytes = Bytes(memory, "other");
+  const Json sent = lines.back().value("sent_bytes", Json::object());
+  figures.bytes_inside_hosts = Bytes(sent, "inside_hosts");
+  figures.bytes_between_hosts = Bytes(sent, "between_hosts");
   figures.plans = PlansOf(lines.back());
   return figures;
 }

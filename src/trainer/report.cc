@@ -235,6 +235,10 @@ std::string MetricsJson(const StepReport& report, const std::optional<Evaluation
   if (report.exposed_tensor_ms > 0) json["exposed_tensor_ms"] = report.exposed_tensor_ms;
   json["data_ms"] = report.data_ms;
   if (report.state_bytes > 0) json["state_bytes"] = report.state_bytes;
+  if (report.sent.has_value()) {
+    json["sent_bytes"] = {{"inside_hosts", report.sent->inside_hosts_bytes},
+                          {"between_hosts", report.sent->between_hosts_bytes}};
+  }
   json["memory_peak_bytes"] = report.memory_peak_bytes;
   if (!report.attention.empty()) json["attention"] = AttentionJson(report.attention);
   if (report.throttle_gb_per_second > 0) json["throttle_gb_per_second"] = report.throttle_gb_per_second;

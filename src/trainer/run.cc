@@ -392,6 +392,7 @@ absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const Ru
   Heart heart(config.spec.step_deadline_seconds, world.rank());
   heart.Watch({}, {}, start_up);
   ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, config.spec, device));
+  ANNULUS_RETURN_IF_ERROR(machine.mesh.CountTraffic(HostName()));
   ANNULUS_ASSIGN_OR_RETURN(const MemoryPlan planned, PlannedMemory(world, config.spec, machine.exchange));
   ANNULUS_RETURN_IF_ERROR(CheckPlanned(world, planned, config.spec, device));
   ANNULUS_ASSIGN_OR_RETURN(RunDirectory directory, RunDirectory::Open(world, config, options));

@@ -153,9 +153,10 @@ absl::StatusOr<StepReport> Trainer::Step(const Batch& batch, double data_seconds
     return mesh_.world.AgreeOk(Invalid("step ", step_ + 1, ": no token of the batch is counted in the loss"));
   }
 
-  // Waits of an evaluation before are not this step's.
+  // Waits and messages of an evaluation before are not this step's.
   (void)ctx_.waits.TakeSeconds(WaitKind::kExchange);
   (void)ctx_.waits.TakeSeconds(WaitKind::kTensor);
+  if (mesh_.traffic != nullptr) (void)mesh_.traffic->Take();
   ANNULUS_RETURN_IF_ERROR(ForwardBackward(batch, 1.0 / counted));
   ANNULUS_RETURN_IF_ERROR(optimizer_.FinishReduce(stats_.ref().Rows(0, 1)));
   ANNULUS_RETURN_IF_ERROR(mesh_.dp_cp.AllReduce(stats_.ref(), ReduceOp::kSum));
@@ -209,7 +210,17 @@ absl::Status Trainer::FillTimes(double seconds, double data_seconds, StepReport*
   report->tflops_causal = flops_.causal * per_rank;
   report->tflops_full = flops_.full * per_rank;
   report->peak_tflops = peak_tflops_;
+  ANNULUS_RETURN_IF_ERROR(FillTraffic(report));
   return FillMemory(report);
+}
+
+absl::Status Trainer::FillTraffic(StepReport* report) {
+  if (mesh_.traffic == nullptr) return absl::OkStatus();
+  const SentTraffic own = mesh_.traffic->Take();
+  int64_t sent[] = {own.inside_hosts_bytes, own.between_hosts_bytes};
+  ANNULUS_RETURN_IF_ERROR(mesh_.world.AllReduce(TensorRef(sent, DType::kI64, Device{}, {2}), ReduceOp::kSum));
+  report->sent = {.inside_hosts_bytes = sent[0], .between_hosts_bytes = sent[1]};
+  return absl::OkStatus();
 }
 
 MemoryPlan Trainer::MemoryHeld() const {
@@ -252,10 +263,25 @@ std::vector<AttentionReport> Trainer::AttentionReports() {
       const SpanClock::Spans spans = clocks_.Of(kind.attention, pass).Take();
       if (spans.count > 0)
         report.measured_ms = branches * spans.seconds * 1e3 / static_cast<double>(spans.count);
+      CountExchange(layer, pass, spans.count);
       reports.push_back(std::move(report));
     }
   }
   return reports;
+}
+
+// What the host's transport sends, the group has counted; others go past it.
+void Trainer::CountExchange(const AttentionCase& layer, Pass pass, int64_t runs) {
+  if (mesh_.traffic == nullptr) return;
+  const LatentDecision* decision = layer.latent ? geometry_.FindDecision(layer, pass) : nullptr;
+  const AttentionCase exchanged = decision != nullptr && !decision->latents ? Expanded(layer) : layer;
+  const AttentionGeometry::Schedule* schedule = geometry_.FindSchedule(exchanged, pass);
+  if (schedule == nullptr || schedule->choice.transport == TransportKind::kHost) return;
+  for (const auto& [ends, bytes] : BytesSentIn(exchanged, schedule->plan)) {
+    MeshCoordinates peer = mesh_.at;
+    peer.cp = ends.second;
+    if (ends.first == mesh_.at.cp) mesh_.traffic->Add(WorldRankOf(mesh_.shape, peer), runs * bytes);
+  }
 }
 
 // What was planned for a layer, or for a branch of it.

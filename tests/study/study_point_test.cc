@@ -130,7 +130,8 @@ TEST_F(StudyJobTest, FiguresAreMediansOfTheStepsThatCount) {
     absl::StrAppend(
         &lines, "{\"step_ms\":", ms, ",\"exposed_exchange_ms\":2,\"exposed_reduce_ms\":3,\"data_ms\":1,",
         "\"tokens_per_second\":", 1000 / ms, ",\"attention\":[{\"pass\":\"forward\",\"plan\":\"kv_ring\",",
-        "\"transport\":\"host\"}],\"memory_bytes\":{\"parameters\":5,\"other\":7}}\n");
+        "\"transport\":\"host\"}],\"sent_bytes\":{\"inside_hosts\":11,\"between_hosts\":13},",
+        "\"memory_bytes\":{\"parameters\":5,\"other\":7}}\n");
   }
   ASSERT_TRUE(WriteFileAtomically(folder_ + "/metrics.jsonl", lines).ok());
   const auto figures = FiguresOfRun(folder_, 1, 3);
@@ -142,6 +143,8 @@ TEST_F(StudyJobTest, FiguresAreMediansOfTheStepsThatCount) {
   EXPECT_DOUBLE_EQ(figures->tokens_per_second, 50);
   EXPECT_EQ(figures->memory.parameters, 5);
   EXPECT_EQ(figures->other_memory_bytes, 7);
+  EXPECT_EQ(figures->bytes_inside_hosts, 11);
+  EXPECT_EQ(figures->bytes_between_hosts, 13);
   EXPECT_EQ(figures->plans, std::vector<std::string>{"forward: kv_ring by host"});
   EXPECT_TRUE(absl::EndsWith(FiguresOfRun(folder_, 1, 4).status().message(), "4 steps, expected 5"));
   ASSERT_TRUE(WriteFileAtomically(folder_ + "/metrics.jsonl", lines + "{\"step_m").ok());

@@ -119,6 +119,11 @@ class StudyTest : public ::testing::Test {
       EXPECT_TRUE(json.contains("predicted")) << text;
       ASSERT_TRUE(json.contains("measured")) << text;
       EXPECT_GT(json["measured"]["step_seconds"].get<double>(), 0) << text;
+      const auto sent = [&](const char* kind) { return json[kind]["bytes_inside_hosts"].get<double>(); };
+      EXPECT_EQ(sent("measured") > 0, json["point"]["ranks"] > 1) << text;
+      // What is not predicted: the sums of the loss and of the gradients' squares, a few numbers a rank.
+      EXPECT_NEAR(sent("measured"), sent("predicted"), 1024) << text;
+      EXPECT_EQ(json["measured"]["bytes_between_hosts"], 0) << text;
     }
     const std::string csv = Contents(folder_.path() + "/out/results.csv");
     for (const auto& [id, text] : results) EXPECT_TRUE(absl::StrContains(csv, id)) << id;

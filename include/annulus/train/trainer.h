@@ -48,6 +48,7 @@ struct StepReport {
   double exposed_reduce_ms = 0;
   double data_ms = 0;
   double exposed_tensor_ms = 0;  // for tokens and sums of tensor parallelism
+  std::optional<SentTraffic> sent = {};  // by all ranks; nothing where the mesh does not count
   // Sent by state-space layers, states and rows before convolutions; of the rank that sent most.
   int64_t state_bytes = 0;
   // Of the largest rank. On CPUs the most that was ever resident; on GPUs what is in use on the rank's GPU
@@ -112,6 +113,8 @@ class Trainer {
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
   std::vector<AttentionReport> AttentionReports();
   AttentionReport PlannedReport(const AttentionCase& layer, Pass pass) const;
+  void CountExchange(const AttentionCase& layer, Pass pass, int64_t runs);
+  absl::Status FillTraffic(StepReport* report);
   absl::Status FillMemory(StepReport* report);
   MemoryPlan MemoryHeld() const;
 
