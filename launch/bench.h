@@ -42,7 +42,7 @@ struct Bench {
   absl::StatusOr<TensorRef> Random(const Shape& shape, uint64_t seed) const;
   // Median over repeats of the slowest rank's seconds; after `fn` has run twice. Collective.
   absl::StatusOr<double> Seconds(const std::function<absl::Status()>& fn) const;
-  // Of the run with the median seconds. `repeats.calls` and `repeats.take` mean nothing to it. Collective.
+  // Of the run with the median seconds. `repeats.calls` means nothing to it. Collective.
   absl::StatusOr<ExchangeTime> MedianExchange(const Repeats& repeats,
                                               const std::function<absl::Status()>& fn) const;
   // Prints a result on rank 0, after what all results have in common. One of throttled links has been given

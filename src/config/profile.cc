@@ -129,6 +129,8 @@ NetworkProfile BindNetwork(const Section& section) {
   network.ranks_per_host = static_cast<int>(ranks);
   for (const Section& link : section.Children("link")) network.links.push_back(BindLink(link));
   section.Real("host_bytes_per_second", Presence::kOptional, kAtLeastZero, &network.host_bytes_per_second);
+  network.collectives = BindPoints(section, "collective", Presence::kOptional);
+  section.Real("collective_slowdown", Presence::kOptional, kSlowdown, &network.collective_slowdown);
   return network;
 }
 
@@ -179,6 +181,7 @@ void BindRates(const Section& root, Presence presence, MachineProfile* profile) 
   SetPoints(root, "product", Presence::kOptional, &profile->products);
   SetPoints(root, "product_gradients", Presence::kOptional, &profile->product_gradients);
   SetPoints(root, "collective", Presence::kOptional, &profile->collectives);
+  root.Real("collective_slowdown", Presence::kOptional, kSlowdown, &profile->collective_slowdown);
   SetAll(root, "scan", BindScan, &profile->scans);
   SetAll(root, "pass", BindPass, &profile->passes);
   SetAll(root, "link", BindLink, &profile->links);
@@ -274,6 +277,8 @@ void WriteMachine(const MachineProfile& profile, config::MachineProfile* out) {
     network->set_ranks_per_host(profile.network.ranks_per_host);
     for (const LinkRate& link : profile.network.links) WriteLink(link, network->add_link());
     network->set_host_bytes_per_second(profile.network.host_bytes_per_second);
+    WritePoints(profile.network.collectives, network->mutable_collective());
+    network->set_collective_slowdown(profile.network.collective_slowdown);
   }
   if (profile.reliability != ReliabilityProfile()) {
     config::Reliability* reliability = out->mutable_reliability();
@@ -313,6 +318,7 @@ std::string ProfileText(const MachineProfile& profile) {
   for (const ScanRate& rate : profile.scans) WriteScan(rate, message.add_scan());
   for (const PassRate& rate : profile.passes) WritePass(rate, message.add_pass());
   WritePoints(profile.collectives, message.mutable_collective());
+  message.set_collective_slowdown(profile.collective_slowdown);
   WriteMachine(profile, &message);
   for (const LinkRate& link : profile.links) WriteLink(link, message.add_link());
   for (const AttentionRate& rate : profile.attention) WriteAttention(rate, message.add_attention());

@@ -98,6 +98,7 @@ void SetRates(const LinkRate& link, const LinkRate* between, const MachineProfil
   cost->link_bytes_per_second = [=](int from, int to) { return from / each == to / each ? rate : far; };
   cost->message_overhead_seconds = std::max(inside.overhead, outside.overhead);
   cost->message_seconds = std::max(inside.latency, outside.latency);
+  cost->computing_slowdown = std::max(link.computing_slowdown, between->computing_slowdown);
 }
 
 const LinkRate* FindIn(const std::vector<LinkRate>& links, TransportKind transport) {
@@ -108,6 +109,13 @@ const LinkRate* FindIn(const std::vector<LinkRate>& links, TransportKind transpo
 
 bool OnSeveralHosts(const MachineProfile& machine, int ranks) {
   return machine.network.ranks_per_host > 0 && ranks > machine.network.ranks_per_host;
+}
+
+// Between ranks of a host. Ranks that are alone on their hosts have none, and need none.
+const LinkRate* FindInside(const MachineProfile& machine, TransportKind transport) {
+  const LinkRate* link = FindIn(machine.links, transport);
+  if (link != nullptr || machine.network.ranks_per_host != 1) return link;
+  return FindIn(machine.network.links, transport);
 }
 
 }  // namespace
@@ -135,7 +143,7 @@ absl::Status CheckLinks(const MachineProfile& machine, TransportKind transport, 
     return Invalid("machine profile of ", machine.device, ": no rates of messages", where, " by ",
                    Name(transport), expected);
   };
-  if (FindIn(machine.links, transport) == nullptr) {
+  if (FindInside(machine, transport) == nullptr) {
     return missing("", machine.measured && machine.ranks == 1
                            ? ", as it was measured with 1 rank: expected a profile that launch/mpirun -n 2 "
                              "annulus calibrate wrote"
@@ -152,7 +160,7 @@ ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan,
   const auto row_bytes = std::make_shared<RowBytes>(layer, plan);
   cost.row_bytes = [row_bytes](const SlotSpec& slot) { return static_cast<double>(row_bytes->Of(slot)); };
   const auto ranks = static_cast<int>(plan.ranks.size());
-  const LinkRate* link = FindIn(machine.links, transport);
+  const LinkRate* link = FindInside(machine, transport);
   if (link == nullptr) return cost;  // one rank
   const bool several = OnSeveralHosts(machine, ranks);
   SetRates(*link, several ? FindIn(machine.network.links, transport) : nullptr, machine, throttle,

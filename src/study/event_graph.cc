@@ -1,5 +1,6 @@
 // Events are ends of computing, of latencies and of flows. Whatever changes how many flows share a link marks
-// the link; once all events of an instant are over, the flows of marked links get their rates anew.
+// the link; once all events of an instant are over, the flows of marked links get their rates anew. What
+// slows computing down, or no longer does, gives the task that runs another end at once.
 
 #include "annulus/study/event_graph.h"
 
@@ -42,6 +43,7 @@ TaskId EventGraph::Compute(int rank, double seconds, absl::Span<const TaskId> af
   const auto r = static_cast<size_t>(rank);
   if (r >= last_of_rank_.size()) last_of_rank_.resize(r + 1, kNoTask);
   const TaskId id = Add(Kind::kCompute, seconds, after);
+  tasks_.back().of = rank;
   const TaskId before = std::exchange(last_of_rank_[r], id);
   if (before != kNoTask) after_.push_back(before);
   return id;
@@ -49,11 +51,13 @@ TaskId EventGraph::Compute(int rank, double seconds, absl::Span<const TaskId> af
 
 TaskId EventGraph::Transfer(const Flow& flow, absl::Span<const TaskId> after) {
   const TaskId id = Add(Kind::kTransfer, flow.bytes, after);
-  tasks_.back().flow = static_cast<int32_t>(flows_.size());
+  tasks_.back().of = static_cast<int32_t>(flows_.size());
   flows_.push_back({.latency_seconds = flow.latency_seconds,
                     .bytes_per_second = RateOr(flow.bytes_per_second),
                     .first_link = static_cast<uint32_t>(flow_links_.size()),
-                    .links = static_cast<uint32_t>(flow.links.size())});
+                    .links = static_cast<uint32_t>(flow.links.size()),
+                    .slowed_rank = flow.slowdown > 1 ? flow.slowed_rank : -1,
+                    .slowdown = flow.slowdown});
   for (const int link : flow.links) {
     ANNULUS_CHECK(link >= 0 && static_cast<size_t>(link) < links_.size()) << "link " << link;
     flow_links_.push_back(link);
@@ -75,7 +79,12 @@ class EventRun {
         slot_of_(graph.flows_.size(), kNotFlowing),
         place_(graph.flow_links_.size()),
         on_link_(graph.links_.size()),
-        marked_(graph.links_.size()) {}
+        marked_(graph.links_.size()) {
+    size_t ranks = graph.last_of_rank_.size();
+    for (const EventGraph::FlowLimits& flow : graph.flows_)
+      ranks = std::max(ranks, static_cast<size_t>(flow.slowed_rank + 1));
+    computing_.resize(ranks);
+  }
 
   std::vector<TaskTiming> Run() {
     FindWaiters();
@@ -107,6 +116,13 @@ class EventRun {
     double left = 0, per_second = 0, since = 0;
     double ends = kUnlimited;   // at this rate
     double alarm = kUnlimited;  // its first event
+  };
+  // What a rank computes, and the flows that slow it down.
+  struct Computing {
+    TaskId task = kNoTask;
+    double left = 0, since = 0, ends = 0;  // seconds of work alone; when they were left; when they are done
+    double slowdown = 1;
+    std::vector<double> slowdowns = {};  // of the flows
   };
   enum class Happens : uint8_t { kEnd, kLatencyOver, kFlowEnds };
   struct Event {
@@ -152,7 +168,9 @@ class EventRun {
     timings_[static_cast<size_t>(id)].start = now;
     if (task.kind != EventGraph::Kind::kTransfer) {
       if (task.amount == 0) return End(id, now);
-      return Push(now + task.amount, Happens::kEnd, id);
+      Computing& computing = computing_[static_cast<size_t>(task.of)];
+      computing.task = id, computing.left = task.amount, computing.since = now;
+      return SetEnd(&computing);
     }
     const double latency = FlowOf(id).latency_seconds;
     if (latency > 0) return Push(now + latency, Happens::kLatencyOver, id);
@@ -161,8 +179,12 @@ class EventRun {
 
   void Handle(const Event& event, double now) {
     switch (event.happens) {
-      case Happens::kEnd:
+      case Happens::kEnd: {
+        Computing& computing = computing_[static_cast<size_t>(TaskOf(event.task).of)];
+        if (computing.task != event.task || computing.ends != event.time) return;  // it has another end since
+        computing.task = kNoTask;
         return End(event.task, now);
+      }
       case Happens::kLatencyOver:
         return BeginFlow(event.task, now);
       case Happens::kFlowEnds: {
@@ -185,6 +207,35 @@ class EventRun {
     }
   }
 
+  void SetEnd(Computing* computing) {
+    computing->ends = computing->since + computing->left * computing->slowdown;
+    Push(computing->ends, Happens::kEnd, computing->task);
+  }
+
+  void SlowDown(const EventGraph::FlowLimits& flow, double now) {
+    if (flow.slowed_rank < 0) return;
+    Computing& computing = computing_[static_cast<size_t>(flow.slowed_rank)];
+    computing.slowdowns.push_back(flow.slowdown);
+    SetSlowdown(&computing, now);
+  }
+  void SpeedUp(const EventGraph::FlowLimits& flow, double now) {
+    if (flow.slowed_rank < 0) return;
+    Computing& computing = computing_[static_cast<size_t>(flow.slowed_rank)];
+    std::vector<double>& all = computing.slowdowns;
+    all.erase(std::find(all.begin(), all.end(), flow.slowdown));
+    SetSlowdown(&computing, now);
+  }
+  void SetSlowdown(Computing* computing, double now) {
+    double most = 1;
+    for (const double slowdown : computing->slowdowns) most = std::max(most, slowdown);
+    if (most == computing->slowdown) return;
+    const double before = std::exchange(computing->slowdown, most);
+    if (computing->task == kNoTask) return;
+    computing->left = std::max(0.0, computing->left - (now - computing->since) / before);
+    computing->since = now;
+    SetEnd(computing);
+  }
+
   void BeginFlow(TaskId id, double now) {
     const EventGraph::Task& task = TaskOf(id);
     if (task.amount == 0) return End(id, now);
@@ -199,6 +250,7 @@ class EventRun {
     SlotOf(id) = static_cast<int32_t>(slot);
     begun_.push_back(id);
     const EventGraph::FlowLimits& flow = FlowOf(id);
+    SlowDown(flow, now);
     for (uint32_t i = flow.first_link; i < flow.first_link + flow.links; ++i) {
       std::vector<Member>& members = on_link_[LinkAt(i)];
       place_[i] = static_cast<uint32_t>(members.size());
@@ -209,6 +261,7 @@ class EventRun {
 
   void EndFlow(TaskId id, double now) {
     const EventGraph::FlowLimits& flow = FlowOf(id);
+    SpeedUp(flow, now);
     for (uint32_t i = flow.first_link; i < flow.first_link + flow.links; ++i) {
       std::vector<Member>& members = on_link_[LinkAt(i)];
       members[place_[i]] = members.back();
@@ -262,9 +315,9 @@ class EventRun {
 
   const EventGraph::Task& TaskOf(TaskId id) const { return graph_.tasks_[static_cast<size_t>(id)]; }
   const EventGraph::FlowLimits& FlowOf(TaskId id) const {
-    return graph_.flows_[static_cast<size_t>(TaskOf(id).flow)];
+    return graph_.flows_[static_cast<size_t>(TaskOf(id).of)];
   }
-  int32_t& SlotOf(TaskId id) { return slot_of_[static_cast<size_t>(TaskOf(id).flow)]; }
+  int32_t& SlotOf(TaskId id) { return slot_of_[static_cast<size_t>(TaskOf(id).of)]; }
   size_t LinkAt(uint32_t entry) const { return static_cast<size_t>(graph_.flow_links_[entry]); }
 
   struct Member {
@@ -277,6 +330,7 @@ class EventRun {
   std::vector<uint32_t> waits_for_;     // tasks
   std::vector<uint32_t> first_waiter_;  // of waiters_
   std::vector<TaskId> waiters_;
+  std::vector<Computing> computing_;  // by rank
   std::vector<Flowing> flowing_;
   std::vector<size_t> free_;      // of flowing_
   std::vector<int32_t> slot_of_;  // by flow, of flowing_

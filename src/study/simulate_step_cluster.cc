@@ -32,7 +32,7 @@ Cluster::Cluster(int ranks, int simulated, const MachineProfile& machine, Patter
       simulated_(simulated),
       ranks_per_host_(machine.network.ranks_per_host > 0 ? machine.network.ranks_per_host : ranks) {
   const double inside = BestRate(machine.links, machine.collectives);
-  const double between = BestRate(machine.network.links, {});
+  const double between = BestRate(machine.network.links, machine.network.collectives);
   const auto ports = [&](double rate) { return Ports{graph_->AddLink(rate), graph_->AddLink(rate)}; };
   for (int r = 0; r < simulated; ++r) {
     inside_.push_back(ports(inside));
@@ -82,11 +82,15 @@ double Cluster::RoundSeconds(const RankGroup& group) const {
   return seconds;
 }
 
+const std::vector<RatePoint>& Cluster::CollectivesOf(Where where) const {
+  return where == Where::kInside ? machine_.collectives : machine_.network.collectives;
+}
+
 // Of what a rank sends to `peers` others; in rings it goes on in one stream. 0: as the links allow.
 double Cluster::RateOf(Where where, double bytes, int peers) const {
-  if (where == Where::kInside && !machine_.collectives.empty()) {
-    const RatePoint& least = machine_.collectives.front();  // what is smaller takes as long
-    return RateAt(machine_.collectives, bytes) * std::min(1.0, bytes / least.size);
+  if (const std::vector<RatePoint>& rates = CollectivesOf(where); !rates.empty()) {
+    const RatePoint& least = rates.front();  // what is smaller takes as long
+    return RateAt(rates, bytes) * std::min(1.0, bytes / least.size);
   }
   const LinkRate* link = LinkOf(where);
   if (link == nullptr || link->one_way.empty()) return 0;
@@ -114,8 +118,6 @@ SentBytes Cluster::SentIn(const RankGroup& group, int64_t bytes) const {
 
 TaskId Cluster::Collective(const RankGroup& group, int64_t bytes, TaskId begin) {
   if (group.size == 1 || bytes == 0) return begin;
-  const bool rated = group.hosts == 1 && !machine_.collectives.empty();  // latency included
-  const double latency = rated ? 0 : RoundSeconds(group);
   const double each = static_cast<double>(bytes) / group.size;
   std::vector<TaskId> flows;
   for (size_t i = 0; i < group.ranks.size(); ++i) {
@@ -127,12 +129,16 @@ TaskId Cluster::Collective(const RankGroup& group, int64_t bytes, TaskId begin) 
     for (const Where where : {Where::kInside, Where::kBetween}) {
       const double part = each * (where == Where::kInside ? 1 - share : share);
       if (part == 0) continue;
-      const int peers = std::max(1, where == Where::kInside ? here - 1 : elsewhere);
-      flows.push_back(graph_->Transfer({.bytes = part,
-                                        .latency_seconds = latency,
-                                        .bytes_per_second = RateOf(where, part, peers),
-                                        .links = LinksOf(where, group.ranks[i], true, true)},
-                                       {begin}));
+      const bool inside = where == Where::kInside;
+      const int peers = std::max(1, inside ? here - 1 : elsewhere);
+      flows.push_back(graph_->Transfer(
+          {.bytes = part,
+           .latency_seconds = CollectivesOf(where).empty() ? RoundSeconds(group) : 0,  // rates include it
+           .bytes_per_second = RateOf(where, part, peers),
+           .links = LinksOf(where, group.ranks[i], true, true),
+           .slowed_rank = group.ranks[i],
+           .slowdown = inside ? machine_.collective_slowdown : machine_.network.collective_slowdown},
+          {begin}));
     }
   }
   return graph_->Join(flows);

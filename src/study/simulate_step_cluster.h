@@ -8,7 +8,8 @@
 //
 // Collectives. NCCL moves in rings, each leaving a host from another of its ranks: of what a ring's rank
 // sends, a host's ranks together send as much to the next host. MPI sends each part to its rank directly.
-// Either way every rank sends the same, and gets as much as it sends, so that one flow is both.
+// Either way every rank sends the same, and gets as much as it sends, so that one flow is both. Ranks compute
+// slower while they take part in one, as the profile says.
 
 #include <cstdint>
 #include <vector>
@@ -75,6 +76,7 @@ class Cluster {
   // Of messages one behind the other until all of a group know something of all, along a tree. A ring takes
   // as long besides its bytes: it passes pieces on as they come.
   double RoundSeconds(const RankGroup& group) const;
+  const std::vector<RatePoint>& CollectivesOf(Where where) const;
   double RateOf(Where where, double bytes, int peers) const;
   std::vector<int> LinksOf(Where where, int rank, bool out, bool in) const;
   void AddFlow(Where where, int rank, int64_t out, int64_t in, TaskId begin, std::vector<TaskId>* flows);

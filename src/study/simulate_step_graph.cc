@@ -115,6 +115,7 @@ void StepGraph::AddStep(int step) {
   counted_ = step == kSteps - 1;
   for (RankState& rank : ranks_) rank.account_begins = rank.last;
   reduced_.assign(cost_.buckets.size(), 0);
+  if (shape_.dp > 1) SumNumbers();  // the tokens that count
   const int64_t micro_batches = std::min<int64_t>(cost_.micro_batches, 3);
   for (int64_t micro = 0; micro < micro_batches; ++micro) AddMicroBatch(micro, micro_batches);
   for (size_t bucket = 0; bucket < cost_.buckets.size(); ++bucket) {
@@ -236,13 +237,30 @@ void StepGraph::WaitForParameters(const LayerCost& layer) {
 
 void StepGraph::Reduce(int bucket) {
   reduced_[static_cast<size_t>(bucket)] = 1;
+  const TaskId summed = SumReplicated(bucket);
   for (Lane& lane : lanes_) {
-    if (lane.group.size == 1) continue;
+    if (lane.group.size == 1 && summed == kNoTask) continue;
     const int64_t sent = cost_.buckets[static_cast<size_t>(bucket)].gradient_bytes * (lane.group.size - 1);
     lane.all_here = JoinArrivals(lane.group);
-    lane.last = cluster_.Collective(lane.group, sent, graph_.Join({lane.all_here, lane.last}));
+    lane.last = cluster_.Collective(lane.group, sent, graph_.Join({lane.all_here, lane.last, summed}));
     CountSent(cluster_.SentIn(lane.group, sent));
   }
+}
+
+// Over the tensor-parallel groups, parts to their ranks and sums to all; behind the reductions before. When
+// all groups have done so, as those are alike.
+TaskId StepGraph::SumReplicated(int bucket) {
+  const int64_t bytes = cost_.buckets[static_cast<size_t>(bucket)].replicated_bytes;
+  if (bytes == 0) return kNoTask;
+  std::vector<TaskId> sums;
+  for (const RankGroup& group : tp_groups_) {
+    const int64_t sent = 2 * bytes * (group.size - 1);
+    std::vector<TaskId> before = {JoinArrivals(group)};
+    for (const int r : group.ranks) before.push_back(LaneOf(r).last);
+    sums.push_back(cluster_.Collective(group, sent, graph_.Join(before)));
+    CountSent(replicas() * cluster_.SentIn(group, sent));
+  }
+  return graph_.Join(sums);
 }
 
 // The step ends with it. Behind all reductions: the norm, then bucket by bucket the rank's shard, which is
@@ -256,14 +274,7 @@ void StepGraph::Update() {
     Account(r, lane.all_here, Share::kBubble);
     Account(r, lane.last, Share::kGradients);
   }
-  if (world_.size > 1) {
-    const TaskId all_here = JoinArrivals(world_), norm = cluster_.SmallSum(world_, all_here);
-    for (const int r : world_.ranks) {
-      StateOf(r).waits_for = {norm};
-      Account(r, all_here, Share::kBubble);
-      Account(r, norm, Share::kGradients);
-    }
-  }
+  SumNumbers();  // the norm
   for (size_t b = 0; b < cost_.buckets.size(); ++b) {
     AddCompute(cost_.buckets[b].update_seconds);
     for (Lane& lane : lanes_) {
@@ -275,7 +286,19 @@ void StepGraph::Update() {
       CountSent(cluster_.SentIn(lane.group, sent));
     }
   }
+  SumNumbers();  // what each rank measured, for the report
   for (int r = 0; r < simulated_; ++r) ComputeOn(r, 0);
+}
+
+// Over all ranks, each of which waits for it.
+void StepGraph::SumNumbers() {
+  if (world_.size == 1) return;
+  const TaskId all_here = JoinArrivals(world_), sum = cluster_.SmallSum(world_, all_here);
+  for (const int r : world_.ranks) {
+    StateOf(r).waits_for = {sum};
+    Account(r, all_here, Share::kBubble);
+    Account(r, sum, Share::kGradients);
+  }
 }
 
 // Of computing: slower ranks, and jitter with a mean of 1.

@@ -79,7 +79,9 @@ class StepGraph {
   void WaitForMeanwhile();
   void WaitForParameters(const LayerCost& layer);
   void Reduce(int bucket);
+  TaskId SumReplicated(int bucket);
   void Update();
+  void SumNumbers();
 
   RankState& StateOf(int rank) { return ranks_[static_cast<size_t>(rank)]; }
   Lane& LaneOf(int rank) { return lanes_[static_cast<size_t>(rank % shape_.tp)]; }

@@ -231,8 +231,10 @@ class Builder {
       const Bucket& bucket = table_.buckets[b];
       const int64_t elements = (bucket.elements + shards_ - 1) / shards_ * shards_;
       const DType held = bucket.wide ? AccumOf(dtype) : dtype;
-      BucketCost cost{.gradient_bytes = elements * SizeOf(AccumOf(dtype)),
-                      .parameter_bytes = elements * SizeOf(held)};
+      BucketCost cost{
+          .gradient_bytes = elements * SizeOf(AccumOf(dtype)),
+          .parameter_bytes = elements * SizeOf(held),
+          .replicated_bytes = spec_.parallel.tp > 1 ? bucket.replicated * SizeOf(AccumOf(dtype)) : 0};
       const double shard = static_cast<double>(elements / shards_);
       const auto parameters =
           std::count_if(table_.params.begin(), table_.params.end(),

@@ -9,12 +9,11 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
 #include "annulus/base/file.h"
-#include "annulus/comm/exchange_bench.h"
 #include "annulus/device/gpu.h"
 #include "annulus/ops/elementwise.h"
-#include "annulus/train/measure.h"
+#include "annulus/train/profile.h"
 #include "annulus/train/report.h"
-#include "calibrate_kernels.h"
+#include "calibrate_links.h"
 
 namespace annulus {
 namespace {
@@ -69,86 +68,19 @@ absl::StatusOr<std::vector<RatePoint>> MeasureCopies(Context& ctx, Communicator 
   std::vector<RatePoint> points;
   for (int64_t bytes = 64 * kKiB; bytes <= most; bytes *= 16) {
     const Tensor from(ctx.device, DType::kF32, {bytes / 4}), to(ctx.device, DType::kF32, {bytes / 4});
-    const int64_t calls = std::clamp<int64_t>(16 * kMiB / bytes, 1, 16);
-    ANNULUS_ASSIGN_OR_RETURN(const double seconds,
-                             SecondsOf(ctx, world, {.timed = 5, .calls = calls, .take = StatisticFor(ctx)},
-                                       [&] { return Copy(ctx, from.ref(), to.ref()); }));
-    const double touched = 2.0 * static_cast<double>(bytes);
-    points.push_back({.size = touched, .per_second = Rounded(touched / seconds)});
+    ANNULUS_ASSIGN_OR_RETURN(const RatePoint rate,
+                             MeasureRate(ctx, world, 2.0 * static_cast<double>(bytes),
+                                         [&] { return Copy(ctx, from.ref(), to.ref()); }));
+    points.push_back(rate);
   }
   return points;
 }
 
 absl::StatusOr<double> MeasureLaunch(Context& ctx, Communicator world) {
-  constexpr int64_t kLaunches = 200;
   const Tensor x(ctx.device, DType::kF32, {1}), y(ctx.device, DType::kF32, {1});
-  ANNULUS_ASSIGN_OR_RETURN(const double seconds,
-                           SecondsOf(ctx, world, {.timed = 5, .calls = kLaunches, .take = StatisticFor(ctx)},
-                                     [&] { return AddInPlace(ctx, x.ref(), y.ref()); }));
-  return Rounded(seconds);
-}
-
-// Of one transport. `compute` is what its messages may slow down.
-absl::StatusOr<LinkRate> MeasureLink(Context& ctx, Communicator cp, ExchangeTransport& transport,
-                                     const std::function<absl::Status()>& compute) {
-  constexpr int kRepeats = 5;
-  constexpr double kLongSeconds = 2e-3;  // a message that takes as long is at its full rate
-  const bool cpu = ctx.device.kind == DeviceKind::kCpu;
-  LinkRate link{.transport = transport.kind(), .one_way = {}, .both_ways = {}};
-  for (int64_t bytes = 4 * kKiB; bytes <= (cpu ? 4 : 256) * kMiB; bytes *= 4) {
-    ANNULUS_ASSIGN_OR_RETURN(const ExchangeRate rate, MeasureExchange(ctx, cp, transport, bytes, kRepeats));
-    const double one_way = rate.one_way_gb_per_second * 1e9, both_ways = rate.both_ways_gb_per_second * 1e9;
-    link.one_way.push_back({.size = static_cast<double>(bytes), .per_second = Rounded(one_way)});
-    // Half of the bytes went each way.
-    link.both_ways.push_back({.size = static_cast<double>(bytes / 2), .per_second = Rounded(both_ways)});
-    if (static_cast<double>(bytes) > kLongSeconds * std::min(one_way, both_ways)) break;
-  }
-  ANNULUS_ASSIGN_OR_RETURN(const double seconds, MeasureMessageSeconds(ctx, cp, transport, kRepeats));
-  link.message_seconds = Rounded(seconds);
-  ANNULUS_ASSIGN_OR_RETURN(link.computing_slowdown,
-                           MeasureSlowdown(ctx, cp, transport, cpu ? kMiB : 16 * kMiB, compute, kRepeats));
-  link.computing_slowdown = Rounded(link.computing_slowdown);
-  return link;
-}
-
-// Of every transport that the group can use.
-absl::StatusOr<std::vector<LinkRate>> MeasureLinks(Machine& machine, const CalibrationHeads& heads) {
-  Context& ctx = *machine.ctx;
-  ArenaScope scope(ctx.scratch);
-  CalibrationBlock block(ctx, heads, ctx.device.kind == DeviceKind::kCpu ? 256 : 8192);
-  ANNULUS_RETURN_IF_ERROR(machine.mesh.cp.AgreeOk(block.Make()));
-  block.Mask(MaskShape::kFull);
-  std::vector<LinkRate> links;
-  for (const TransportKind kind : machine.exchange.available) {
-    ANNULUS_ASSIGN_OR_RETURN(const std::unique_ptr<ExchangeTransport> transport,
-                             MakeTransport(kind, machine.mesh.cp, ctx));
-    ANNULUS_ASSIGN_OR_RETURN(const LinkRate link, MeasureLink(ctx, machine.mesh.cp, *transport, [&] {
-                               return block.RunWhole(Pass::kForward);
-                             }));
-    links.push_back(link);
-  }
-  return links;
-}
-
-// Of reduce-scatter and all-gather, which gradients and parameters pass through.
-absl::StatusOr<std::vector<RatePoint>> MeasureCollectives(Context& ctx, Communicator group) {
-  const int64_t most = ctx.device.kind == DeviceKind::kCpu ? 16 * kMiB : 512 * kMiB, ranks = group.size();
-  std::vector<RatePoint> points;
-  for (int64_t bytes = 16 * kKiB; bytes <= most; bytes *= 8) {
-    ArenaScope scope(ctx.scratch);
-    const int64_t part = bytes / SizeOf(DType::kF32) / ranks;
-    const TensorRef whole = ctx.scratch.Allocate(DType::kF32, {part * ranks}),
-                    own = ctx.scratch.Allocate(DType::kF32, {part});
-    for (const TensorRef& zeroed : {whole, own}) ANNULUS_RETURN_IF_ERROR(Zero(ctx, zeroed));
-    const double sent = 2.0 * static_cast<double>(own.bytes() * (ranks - 1));  // by both together
-    ANNULUS_ASSIGN_OR_RETURN(RatePoint rate, MeasureRate(ctx, group, sent, [&]() -> absl::Status {
-                               ANNULUS_RETURN_IF_ERROR(group.ReduceScatter(whole, own));
-                               return group.AllGather(own, whole);
-                             }));
-    rate.size /= 2;
-    points.push_back(rate);
-  }
-  return points;
+  ANNULUS_ASSIGN_OR_RETURN(const RatePoint rate,
+                           MeasureRate(ctx, world, 1, [&] { return AddInPlace(ctx, x.ref(), y.ref()); }));
+  return Rounded(1 / rate.per_second);
 }
 
 std::string PointsText(const std::vector<RatePoint>& points, double unit, const char* format) {
@@ -172,14 +104,28 @@ const char* ShapeName(MaskShape shape) {
   return shape == MaskShape::kFull ? "full" : shape == MaskShape::kCausal ? "causal" : "masked";
 }
 
+void AppendLinks(const std::vector<LinkRate>& links, const std::vector<RatePoint>& collectives,
+                 double collective_slowdown, std::string* text) {
+  for (const LinkRate& link : links) {
+    absl::StrAppendFormat(text, "%-18s message %.3g us, computing beside it x%.3g\n", Name(link.transport),
+                          link.message_seconds * 1e6, link.computing_slowdown);
+    absl::StrAppendFormat(text, "  one way          %s\n", PointsText(link.one_way, 1e9, "GB/s by bytes"));
+    absl::StrAppendFormat(text, "  both ways        %s\n", PointsText(link.both_ways, 1e9, "GB/s by bytes"));
+  }
+  if (collectives.empty()) return;
+  absl::StrAppendFormat(text, "collectives        computing beside them x%.3g\n", collective_slowdown);
+  absl::StrAppendFormat(text, "  rates            %s\n", PointsText(collectives, 1e9, "GB/s by bytes sent"));
+}
+
 }  // namespace
 
 absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOptions& options) {
   Context& ctx = *machine.ctx;
   Communicator& world = machine.mesh.world;
+  ANNULUS_ASSIGN_OR_RETURN(const HostGroups groups, GroupByHosts(machine.mesh.cp, options.host));
   MachineProfile profile;
   profile.measured = true;
-  profile.ranks = machine.mesh.cp.size();
+  profile.ranks = 1;
   ANNULUS_RETURN_IF_ERROR(DescribeDevice(ctx, world.size(), &profile));
   CalibrationClock clock(world, options.seconds);
   options.progress("copies and launches");
@@ -196,9 +142,7 @@ absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOpti
       options.heads.empty() ? DefaultHeads(ctx.device.kind) : options.heads;
   if (machine.mesh.cp.size() > 1) {
     options.progress("links");
-    ANNULUS_ASSIGN_OR_RETURN(profile.links, MeasureLinks(machine, all.front()));
-    options.progress("collectives");
-    ANNULUS_ASSIGN_OR_RETURN(profile.collectives, MeasureCollectives(ctx, machine.mesh.dp_cp));
+    ANNULUS_RETURN_IF_ERROR(MeasureLinks(machine, groups, all.front(), &profile));
   }
   for (const CalibrationHeads& heads : all) {
     options.progress(absl::StrCat("attention, ", Name(heads.dtype), ", heads of ", heads.head_dim));
@@ -211,7 +155,9 @@ absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOpti
   ANNULUS_ASSIGN_OR_RETURN(const double most,
                            world.AllReduceValue(static_cast<double>(*other), ReduceOp::kMax));
   profile.other_memory_bytes = static_cast<int64_t>(most);
-  return profile;
+  // Between hosts one rank of each has measured.
+  ANNULUS_ASSIGN_OR_RETURN(const std::string text, world.BroadcastString(ProfileText(profile), 0));
+  return ParseProfile("calibration", text);
 }
 
 std::string ProfileTable(const MachineProfile& profile) {
@@ -231,18 +177,17 @@ std::string ProfileTable(const MachineProfile& profile) {
     absl::StrAppendFormat(&text, "%-10s %-8s%s\n", rate.kernel == ScanKernel::kSsd ? "SSD" : "delta rule",
                           PassName(rate.pass), PointsText(rate.updates, 1e9, "G updates/s by updates"));
   }
-  if (!profile.collectives.empty()) {
-    absl::StrAppendFormat(&text, "collectives        %s\n",
-                          PointsText(profile.collectives, 1e9, "GB/s by bytes sent"));
-  }
   absl::StrAppendFormat(&text, "memory             %s, of it %s besides what runs plan\n",
                         FormatBytes(static_cast<double>(profile.memory_bytes)),
                         FormatBytes(static_cast<double>(profile.other_memory_bytes)));
-  for (const LinkRate& link : profile.links) {
-    absl::StrAppendFormat(&text, "%-18s message %.3g us, computing beside it x%.3g\n", Name(link.transport),
-                          link.message_seconds * 1e6, link.computing_slowdown);
-    absl::StrAppendFormat(&text, "  one way          %s\n", PointsText(link.one_way, 1e9, "GB/s by bytes"));
-    absl::StrAppendFormat(&text, "  both ways        %s\n", PointsText(link.both_ways, 1e9, "GB/s by bytes"));
+  AppendLinks(profile.links, profile.collectives, profile.collective_slowdown, &text);
+  if (profile.network != NetworkProfile()) {
+    const NetworkProfile& network = profile.network;
+    absl::StrAppend(&text, "between hosts of ", CountText(network.ranks_per_host, "rank"));
+    if (network.host_bytes_per_second > 0)
+      absl::StrAppendFormat(&text, ", together %.3g GB/s", network.host_bytes_per_second / 1e9);
+    absl::StrAppend(&text, "\n");
+    AppendLinks(network.links, network.collectives, network.collective_slowdown, &text);
   }
   for (const AttentionRate& rate : profile.attention) {
     const std::string dims = rate.head_dim == rate.v_head_dim

@@ -180,23 +180,21 @@ absl::StatusOr<bool> CalibrationClock::Over() {
   return over > 0;
 }
 
-Statistic StatisticFor(const Context& ctx) {
-  return ctx.device.kind == DeviceKind::kCpu ? Statistic::kLeast : Statistic::kMedian;
-}
-
 absl::StatusOr<RatePoint> MeasureRate(Context& ctx, Communicator& world, double size,
                                       const std::function<absl::Status()>& call) {
   ANNULUS_ASSIGN_OR_RETURN(const double once, SecondsOf(ctx, world, {.warm_ups = 1, .timed = 1}, call));
-  // The least of many short repeats is what a core does that other programs leave alone. A GPU that works on
-  // is slower than one that works in bursts, by its power: so long that it is seen, with work while the host
-  // launches the next call.
+  // A step is as long as its calls on the average. What interrupts a core does so every few milliseconds, and
+  // is in every repeat that is longer; what a repeat may have met besides, the median leaves out. A GPU that
+  // works on is slower than one that works in bursts, by its power: so long that it is seen, with work while
+  // the host launches the next call.
   const bool cpu = ctx.device.kind == DeviceKind::kCpu;
-  const double enough = cpu ? 2e-4 : 2e-2;
-  const Repeats repeats{.warm_ups = 0,
-                        .timed = cpu ? 30 : 5,
-                        .seconds = cpu ? 0.2 : 10,
-                        .calls = std::clamp<int64_t>(static_cast<int64_t>(enough / once), 1, cpu ? 16 : 256),
-                        .take = StatisticFor(ctx)};
+  const double enough = cpu ? 5e-3 : 2e-2;
+  const Repeats repeats{
+      .warm_ups = 0,
+      .timed = 5,
+      .seconds = cpu ? 0.2 : 10,
+      .calls = std::clamp<int64_t>(static_cast<int64_t>(enough / once), 1, cpu ? 4096 : 256),
+      .slowest = Slowest::kByMedian};
   ANNULUS_ASSIGN_OR_RETURN(const double seconds, SecondsOf(ctx, world, repeats, call));
   return RatePoint{.size = size, .per_second = Rounded(size / seconds)};
 }

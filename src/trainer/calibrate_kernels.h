@@ -60,12 +60,9 @@ absl::StatusOr<std::vector<PassRate>> MeasurePasses(Context& ctx, Communicator w
                                                     CalibrationClock& clock);
 absl::StatusOr<std::vector<ScanRate>> MeasureScans(Context& ctx, Communicator world, CalibrationClock& clock);
 
-// size / seconds of a call.
+// size / seconds of a call, as calls behind each other take in the long run.
 absl::StatusOr<RatePoint> MeasureRate(Context& ctx, Communicator& world, double size,
                                       const std::function<absl::Status()>& call);
-
-// Cores are shared with other programs; a GPU that works in short bursts is faster than one that works on.
-Statistic StatisticFor(const Context& ctx);
 
 // To four digits: what is measured is not known better.
 double Rounded(double value);

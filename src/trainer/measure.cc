@@ -55,12 +55,12 @@ absl::StatusOr<double> SecondsOf(Context& ctx, Communicator world, const Repeats
     ANNULUS_RETURN_IF_ERROR(world.AgreeOk(status));
     ANNULUS_ASSIGN_OR_RETURN(const double took, world.AllReduceValue(here, ReduceOp::kMax));
     if (i < 0) continue;
-    seconds.push_back(took);
+    seconds.push_back(repeats.slowest == Slowest::kByMedian ? here : took);
     total += took * static_cast<double>(repeats.calls);
   }
-  const int64_t taken = repeats.take == Statistic::kMedian ? static_cast<int64_t>(seconds.size()) / 2 : 0;
-  std::nth_element(seconds.begin(), seconds.begin() + taken, seconds.end());
-  return seconds[static_cast<size_t>(taken)];
+  const auto median = seconds.begin() + static_cast<std::ptrdiff_t>(seconds.size() / 2);
+  std::nth_element(seconds.begin(), median, seconds.end());
+  return world.AllReduceValue(*median, ReduceOp::kMax);
 }
 
 }  // namespace annulus

@@ -37,6 +37,7 @@ MachineProfile Profile() {
   profile.passes = {
       {.kind = PassKind::kGatedNorm, .pass = Pass::kBackward, .bytes = {{2e6, 1e12}, {1e9, 2e12}}}};
   profile.collectives = {{1 << 20, 2e10}};
+  profile.collective_slowdown = 1.25;
   profile.peak_tflops = 989.5;
   profile.memory_bytes = int64_t{141} << 30;
   profile.other_memory_bytes = int64_t{3} << 30;
@@ -45,7 +46,9 @@ MachineProfile Profile() {
                                 .one_way = {{65536, 2e10}},
                                 .both_ways = {{65536, 2e10}},
                                 .message_seconds = 1e-5}},
-                     .host_bytes_per_second = 4e11};
+                     .host_bytes_per_second = 4e11,
+                     .collectives = {{1 << 16, 1e9}, {1 << 20, 1e10}},
+                     .collective_slowdown = 1.5};
   profile.reliability = {.failure_hours = 1500, .restart_seconds = 120, .storage_bytes_per_second = 2e9};
   profile.attention = {{.kernel = AttentionKernel::kCudnn,
                         .pass = Pass::kBackward,
@@ -101,6 +104,10 @@ TEST(Profile, MistakesAreNamed) {
   EXPECT_EQ(ErrorsOf("computing_slowdown: 1.125", "computing_slowdown: 0.5"),
             "p.textproto:14:3: link[0].computing_slowdown=0.5: expected a number in [1, 1e+06] (nearest "
             "valid value 1)");
+  EXPECT_TRUE(absl::StrContains(ErrorsOf("  collective_slowdown: 1.5", "  collective_slowdown: 0"),
+                                "network.collective_slowdown=0: expected a number in [1, 1e+06]"));
+  EXPECT_TRUE(absl::StrContains(ErrorsOf("\ncollective_slowdown: 1.25", "\ncollective_slowdown: 0.9"),
+                                "collective_slowdown=0.9: expected a number in [1, 1e+06]"));
   EXPECT_EQ(ErrorsOf("  both_ways { size: 65536 per_second: 70000000000 }\n", ""),
             "p.textproto:8:1: link[0].both_ways: missing; expected at least one both_ways { size: ... "
             "per_second: ... }");

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "absl/strings/numbers.h"
+#include "annulus/train/profile.h"
 #include "system/tiny_run.h"
 
 namespace annulus::testing {
@@ -78,6 +79,43 @@ TEST_F(HostsTest, MessagesBetweenHostsKeepToTheRate) {
   EXPECT_LE(json["one_way_gb_per_second"].get<double>(), 0.0101)
       << result;  // 1%: what sockets hold at the end
   EXPECT_GE(json["one_way_gb_per_second"].get<double>(), 0.006) << result;
+}
+
+// Rates inside hosts and between them, and a step that is predicted by both.
+TEST_F(HostsTest, CalibratesLinksInsideHostsAndThoseBetween) {
+  JobSpec calibrate{.folder = folder_.path(),
+                    .ranks = 4,
+                    .arguments = {"calibrate", "--out", "machine.textproto", "--seconds", "0.001", "--heads",
+                                  "2", "--kv_heads", "1", "--head_dim", "8", "--set", "device=CPU"},
+                    .under = Hosts(2, 2, {"--rate", "200mbit", "--delay", "1ms"})};
+  ExpectDone(RunJob(calibrate, 120));
+  const auto profile = ParseProfile("machine", Contents(At("machine.textproto")));
+  ASSERT_TRUE(profile.ok()) << profile.status();
+  EXPECT_EQ(profile->network.ranks_per_host, 2);
+  ASSERT_EQ(profile->links.size(), 1u);
+  ASSERT_EQ(profile->network.links.size(), 1u);
+  const LinkRate &inside = profile->links[0], &between = profile->network.links[0];
+  EXPECT_GE(between.message_seconds, 1e-3) << "the delay that was asked for";
+  EXPECT_LT(inside.message_seconds, 1e-3);
+  for (const double rate : {between.one_way.back().per_second, profile->network.host_bytes_per_second}) {
+    EXPECT_LE(rate, 2.63e7) << "what sockets hold at the end of what is timed";
+    EXPECT_GE(rate, 1e7);
+  }
+  EXPECT_GT(inside.one_way.back().per_second, 6e7);
+  EXPECT_LE(profile->network.collectives.back().per_second, 2.63e7);
+  EXPECT_GE(profile->network.collectives.back().per_second, 5e6);
+  EXPECT_GT(profile->collectives.back().per_second, 6e7);
+  JobSpec plan{.folder = folder_.path(),
+               .ranks = 1,
+               .arguments = {"plan", "c.textproto", "--json", "--set", "parallel.dp=2", "--set",
+                             "parallel.cp=2", "--set", "parallel.exchange.profile=machine.textproto"}};
+  const JobResult planned = RunJob(plan);
+  const auto json = nlohmann::json::parse(planned.out, nullptr, /*allow_exceptions=*/false);
+  ASSERT_TRUE(json.is_object()) << planned;
+  const auto& step = json["predicted_step"];
+  EXPECT_GT(step["bytes_inside_hosts"].get<int64_t>(), 0);
+  EXPECT_GT(step["bytes_between_hosts"].get<int64_t>(), 0);
+  EXPECT_GE(step["exposed_gradients_seconds"].get<double>(), 6e-3) << "three sums of numbers, up and down";
 }
 
 TEST_F(HostsTest, RanksOfOneHostShareMemoryAndThoseOfTwoDoNot) {

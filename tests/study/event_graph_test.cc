@@ -266,5 +266,34 @@ TEST(EventGraph, TheSameInputsGiveTheSameBits) {
   }
 }
 
+// Rank 0 computes 4 seconds of work. From 1 to 3 a flow makes it twice as slow, from 2 to 2.5 another one
+// three times: of the work 1, 1/2, 1/6 and 1/4 second are done by 3. Rank 1 is left alone.
+TEST(EventGraph, FlowsSlowDownComputing) {
+  EventGraph graph;
+  const TaskId slowed = graph.Compute(0, 4, {}), alone = graph.Compute(1, 4, {});
+  const EventGraph::Flow halves{
+      .bytes = 2, .latency_seconds = 1, .bytes_per_second = 1, .slowed_rank = 0, .slowdown = 2};
+  graph.Transfer(halves, {});
+  graph.Transfer({.bytes = 0.5, .latency_seconds = 2, .bytes_per_second = 1, .slowed_rank = 0, .slowdown = 3},
+                 {});
+  const TaskId next = graph.Compute(0, 1, {});
+  const std::vector<TaskTiming> times = graph.Run();
+  const double done = 1 + 0.5 + 0.5 / 3 + 0.25;
+  EXPECT_NEAR(times[static_cast<size_t>(slowed)].end, 3 + (4 - done), 1e-12);
+  EXPECT_EQ(times[static_cast<size_t>(alone)].end, 4);
+  EXPECT_NEAR(times[static_cast<size_t>(next)].end, 3 + (4 - done) + 1, 1e-12);
+}
+
+// A flow that slows down a rank which computes only later, and one that ends with the computing.
+TEST(EventGraph, WhatComputesLaterIsSlowedDownAsWell) {
+  EventGraph graph;
+  const TaskId before = graph.Compute(1, 1, {});
+  graph.Transfer({.bytes = 3, .bytes_per_second = 1, .slowed_rank = 0, .slowdown = 2}, {});
+  const TaskId first = graph.Compute(0, 1, {before}), second = graph.Compute(0, 1, {first});
+  const std::vector<TaskTiming> times = graph.Run();
+  EXPECT_NEAR(times[static_cast<size_t>(first)].end, 3, 1e-12);
+  EXPECT_NEAR(times[static_cast<size_t>(second)].end, 4, 1e-12);
+}
+
 }  // namespace
 }  // namespace annulus

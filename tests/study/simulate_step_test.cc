@@ -206,10 +206,47 @@ TEST(SimulateStep, CollectivesBetweenHosts) {
   // A host's ranks share its card.
   machine.network.host_bytes_per_second = 10;
   EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40, 1e-9);
-  // A message for each doubling of the ranks inside and of the hosts; the norm goes up and down.
+  // A message for each doubling of the ranks inside and of the hosts; up and down go the tokens that count,
+  // the norm, and what is reported.
   machine.network.links = {Link(10, 1)};
   machine.links = {Link(kLinkRate, 0.5)};
-  EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40 + 1.5 + 2 * 1.5, 1e-9);
+  EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40 + 1.5 + 3 * 2 * 1.5, 1e-9);
+  // Measured rates of collectives have all of that in them: 200 of a rank between hosts, 100 inside.
+  machine.collectives = {{1, kLinkRate}};
+  machine.network.collectives = {{50, 5}, {200, 5}};
+  EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40 + 3 * 2 * 1.5, 1e-9);
+}
+
+// A reduction of 3 seconds under the 2 of the next layer's backward and its wait: at half the speed those are
+// 3.5, and the other bucket's reduction waits for the first.
+TEST(SimulateStep, ComputingBesideCollectivesIsSlower) {
+  MachineProfile machine = Machine();
+  const StepCost cost = Layers(2, 600);
+  const RunSpec spec = RunOn({.dp = 2});
+  const StepFigures alone = SimulateStep(spec, machine, cost);
+  EXPECT_NEAR(alone.compute_seconds, 2 * 3 + 2 * 0.5, 1e-9);
+  EXPECT_NEAR(alone.exposed_gradients_seconds, 1 + 3, 1e-9);
+  machine.collective_slowdown = 2;
+  const StepFigures beside = SimulateStep(spec, machine, cost);
+  // 1.5 of 2 seconds' work are done in 3.
+  EXPECT_NEAR(beside.compute_seconds, alone.compute_seconds + 1.5, 1e-9);
+  EXPECT_NEAR(beside.exposed_gradients_seconds, 3, 1e-9);
+  ExpectSharesAddUp(beside);
+}
+
+// Of two tensor-parallel ranks, each sends half of what both hold to the other, and its half of the sums.
+TEST(SimulateStep, ReplicatedGradientsAreSummedOverTensorRanks) {
+  StepCost cost = Layers(1);
+  cost.buckets[0].gradient_bytes = 800, cost.buckets[0].replicated_bytes = 200;
+  const StepFigures one = SimulateStep(RunOn({.tp = 2}), Machine(), cost);
+  EXPECT_NEAR(one.exposed_gradients_seconds, 2, 1e-9);
+  EXPECT_EQ(one.bytes_inside_hosts, 400);
+  ExpectSharesAddUp(one);
+  // Then the whole bucket over the data-parallel ranks: half of it by each of four.
+  const StepFigures two = SimulateStep(RunOn({.dp = 2, .tp = 2}), Machine(), cost);
+  EXPECT_NEAR(two.exposed_gradients_seconds, 2 + 4, 1e-9);
+  EXPECT_EQ(two.bytes_inside_hosts, 2 * 400 + 2 * 800);
+  ExpectSharesAddUp(two);
 }
 
 TEST(SimulateStep, JitterAndStragglersSlowDown) {

@@ -218,6 +218,24 @@ TEST(StepCostTest, TensorParallelRanksHalveProductsAndSendTokens) {
   EXPECT_EQ(forward.back().bytes, 2 * 512 * 64 * 4 / 2);  // half of the sums
 }
 
+// Norms are on all ranks of a tensor-parallel group: their gradients are sums of what each has.
+TEST(StepCostTest, BucketsKnowWhatTensorParallelRanksShare) {
+  RunSpec spec = RunOf(DenseModel());
+  const MachineProfile machine = FlopsAlone(spec.model);
+  const auto replicated = [&] {
+    std::vector<int64_t> bytes;
+    const StepCost cost = CostOfStep(spec, machine).value();
+    for (const BucketCost& bucket : cost.buckets) bytes.push_back(bucket.replicated_bytes);
+    return bytes;
+  };
+  for (const int64_t bytes : replicated()) EXPECT_EQ(bytes, 0);
+  spec.parallel.tp = 2;
+  const std::vector<int64_t> shared = replicated();
+  ASSERT_EQ(shared.size(), 4u) << "embedding, two layers, head";
+  for (const size_t norm : {1u, 2u, 3u}) EXPECT_EQ(shared[norm], 64 * 4) << "one of d_model, bucket " << norm;
+  EXPECT_EQ(shared[0], 0);
+}
+
 TEST(StepCostTest, RecomputationAdds) {
   RunSpec spec = RunOf(DenseModel());
   const double none = CountedFlops(spec);
@@ -284,6 +302,18 @@ TEST(StepCostTest, MessagesBetweenHostsTakeTheirLinks) {
 }
 
 // Tensor-parallel ranks stand between those of a sequence.
+TEST(StepCostTest, RanksThatAreAloneOnTheirHostsNeedNoLinksInside) {
+  RunSpec spec = RunOf(DenseModel());
+  spec.parallel.cp = 2;
+  MachineProfile machine = FlopsAlone(spec.model);
+  machine.network = {.ranks_per_host = 1, .links = std::move(machine.links)};
+  machine.links.clear();
+  const auto cost = CostOfStep(spec, machine);
+  ASSERT_TRUE(cost.ok()) << cost.status();
+  machine.network.ranks_per_host = 2;
+  EXPECT_FALSE(CostOfStep(spec, machine).ok()) << "both are on one host, whose links are not known";
+}
+
 TEST(StepCostTest, RanksOfASequenceAreTensorRanksApart) {
   RunSpec spec = RunOf(DenseModel());
   spec.parallel.cp = spec.parallel.tp = 2;

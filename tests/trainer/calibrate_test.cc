@@ -117,6 +117,66 @@ TEST(Calibrate, OneRankHasNoLinks) {
   }
 }
 
+// What Calibrate says on each of the ranks, whose hosts have these names.
+std::vector<absl::StatusOr<MachineProfile>> CalibrateOnHosts(const std::vector<std::string>& hosts) {
+  std::vector<absl::StatusOr<MachineProfile>> profiles(hosts.size(), absl::UnknownError("not run"));
+  const int ranks = static_cast<int>(hosts.size());
+  OnLoopback(ranks, [&](Communicator world) {
+    Machine machine;
+    machine.ctx = std::make_unique<Context>(Device{});
+    machine.mesh = ProcessMesh::Create({1, ranks, 1}, world).value();
+    const auto rank = static_cast<size_t>(world.rank());
+    profiles[rank] = Calibrate(machine, {.heads = {kHeads}, .host = hosts[rank], .seconds = 1e-3});
+  });
+  return profiles;
+}
+
+TEST(Calibrate, TellsLinksInsideHostsFromThoseBetween) {
+  const auto profiles = CalibrateOnHosts({"a", "a", "b", "b"});
+  for (const auto& profile : profiles) {
+    ASSERT_TRUE(profile.ok()) << profile.status();
+    EXPECT_TRUE(*profile == *profiles[0]);
+  }
+  const MachineProfile& profile = *profiles[0];
+  EXPECT_EQ(profile.ranks, 2);
+  EXPECT_EQ(profile.network.ranks_per_host, 2);
+  for (const auto& [links, collectives, slowdown] :
+       {std::tuple{profile.links, profile.collectives, profile.collective_slowdown},
+        std::tuple{profile.network.links, profile.network.collectives,
+                   profile.network.collective_slowdown}}) {
+    ASSERT_EQ(links.size(), 1u);
+    EXPECT_EQ(links[0].transport, TransportKind::kHost);
+    ASSERT_FALSE(collectives.empty());
+    EXPECT_EQ(collectives[0].size, 8192) << "of two ranks each sends half of 16 KiB";
+    EXPECT_GE(slowdown, 1);
+  }
+  EXPECT_GE(profile.network.host_bytes_per_second, profile.network.links[0].one_way.back().per_second);
+  const std::string table = ProfileTable(profile);
+  EXPECT_TRUE(absl::StrContains(table, "between hosts of 2 ranks, together ")) << table;
+}
+
+TEST(Calibrate, RanksThatAreAloneOnTheirHostsHaveLinksBetweenHostsOnly) {
+  const auto profile = CalibrateOnHosts({"a", "b"})[0];
+  ASSERT_TRUE(profile.ok()) << profile.status();
+  EXPECT_EQ(profile->ranks, 1);
+  EXPECT_EQ(profile->network.ranks_per_host, 1);
+  EXPECT_TRUE(profile->links.empty());
+  EXPECT_TRUE(profile->collectives.empty());
+  EXPECT_EQ(profile->network.links.size(), 1u);
+  EXPECT_EQ(profile->network.host_bytes_per_second, 0) << "a rank has its own";
+}
+
+TEST(Calibrate, HostsOfDifferentSizesAreRefused) {
+  const auto said = [](const std::vector<std::string>& hosts) {
+    const absl::Status status = CalibrateOnHosts(hosts)[0].status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    return std::string(status.message());
+  };
+  EXPECT_EQ(said({"a", "a", "b"}), "host b: expected 2 ranks on each host, as a has");
+  EXPECT_EQ(said({"a", "b", "b"}), "rank 2 on b: expected 1 consecutive rank on each host, as a has");
+  EXPECT_EQ(said({"a", "b", "a", "b"}), "rank 1 on b: expected 2 consecutive ranks on each host, as a has");
+}
+
 TEST(Rounded, KeepsFourDigits) {
   EXPECT_EQ(Rounded(0), 0);
   EXPECT_EQ(Rounded(123456), 123500);

@@ -79,6 +79,9 @@ struct NetworkProfile {
   std::vector<LinkRate> links;  // between ranks of two hosts; empty: not known
   // Through all network cards of a host together, each way, shared by its ranks; 0: each rank has its own.
   double host_bytes_per_second = 0;
+  // As those of MachineProfile, of groups with one rank on each host.
+  std::vector<RatePoint> collectives = {};
+  double collective_slowdown = 1;
   friend bool operator==(const NetworkProfile&, const NetworkProfile&) = default;
 };
 
@@ -107,8 +110,9 @@ struct MachineProfile {
   // Of collectives among the ranks of a host. size: bytes that a rank sends in all; per_second: those, a
   // ring's latency included.
   std::vector<RatePoint> collectives = {};
-  double peak_tflops = 0;    // of dense bf16 by the datasheet; 0: not known
-  int64_t memory_bytes = 0;  // of a GPU, or of a rank's share of the host; 0: not known
+  double collective_slowdown = 1;  // of computing while a collective is under way
+  double peak_tflops = 0;          // of dense bf16 by the datasheet; 0: not known
+  int64_t memory_bytes = 0;        // of a GPU, or of a rank's share of the host; 0: not known
   int64_t other_memory_bytes =
       0;  // that a rank takes besides what its run plans: program, CUDA, NCCL, libraries
   NetworkProfile network = {};

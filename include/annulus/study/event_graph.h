@@ -3,10 +3,11 @@
 // Discrete events: computing tasks on ranks and transfers between them, each beginning when those before it
 // have ended, transfers sharing the links that they pass.
 //
-// A rank computes one task at a time, in the order in which they were added (a stream). A transfer begins
-// when all of `after` are done, waits its latency, then its bytes flow along its links. All flows at once:
-// each link divides its rate evenly among its flows, and a flow moves at the least of its shares (as in
-// exchange_simulate.h). The same inputs give the same bits.
+// A rank computes one task at a time, in the order in which they were added (a stream), slower while
+// transfers flow that take some of what it computes with. A transfer begins when all of `after` are done,
+// waits its latency, then its bytes flow along its links. All flows at once: each link divides its rate
+// evenly among its flows, and a flow moves at the least of its shares (as in exchange_simulate.h). The same
+// inputs give the same bits.
 
 #include <cstddef>
 #include <cstdint>
@@ -35,6 +36,9 @@ class EventGraph {
     double latency_seconds = 0;
     double bytes_per_second = 0;
     std::vector<int> links = {};
+    // The rank whose computing takes so many times as long meanwhile; of several such flows the most counts.
+    int slowed_rank = -1;
+    double slowdown = 1;
   };
   TaskId Transfer(const Flow& flow, absl::Span<const TaskId> after);
   TaskId Join(absl::Span<const TaskId> after);  // takes no time
@@ -50,12 +54,14 @@ class EventGraph {
   struct Task {
     double amount = 0;         // seconds, or bytes
     uint32_t first_after = 0;  // of after_
-    int32_t flow = -1;         // of flows_; -1: no transfer
+    int32_t of = -1;           // the rank that computes; of a transfer its place in flows_
     Kind kind = Kind::kJoin;
   };
   struct FlowLimits {
     double latency_seconds = 0, bytes_per_second = 0;
     uint32_t first_link = 0, links = 0;  // of flow_links_
+    int32_t slowed_rank = -1;
+    double slowdown = 1;
   };
   TaskId Add(Kind kind, double amount, absl::Span<const TaskId> after);
 

@@ -57,7 +57,9 @@ struct ExchangePass {
 struct BucketCost {
   int64_t gradient_bytes = 0;   // of the whole bucket, in the dtype that is reduced
   int64_t parameter_bytes = 0;  // of the whole bucket, in the dtype that is gathered
-  double update_seconds = 0;    // AdamW on the rank's shard
+  // Of gradient_bytes those that all ranks of a tensor-parallel group hold: summed over it before the rest.
+  int64_t replicated_bytes = 0;
+  double update_seconds = 0;  // AdamW on the rank's shard
 };
 
 struct StepCost {

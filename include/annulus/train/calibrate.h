@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "annulus/base/host.h"
 #include "annulus/parallel/machine_profile.h"
 #include "annulus/train/placement.h"
 
@@ -20,11 +21,13 @@ struct CalibrationHeads {
 
 struct CalibrationOptions {
   std::vector<CalibrationHeads> heads;  // empty: heads of 64 and 128, on CPUs smaller ones as well
+  std::string host = HostName();  // of this rank: links inside hosts and between them are told apart by it
   double seconds = 40;  // no further size of a kernel is measured after as long; each has one at least
   std::function<void(const std::string&)> progress = [](const std::string&) {};  // a line now and then
 };
 
-// Links are measured where the group has two ranks or more. Collective; equal on every rank.
+// Links are measured where the group has two ranks or more, where it is on several hosts those between them
+// as well. Collective; equal on every rank.
 absl::StatusOr<MachineProfile> Calibrate(Machine& machine, const CalibrationOptions& options);
 
 // The profile as a table for people.

@@ -14,20 +14,18 @@ namespace annulus {
 absl::StatusOr<TensorRef> RandomTensor(Context& ctx, Arena& arena, DType dtype, const Shape& shape,
                                        uint64_t seed);
 
-enum class Statistic {
-  kMedian,
-  kLeast,  // what the machine can do: what disturbs only adds
-};
+// Of ranks that need not wait for each other, what disturbs one now and then is not what all of them take.
+enum class Slowest { kOfEachRepeat, kByMedian };
 struct Repeats {
   int64_t warm_ups = 2;
   int64_t timed = 10;
   double seconds = std::numeric_limits<double>::infinity();  // no third repeat after as long
   int64_t calls = 1;                                         // of each timed repeat, one behind the other
-  Statistic take = Statistic::kMedian;
+  Slowest slowest = Slowest::kOfEachRepeat;
 };
 
-// Over repeats, the slowest rank's seconds of one call. All ranks begin each repeat together and
-// fail together. Collective.
+// Median over repeats of the slowest rank's seconds of one call, or of the ranks' medians the slowest. All
+// ranks begin each repeat together and fail together. Collective.
 absl::StatusOr<double> SecondsOf(Context& ctx, Communicator world, const Repeats& repeats,
                                  const std::function<absl::Status()>& call);
 
