@@ -17,7 +17,23 @@
 // the largest score only when that is kSlack above it: weights stay below 2^kSlack, and acc is not rescaled
 // for small steps.
 //
-// Floor: 2 (dim + v_dim) FLOP per visible (query, key) pair and head.
+// Floor: 2 (dim + v_dim) FLOP per visible (query, key) pair and head. In clocks of a multiprocessor (4096
+// FLOP of bf16 products, 16 exponentials, 128 bytes of shared memory each), for a query tile against a key
+// tile:
+//
+//   heads     tile        products   exponentials   shared memory   L2 to shared memory
+//   64        192 x 128   1536       1536           1152            32 KB
+//   128       128 x 128   2048       1024           1280            64 KB
+//   192/128   128 x 128   2560       1024           1664            80 KB
+//
+// so heads of 64 are bound by exponentials as much as by products, and the others by products as long as the
+// exponentials of one warpgroup run under the products of another. Shared memory: both operands of Q K^T (48
+// of the 64 clocks of m64n128k16), V alone of the second product. Device memory: Q and O once, K and V once
+// for each set of heads (ForwardOrder); a carry adds 8 v_dim bytes per row and head. Measured: nothing yet.
+//
+// The compiler keeps the products in flight only if no code between their start and GroupWait touches their
+// accumulators (ptxas warns, C7510 to C7520), and moves a wait up over everything it sees no use of
+// (MakeWeights).
 
 #include <algorithm>
 
@@ -30,8 +46,16 @@ namespace annulus::kernels {
 // kWhole: starts from nothing, and only writes `result` and the LSE.
 enum class ForwardMode { kWhole, kCarry };
 
-template <int kDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, int kQueryStages_>
+// Where Q K^T reads Q: in shared memory, or in registers, which spares shared memory a third of its reads.
+enum class QueryOperand { kShared, kRegisters };
+// Whether warpgroups hand the tensor cores to each other, or take them as they come.
+enum class Turns { kInOrder, kAsTheyCome };
+
+template <int kDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, int kQueryStages_,
+          QueryOperand kQueryOperand_ = QueryOperand::kShared, Turns kTurns_ = Turns::kInOrder>
 struct HopperForwardTile {
+  static constexpr QueryOperand kQueryOperand = kQueryOperand_;
+  static constexpr Turns kTurns = kTurns_;
   static constexpr int kDim = kDim_, kValueDim = kValueDim_, kKeys = kKeys_;
   static constexpr int kGroups = kGroups_;  // of warps that multiply, 64 query rows each
   static constexpr int kQueries = 64 * kGroups;
@@ -205,7 +229,7 @@ class ForwardGroup {
 
  private:
   static constexpr int kTurnBarrier = 1, kGroupBarrier = kTurnBarrier + Tile::kGroups;
-  static constexpr bool kTakeTurns = Tile::kGroups > 1;
+  static constexpr bool kTakeTurns = Tile::kTurns == Turns::kInOrder;
   static constexpr float kSlack = 8;
   static constexpr int kScoreParts = Tile::kKeys / 8, kValueParts = Tile::kValueDim / 8;
   static constexpr Major kInRow = Major::kDepthInRow, kAcrossRows = Major::kDepthAcrossRows;
@@ -214,6 +238,11 @@ class ForwardGroup {
     const TileBounds& keys = work_.keys;
     Load();
     PhaseBarrierWait(q_place_.Of(barriers_.q_full), q_place_.parity);
+    if constexpr (Tile::kQueryOperand == QueryOperand::kRegisters) {
+      const uint32_t q = shared_.Q(q_place_.stage) + Tile::Q::LaneOffset(lane_, row_ - lane_ / 4);
+#pragma unroll
+      for (int d = 0; d < Tile::kDim / 16; ++d) LoadMatrices(query_[d], Tile::Q::At(q, 0, d));
+    }
     if (!keys.empty()) {
       WaitK();
       StartScores();
@@ -304,13 +333,19 @@ class ForwardGroup {
   }
 
   __device__ void StartScores() {
-    const uint32_t q = shared_.Q(q_place_.stage), k = shared_.K(k_place_.stage);
+    const uint32_t k = shared_.K(k_place_.stage);
     GroupUse(scores_);
     GroupFence();
 #pragma unroll
     for (int d = 0; d < Tile::kDim / 16; ++d) {
-      MultiplyShared<kInRow, kInRow>(scores_, OperandAt<Tile::kQueries>(q, group_ * 64, 2 * d),
-                                     OperandAt<Tile::kKeys>(k, 0, 2 * d), d > 0);
+      const uint64_t keys = OperandAt<Tile::kKeys>(k, 0, 2 * d);
+      if constexpr (Tile::kQueryOperand == QueryOperand::kRegisters) {
+        MultiplyRegisters<kInRow>(scores_, query_[d], keys, d > 0);
+      } else {
+        const uint32_t q = shared_.Q(q_place_.stage);
+        MultiplyShared<kInRow, kInRow>(scores_, OperandAt<Tile::kQueries>(q, group_ * 64, 2 * d), keys,
+                                       d > 0);
+      }
     }
     GroupCommit();
   }
@@ -497,6 +532,7 @@ class ForwardGroup {
   ForwardWork work_;
   float acc_[kValueParts][4], scores_[kScoreParts][4];
   uint32_t weights_[Tile::kKeys / 16][4];
+  uint32_t query_[Tile::kDim / 16][4];  // QueryOperand::kRegisters
   float max_[2], sum_[2], correction_[2];
   bool changed_;
 };

@@ -30,13 +30,22 @@ class EmulatedForward : public ::testing::TestWithParam<Heads> {
 TEST_P(EmulatedForward, OneRow) { Check({"one", 0, 0, 1, 1, 1, 1, 1}); }
 TEST_P(EmulatedForward, Causal) { Check({"causal", 0, 0, 256, 256, 1, 2, 2}); }
 TEST_P(EmulatedForward, SeveralKeyTiles) {
-  Check({"full, 5 key tiles", 0, 0, 10, 600, 1, 1, 1, Mask::kFull});
+  Check({"full, 6 key tiles", 0, 0, 10, 700, 1, 1, 1, Mask::kFull}, 8);
 }
 TEST_P(EmulatedForward, Tails) { Check({"full tails gqa", 0, 0, 129, 191, 2, 4, 2, Mask::kFull}); }
 TEST_P(EmulatedForward, EarlyQueries) {
   Check({"causal early queries", 0, 0, 400, 255, 1, 2, 1, Mask::kCausal, 2});
 }
 TEST_P(EmulatedForward, Window) { Check({"window, far keys NaN", 0, 0, 140, 600, 2, 2, 1, Mask::kWindow}); }
+TEST_P(EmulatedForward, KeysThatNobodySees) {
+  Check({"start, far keys NaN", 0, 0, 70, 200, 2, 2, 1, Mask::kStart});
+}
+// Maxima rise from tile to tile.
+TEST_P(EmulatedForward, SteepScores) {
+  Case c{"full 2 chunks, steep", 0, 0, 100, 700, 1, 1, 1, Mask::kFull, 2};
+  c.spread = 6;
+  Check(c);
+}
 TEST_P(EmulatedForward, Documents) {
   Check({"documents 4 chunks", 0, 0, 311, 311, 2, 2, 2, Mask::kDocuments, 4});
 }

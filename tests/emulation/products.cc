@@ -139,7 +139,7 @@ void StartProduct(const ProductStart& start) {
       product->left[lane] = part.left;
       product->sums[lane] = part.sums;
     }
-    if (Random(2) == 0) Later([product] { product->Execute(); });
+    Later([product] { product->Execute(); });
   }
   flight.last = product;
 }
@@ -154,7 +154,7 @@ void WaitProducts(int pending) {
   if (flight.groups.size() <= static_cast<size_t>(pending)) return;
   const size_t complete = flight.groups.size() - static_cast<size_t>(pending);
   Product* last = flight.groups[complete - 1];
-  if (last != nullptr) last->Execute();
+  WaitUntil("products", [last] { return last == nullptr || last->done; });
   for (auto it = flight.sums.begin(); it != flight.sums.end();) {
     if (it->second.group >= complete) {
       ++it;

@@ -9,7 +9,8 @@
 
 namespace annulus::testing {
 
-enum class Mask { kFull, kCausal, kWindow, kDocuments, kRandom };
+// kStart: causal, the queries at the first keys; the keys behind them are seen by none.
+enum class Mask { kFull, kCausal, kWindow, kDocuments, kRandom, kStart };
 
 struct Case {
   const char* name;
@@ -19,6 +20,7 @@ struct Case {
   bool striped = false;
   bool far = false;
   int64_t window = 50;
+  double spread = 1.5;  // of the scores: neither flat nor one key
 };
 
 // Bounds in key rows; not yet within [0, k_rows].
@@ -40,6 +42,9 @@ inline void FillBounds(const Case& c, std::mt19937& rng, Problem* p) {
           break;
         case Mask::kCausal:
           hi = position + 1;
+          break;
+        case Mask::kStart:
+          hi = i + 1;
           break;
         case Mask::kWindow:
           lo = position - c.window + 1;
@@ -69,7 +74,7 @@ Problem MakeProblem(const Case& c, std::mt19937& rng) {
     x->resize(Size(n));
     for (double& e : *x) e = RoundTo<T>(sigma * normal(rng));
   };
-  fill(&p.q, c.q_rows * c.batch * c.heads * c.dim, 1.5);  // scores of spread 1.5: neither flat nor one key
+  fill(&p.q, c.q_rows * c.batch * c.heads * c.dim, c.spread);
   fill(&p.k, c.k_rows * c.batch * c.kv_heads * c.dim, 1);
   fill(&p.v, c.k_rows * c.batch * c.kv_heads * c.v_dim, 1);
   fill(&p.dout, c.q_rows * c.batch * c.heads * c.v_dim, 1);
