@@ -32,21 +32,15 @@ std::string HeadsText(const PlanChoice& choice) {
   return choice.head_split > 1 ? absl::StrCat(", heads over ", choice.head_split, " ranks") : "";
 }
 
-int64_t RowsOfAll(const ExchangePlan& plan) {
-  int64_t rows = 0;
-  for (int r = 0; r < static_cast<int>(plan.ranks.size()); ++r) {
-    for (const int64_t sent : RowsSent(plan, r)) rows += sent;
-  }
-  return rows;
-}
-
 ExchangePlan BuildUnsplit(const ExchangeProblem& problem, Pass pass, PlanChoice choice) {
   if (TraitsOf(choice.kind).one_way && choice.direction == RingDirection::kFewestRows) {
-    choice.direction = RingDirection::kTowardLower;
-    ExchangePlan lower = BuildUnsplit(problem, pass, choice);
+    PlanChoice lower = choice;
+    lower.direction = RingDirection::kTowardLower;
     choice.direction = RingDirection::kTowardHigher;
-    ExchangePlan higher = BuildUnsplit(problem, pass, choice);
-    return RowsOfAll(higher) < RowsOfAll(lower) ? higher : lower;
+    if (RowsMoved(problem, pass, SchemeFor(problem, choice)) >=
+        RowsMoved(problem, pass, SchemeFor(problem, lower))) {
+      choice = lower;
+    }
   }
   return CompileScheme(problem, pass, SchemeFor(problem, choice));
 }

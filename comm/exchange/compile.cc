@@ -61,14 +61,42 @@ struct ArrivalSteps {
   std::vector<int> joins = {};
 };
 
+// What leaves and reaches the homes of blocks, [block], in order of the other place.
+struct HomeTraffic {
+  std::vector<std::vector<const Arrival*>> sent, returning;
+};
+using HomesOfSides = std::array<HomeTraffic, 2>;
+
+HomesOfSides FindHomes(const std::vector<PlaceVisits>& places) {
+  HomesOfSides homes;
+  for (const Side side : kSides) {
+    HomeTraffic& traffic = homes[Index(side)];
+    traffic.sent.resize(places.size());
+    traffic.returning.resize(places.size());
+    for (const PlaceVisits& place : places) {
+      for (const auto& arrival : place.arrivals[Index(side)]) {
+        const auto home = static_cast<size_t>(arrival->block);
+        if (arrival->source == nullptr) traffic.sent[home].push_back(arrival.get());
+        if (arrival->has_result && !arrival->result_home.empty())
+          traffic.returning[home].push_back(arrival.get());
+      }
+    }
+    for (auto& returning : traffic.returning) {
+      std::stable_sort(returning.begin(), returning.end(),
+                       [](const Arrival* a, const Arrival* b) { return a->home_step() < b->home_step(); });
+    }
+  }
+  return homes;
+}
+
 class PlaceCompiler {
  public:
   PlaceCompiler(const ExchangeProblem& problem, Pass pass, const Scheme& scheme,
-                const std::vector<PlaceVisits>& places, int place)
+                const std::vector<PlaceVisits>& places, const HomesOfSides& homes, int place)
       : problem_(problem),
         pass_(pass),
         scheme_(scheme),
-        places_(places),
+        homes_(homes),
         me_(place),
         mine_(places[static_cast<size_t>(place)]) {}
 
@@ -123,16 +151,13 @@ class PlaceCompiler {
   }
 
   void SendFromHome(Side side) {
-    for (const PlaceVisits& place : places_) {
-      for (const auto& arrival : place.arrivals[Index(side)]) {
-        if (arrival->block != me_ || arrival->source != nullptr) continue;
-        AddMoves({.kind = StepKind::kSend,
-                  .slot = home_operand_[Index(side)],
-                  .peer = arrival->place,
-                  .message = arrival->message},
-                 me_, arrival->rows_in, PlaceOf(*arrival, arrival->first_step, kMoveOperand),
-                 [](const RowRange&) { return std::vector<int>(); });
-      }
+    for (const Arrival* arrival : homes_[Index(side)].sent[static_cast<size_t>(me_)]) {
+      AddMoves({.kind = StepKind::kSend,
+                .slot = home_operand_[Index(side)],
+                .peer = arrival->place,
+                .message = arrival->message},
+               me_, arrival->rows_in, PlaceOf(*arrival, arrival->first_step, kMoveOperand),
+               [](const RowRange&) { return std::vector<int>(); });
     }
   }
 
@@ -288,17 +313,8 @@ class PlaceCompiler {
 
   // Partial results for this place's own block come home.
   void AddReturns(Side side) {
-    std::vector<const Arrival*> returning;
-    for (const PlaceVisits& place : places_) {
-      for (const auto& arrival : place.arrivals[Index(side)]) {
-        const bool comes = arrival->block == me_ && arrival->has_result && !arrival->result_home.empty();
-        if (comes) returning.push_back(arrival.get());
-      }
-    }
-    std::stable_sort(returning.begin(), returning.end(),
-                     [](const Arrival* a, const Arrival* b) { return a->home_step() < b->home_step(); });
     std::map<Width, SlotPool> pools;
-    for (const Arrival* arrival : returning) {
+    for (const Arrival* arrival : homes_[Index(side)].returning[static_cast<size_t>(me_)]) {
       const SlotSpec spec = PartialSpec(*arrival);
       SlotPool::Use* use =
           pools[spec.width].Take(&list_, spec, arrival->home_step(), arrival->home_step(), 0);
@@ -320,7 +336,7 @@ class PlaceCompiler {
   const ExchangeProblem& problem_;
   const Pass pass_;
   const Scheme& scheme_;
-  const std::vector<PlaceVisits>& places_;
+  const HomesOfSides& homes_;
   const int me_;
   const PlaceVisits& mine_;
   StepList list_;
@@ -339,8 +355,9 @@ ExchangePlan CompileScheme(const ExchangeProblem& problem, Pass pass, const Sche
   for (int64_t head = 0; head < problem.kv_heads; ++head) all.kv_heads.push_back(head);
   plan.groups = {all};
   const std::vector<PlaceVisits> places = FindVisits(problem, pass, scheme);
+  const HomesOfSides homes = FindHomes(places);
   for (int p = 0; p < problem.ranks; ++p) {
-    plan.ranks.push_back(PlaceCompiler(problem, pass, scheme, places, p).Build());
+    plan.ranks.push_back(PlaceCompiler(problem, pass, scheme, places, homes, p).Build());
   }
   return plan;
 }

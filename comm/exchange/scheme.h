@@ -53,6 +53,9 @@ Scheme SchemeFor(const ExchangeProblem& problem, const PlanChoice& choice);
 // One head group with all heads.
 ExchangePlan CompileScheme(const ExchangeProblem& problem, Pass pass, const Scheme& scheme);
 
+// By all places together, by that plan.
+int64_t RowsMoved(const ExchangeProblem& problem, Pass pass, const Scheme& scheme);
+
 // A plan for `problem` where each `split` neighbouring ranks hold one super-block, each for a part of the
 // heads, and `between` (for the super-blocks' problem) is the exchange between places.
 ExchangePlan SplitHeads(const ExchangeProblem& problem, Pass pass, int split,

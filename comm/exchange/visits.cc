@@ -124,6 +124,9 @@ class Finder {
 
   void AddArrivals(int p) {
     PlaceVisits& place = places_[static_cast<size_t>(p)];
+    place.parts = scheme_.parts;
+    for (auto& units : place.by_unit)
+      units.resize(static_cast<size_t>(problem_.ranks) * static_cast<size_t>(scheme_.parts));
     for (size_t v = 0; v < place.visits.size(); ++v) {
       const Visit& visit = place.visits[v];
       for (const Side side : kSides) {
@@ -131,8 +134,11 @@ class Finder {
         if (block == p) continue;
         Arrival* arrival = place.Find(side, block, visit.part);
         if (arrival == nullptr) {
-          arrival = place.arrivals[Index(side)].emplace_back(std::make_unique<Arrival>()).get();
+          auto& arrivals = place.arrivals[Index(side)];
+          arrival = arrivals.emplace_back(std::make_unique<Arrival>()).get();
           *arrival = {.side = side, .place = p, .block = block, .part = visit.part};
+          arrival->index = arrivals.size() - 1;
+          place.by_unit[Index(side)][static_cast<size_t>(block * place.parts + visit.part)] = arrival;
           arrival->lane = SourceOf(side, block, visit.part, p).lane;
           arrival->first_visit = static_cast<int>(v);
           arrival->first_step = visit.step;
@@ -149,10 +155,9 @@ class Finder {
   const Arrival* NextInMemory(const Arrival& arrival) const {
     int behind = 0;
     const auto& all = places_[static_cast<size_t>(arrival.place)].arrivals[Index(arrival.side)];
-    for (const auto& other : all) {
-      const bool alike = other->lane == arrival.lane && other->part == arrival.part;
-      if (alike && other->first_visit > arrival.first_visit && ++behind == scheme_.buffers)
-        return other.get();
+    for (size_t i = arrival.index + 1; i < all.size(); ++i) {
+      const bool alike = all[i]->lane == arrival.lane && all[i]->part == arrival.part;
+      if (alike && ++behind == scheme_.buffers) return all[i].get();
     }
     return nullptr;
   }
@@ -238,14 +243,25 @@ class Finder {
 }  // namespace
 
 Arrival* PlaceVisits::Find(Side side, int block, int part) const {
-  for (const auto& arrival : arrivals[Index(side)]) {
-    if (arrival->block == block && arrival->part == part) return arrival.get();
-  }
-  return nullptr;
+  return by_unit[Index(side)][static_cast<size_t>(block * parts + part)];
 }
 
 std::vector<PlaceVisits> FindVisits(const ExchangeProblem& problem, Pass pass, const Scheme& scheme) {
   return Finder(problem, pass, scheme).Find();
+}
+
+int64_t RowsMoved(const ExchangeProblem& problem, Pass pass, const Scheme& scheme) {
+  int64_t rows = 0;
+  for (const PlaceVisits& place : FindVisits(problem, pass, scheme)) {
+    for (const auto& arrivals : place.arrivals) {
+      for (const auto& arrival : arrivals) {
+        for (const RowSet* moved : {&arrival->rows_in, &arrival->result_in, &arrival->result_home}) {
+          for (const RowRange& range : moved->ranges()) rows += range.size();
+        }
+      }
+    }
+  }
+  return rows;
 }
 
 RowSet KeysOf(const std::vector<BlockPair>& pairs) {

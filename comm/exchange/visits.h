@@ -30,6 +30,7 @@ struct Visit {
 struct Arrival {
   Side side = Side::kQuery;
   int place = 0, block = 0, part = 0, lane = 0;
+  size_t index = 0;  // of the place's arrivals of this side
   int first_visit = 0, last_visit = 0;  // of the place's visits
   int first_step = 0, last_step = 0;    // their steps
   RowSet needs = {};
@@ -56,6 +57,9 @@ struct PlaceVisits {
   std::vector<Visit> visits;  // in order of (step, block)
   // By side, in order of their first visit.
   std::array<std::vector<std::unique_ptr<Arrival>>, 2> arrivals;
+  // By side: [block * parts + part], where that is no arrival null.
+  std::array<std::vector<Arrival*>, 2> by_unit;
+  int parts = 1;
 
   Arrival* Find(Side side, int block, int part) const;  // null: none
 };
