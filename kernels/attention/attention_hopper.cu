@@ -15,14 +15,9 @@ constexpr int64_t kHeaderBytes = 16;  // of the workspace
 
 int64_t RoundUp(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-template <typename T>
-bool Aligned(const CudaHeads<T>& x) {
-  constexpr int64_t kElements = 16 / sizeof(T);
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride % kElements == 0 &&
-         x.batch_stride % kElements == 0;
-}
+}  // namespace
 
-bool Valid(const HopperAttentionBlock& block) {
+bool HopperAttentionAccepts(const HopperAttentionBlock& block) {
   return HopperAttentionSupports(block.dim, block.v_dim) && 0 <= block.q_rows && block.q_rows <= kMaxRows &&
          0 <= block.k_rows && block.k_rows <= kMaxRows && 0 <= block.batch && block.batch <= kMaxGrid &&
          0 <= block.heads && block.heads <= kMaxGrid &&
@@ -31,6 +26,8 @@ bool Valid(const HopperAttentionBlock& block) {
          block.key_offset >= 0 && block.key_stride >= 1 && block.scale > 0 && Aligned(block.q) &&
          Aligned(block.k) && Aligned(block.v);
 }
+
+namespace {
 
 // Of one query tile; a thread per row.
 __global__ void FillTables(const __grid_constant__ HopperAttentionBlock block, KeyRows* ranges,
@@ -86,7 +83,7 @@ __global__ void SortTiles(const TileBounds* bounds, int tiles, int* order) {
 
 cudaError_t Launch(const HopperAttentionBlock& block, const HopperAttentionPartial& partial, void* workspace,
                    cudaStream_t stream) {
-  if (!Valid(block) || !Aligned(partial.out) || !Aligned(partial.result) ||
+  if (!HopperAttentionAccepts(block) || !Aligned(partial.out) || !Aligned(partial.result) ||
       reinterpret_cast<uintptr_t>(workspace) % 16 != 0) {
     return cudaErrorInvalidValue;
   }

@@ -12,11 +12,13 @@
 #include <cuda_bf16.h>
 
 #include "kernels/attention/attention_block_cuda.h"
+#include "kernels/attention/attention_mma.h"
 
 namespace annulus::kernels {
 
 using HopperAttentionBlock = CudaAttentionBlock<__nv_bfloat16>;
 using HopperAttentionPartial = CudaAttentionPartial<__nv_bfloat16>;
+using HopperAttentionGradients = CudaAttentionGradients<__nv_bfloat16>;
 
 // Heads for which there is a kernel, and whether the current device runs it.
 bool HopperAttentionSupports(int64_t dim, int64_t v_dim);
@@ -34,5 +36,16 @@ cudaError_t HopperAttentionForward(const HopperAttentionBlock& block, const Hopp
 //   out: [q_rows, batch, heads, v_dim], 0 for rows without an allowed key   lse: [q_rows, batch, heads]
 cudaError_t HopperAttentionForwardWhole(const HopperAttentionBlock& block, CudaHeads<__nv_bfloat16> out,
                                         float* lse, void* workspace, cudaStream_t stream);
+
+// Bytes of device memory the backward needs besides its arguments, on the current device: about 8 per query
+// row and head; in a fixed order up to 1 MB per multiprocessor more.
+int64_t HopperAttentionBackwardWorkspaceBytes(const HopperAttentionBlock& block,
+                                              MmaQueryGradient query_gradient);
+
+// Adds the block's gradients. In a fixed order (kOrdered) thread blocks take turns at dQ, so there are no
+// more products than in any order. `workspace` is 16-byte aligned.
+cudaError_t HopperAttentionBackward(const HopperAttentionBlock& block,
+                                    const HopperAttentionGradients& gradients,
+                                    MmaQueryGradient query_gradient, void* workspace, cudaStream_t stream);
 
 }  // namespace annulus::kernels

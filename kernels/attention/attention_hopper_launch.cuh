@@ -8,6 +8,16 @@
 
 namespace annulus::kernels {
 
+// Whether a block is what attention_hopper.h asks for.
+bool HopperAttentionAccepts(const HopperAttentionBlock& block);
+
+template <typename T>
+bool Aligned(const CudaHeads<T>& x) {
+  constexpr int64_t kElements = 16 / sizeof(T);
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride % kElements == 0 &&
+         x.batch_stride % kElements == 0;
+}
+
 // What the forward reads of the mask, made once per call. Query rows are padded to whole tiles.
 struct ForwardTables {
   const KeyRows* ranges;     // [batch, query_tiles * rows of a tile]

@@ -39,6 +39,10 @@ cudaError_t MmaAttentionForward(const MmaAttentionBlock& block, const MmaAttenti
   return launch(block, partial, stream);
 }
 
+int64_t MmaAttentionBackwardWorkspaceBytes(const MmaAttentionBlock& block, MmaQueryGradient query_gradient) {
+  return BackwardTableBytes(block, {BackwardQueries(block.dim), query_gradient});
+}
+
 cudaError_t MmaAttentionBackward(const MmaAttentionBlock& block, const MmaAttentionGradients& gradients,
                                  MmaQueryGradient query_gradient, void* workspace, cudaStream_t stream) {
   if (!Valid(block) || !Aligned(gradients.dout) || !Aligned(gradients.dq) || !Aligned(gradients.dk) ||
@@ -47,7 +51,8 @@ cudaError_t MmaAttentionBackward(const MmaAttentionBlock& block, const MmaAttent
   }
   if (block.q_rows == 0 || block.k_rows == 0 || block.batch == 0 || block.heads == 0) return cudaSuccess;
   BackwardTables tables;
-  cudaError_t error = FillBackwardTables(block, gradients, query_gradient, workspace, &tables, stream);
+  cudaError_t error = FillBackwardTables(block, gradients, {BackwardQueries(block.dim), query_gradient},
+                                         workspace, &tables, stream);
   if (error != cudaSuccess) return error;
   const bool ordered = query_gradient == MmaQueryGradient::kOrdered;
   switch (block.dim) {

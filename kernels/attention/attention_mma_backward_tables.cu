@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "attention_mma_launch.cuh"
+#include "kernels/common/hopper.cuh"
 #include "mma_primitives.cuh"
 
 namespace annulus::kernels {
@@ -41,11 +42,11 @@ struct ShareLength {
 struct Layout {
   int64_t padded_rows, query_tiles, key_tiles, most_shares, slots = 0;
   ShareLength share_length;
-  int64_t ranges, bounds, work, shares, sums, bytes;
+  int64_t ranges, bounds, work, shares, turns, sums, bytes;
 
-  Layout(const MmaAttentionBlock& block, MmaQueryGradient query_gradient, int multiprocessors) {
-    const bool ordered = query_gradient == MmaQueryGradient::kOrdered;
-    const int64_t queries = BackwardQueries(block.dim);
+  Layout(const MmaAttentionBlock& block, const BackwardTableShape& shape, int multiprocessors) {
+    const bool ordered = shape.query_gradient == MmaQueryGradient::kOrdered;
+    const int64_t queries = shape.queries;
     padded_rows = RoundUp(block.q_rows, queries);
     query_tiles = padded_rows / queries;
     key_tiles = RoundUp(block.k_rows, kBackwardKeys) / kBackwardKeys;
@@ -62,7 +63,10 @@ struct Layout {
     bounds = ranges + block.batch * padded_rows * static_cast<int64_t>(sizeof(KeyRows));
     work = bounds + block.batch * query_tiles * static_cast<int64_t>(sizeof(TileBounds));
     shares = work + all_key_tiles * static_cast<int64_t>(sizeof(KeyTileWork));
-    sums = RoundUp(shares + most_shares * static_cast<int64_t>(sizeof(BackwardShare)), 16);
+    turns = shares + most_shares * static_cast<int64_t>(sizeof(BackwardShare));
+    const int64_t turn_count =
+        shape.order == ShareOrder::kKeys ? 2 * block.batch * block.heads * query_tiles : 0;
+    sums = RoundUp(turns + turn_count * static_cast<int64_t>(sizeof(int)), 16);
     bytes = sums + block.kv_heads * slots * kBackwardKeys * (block.dim + block.v_dim) *
                        static_cast<int64_t>(sizeof(float));
   }
@@ -148,10 +152,28 @@ static_assert(kScanThreads == 32 * 32);
 // What there is to share out, and the list of shares that is made of it.
 struct ShareList {
   int key_tiles, kv_heads, group;
+  ShareOrder order;
   ShareLength length;
   int most_shares;
   BackwardShare* shares;
 };
+
+// Places the shares of tile t, each thread another, behind `place`; how many there are of all threads.
+__device__ int PlaceShares(const ShareList& list, int t, int count, int place) {
+  const Scan scan = ScanBlock(count * list.kv_heads);
+  BackwardShare* to = list.shares + place + scan.before;
+  for (int head = 0; head < list.kv_heads; ++head) {
+    for (int i = 0; i < count; ++i) *to++ = {t, head, i};
+  }
+  return static_cast<int>(scan.all);
+}
+
+// There are no more than `all`.
+__device__ void EndShares(const ShareList& list, int all) {
+  for (int s = all + static_cast<int>(threadIdx.x); s < list.most_shares; s += kScanThreads) {
+    list.shares[s] = {-1, 0, 0};
+  }
+}
 
 // By one thread block.
 __global__ void FillShares(KeyTileWork* work, const __grid_constant__ ShareList list) {
@@ -163,7 +185,7 @@ __global__ void FillShares(KeyTileWork* work, const __grid_constant__ ShareList 
   long long tiles = 0;
   for (int t = thread; t < list.key_tiles; t += kScanThreads) tiles += tiles_of(t);
   const float length = list.length(static_cast<float>(ScanBlock(tiles * list.kv_heads).all));
-  int slot = 0;  // of the key tiles before
+  int slot = 0, place = 0;  // of the key tiles before
   for (int begin = 0; begin < list.key_tiles; begin += kScanThreads) {
     const int t = begin + thread, of_tile = t < list.key_tiles ? tiles_of(t) : 0;
     const int count = of_tile == 0 ? 0 : max(1, __float2int_rn(static_cast<float>(of_tile) / length));
@@ -174,6 +196,11 @@ __global__ void FillShares(KeyTileWork* work, const __grid_constant__ ShareList 
       if (count > 0) atomicMax(&longest, of_tile / count);
     }
     slot += static_cast<int>(scan.all);
+    if (list.order == ShareOrder::kKeys) place += PlaceShares(list, t, count, place);
+  }
+  if (list.order == ShareOrder::kKeys) {
+    EndShares(list, place);
+    return;
   }
   __syncthreads();
   const auto class_of = [&](int t) {
@@ -196,8 +223,7 @@ __global__ void FillShares(KeyTileWork* work, const __grid_constant__ ShareList 
       for (int i = 0; i < count; ++i) list.shares[place + head * of_class[c] + i] = {t, head, i};
     }
   }
-  const int all = static_cast<int>(scan.all) * list.kv_heads;
-  for (int s = all + thread; s < list.most_shares; s += kScanThreads) list.shares[s] = {-1, 0, 0};
+  EndShares(list, static_cast<int>(scan.all) * list.kv_heads);
 }
 
 // Of some rows of one tile of keys of one KV head.
@@ -232,30 +258,32 @@ __global__ void AddSums(const __grid_constant__ MmaAttentionBlock block,
 
 }  // namespace
 
-int64_t MmaAttentionBackwardWorkspaceBytes(const MmaAttentionBlock& block, MmaQueryGradient query_gradient) {
+int64_t BackwardTableBytes(const MmaAttentionBlock& block, const BackwardTableShape& shape) {
   int multiprocessors = 0;
   if (CountMultiprocessors(&multiprocessors) != cudaSuccess) return 0;  // the launch will say so again
-  return Layout(block, query_gradient, multiprocessors).bytes;
+  return Layout(block, shape, multiprocessors).bytes;
 }
 
 cudaError_t FillBackwardTables(const MmaAttentionBlock& block, const MmaAttentionGradients& gradients,
-                               MmaQueryGradient query_gradient, void* workspace, BackwardTables* tables,
+                               const BackwardTableShape& shape, void* workspace, BackwardTables* tables,
                                cudaStream_t stream) {
   int multiprocessors = 0;
-  const cudaError_t error = CountMultiprocessors(&multiprocessors);
+  cudaError_t error = CountMultiprocessors(&multiprocessors);
   if (error != cudaSuccess) return error;
-  const Layout layout(block, query_gradient, multiprocessors);
+  const Layout layout(block, shape, multiprocessors);
   auto* memory = static_cast<char*>(workspace);
   auto* stats = reinterpret_cast<RowStats*>(memory);
   auto* ranges = reinterpret_cast<KeyRows*>(memory + layout.ranges);
   auto* bounds = reinterpret_cast<TileBounds*>(memory + layout.bounds);
   auto* work = reinterpret_cast<KeyTileWork*>(memory + layout.work);
   auto* shares = reinterpret_cast<BackwardShare*>(memory + layout.shares);
+  auto* turns = reinterpret_cast<int*>(memory + layout.turns);
   *tables = {.stats = stats,
              .ranges = ranges,
              .bounds = bounds,
              .work = work,
              .shares = shares,
+             .turns = turns,
              .sums = reinterpret_cast<float*>(memory + layout.sums),
              .padded_rows = layout.padded_rows,
              .query_tiles = static_cast<int>(layout.query_tiles),
@@ -263,19 +291,23 @@ cudaError_t FillBackwardTables(const MmaAttentionBlock& block, const MmaAttentio
              .most_shares = static_cast<int>(layout.most_shares),
              .slots = static_cast<int>(layout.slots)};
   const auto batch = static_cast<unsigned>(block.batch);
-  const auto fill = BackwardQueries(block.dim) == 32 ? FillRows<32> : FillRows<64>;
-  fill<<<dim3(static_cast<unsigned>(layout.query_tiles), batch), kThreads, 0, stream>>>(
-      block, gradients.lse, gradients.delta, layout.padded_rows, stats, ranges, bounds);
-  FillWork<<<dim3(static_cast<unsigned>(layout.key_tiles), batch), kThreads, 0, stream>>>(
-      bounds, tables->query_tiles, work);
+  const auto fill = shape.queries == 32 ? FillRows<32> : shape.queries == 64 ? FillRows<64> : FillRows<128>;
+  error = LaunchKernel(fill, dim3(static_cast<unsigned>(layout.query_tiles), batch), kThreads, 0, stream,
+                       block, gradients.lse, gradients.delta, layout.padded_rows, stats, ranges, bounds);
+  if (error != cudaSuccess) return error;
+  error = LaunchKernel(FillWork, dim3(static_cast<unsigned>(layout.key_tiles), batch), kThreads, 0, stream,
+                       bounds, tables->query_tiles, work);
+  if (error != cudaSuccess) return error;
   const ShareList list{.key_tiles = static_cast<int>(block.batch * layout.key_tiles),
                        .kv_heads = static_cast<int>(block.kv_heads),
                        .group = static_cast<int>(block.heads / block.kv_heads),
+                       .order = shape.order,
                        .length = layout.share_length,
                        .most_shares = tables->most_shares,
                        .shares = shares};
-  FillShares<<<1, kScanThreads, 0, stream>>>(work, list);
-  return cudaGetLastError();
+  error = LaunchKernel(FillShares, dim3(1), kScanThreads, 0, stream, work, list);
+  if (error != cudaSuccess || shape.order != ShareOrder::kKeys) return error;
+  return cudaMemsetAsync(turns, 0, static_cast<size_t>(layout.sums - layout.turns), stream);
 }
 
 cudaError_t AddShares(const MmaAttentionBlock& block, const MmaAttentionGradients& gradients,
@@ -283,8 +315,7 @@ cudaError_t AddShares(const MmaAttentionBlock& block, const MmaAttentionGradient
   constexpr unsigned kParts = 8;  // of a tile, so that a few tiles occupy the device
   const dim3 grid(static_cast<unsigned>(block.batch * tables.key_tiles),
                   static_cast<unsigned>(block.kv_heads), kParts);
-  AddSums<<<grid, kThreads, 0, stream>>>(block, gradients, tables);
-  return cudaGetLastError();
+  return LaunchKernel(AddSums, grid, kThreads, 0, stream, block, gradients, tables);
 }
 
 }  // namespace annulus::kernels

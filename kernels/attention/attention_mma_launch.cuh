@@ -43,7 +43,8 @@ struct BackwardTables {
   const KeyRows* ranges;        // [batch, padded_rows]
   const TileBounds* bounds;     // [batch, query_tiles]
   const KeyTileWork* work;      // [batch, key_tiles]
-  const BackwardShare* shares;  // [most_shares], the longest first
+  const BackwardShare* shares;  // [most_shares], in the order of the shape
+  int* turns;                   // [2, batch, heads, query_tiles], zeros; with ShareOrder::kKeys
   float* sums;                  // [kv_heads, slots, kBackwardKeys, dim + v_dim], of dK and dV
   int64_t padded_rows;
   int query_tiles, key_tiles, most_shares, slots;
@@ -57,9 +58,19 @@ using ForwardLauncher = cudaError_t(const MmaAttentionBlock&, const MmaAttention
 using BackwardLauncher = cudaError_t(const MmaAttentionBlock&, const MmaAttentionGradients&,
                                      const BackwardTables&, cudaStream_t);
 
-// Fills the tables in a workspace of MmaAttentionBackwardWorkspaceBytes.
+// The longest shares first; or by their keys, so that thread blocks which wait for those of smaller keys wait
+// for blocks that run.
+enum class ShareOrder { kLongestFirst, kKeys };
+// Which tables: for tiles of `queries` query rows, 32, 64 or 128.
+struct BackwardTableShape {
+  int queries;
+  MmaQueryGradient query_gradient;
+  ShareOrder order = ShareOrder::kLongestFirst;
+};
+int64_t BackwardTableBytes(const MmaAttentionBlock& block, const BackwardTableShape& shape);
+// Fills the tables in a workspace of BackwardTableBytes.
 cudaError_t FillBackwardTables(const MmaAttentionBlock& block, const MmaAttentionGradients& gradients,
-                               MmaQueryGradient query_gradient, void* workspace, BackwardTables* tables,
+                               const BackwardTableShape& shape, void* workspace, BackwardTables* tables,
                                cudaStream_t stream);
 // Adds the sums of tiles of keys with several shares, in order of the shares.
 cudaError_t AddShares(const MmaAttentionBlock& block, const MmaAttentionGradients& gradients,

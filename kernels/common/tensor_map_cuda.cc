@@ -34,9 +34,9 @@ cudaError_t Make(const Panels& x, CUtensorMapDataType type, int box_rows, int bo
                             1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   void* data = const_cast<void*>(static_cast<const void*>(x.data));
-  const CUresult made = encode(map, type, 4, data, sizes, strides, box, steps,
-                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult made = encode(map, type, 4, data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -4,6 +4,8 @@
 
 #include <chrono>
 
+#include "cuda/attention_hopper/backward_check.h"
+#include "cuda/attention_hopper/backward_time.h"
 #include "cuda/attention_hopper/forward_check.h"
 #include "cuda/attention_hopper/timing.h"
 #include "kernels/attention/attention_hopper.h"
@@ -55,6 +57,8 @@ bool CheckAll(const std::string& what) {
   });
   bool ok = true;
   for (Prepared& one : prepared) ok = CheckForward(one) && ok;
+  for (Prepared& one : prepared) ok = CheckBackward(one) && ok;
+  if (what != "sanitize") ok = CheckBackwardRepeats() && ok;
   std::printf("checks %s in %.1f s\n", ok ? "passed" : "FAILED",
               std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   return ok;
@@ -79,6 +83,9 @@ int main(int argc, char** argv) {
   }
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
   bool ok = what == "time" || CheckAll(what);
-  if (what == "all" || what == "time") ok = TimeForward() && ok;
+  if (what == "all" || what == "time") {
+    ok = TimeForward() && ok;
+    TimeBackward();
+  }
   return ok ? 0 : 1;
 }

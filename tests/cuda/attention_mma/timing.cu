@@ -155,8 +155,9 @@ void Time(int64_t rows, int64_t heads, int64_t dim, int64_t v_dim, bool variants
     const BackwardVariant& variant = kBackwardVariants[i];
     if (variant.dim != dim) continue;
     kernels::BackwardTables tables;
-    CUDA(kernels::FillBackwardTables(block, gradients, MmaQueryGradient::kOrdered, workspace.data, &tables,
-                                     nullptr));
+    CUDA(kernels::FillBackwardTables(block, gradients,
+                                     {kernels::BackwardQueries(dim), MmaQueryGradient::kOrdered},
+                                     workspace.data, &tables, nullptr));
     report(variant.name, MedianSeconds([&] { CUDA(variant.launch(block, gradients, tables, nullptr)); }, 5),
            backward_flop);
   }

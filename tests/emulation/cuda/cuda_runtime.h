@@ -112,8 +112,9 @@ using std::min;
 inline void __syncthreads() { annulus::emulation::SyncBlock(); }
 inline void __syncwarp() { annulus::emulation::MeetWarp("__syncwarp", 0); }
 [[noreturn]] inline void __trap() { annulus::emulation::Fail("__trap"); }
+// Not always ready, or a thread that polls would keep what it waits for from running.
 inline void __nanosleep(unsigned) {
-  annulus::emulation::WaitUntil("__nanosleep", [] { return true; });
+  annulus::emulation::WaitUntil("__nanosleep", [] { return annulus::emulation::Random(8) == 0; });
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }

@@ -1,0 +1,13 @@
+#include "cuda/attention_hopper/backward_variants.h"
+#include "kernels/attention/attention_hopper_backward.cuh"
+
+namespace annulus::testing {
+
+using namespace kernels;
+
+const HopperBackwardVariant kHopperBackwardVariants[] = {
+    {"steps of 32", 128, 64, LaunchHopperBackward<128, 128, 32>},
+};
+const int kHopperBackwardVariantCount = sizeof(kHopperBackwardVariants) / sizeof(kHopperBackwardVariants[0]);
+
+}  // namespace annulus::testing
