@@ -64,7 +64,9 @@ struct HopperBackwardTile {
   static constexpr int kQueries = kQueries_, kSteps = kQueries / kStep;
   static constexpr int kKeys = kBackwardKeys, kGroups = 2, kStages = 2;
   static constexpr int kThreads = (kGroups + 1) * 128, kMathWarps = kGroups * 4;
-  static constexpr int kMathRegisters = 240, kLoadRegisters = 32;
+  static constexpr int kMathRegisters = 240, kLoadRegisters = 24;
+  // What the block is started with is all there is to hand around: a request for more never returns.
+  static_assert(128 * (kGroups * kMathRegisters + kLoadRegisters) <= kThreads * (65536 / kThreads / 8 * 8));
   static_assert(kKeys == 64 * kGroups && kQueries % kStep == 0 && kQueries % 64 == 0);
   // dQ of a query tile is shared out by rows where there are enough, by panels of 32 columns elsewhere.
   static constexpr bool kByRows = kDim == 64;
