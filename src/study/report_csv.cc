@@ -53,11 +53,15 @@ const std::vector<GoodputColumn>& GoodputColumns() {
   static const std::vector<GoodputColumn> columns = {
       {"goodput_share", [](const G& g) { return CsvNumber(g.share); }},
       {"goodput_run_seconds", [](const G& g) { return CsvNumber(g.seconds); }},
-      {"goodput_failures", [](const G& g) { return absl::StrCat(g.failures); }},
+      {"goodput_failures", [](const G& g) { return CsvNumber(g.failures); }},
       {"goodput_steps_between_saves", [](const G& g) { return absl::StrCat(g.steps_between_saves); }},
       {"goodput_saving_seconds", [](const G& g) { return CsvNumber(g.saving_seconds); }},
       {"goodput_lost_seconds", [](const G& g) { return CsvNumber(g.lost_seconds); }},
-      {"goodput_restarting_seconds", [](const G& g) { return CsvNumber(g.restarting_seconds); }}};
+      {"goodput_restarting_seconds", [](const G& g) { return CsvNumber(g.restarting_seconds); }},
+      {"goodput_share_deviation", [](const G& g) { return CsvNumber(g.share_deviation); }},
+      {"goodput_best_steps_between_saves",
+       [](const G& g) { return absl::StrCat(g.best_steps_between_saves); }},
+      {"goodput_best_share", [](const G& g) { return CsvNumber(g.best_share); }}};
   return columns;
 }
 

@@ -50,6 +50,9 @@ void VisitGoodput(T& goodput, const Visit& visit) {
   visit("saving_seconds", goodput.saving_seconds);
   visit("lost_seconds", goodput.lost_seconds);
   visit("restarting_seconds", goodput.restarting_seconds);
+  visit("share_deviation", goodput.share_deviation);
+  visit("best_steps_between_saves", goodput.best_steps_between_saves);
+  visit("best_share", goodput.best_share);
 }
 
 // JSON has no numbers that are not finite: null stands for those.

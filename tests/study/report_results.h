@@ -76,7 +76,7 @@ inline StudyResults MadeUpStudy(const std::vector<int64_t>& ranks, const std::ve
         } else {
           point.goodput = Goodput{.share = 1 - static_cast<double>(n) / 20000,
                                   .seconds = 1e6,
-                                  .failures = n / 16,
+                                  .failures = static_cast<double>(n / 16),
                                   .steps_between_saves = 400,
                                   .saving_seconds = 3600,
                                   .lost_seconds = 7200,

@@ -17,21 +17,31 @@ struct GoodputInputs {
   int64_t steps = 0;                // of the run
   ReliabilityProfile reliability;
   uint64_t seed = 0;
+  int histories = 100;  // of failures, that are played
 };
 
+// Means over histories of failures.
 struct Goodput {
-  double share = 1;    // of the time that steps which count took
-  double seconds = 0;  // of the whole run
-  int64_t failures = 0;
+  double share = 1;            // of the time that steps which count took
+  double share_deviation = 0;  // standard deviation of one history's
+  double seconds = 0;          // of the whole run
+  double failures = 0;
   int64_t steps_between_saves = 0;
   double saving_seconds = 0, lost_seconds = 0, restarting_seconds = 0;
+  int64_t best_steps_between_saves = 0;  // BestStepsBetweenSaves, and the share expected with them
+  double best_share = 1;
 };
 
-// Failures at exponential times, by events. A job that does not get ahead is given up when it has taken 1000
-// times as long as it would without failures.
+// Failures at exponential times, by events, each history from its own seed. A job that does not get ahead is
+// given up when it has taken 1000 times as long as it would without failures.
 Goodput SimulateGoodput(const GoodputInputs& inputs);
 
-// Young's sqrt(2 C M), C the seconds of a save and M the mean seconds between failures of the job, in steps.
+// The share that is expected of saves so many steps apart. J. T. Daly, "A higher order estimate of the
+// optimum checkpoint interval for restart dumps", 2006, eq. 9: from one save to the next a job of mean time M
+// between failures takes M e^(R / M) (e^((T + C) / M) - 1) where T of it computes, C saves and R restarts.
+double ExpectedShare(const GoodputInputs& inputs, int64_t steps_between_saves);
+
+// Where that is most: about Young's sqrt(2 C M) in steps.
 int64_t BestStepsBetweenSaves(const GoodputInputs& inputs);
 
 }  // namespace annulus
