@@ -47,7 +47,7 @@ struct StepReport {
   double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next three
   double exposed_reduce_ms = 0;
   double data_ms = 0;
-  double exposed_tensor_ms = 0;  // for tokens and sums of tensor parallelism
+  double exposed_tensor_ms = 0;          // for tokens and sums of tensor parallelism
   std::optional<SentTraffic> sent = {};  // by all ranks; nothing where the mesh does not count
   // Sent by state-space layers, states and rows before convolutions; of the rank that sent most.
   int64_t state_bytes = 0;
@@ -112,8 +112,17 @@ class Trainer {
   absl::Status CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const;
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
   std::vector<AttentionReport> AttentionReports();
-  AttentionReport PlannedReport(const AttentionCase& layer, Pass pass) const;
-  void CountExchange(const AttentionCase& layer, Pass pass, int64_t runs);
+  // A pass of a layer, and what goes round in it: keys and values expanded at home, or what the layer has.
+  struct PlannedLayer {
+    AttentionCase layer;
+    const LatentDecision* decision;  // null: no latents
+    bool at_home() const { return decision != nullptr && !decision->latents; }
+    AttentionCase exchanged;
+    const AttentionGeometry::Schedule* schedule;  // null: none yet
+  };
+  PlannedLayer Planned(const AttentionCase& layer, Pass pass) const;
+  AttentionReport PlannedReport(const PlannedLayer& planned, Pass pass) const;
+  void CountExchange(const PlannedLayer& planned, int64_t runs);
   absl::Status FillTraffic(StepReport* report);
   absl::Status FillMemory(StepReport* report);
   MemoryPlan MemoryHeld() const;
