@@ -2,20 +2,23 @@
 
 // Forward of block attention on Hopper (after FlashAttention-3, Shah et al. 2024), with a carry. One thread
 // block per multiprocessor takes tiles of query rows of one head, one after the other, and walks over the key
-// tiles that some of its rows see.
+// tiles that some of its rows see. Here a tile of three key tiles, and the next one:
 //
-//   loader (one thread)     Q      K0  K1  V0  K2  V1  K3  V2 ...              copy engine -> shared memory
-//   math warpgroup 0           QK0 |  QK1 PV0 | softmax 1 | QK2 PV1 | softmax 2 | ...
-//   math warpgroup 1                 softmax 0 |  QK1 PV0 | softmax 1 | QK2 PV1 | ...
+//   loader (one thread)   Q  K0  K1 V0  K2 V1 V2  Q' K0'  K1' V0' ...            copy engine -> shared memory
+//   math warpgroup 0      QK0  QK1 PV0 | softmax 1 | QK2 PV1 | softmax 2 | QK0' PV2 | softmax 0', store | ...
+//   math warpgroup 1      QK0  softmax 0 | QK1 PV0 | softmax 1 | QK2 PV1 | softmax 2 | QK0' PV2 | ...
 //
 // Each math warpgroup owns 64 rows. It starts Q K^T of a tile and weights times V of the one before together,
-// and makes weights of the scores while the second still runs. Named barriers hand the tensor cores from
-// warpgroup to warpgroup, so that one multiplies while another exponentiates.
+// and makes weights of the scores while the second still runs; across query tiles too, so that only the store
+// stands between them. Named barriers hand the tensor cores from warpgroup to warpgroup, so that one
+// multiplies while another exponentiates.
 //
-// State per query row, in units of log2: max, sum of 2^(score - max), and acc = the sum's weighted values. It
-// starts from the carry as (LSE, 1, O): the sum of exp(s - LSE) is one by the definition of LSE. max follows
-// the largest score only when that is kSlack above it: weights stay below 2^kSlack, and acc is not rescaled
-// for small steps.
+// State per query row, in units of log2: a reference, the sum of 2^(score - reference), and acc = the sum's
+// weighted values. The reference is set kSlack above the largest score of the first key tile and rises when a
+// score passes it; so weights are made of scores at once (WeighAhead), with no maximum to wait for, and a
+// weight of 2 or more shows that one was needed: then the warp makes its scores again, by itself, and weighs
+// them the long way (Weigh). The carry (O, LSE) is a partial result like the sums of a tile, and is merged
+// with them where the tile is stored; the loader has brought its rows to L2.
 //
 // Floor: 2 (dim + v_dim) FLOP per visible (query, key) pair and head. In clocks of a multiprocessor (4096
 // FLOP of bf16 products, 16 exponentials, 128 bytes of shared memory each), for a query tile against a key
@@ -29,176 +32,34 @@
 // so heads of 64 are bound by exponentials as much as by products, and the others by products as long as the
 // exponentials of one warpgroup run under the products of another. Shared memory: both operands of Q K^T (48
 // of the 64 clocks of m64n128k16), V alone of the second product. Device memory: Q and O once, K and V once
-// for each set of heads (ForwardOrder); a carry adds 8 v_dim bytes per row and head. Measured: nothing yet.
+// for each set of heads (ForwardOrder); a carry adds 8 v_dim bytes per row and head.
+//
+// Measured on one H200, 16 heads, beside cuDNN 9 (in brackets) in turns, which shares the clock that the
+// power limit leaves, 1.4 GHz in the first two columns to 1.8: percent of the tensor cores' clocks that
+// products fill.
+//
+//   heads     causal 32K   full 32K   causal 8K   documents of 4K in 32K
+//   64        61 (56)      65 (58)    45 (45)     50
+//   128       84 (73)      87 (75)    71 (61)     73
+//   192/128   91 (72)      94 (73)    74 (60)     80
+//
+// Heads of 128, a window of 4K in 128K rows: 82; a carry over 8 chunks of 8K keys: 84, all 64K keys at once:
+// 87. At 1.44 GHz one percent is 7.8 TFLOP/s. What limits long sequences of 128 and more is power; below it,
+// and for heads of 64, the chain of one warpgroup from scores to weights: exponentials are 43% busy with
+// heads of 128, issue slots 34% (46% with 64). Of the products of documents 5% (128 rows) to 8% (192) are
+// masked.
 //
 // The compiler keeps the products in flight only if no code between their start and GroupWait touches their
 // accumulators (ptxas warns, C7510 to C7520), and moves a wait up over everything it sees no use of
-// (MakeWeights).
+// (MakeWeights). The loop over key tiles has its own code, apart from the step into the next query tile: with
+// both in one loop it moves accumulators between registers in every step.
 
 #include <algorithm>
 
-#include "kernels/attention/attention_hopper_launch.cuh"
-#include "kernels/common/hopper.cuh"
+#include "kernels/attention/attention_hopper_forward_feed.cuh"
 #include "kernels/common/tensor_map.h"
 
 namespace annulus::kernels {
-
-// kWhole: starts from nothing, and only writes `result` and the LSE.
-enum class ForwardMode { kWhole, kCarry };
-
-// Where Q K^T reads Q: in shared memory, or in registers, which spares shared memory a third of its reads.
-enum class QueryOperand { kShared, kRegisters };
-// Whether warpgroups hand the tensor cores to each other, or take them as they come.
-enum class Turns { kInOrder, kAsTheyCome };
-
-template <int kDim_, int kValueDim_, int kGroups_, int kKeys_, int kStages_, int kQueryStages_,
-          QueryOperand kQueryOperand_ = QueryOperand::kShared, Turns kTurns_ = Turns::kInOrder>
-struct HopperForwardTile {
-  static constexpr QueryOperand kQueryOperand = kQueryOperand_;
-  static constexpr Turns kTurns = kTurns_;
-  static constexpr int kDim = kDim_, kValueDim = kValueDim_, kKeys = kKeys_;
-  static constexpr int kGroups = kGroups_;  // of warps that multiply, 64 query rows each
-  static constexpr int kQueries = 64 * kGroups;
-  static constexpr int kStages = kStages_, kQueryStages = kQueryStages_;
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kLoaderRegisters = kGroups == 2 ? 40 : 32, kMathRegisters = kGroups == 2 ? 232 : 160;
-  using Q = SharedTile<kQueries, kDim>;
-  using K = SharedTile<kKeys, kDim>;
-  using V = SharedTile<kKeys, kValueDim>;
-  static constexpr int kTileBytes = kQueryStages * Q::kBytes + kStages * (K::kBytes + V::kBytes);
-  static_assert(kValueDim <= kDim);  // results leave through the place of Q
-};
-
-// Tiles in the order in which thread blocks take them: heads whose keys fit into L2 together, one such set
-// after the other, and within each the longest tiles first.
-struct ForwardOrder {
-  int sets_of;  // heads, counted over all items, of a set
-  int heads, query_tiles, tiles;
-};
-struct ForwardTileIndex {
-  int item, head, query_tile;
-};
-__device__ inline ForwardTileIndex TileAt(const ForwardOrder& order, const int* query_tiles, int index,
-                                          int all_heads) {
-  const int in_set = order.sets_of * order.query_tiles, set = index / in_set;
-  const int heads = min(order.sets_of, all_heads - set * order.sets_of), at = index - set * in_set;
-  const int rank = at / heads, head = set * order.sets_of + (at - rank * heads);
-  const int item = head / order.heads;
-  return {item, head - item * order.heads, query_tiles[item * order.query_tiles + rank]};
-}
-
-struct HopperForwardArguments {
-  CUtensorMap q, k, v, result;
-  ForwardTables tables;
-  ForwardOrder order;
-  CudaHeads<float> out;
-  float* lse;
-  int q_rows, k_rows, batch, all_heads, heads_per_kv;
-  bool has_result;
-  float scale;  // of scores, in units of log2
-};
-
-// A tile as the loader hands it to the warpgroups; query_tile < 0: there are no more.
-struct alignas(16) ForwardWork {
-  ForwardTileIndex at;
-  int padding;
-  TileBounds keys;
-};
-
-template <typename Tile>
-struct ForwardBarriers {
-  uint64_t q_full[Tile::kQueryStages], q_empty[Tile::kQueryStages];
-  uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
-  uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
-  uint64_t work_full[2], work_empty[2];
-  ForwardWork work[2];
-};
-template <typename Tile>
-inline constexpr int kForwardSharedBytes = Tile::kTileBytes + static_cast<int>(sizeof(ForwardBarriers<Tile>));
-
-// Place of a ring of kCount buffers, with the parity of the phase in which the place is filled.
-template <int kCount>
-struct RingPlace {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void Advance() {
-    if (++stage == kCount) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-  __device__ uint32_t Of(const uint64_t (&barriers)[kCount]) const {
-    return SharedAddress(barriers) + static_cast<uint32_t>(stage * 8);
-  }
-};
-
-template <typename Tile>
-struct ForwardShared {
-  uint32_t q, k, v;  // of the first stages
-  ForwardBarriers<Tile>& barriers;
-  __device__ uint32_t Q(int stage) const { return q + static_cast<uint32_t>(stage * Tile::Q::kBytes); }
-  __device__ uint32_t K(int stage) const { return k + static_cast<uint32_t>(stage * Tile::K::kBytes); }
-  __device__ uint32_t V(int stage) const { return v + static_cast<uint32_t>(stage * Tile::V::kBytes); }
-};
-
-// Of one thread: takes tiles and starts the copies of their operands.
-template <typename Tile>
-__device__ void LoadForward(const HopperForwardArguments& arguments, const ForwardShared<Tile>& shared) {
-  ForwardBarriers<Tile>& barriers = shared.barriers;
-  RingPlace<Tile::kQueryStages> q_place;
-  RingPlace<Tile::kStages> k_place, v_place;
-  RingPlace<2> work_place;
-  const ForwardOrder& order = arguments.order;
-  const auto load_v = [&](int key, int panel, int item) {
-    PhaseBarrierWait(v_place.Of(barriers.v_empty), v_place.parity ^ 1);
-    PhaseBarrierExpect(v_place.Of(barriers.v_full), Tile::V::kBytes);
-    LoadTile(shared.V(v_place.stage), arguments.v, v_place.Of(barriers.v_full), key, panel, item);
-    v_place.Advance();
-  };
-  for (int index = static_cast<int>(blockIdx.x);;) {
-    const int next = static_cast<int>(gridDim.x) + atomicAdd(arguments.tables.next, 1);
-    ForwardWork work{{0, 0, -1}, 0, {0, 0, 0, 0}};
-    if (index < order.tiles) {
-      work.at = TileAt(order, arguments.tables.order, index, arguments.all_heads);
-      work.keys = arguments.tables.bounds[work.at.item * order.query_tiles + work.at.query_tile];
-    }
-    const bool last = index >= order.tiles;
-    index = next;
-    if (!last && work.keys.empty() && !arguments.has_result) continue;
-
-    PhaseBarrierWait(work_place.Of(barriers.work_empty), work_place.parity ^ 1);
-    barriers.work[work_place.stage] = work;
-    PhaseBarrierArrive(work_place.Of(barriers.work_full));
-    work_place.Advance();
-    if (last) return;
-
-    PhaseBarrierWait(q_place.Of(barriers.q_empty), q_place.parity ^ 1);
-    PhaseBarrierExpect(q_place.Of(barriers.q_full), Tile::Q::kBytes);
-    LoadTile(shared.Q(q_place.stage), arguments.q, q_place.Of(barriers.q_full),
-             work.at.query_tile * Tile::kQueries, work.at.head * (Tile::kDim / 64), work.at.item);
-    q_place.Advance();
-    const int kv_head = work.at.head / arguments.heads_per_kv, v_panel = kv_head * (Tile::kValueDim / 64);
-    for (int key = work.keys.begin; key < work.keys.end; key += Tile::kKeys) {
-      PhaseBarrierWait(k_place.Of(barriers.k_empty), k_place.parity ^ 1);
-      PhaseBarrierExpect(k_place.Of(barriers.k_full), Tile::K::kBytes);
-      LoadTile(shared.K(k_place.stage), arguments.k, k_place.Of(barriers.k_full), key,
-               kv_head * (Tile::kDim / 64), work.at.item);
-      k_place.Advance();
-      if (key > work.keys.begin) load_v(key - Tile::kKeys, v_panel, work.at.item);
-      if (key + Tile::kKeys >= work.keys.end) load_v(key, v_panel, work.at.item);
-    }
-  }
-}
-
-// Largest and sum over the four lanes that share a row of C.
-__device__ inline float GroupQuadMax(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ inline float GroupQuadSum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // 64 query rows of a tile, of one warpgroup.
 template <typename Tile, ForwardMode kMode>
@@ -213,18 +74,37 @@ class ForwardGroup {
         lane_(static_cast<int>(threadIdx.x % 32)),
         row_(group * 64 + static_cast<int>(threadIdx.x / 32 % 4) * 16 + lane_ / 4) {}
 
-  // All tiles of this thread block.
+  // All tiles of this thread block. A step starts the scores of one key tile and the values of the one
+  // before, which may be the last of the query tile before.
   __device__ void Run() {
     if (kTakeTurns && group_ == 0) BarrierArrive(kTurnBarrier, 256);  // the first turn
+    if (!Take()) return;
+    WaitK();
+    StartScores();
+    GroupWait<0>();
+    GroupUse(scores_);
+    MakeWeights();
+    ReleaseK();
+    ClearSums();
+    Pack();
     for (;;) {
-      PhaseBarrierWait(work_place_.Of(barriers_.work_full), work_place_.parity);
-      work_ = barriers_.work[work_place_.stage];
-      WarpArrives(work_place_.Of(barriers_.work_empty));
-      work_place_.Advance();
-      if (work_.at.query_tile < 0) break;
-      RunTile();
+      const int end = work_.keys.end;
+      for (key_ += Tile::kKeys; key_ < end; key_ += Tile::kKeys) {
+        Step();
+        Rescale();
+        Pack();
+      }
+      Finish();
+      if (!Take()) break;
+      Step();
+      Store();
+      ClearSums();
+      Pack();
     }
-    if (threadIdx.x % 128 == 0) BulkWait();
+    StartValues();
+    GroupWait<0>();
+    GroupUse(acc_);
+    Store();
   }
 
  private:
@@ -234,80 +114,55 @@ class ForwardGroup {
   static constexpr int kScoreParts = Tile::kKeys / 8, kValueParts = Tile::kValueDim / 8;
   static constexpr Major kInRow = Major::kDepthInRow, kAcrossRows = Major::kDepthAcrossRows;
 
-  __device__ void RunTile() {
-    const TileBounds& keys = work_.keys;
-    Load();
-    PhaseBarrierWait(q_place_.Of(barriers_.q_full), q_place_.parity);
-    if constexpr (Tile::kQueryOperand == QueryOperand::kRegisters) {
-      const uint32_t q = shared_.Q(q_place_.stage) + Tile::Q::LaneOffset(lane_, row_ - lane_ / 4);
-#pragma unroll
-      for (int d = 0; d < Tile::kDim / 16; ++d) LoadMatrices(query_[d], Tile::Q::At(q, 0, d));
-    }
-    if (!keys.empty()) {
-      WaitK();
-      StartScores();
-      GroupWait<0>();
-      GroupUse(scores_);
-      ReleaseK();
-      MakeWeights(keys.begin);
-      Rescale();
-      Pack();
-      int key = keys.begin + Tile::kKeys;
-      for (; key < keys.end; key += Tile::kKeys) {
-        WaitK();
-        WaitTurn();
-        StartScores();
-        WaitV();
-        StartValues();
-        PassTurn();
-        GroupWait<1>();
-        GroupUse(scores_);
-        ReleaseK();
-        MakeWeights(key);
-        GroupWait<0>();
-        GroupUse(acc_);
-        ReleaseV();
-        Rescale();
-        Pack();
-      }
-      WaitV();
-      if (key > keys.end && keys.end < arguments_.k_rows) ClearValues(keys.end - (key - Tile::kKeys));
-      StartValues();
-      GroupWait<0>();
-      GroupUse(acc_);
-      ReleaseV();
-    }
-    Store();
-    q_place_.Advance();
+  __device__ void Step() {
+    WaitK();
+    WaitTurn();
+    StartScores();
+    WaitV();
+    StartValues();
+    PassTurn();
+    GroupWait<1>();
+    GroupUse(scores_);
+    MakeWeights();
+    ReleaseK();
+    GroupWait<0>();
+    GroupUse(acc_);
+    ReleaseV();
   }
 
-  __device__ void Load() {
-    changed_ = false;
-#pragma unroll
+  // The next tile, from nothing; false if there are no more.
+  __device__ bool Take() {
+    PhaseBarrierWait(work_place_.Of(barriers_.work_full), work_place_.parity);
+    work_ = barriers_.work[work_place_.stage];
+    work_place_.Advance();
+    if (work_.at.query_tile < 0) return false;
+    key_ = work_.keys.begin;
+    ready_ = false;
     for (int half = 0; half < 2; ++half) {
-      max_[half] = -kInfinity;
+      reference_[half] = -kInfinity;
       sum_[half] = 0;
+      ranges_[half] = Range(half);
     }
+    PhaseBarrierWait(q_place_.Of(barriers_.q_full), q_place_.parity);
+    return true;
+  }
+
+  // Behind the last scores of a tile, before its last values.
+  __device__ void Finish() {
+    WarpArrives(q_place_.Of(barriers_.q_empty));
+    q_place_.Advance();
+    finished_ = {(work_place_.stage + kForwardWorks - 1) % kForwardWorks,
+                 {reference_[0], reference_[1]},
+                 {sum_[0], sum_[1]}};
+    WaitV();
+    const int end = work_.keys.end;
+    if (key_ > end && end < arguments_.k_rows) ClearValues(end - (key_ - Tile::kKeys));
+  }
+
+  __device__ void ClearSums() {
 #pragma unroll
     for (int n = 0; n < kValueParts; ++n) {
       for (int c = 0; c < 4; ++c) acc_[n][c] = 0;
-    }
-    if constexpr (kMode == ForwardMode::kCarry) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = Row(half);
-        const float lse = row < arguments_.q_rows ? arguments_.lse[StatIndex(row)] : -kInfinity;
-        max_[half] = lse * kLog2E;
-        if (lse == -kInfinity) continue;
-        sum_[half] = lane_ % 4 == 0 ? 1 : 0;  // summed over the quad at the end
-        const float* out = OutRow(row);
-#pragma unroll
-        for (int n = 0; n < kValueParts; ++n) {
-          const float2 value = *reinterpret_cast<const float2*>(out + n * 8);
-          acc_[n][2 * half] = value.x;
-          acc_[n][2 * half + 1] = value.y;
-        }
-      }
     }
   }
 
@@ -333,19 +188,13 @@ class ForwardGroup {
   }
 
   __device__ void StartScores() {
-    const uint32_t k = shared_.K(k_place_.stage);
+    const uint32_t q = shared_.Q(q_place_.stage), k = shared_.K(k_place_.stage);
     GroupUse(scores_);
     GroupFence();
 #pragma unroll
     for (int d = 0; d < Tile::kDim / 16; ++d) {
-      const uint64_t keys = OperandAt<Tile::kKeys>(k, 0, 2 * d);
-      if constexpr (Tile::kQueryOperand == QueryOperand::kRegisters) {
-        MultiplyRegisters<kInRow>(scores_, query_[d], keys, d > 0);
-      } else {
-        const uint32_t q = shared_.Q(q_place_.stage);
-        MultiplyShared<kInRow, kInRow>(scores_, OperandAt<Tile::kQueries>(q, group_ * 64, 2 * d), keys,
-                                       d > 0);
-      }
+      MultiplyShared<kInRow, kInRow>(scores_, OperandAt<Tile::kQueries>(q, group_ * 64, 2 * d),
+                                     OperandAt<Tile::kKeys>(k, 0, 2 * d), d > 0);
     }
     GroupCommit();
   }
@@ -363,21 +212,70 @@ class ForwardGroup {
 
   // Each way has its own Weigh: behind a common end of both, the compiler moves a later wait for the product
   // in flight before it, and nothing overlaps any more.
-  __device__ void MakeWeights(int key) {
-    if (work_.keys.Masks(key, key + Tile::kKeys)) {
-      Mask(key);
+  __device__ void MakeWeights() {
+    if (work_.keys.Masks(key_, key_ + Tile::kKeys)) {
+      Mask();
       Weigh();
-    } else {
+    } else if (!ready_ || !WeighAhead()) {
       Weigh();
     }
   }
 
-  // Scores outside the rows' ranges become -inf; `key` is the key row of the tile's first column.
-  __device__ void Mask(int key) {
-    key += lane_ % 4 * 2;
+  // Weights by the references as they are, without a look at the largest score first: false, with the scores
+  // made again, where a weight shows that a reference has to rise.
+  __device__ bool WeighAhead() {
+    const float scale = arguments_.scale;
+    float sums[1][4] = {};
+    int bits = 0;
+#pragma unroll
+    for (int n = 0; n < kScoreParts; ++n) {
+      for (int c = 0; c < 4; ++c) {
+        scores_[n][c] = Exp2(fmaf(scores_[n][c], scale, -reference_[c / 2]));
+        sums[0][c] += scores_[n][c];
+      }
+      for (int c = 0; c < 4; c += 2)
+        bits |= __float_as_int(scores_[n][c]) | __float_as_int(scores_[n][c + 1]);
+    }
+    GroupUse(sums);  // all additions are under the exponentials
+    changed_ = false;
+    // The highest bit of the exponent: 2 and above, or not a number.
+    if (__any_sync(~0u, bits & 1 << 30)) {
+      ScoresAgain();
+      return false;
+    }
+    for (int half = 0; half < 2; ++half) sum_[half] += sums[0][2 * half] + sums[0][2 * half + 1];
+    GroupUse(scores_);
+    return true;
+  }
+
+  // By this warp alone.
+  __device__ void ScoresAgain() {
+    const uint32_t q = shared_.Q(q_place_.stage) + Tile::Q::LaneOffset(lane_, row_ - lane_ / 4),
+                   k = shared_.K(k_place_.stage) + Tile::K::CrossedLaneOffset(lane_);
+#pragma unroll
+    for (int n = 0; n < kScoreParts; ++n) {
+      for (int c = 0; c < 4; ++c) scores_[n][c] = 0;
+    }
+#pragma unroll 1
+    for (int d = 0; d < Tile::kDim / 16; ++d) {
+      uint32_t rows[4];
+      LoadMatrices(rows, Tile::Q::At(q, 0, d));
+#pragma unroll
+      for (int n = 0; n < Tile::kKeys / 16; ++n) {
+        uint32_t keys[4];
+        LoadMatrices(keys, Tile::K::At(k, n, d));
+        MultiplyAdd(scores_[2 * n], rows, keys[0], keys[1]);
+        MultiplyAdd(scores_[2 * n + 1], rows, keys[2], keys[3]);
+      }
+    }
+  }
+
+  // Scores outside the rows' ranges become -inf.
+  __device__ void Mask() {
+    const int key = key_ + lane_ % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const KeyRows range = Range(half);
+      const KeyRows range = ranges_[half];
       const auto first = static_cast<unsigned>(key - range.begin);
       const auto size = static_cast<unsigned>(range.end - range.begin);
 #pragma unroll
@@ -389,7 +287,7 @@ class ForwardGroup {
     }
   }
 
-  // Scores become weights relative to max_; what acc_ is to be multiplied with goes to correction_.
+  // Scores become weights; what acc_ is to be multiplied with goes to correction_.
   __device__ void Weigh() {
     const float scale = arguments_.scale;
     changed_ = false;
@@ -400,16 +298,15 @@ class ForwardGroup {
       for (int n = 0; n < kScoreParts; ++n) {
         for (int c = 2 * half; c < 2 * half + 2; ++c) largest = fmaxf(largest, scores_[n][c]);
       }
-      largest = GroupQuadMax(largest) * scale;
-      const bool rises = largest > max_[half] + kSlack;
+      largest = QuadMax(largest) * scale;
       correction_[half] = 1;
-      if (rises) {
-        correction_[half] = Exp2(max_[half] - largest);
-        max_[half] = largest;
+      if (largest > reference_[half]) {
+        correction_[half] = Exp2(reference_[half] - (largest + kSlack));
+        reference_[half] = largest + kSlack;
         changed_ = true;
       }
       // A row that has not seen any key keeps -inf, and weights of zero.
-      const float base = max_[half] == -kInfinity ? 0 : max_[half];
+      const float base = reference_[half] == -kInfinity ? 0 : reference_[half];
       float sum = 0;
 #pragma unroll
       for (int n = 0; n < kScoreParts; ++n) {
@@ -420,6 +317,7 @@ class ForwardGroup {
       }
       sum_[half] = fmaf(sum_[half], correction_[half], sum);
     }
+    ready_ = __all_sync(~0u, reference_[0] > -kInfinity && reference_[1] > -kInfinity);
     GroupUse(scores_);
   }
 
@@ -433,7 +331,9 @@ class ForwardGroup {
 
   __device__ void Pack() {
 #pragma unroll
-    for (int i = 0; i < Tile::kKeys / 16; ++i) PackFragment(weights_[i], scores_[2 * i], scores_[2 * i + 1]);
+    for (int i = 0; i < Tile::kKeys / 16; ++i) {
+      PackFragment(weights_[i], scores_[2 * i], scores_[2 * i + 1]);
+    }
   }
 
   // Rows of V from `row` on, which no query of the tile sees, may hold anything: they become zeros. Each
@@ -448,78 +348,84 @@ class ForwardGroup {
     NamedBarrier(kGroupBarrier + group_, 128);
   }
 
-  // Rows that saw no key of the block are not written, except to the rounded result.
+  // Merges the finished tile into the carry. Rows that saw no key of the block are not written, except to the
+  // rounded result.
   __device__ void Store() {
-    float inverse[2];
+    const ForwardTileIndex at = barriers_.work[finished_.work].at;
+    WarpArrives(SharedAddress(&barriers_.work_empty[finished_.work]));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = GroupQuadSum(sum_[half]);
-      inverse[half] = sum > 0 ? 1 / sum : 0;
-      const int row = Row(half);
-      if (row >= arguments_.q_rows) continue;
-      if (kMode == ForwardMode::kCarry) {
-        const KeyRows range = Range(half);
-        if (range.begin >= range.end) continue;
-        float* out = OutRow(row);
+      const bool inside = Row(at, half) < arguments_.q_rows;
+      float* const out = RowOf(arguments_.out, at, half) + lane_ % 4 * 2;
+      float carried = -kInfinity;
+      float2 before[kValueParts] = {};
+      if (kMode == ForwardMode::kCarry && inside) {
+        carried = arguments_.lse[StatIndex(at, half)] * kLog2E;
 #pragma unroll
-        for (int n = 0; n < kValueParts; ++n) {
-          *reinterpret_cast<float2*>(out + n * 8) = {acc_[n][2 * half] * inverse[half],
-                                                     acc_[n][2 * half + 1] * inverse[half]};
+        for (int n = 0; n < kValueParts; ++n) before[n] = *reinterpret_cast<const float2*>(out + n * 8);
+        if (carried == -kInfinity) {  // what was loaded may be anything
+#pragma unroll
+          for (int n = 0; n < kValueParts; ++n) before[n] = {0, 0};
         }
       }
-      if (lane_ % 4 == 0) arguments_.lse[StatIndex(row)] = (max_[half] + log2f(sum)) * kLn2;
-    }
-    if (arguments_.has_result) {
-      StoreResult(inverse);
-    } else {
-      // Every warp is behind its last product.
-      NamedBarrier(kGroupBarrier + group_, 128);
-      if (threadIdx.x % 128 == 0) PhaseBarrierArrive(q_place_.Of(barriers_.q_empty));
-    }
-  }
-
-  // Through the warpgroup's rows of Q, which nobody reads any more; the copy engine leaves out rows past the
-  // last.
-  __device__ void StoreResult(const float (&inverse)[2]) {
-    const uint32_t q = shared_.Q(q_place_.stage);
-    const uint32_t to = q + Tile::Q::LaneOffset(lane_, row_ - lane_ / 4);
-    NamedBarrier(kGroupBarrier + group_, 128);
+      const float max = fmaxf(finished_.reference[half], carried), base = max == -kInfinity ? 0 : max;
+      const float sum = QuadSum(finished_.sum[half]);
+      float weight = Exp2(finished_.reference[half] - base), carried_weight = Exp2(carried - base);
+      const float total = fmaf(sum, weight, carried_weight);
+      const float inverse = total == 0 ? 0 : 1 / total;
+      weight *= inverse;
+      carried_weight *= inverse;
 #pragma unroll
-    for (int j = 0; j < kValueParts / 2; ++j) {
-#pragma unroll
-      for (int n = 2 * j; n < 2 * j + 2; ++n) {
-        for (int c = 0; c < 4; ++c) acc_[n][c] *= inverse[c / 2];
+      for (int n = 0; n < kValueParts; ++n) {
+        acc_[n][2 * half] = fmaf(before[n].x, carried_weight, acc_[n][2 * half] * weight);
+        acc_[n][2 * half + 1] = fmaf(before[n].y, carried_weight, acc_[n][2 * half + 1] * weight);
       }
-      uint32_t packed[4];
-      PackFragment(packed, acc_[2 * j], acc_[2 * j + 1]);
-      StoreMatrices(Tile::Q::At(to, 0, j), packed);
-    }
-    BulkFence();
-    NamedBarrier(kGroupBarrier + group_, 128);
-    if (threadIdx.x % 128 != 0) return;
+      if (!inside || (kMode == ForwardMode::kCarry && sum == 0)) continue;
+      if (kMode == ForwardMode::kCarry) {
 #pragma unroll
-    for (int panel = 0; panel < Tile::kValueDim / 64; ++panel) {
-      StoreTile(arguments_.result,
-                q + static_cast<uint32_t>(panel * Tile::Q::kPanelBytes + group_ * 64 * 128),
-                work_.at.query_tile * Tile::kQueries + group_ * 64,
-                work_.at.head * (Tile::kValueDim / 64) + panel, work_.at.item);
+        for (int n = 0; n < kValueParts; ++n) {
+          *reinterpret_cast<float2*>(out + n * 8) = {acc_[n][2 * half], acc_[n][2 * half + 1]};
+        }
+      }
+      if (lane_ % 4 == 0) arguments_.lse[StatIndex(at, half)] = (max + log2f(total)) * kLn2;
     }
-    BulkCommit();
-    BulkWaitRead();
-    PhaseBarrierArrive(q_place_.Of(barriers_.q_empty));
+    if (arguments_.result.data != nullptr) StoreResult(at);
   }
 
-  __device__ int Row(int half) const { return work_.at.query_tile * Tile::kQueries + row_ + half * 8; }
+  // Neighbouring lanes swap columns, so that each stores 8 bytes side by side and four 32.
+  __device__ void StoreResult(const ForwardTileIndex& at) {
+    const bool odd = lane_ % 2 == 1;
+    const int column = (odd ? 8 : 0) + (lane_ & 2) * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool inside = Row(at, half) < arguments_.q_rows;
+      __nv_bfloat16* const to = RowOf(arguments_.result, at, half) + column;
+#pragma unroll
+      for (int n = 0; n < kValueParts; n += 2) {
+        const uint32_t left = PackBf16(acc_[n][2 * half], acc_[n][2 * half + 1]),
+                       right = PackBf16(acc_[n + 1][2 * half], acc_[n + 1][2 * half + 1]);
+        const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
+        const uint2 both = odd ? uint2{other, right} : uint2{left, other};
+        if (inside) *reinterpret_cast<uint2*>(to + n * 8) = both;
+      }
+    }
+  }
+
+  __device__ int Row(const ForwardTileIndex& at, int half) const {
+    return at.query_tile * Tile::kQueries + row_ + half * 8;
+  }
   __device__ KeyRows Range(int half) const {
-    const int64_t tile = work_.at.item * int64_t{arguments_.order.query_tiles} + work_.at.query_tile;
+    const ForwardTileIndex& at = work_.at;
+    const int64_t tile = at.item * int64_t{arguments_.order.query_tiles} + at.query_tile;
     return arguments_.tables.ranges[tile * Tile::kQueries + row_ + half * 8];
   }
-  __device__ int64_t StatIndex(int64_t row) const {
-    return (row * arguments_.batch + work_.at.item) * arguments_.order.heads + work_.at.head;
+  __device__ int64_t StatIndex(const ForwardTileIndex& at, int half) const {
+    const int64_t row = Row(at, half);
+    return (row * arguments_.batch + at.item) * arguments_.order.heads + at.head;
   }
-  __device__ float* OutRow(int64_t row) const {
-    return arguments_.out.data + row * arguments_.out.row_stride +
-           work_.at.item * arguments_.out.batch_stride + work_.at.head * Tile::kValueDim + lane_ % 4 * 2;
+  template <typename T>
+  __device__ T* RowOf(const CudaHeads<T>& out, const ForwardTileIndex& at, int half) const {
+    return out.data + Row(at, half) * out.row_stride + at.item * out.batch_stride + at.head * Tile::kValueDim;
   }
 
   const HopperForwardArguments& arguments_;
@@ -528,13 +434,19 @@ class ForwardGroup {
   const int group_, lane_, row_;  // row_: in the tile, of the first half
   RingPlace<Tile::kQueryStages> q_place_;
   RingPlace<Tile::kStages> k_place_, v_place_;
-  RingPlace<2> work_place_;
-  ForwardWork work_;
+  RingPlace<kForwardWorks> work_place_;
+  ForwardWork work_;  // the tile at work
+  int key_;           // the first of the key tile
+  KeyRows ranges_[2];
+  // The tile whose last values are not multiplied yet.
+  struct {
+    int work;
+    float reference[2], sum[2];
+  } finished_;
   float acc_[kValueParts][4], scores_[kScoreParts][4];
   uint32_t weights_[Tile::kKeys / 16][4];
-  uint32_t query_[Tile::kDim / 16][4];  // QueryOperand::kRegisters
-  float max_[2], sum_[2], correction_[2];
-  bool changed_;
+  float reference_[2], sum_[2], correction_[2];
+  bool changed_, ready_;
 };
 
 template <typename Tile>
@@ -543,7 +455,7 @@ __device__ void InitForwardBarriers(ForwardBarriers<Tile>& barriers) {
     for (const uint64_t& barrier : ring) PhaseBarrierInit(SharedAddress(&barrier), count);
   };
   init(barriers.q_full, 1);
-  init(barriers.q_empty, Tile::kGroups);
+  init(barriers.q_empty, Tile::kGroups * 4);
   init(barriers.k_full, 1);
   init(barriers.k_empty, Tile::kGroups * 4);
   init(barriers.v_full, 1);
@@ -567,7 +479,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
     if (group == 0) {
       ShrinkRegisters<Tile::kLoaderRegisters>();
-      if (threadIdx.x < 32 && ElectLane()) LoadForward<Tile>(arguments, shared);
+      if (threadIdx.x < 32 && ElectLane()) ForwardLoader<Tile, kMode>(arguments, shared).Run();
     } else {
       GrowRegisters<Tile::kMathRegisters>();
       ForwardGroup<Tile, kMode>(arguments, shared, group - 1).Run();
@@ -607,26 +519,28 @@ cudaError_t LaunchHopperForward(const HopperAttentionBlock& block, const HopperA
   const auto panels = [&](const auto& x, int64_t rows, int64_t heads, int64_t dim) {
     return PanelsRef{x.data, rows, block.batch, heads * dim / 64, x.row_stride, x.batch_stride};
   };
-  cudaError_t error = MakeTensorMap(panels(block.q, block.q_rows, block.heads, block.dim), Tile::kQueries,
-                                    Tile::kDim / 64, &arguments.q);
+  cudaError_t error = FillForwardTables(block, Tile::kQueries, workspace, &arguments.tables, stream);
   if (error != cudaSuccess) return error;
-  if (block.k_rows > 0) {
-    error = MakeTensorMap(panels(block.k, block.k_rows, block.kv_heads, block.dim), Tile::kKeys,
-                          Tile::kDim / 64, &arguments.k);
-    if (error != cudaSuccess) return error;
-    error = MakeTensorMap(panels(block.v, block.k_rows, block.kv_heads, block.v_dim), Tile::kKeys,
-                          Tile::kValueDim / 64, &arguments.v);
+  error = MakeTensorMap(panels(block.q, block.q_rows, block.heads, block.dim), Tile::kQueries,
+                        Tile::kDim / 64, &arguments.q);
+  if (error != cudaSuccess) return error;
+  // Without keys any memory will do for the masked ones.
+  const auto k = block.k_rows > 0 ? panels(block.k, block.k_rows, block.kv_heads, block.dim)
+                                  : panels(block.q, block.q_rows, block.heads, block.dim);
+  const auto v = block.k_rows > 0 ? panels(block.v, block.k_rows, block.kv_heads, block.v_dim) : k;
+  error = MakeTensorMap(k, Tile::kKeys, Tile::kDim / 64, &arguments.k);
+  if (error != cudaSuccess) return error;
+  error = MakeTensorMap(v, Tile::kKeys, Tile::kValueDim / 64, &arguments.v);
+  if (error != cudaSuccess) return error;
+  if (partial.out.data != nullptr) {
+    error = MakeTensorMap(
+        SumPanelsRef{partial.out.data, block.q_rows, block.batch, block.heads * block.v_dim / 32,
+                     partial.out.row_stride, partial.out.batch_stride},
+        Tile::kQueries, Tile::kValueDim / 32, &arguments.out_rows);
     if (error != cudaSuccess) return error;
   }
-  arguments.has_result = partial.result.data != nullptr;
-  if (arguments.has_result) {
-    error = MakeTensorMap(panels(partial.result, block.q_rows, block.heads, block.v_dim), 64, 1,
-                          &arguments.result);
-    if (error != cudaSuccess) return error;
-  }
-  error = FillForwardTables(block, Tile::kQueries, workspace, &arguments.tables, stream);
-  if (error != cudaSuccess) return error;
   arguments.out = partial.out;
+  arguments.result = partial.result;
   arguments.lse = partial.lse;
   arguments.q_rows = static_cast<int>(block.q_rows);
   arguments.k_rows = static_cast<int>(block.k_rows);

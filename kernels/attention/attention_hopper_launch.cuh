@@ -22,7 +22,7 @@ bool Aligned(const CudaHeads<T>& x) {
 struct ForwardTables {
   const KeyRows* ranges;     // [batch, query_tiles * rows of a tile]
   const TileBounds* bounds;  // [batch, query_tiles]
-  const int* order;          // [batch, query_tiles], of one item the longest first
+  const int* order;          // [batch, query_tiles], of one item the longest first; null: the last first
   int* next;                 // the first tile that no thread block has taken
   int query_tiles;
 };

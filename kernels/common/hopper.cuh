@@ -63,6 +63,12 @@ __device__ inline void StoreTile(const CUtensorMap& map, uint32_t tile, int row,
       "r"(0), "r"(row), "r"(panel), "r"(item), "r"(tile)
       : "memory");
 }
+// Brings the box of `map` at (row, panel, item) to L2.
+__device__ inline void PrefetchTile(const CUtensorMap& map, int row, int panel, int item) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(0),
+               "r"(row), "r"(panel), "r"(item)
+               : "memory");
+}
 __device__ inline void PrefetchMap(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -97,6 +103,9 @@ __device__ inline void StoreMatricesTransposed(uint32_t address, const uint32_t 
 }
 // Until the kernel before this one on the stream is over, where this one was launched early.
 __device__ inline void WaitForPredecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel on the stream start, if it is launched early and there is room for it.
+__device__ inline void LetSuccessorStart() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Zeros, on 16 bytes.
 __device__ inline void ClearShared16(uint32_t address) {

@@ -80,6 +80,7 @@ void GrowRegisters() {
 }
 inline void BarrierArrive(int id, int threads) { emulation::NamedArrive(id, threads); }
 inline void WaitForPredecessor() {}
+inline void LetSuccessorStart() {}
 inline void ClearShared16(uint32_t address) {
   std::memset(emulation::SharedAt(address, 16), 0, 16);
   emulation::WroteShared(address, 16);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -215,6 +216,25 @@ void Store(uint32_t address, const uint32_t (&r)[4], Place (*place)(int, int)) {
 }
 
 }  // namespace
+
+// By the fragments of mma_primitives.cuh.
+void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  };
+  const Fragments* all = emulation::MeetWarp("mma.sync", Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const auto half = [](uint32_t pair, int k) {
+    return std::bit_cast<float>(k % 2 == 0 ? pair << 16 : pair & 0xFFFF0000);
+  };
+  const int lane = emulation::Lane();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int of_row = row * 4 + k % 8 / 2, of_column = column * 4 + k % 8 / 2;
+      c[i] += half(all[of_row].a[i / 2 + k / 8 * 2], k) * half(all[of_column].b[k / 8], k);
+    }
+  }
+}
 
 void LoadMatrices(uint32_t (&r)[4], uint32_t address) { Load(r, address, PlaceOf); }
 void LoadMatricesTransposed(uint32_t (&r)[4], uint32_t address) { Load(r, address, PlaceOfTransposed); }

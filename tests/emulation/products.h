@@ -53,6 +53,7 @@ void MultiplyRegisters(float (&c)[kN][4], const uint32_t (&a)[4], uint64_t b, in
 }
 
 void LoadMatrices(uint32_t (&r)[4], uint32_t address);
+void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void LoadMatricesTransposed(uint32_t (&r)[4], uint32_t address);
 void StoreMatrices(uint32_t address, const uint32_t (&r)[4]);
 void StoreMatricesTransposed(uint32_t address, const uint32_t (&r)[4]);

@@ -1,4 +1,5 @@
 #include <functional>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
@@ -33,20 +34,20 @@ constexpr Shape kShapes[] = {
     {"causal", 128, 128, 32768, 16, 16, TimedMask::kCausal, 0, true},
     {"full", 128, 128, 32768, 16, 16, TimedMask::kFull, 0, true},
     {"causal", 128, 128, 8192, 16, 16, TimedMask::kCausal, 0, true},
-    {"full", 128, 128, 8192, 16, 16, TimedMask::kFull},
+    {"full", 128, 128, 8192, 16, 16, TimedMask::kFull, 0, true},
     {"causal gqa", 128, 128, 32768, 32, 8},
     {"documents of 4K", 128, 128, 32768, 16, 16, TimedMask::kDocuments, 4096, true},
     {"window of 4K", 128, 128, 131072, 8, 8, TimedMask::kWindow, 4096},
-    {"full, 8 chunks", 128, 128, 65536, 8, 8, TimedMask::kFull, 0, false, 8},
-    {"causal", 128, 128, 1024, 16, 16},
+    {"full, 8 chunks", 128, 128, 65536, 8, 8, TimedMask::kFull, 0, true, 8},
+    {"causal", 128, 128, 1024, 16, 16, TimedMask::kCausal, 0, true},
     {"causal", 64, 64, 32768, 16, 16, TimedMask::kCausal, 0, true},
-    {"full", 64, 64, 32768, 16, 16, TimedMask::kFull},
-    {"causal", 64, 64, 8192, 16, 16},
-    {"documents of 4K", 64, 64, 32768, 16, 16, TimedMask::kDocuments, 4096},
+    {"full", 64, 64, 32768, 16, 16, TimedMask::kFull, 0, true},
+    {"causal", 64, 64, 8192, 16, 16, TimedMask::kCausal, 0, true},
+    {"documents of 4K", 64, 64, 32768, 16, 16, TimedMask::kDocuments, 4096, true},
     {"causal", 192, 128, 32768, 16, 16, TimedMask::kCausal, 0, true},
-    {"full", 192, 128, 32768, 16, 16, TimedMask::kFull},
-    {"causal", 192, 128, 8192, 16, 16},
-    {"documents of 4K", 192, 128, 32768, 16, 16, TimedMask::kDocuments, 4096},
+    {"full", 192, 128, 32768, 16, 16, TimedMask::kFull, 0, true},
+    {"causal", 192, 128, 8192, 16, 16, TimedMask::kCausal, 0, true},
+    {"documents of 4K", 192, 128, 32768, 16, 16, TimedMask::kDocuments, 4096, true},
 };
 
 // Bounds of the mask; returns the pairs of query and key that they allow.
@@ -86,6 +87,21 @@ double Difference(const std::vector<double>& x, const std::vector<double>& y) {
     norm += y[i] * y[i];
   }
   return std::sqrt(square / norm);
+}
+
+// Clocks of a multiprocessor, and the time.
+struct Tick {
+  int64_t clocks = 0, ns = 0;
+};
+constexpr int kMostMultiprocessors = 256;
+
+__global__ void ReadTicks(Tick* ticks) {
+  unsigned multiprocessor;
+  Tick tick;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(tick.ns)::"memory");
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(tick.clocks)::"memory");
+  if (multiprocessor < kMostMultiprocessors) ticks[multiprocessor] = tick;
 }
 
 __global__ void FillMinusInfinity(float* x, int64_t n) {
@@ -139,51 +155,110 @@ class Timing {
   bool Run() {
     std::printf("%3ld/%-3ld %-16s %6ld rows %2ld/%-2ld heads\n", long(shape_.dim), long(shape_.v_dim),
                 shape_.name, long(shape_.rows), long(shape_.heads), long(shape_.kv_heads));
+    Reset();
+    CUDA(kernels::MmaAttentionForward(block_, partial_, nullptr));
     const int64_t size = shape_.rows * shape_.heads * shape_.v_dim, stats = shape_.rows * shape_.heads;
-    Report("mma", [&] {
-      Reset();
-      CUDA(kernels::MmaAttentionForward(block_, partial_, nullptr));
-    });
     const std::vector<double> out = Sample(out_.data, size), lse = Sample(lse_.data, stats);
-    // bf16 rounds to 2^-9, 1.1e-3 of the norm of random numbers; weights of both kernels are rounded apart.
-    const auto agrees = [&](const std::vector<double>& got) {
-      const double differences[] = {Difference(got, out), Difference(Sample(lse_.data, stats), lse)};
-      const bool good = differences[0] < 4e-3 && differences[1] < 1e-5;
-      if (!good) std::printf("    FAIL against mma: O %.1e, LSE %.1e\n", differences[0], differences[1]);
-      return good;
-    };
-    const auto check_whole = [&](const char* name, kernels::HopperForwardLauncher* launch) {
+    AddAlternatives();
+    bool ok = true;
+    for (const Alternative& alternative : alternatives_) {
       CUDA(cudaMemset(result_.data, 0xFF, Size(size) * 2));
+      CUDA(cudaMemset(out_.data, 0xFF, Size(size) * 4));
       CUDA(cudaMemset(lse_.data, 0xFF, Size(stats) * 4));
-      Report(name, [&] { CUDA(launch(block_, whole_, workspace_.data, nullptr)); });
-      return agrees(Sample(result_.data, size));
-    };
-    bool ok = check_whole("whole", [](const auto& block, const auto& partial, void* workspace, auto stream) {
-      return kernels::HopperAttentionForwardWhole(block, partial.result, partial.lse, workspace, stream);
-    });
-    for (int i = 0; shape_.variants && i < kHopperForwardVariantCount; ++i) {
-      const HopperForwardVariant& variant = kHopperForwardVariants[i];
-      if (variant.dim == shape_.dim) ok = check_whole(variant.name, variant.launch) && ok;
+      alternative.run();
+      if (alternative.to == Output::kUnchecked) continue;
+      const std::vector<double> got =
+          alternative.to == Output::kResult ? Sample(result_.data, size) : Sample(out_.data, size);
+      const double differences[] = {Difference(got, out), Difference(Sample(lse_.data, stats), lse)};
+      // bf16 rounds to 2^-9, 1.1e-3 of the norm of random numbers; weights of both kernels are rounded apart.
+      if (differences[0] < 4e-3 && differences[1] < 1e-5) continue;
+      std::printf("    FAIL %s against mma: O %.1e, LSE %.1e\n", alternative.name.c_str(), differences[0],
+                  differences[1]);
+      ok = false;
     }
-    CUDA(cudaMemset(out_.data, 0xFF, Size(size) * 4));
-    Report("carry", [&] {
-      Reset();
-      CUDA(kernels::HopperAttentionForward(block_, partial_, workspace_.data, nullptr));
-    });
-    ok = agrees(Sample(out_.data, size)) && ok;
-    if (shape_.chunks > 1) {
-      Report("carry over chunks", [&] { Chunks(); });
-      ok = agrees(Sample(out_.data, size)) && ok;
+    // All in turn, there and back: clocks follow the power of what ran before.
+    for (int round = 0; round < kRounds; ++round) {
+      for (size_t i = 0; i < alternatives_.size(); ++i) {
+        Time(&alternatives_[round % 2 == 0 ? i : alternatives_.size() - 1 - i]);
+      }
     }
-    Cudnn();
+    for (Alternative& alternative : alternatives_) Print(&alternative);
     return ok;
   }
 
  private:
-  template <typename Fn>
-  void Report(const char* name, Fn&& fn) {
-    const double seconds = MedianSeconds(fn, 5);
-    std::printf("    %-24s %9.3f ms %7.1f TFLOP/s\n", name, seconds * 1e3, flop_ / seconds * 1e-12);
+  enum class Output { kResult, kPartial, kUnchecked };
+  struct Alternative {
+    std::string name;
+    std::function<void()> run;
+    Output to;
+    std::vector<double> seconds{}, ghz{};
+  };
+  static constexpr int kRounds = 7;
+
+  void AddAlternatives() {
+    Add("whole", HopperForward);
+    for (int i = 0; shape_.variants && i < kHopperForwardVariantCount; ++i) {
+      if (kHopperForwardVariants[i].dim == shape_.dim) {
+        Add(kHopperForwardVariants[i].name, kHopperForwardVariants[i].launch);
+      }
+    }
+    AddCudnn();
+  }
+
+  static cudaError_t HopperForward(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
+                                   void* workspace, cudaStream_t stream) {
+    return partial.out.data == nullptr
+               ? kernels::HopperAttentionForwardWhole(block, partial.result, partial.lse, workspace, stream)
+               : kernels::HopperAttentionForward(block, partial, workspace, stream);
+  }
+
+  void Add(const std::string& name, kernels::HopperForwardLauncher* launch) {
+    alternatives_.push_back(
+        {name, [=, this] { CUDA(launch(block_, whole_, workspace_.data, nullptr)); }, Output::kResult});
+    if (name != "whole" && shape_.chunks == 1) return;
+    alternatives_.push_back({name + ", carry",
+                             [=, this] {
+                               Reset();
+                               CUDA(launch(block_, partial_, workspace_.data, nullptr));
+                             },
+                             Output::kPartial});
+    if (shape_.chunks == 1) return;
+    alternatives_.push_back({name + ", chunks", [=, this] { Chunks(launch); }, Output::kPartial});
+  }
+
+  void Time(Alternative* alternative) {
+    cudaEvent_t start, stop;
+    CUDA(cudaEventCreate(&start));
+    CUDA(cudaEventCreate(&stop));
+    ReadTicks<<<kMostMultiprocessors, 1>>>(ticks_.data);
+    CUDA(cudaEventRecord(start));
+    alternative->run();
+    CUDA(cudaEventRecord(stop));
+    ReadTicks<<<kMostMultiprocessors, 1>>>(ticks_.data + kMostMultiprocessors);
+    CUDA(cudaDeviceSynchronize());
+    float ms;
+    CUDA(cudaEventElapsedTime(&ms, start, stop));
+    Tick ticks[2][kMostMultiprocessors];
+    CUDA(cudaMemcpy(ticks, ticks_.data, sizeof(ticks), cudaMemcpyDeviceToHost));
+    alternative->seconds.push_back(ms * 1e-3);
+    alternative->ghz.push_back(static_cast<double>(ticks[1][0].clocks - ticks[0][0].clocks) /
+                               static_cast<double>(ticks[1][0].ns - ticks[0][0].ns));
+    CUDA(cudaEventDestroy(start));
+    CUDA(cudaEventDestroy(stop));
+  }
+
+  // Medians; the last column is the part of the tensor cores' clocks that the products fill.
+  void Print(Alternative* alternative) const {
+    const auto median = [](std::vector<double>* x) {
+      std::sort(x->begin(), x->end());
+      return (*x)[x->size() / 2];
+    };
+    const double seconds = median(&alternative->seconds), ghz = median(&alternative->ghz);
+    constexpr double kFlopPerClock = 4096.0 * 132;
+    std::printf("    %-26s %9.3f ms %7.1f TFLOP/s  best %7.1f  %.2f GHz %5.1f%%\n", alternative->name.c_str(),
+                seconds * 1e3, flop_ / seconds * 1e-12, flop_ / alternative->seconds[0] * 1e-12, ghz,
+                flop_ / seconds / (ghz * 1e9 * kFlopPerClock) * 100);
   }
 
   // No keys seen.
@@ -192,7 +267,7 @@ class Timing {
     FillMinusInfinity<<<static_cast<unsigned>((n + 255) / 256), 256>>>(lse_.data, n);
   }
 
-  void Chunks() {
+  void Chunks(kernels::HopperForwardLauncher* launch) {
     Reset();
     const int64_t rows = shape_.rows / shape_.chunks;
     for (int64_t first = 0; first < shape_.rows; first += rows) {
@@ -201,14 +276,19 @@ class Timing {
       chunk.v.data += first * chunk.v.row_stride;
       chunk.k_rows = rows;
       chunk.key_offset = first;
-      CUDA(kernels::HopperAttentionForward(chunk, partial_, workspace_.data, nullptr));
+      CUDA(launch(chunk, partial_, workspace_.data, nullptr));
     }
   }
 
-  void Cudnn() {
+  void AddCudnn() {
 #if ANNULUS_HAS_CUDNN
     if (shape_.mask != TimedMask::kCausal && shape_.mask != TimedMask::kFull) return;
-    auto library = kernels::CudnnAttention::Create();
+    auto created = kernels::CudnnAttention::Create();
+    if (!created.ok()) {
+      std::printf("    cuDNN: %s\n", std::string(created.status().message()).c_str());
+      return;
+    }
+    const std::shared_ptr<kernels::CudnnAttention> library = *std::move(created);
     const kernels::CudnnBlock block{
         .heads = shape_.heads,
         .kv_heads = shape_.kv_heads,
@@ -226,18 +306,21 @@ class Timing {
         .dq = {},
         .dk = {},
         .dv = {}};
-    const auto bytes =
-        library.ok() ? (*library)->ForwardWorkspaceBytes(block) : absl::StatusOr<int64_t>(library.status());
+    const auto bytes = library->ForwardWorkspaceBytes(block);
     if (!bytes.ok()) {
       std::printf("    cuDNN: %s\n", std::string(bytes.status().message()).c_str());
       return;
     }
-    const DeviceArray<char> workspace(*bytes);
-    Report("cuDNN", [&] {
-      const absl::Status status = (*library)->Forward(
-          block, {q_.data, k_.data, v_.data, result_.data, lse_.data}, {workspace.data, *bytes, nullptr});
-      if (!status.ok()) std::printf("    cuDNN: %s\n", std::string(status.message()).c_str());
-    });
+    const auto workspace = std::make_shared<DeviceArray<char>>(*bytes);
+    alternatives_.push_back({"cuDNN",
+                             [=, this] {
+                               const absl::Status status = library->Forward(
+                                   block, {q_.data, k_.data, v_.data, result_.data, lse_.data},
+                                   {workspace->data, *bytes, nullptr});
+                               if (!status.ok())
+                                 std::printf("    cuDNN: %s\n", std::string(status.message()).c_str());
+                             },
+                             Output::kUnchecked});
 #endif
   }
 
@@ -248,6 +331,8 @@ class Timing {
   const DeviceArray<char> workspace_;
   HopperAttentionBlock block_;
   HopperAttentionPartial partial_, whole_;
+  const DeviceArray<Tick> ticks_{2 * kMostMultiprocessors};
+  std::vector<Alternative> alternatives_;
   double flop_ = 0;
 };
 

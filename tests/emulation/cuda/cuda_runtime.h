@@ -3,6 +3,7 @@
 // What of CUDA's headers kernels under emulation (block.h) use.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -118,6 +119,7 @@ inline void __nanosleep(unsigned) {
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // Of whole warps.
