@@ -32,7 +32,7 @@ cudaError_t MakeMaps(const HopperAttentionBlock& block, const HopperAttentionGra
   for (const cudaError_t error :
        {MakeTensorMap(query_panels(block.q, dim), queries, dim / 64, &args->q),
         MakeTensorMap(query_panels(gradients.dout, v_dim), queries, v_dim / 64, &args->dout),
-        MakeTensorMap(key_panels(block.k, dim), kBackwardKeys, dim / 64, &args->k),
+        MakeTensorMap(key_panels(block.k, dim), kBackwardKeys, 1, &args->k),
         MakeTensorMap(key_panels(block.v, v_dim), kBackwardKeys, v_dim / 64, &args->v),
         MakeTensorMap(dq, 64, HopperBackwardGradientColumns(dim) / 32, &args->dq)}) {
     if (error != cudaSuccess) return error;

@@ -4,7 +4,7 @@ namespace annulus::kernels {
 
 cudaError_t HopperBackwardDim128(const HopperBackwardArgs& args, MmaQueryGradient query_gradient,
                                  cudaStream_t stream) {
-  return LaunchHopperBackward<128, 128, 64>(args, query_gradient, stream);
+  return LaunchHopperBackward<128, 128, 1>(args, query_gradient, stream);
 }
 
 }  // namespace annulus::kernels

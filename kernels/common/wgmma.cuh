@@ -55,6 +55,18 @@ __device__ inline uint64_t OperandAt(uint32_t tile, int row, int chunk) {
   return (kGroupBytes >> 4 << 32) | (kSwizzle128 << 62) | low;
 }
 
+// x, but what follows from it is computed where it is used: ahead of a loop, descriptors would take
+// registers, or be spilled where there are none left.
+__device__ inline uint32_t Recomputed(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// The same operand, kDepthAcrossRows and wider than a panel, with each further 64 columns so many bytes
+// farther than the next panel.
+__device__ inline uint64_t FartherPanels(uint64_t operand, int bytes) {
+  return operand + (static_cast<uint64_t>(bytes >> 4) << 16);
+}
+
 // c (=, +=) a b for 16 of k: `keep` 0 or 1. c holds 8 columns an element, 16 to 256 in all.
 //   MultiplyShared<left, right>(c, a, b, keep)   a and b descriptors
 //   MultiplyRegisters<right>(c, a, b, keep)      a an A fragment of 16 of k
@@ -111,6 +123,7 @@ __device__ inline uint64_t OperandAt(uint32_t tile, int row, int chunk) {
 ANNULUS_GROUP_PRODUCT(32, 2, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 ANNULUS_GROUP_PRODUCT(64, 4, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 ANNULUS_GROUP_PRODUCT(80, 5, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
+ANNULUS_GROUP_PRODUCT(96, 6, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 ANNULUS_GROUP_PRODUCT(112, 7, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
 ANNULUS_GROUP_PRODUCT(128, 8, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 ANNULUS_GROUP_PRODUCT(160, 10, "%80", "%81", "%82", "%83", "%84", "%85", "%86")

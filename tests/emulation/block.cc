@@ -13,7 +13,7 @@ namespace annulus::emulation {
 namespace {
 
 constexpr int64_t kFirstAddress = 1024, kStackBytes = 128 << 10, kChunk = 16;
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kMostIdle = 100;
 
 struct PhaseBarrier {
   int count = 0, pending = 0;
@@ -212,8 +212,10 @@ bool Device::Run(const Launch& to_run, const std::function<void()>& kernel) {
   int64_t started = std::min<int64_t>(count, launch.resident);
   resident_.clear();
   for (int64_t i = 0; i < started; ++i) Start(resident_.emplace_back(new Block).get(), i);
+  int idle = 0;  // fruitless steps: threads that poll can go on in some steps only
   while (!resident_.empty() && failure.empty()) {
-    if (!Step()) ReportDeadlock();
+    idle = Step() ? 0 : idle + 1;
+    if (idle == kMostIdle) ReportDeadlock();
     for (size_t i = 0; i < resident_.size() && failure.empty();) {
       Block* const of = resident_[i].get();
       if (of->running > 0 || !of->later.empty()) {
