@@ -3,8 +3,6 @@
 // Block attention (annulus/ops/attention.h) in bf16 on Hopper (sm_90a): head dims 64, 128, and 192 with
 // values of 128. Accumulation and carry are f32.
 //
-// Compiled, and run in emulation (tests/emulation); not yet run on a GPU. Nothing dispatches to it.
-//
 // Pointers are 16-byte aligned, strides of bf16 tensors multiples of 8 elements, of f32 tensors multiples
 // of 4. scale > 0; q_rows and k_rows < 2^31. Nothing is allocated and nothing waits for the device. Arguments
 // outside of this return cudaErrorInvalidValue.

@@ -29,9 +29,10 @@ struct AttentionReport {
   std::string exchange = {};  // of latent attention: "latents", "keys and values"
   std::string plan;
   TransportKind transport = TransportKind::kHost;
-  std::string why;          // the plan was chosen; empty where there was nothing to choose from
-  double predicted_ms = 0;  // of one layer and micro-batch; 0: not predicted
-  double measured_ms = 0;   // the mean of the step, of the slowest rank
+  std::string kernels = {};  // of this rank's blocks: "hopper", "cuda mma, cudnn"
+  std::string why;           // the plan was chosen; empty where there was nothing to choose from
+  double predicted_ms = 0;   // of one layer and micro-batch; 0: not predicted
+  double measured_ms = 0;    // the mean of the step, of the slowest rank
 };
 
 struct StepReport {
@@ -47,7 +48,7 @@ struct StepReport {
   double exposed_exchange_ms = 0;             // of the rank that waited longest, as are the next three
   double exposed_reduce_ms = 0;
   double data_ms = 0;
-  double exposed_tensor_ms = 0;  // for tokens and sums of tensor parallelism
+  double exposed_tensor_ms = 0;          // for tokens and sums of tensor parallelism
   std::optional<SentTraffic> sent = {};  // by all ranks; nothing where the mesh does not count
   // Sent by state-space layers, states and rows before convolutions; of the rank that sent most.
   int64_t state_bytes = 0;
