@@ -1,6 +1,8 @@
 #include <limits>
 
+#include "annulus/ops/attention_tiles.h"
 #include "kernels/attention/attention_hopper.h"
+#include "kernels/attention/attention_hopper_backward.h"
 #include "kernels/attention/attention_hopper_launch.cuh"
 #include "kernels/common/hopper.cuh"
 
@@ -12,6 +14,13 @@ constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - 1024;
 constexpr int kSmallestTile = 128, kLargestTile = 192, kMaxGrid = 65535;
 constexpr int kClasses = 256;         // of lengths of tiles
 constexpr int64_t kHeaderBytes = 16;  // of the workspace
+
+// What prices are made of.
+constexpr bool AreBackwardTiles(int64_t dim) {
+  return HopperBackwardTiles(dim).queries == HopperBackwardQueries(dim) &&
+         HopperBackwardTiles(dim).keys == kBackwardKeys;
+}
+static_assert(AreBackwardTiles(64) && AreBackwardTiles(128) && AreBackwardTiles(192));
 
 int64_t RoundUp(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 

@@ -69,7 +69,7 @@ MachineProfile Profile() {
                         .head_dim = 128,
                         .v_head_dim = 128,
                         .determinism = Determinism::kRequired,
-                        .pairs = {{1e6, 1e12}}}};
+                        .pairs = {{2e6, 3e12}}}};
   return profile;
 }
 
@@ -120,7 +120,7 @@ TEST(Profile, MistakesAreNamed) {
             "p.textproto:8:1: link[0].both_ways: missing; expected at least one both_ways { size: ... "
             "per_second: ... }");
   EXPECT_EQ(ErrorsOf("DELTA_RULE", "DELTA"),
-            "p.textproto:44:3: scan[0].kernel=DELTA: expected one of SSD, DELTA_RULE");
+            "p.textproto:53:3: scan[0].kernel=DELTA: expected one of SSD, DELTA_RULE");
   EXPECT_TRUE(
       absl::StrContains(ErrorsOf("kind: GATED_NORM", "kind: GATED"),
                         "pass[0].kind=GATED: expected one "

@@ -95,42 +95,6 @@ TEST(CostOf, OneRankTakesWhatItsCallTakes) {
   }
 }
 
-// Rates are those of the kernels that the profile knows, whatever this program has; sums in a fixed order
-// have their own.
-TEST(CostOf, KernelsAreThoseOfTheProfile) {
-  AttentionCase layer = CausalCase(1, 4096, kMha);
-  const auto seconds = [&](const MachineProfile& machine) {
-    const ExchangePlan plan = PlanFor(layer, Pass::kBackward, {});
-    return Simulate(plan, CostOf(layer, plan, machine, TransportKind::kHost, {})).makespan;
-  };
-  const MachineProfile library = EvenMachine(1e12, 1);
-  MachineProfile hopper = library;
-  for (const Determinism determinism : {Determinism::kRequired, Determinism::kOff}) {
-    hopper.attention.push_back(hopper.attention.back());
-    hopper.attention.back().kernel = AttentionKernel::kHopper;
-    hopper.attention.back().determinism = determinism;
-    hopper.attention.back().pairs = {{1, (determinism == Determinism::kOff ? 2e12 : 0.5e12) / 1280}};
-  }
-  const double of_pairs = 4096.0 * 4097 / 2 * 16 * 1280;
-  EXPECT_NEAR(seconds(library), of_pairs / 1e12, 1e-9 * of_pairs / 1e12);
-  const double any_order = seconds(hopper);
-  // Tiles across the diagonal are computed whole.
-  EXPECT_GT(any_order, of_pairs / 2e12);
-  EXPECT_LT(any_order, 1.05 * of_pairs / 2e12);
-  layer.determinism = Determinism::kRequired;
-  EXPECT_NEAR(seconds(hopper), 4 * any_order, 1e-9 * any_order);
-}
-
-TEST(RunsHopperKernels, IsByTheGpuElseByTheRates) {
-  MachineProfile machine = AssumedHopper();
-  EXPECT_TRUE(RunsHopperKernels(machine));
-  machine.compute_capability = 0;
-  EXPECT_TRUE(RunsHopperKernels(machine)) << "it has rates of them";
-  machine.compute_capability = 80;
-  EXPECT_FALSE(RunsHopperKernels(machine));
-  EXPECT_FALSE(RunsHopperKernels(AssumedCpuCore()));
-}
-
 // By hand, for 4 ranks of n tokens (exchange.md): all of a rank's queries, keys, values and outputs but the
 // part that stays; and three quarters of KV round the zigzag ring.
 TEST(CostOf, BytesAreThoseOfTheFormulas) {

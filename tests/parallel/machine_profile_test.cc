@@ -53,6 +53,16 @@ TEST(AssumedHopper, HasTheRatesThatWereMeasured) {
               10);
 }
 
+TEST(RunsHopperKernels, IsByTheGpuElseByTheRates) {
+  MachineProfile machine = AssumedHopper();
+  EXPECT_TRUE(RunsHopperKernels(machine));
+  machine.compute_capability = 0;
+  EXPECT_TRUE(RunsHopperKernels(machine)) << "it has rates of them";
+  machine.compute_capability = 80;
+  EXPECT_FALSE(RunsHopperKernels(machine));
+  EXPECT_FALSE(RunsHopperKernels(AssumedCpuCore()));
+}
+
 // Whatever is looked up is there, and points ascend.
 TEST(AssumedProfiles, AreComplete) {
   for (const MachineProfile& machine : {AssumedHopper(), AssumedCpuCore()}) {

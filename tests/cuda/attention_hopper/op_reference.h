@@ -29,18 +29,21 @@ struct OpProblem {
   }
 };
 
-// kNaive: weights, their gradients and the output are rounded to bf16.
-enum class Arithmetic { kExact, kNaive };
-void SolveOnDevice(const OpProblem& problem, Arithmetic arithmetic, const ResultArrays& results,
-                   cudaStream_t stream);
+void SolveExactly(const OpProblem& problem, const ResultArrays& results, cudaStream_t stream);
+// Weights, their gradients and the output are rounded to bf16, by realization: of 0 as they are, of others at
+// a multiple of the row's own. Kernels hold weights at such multiples, and where few elements or one key
+// decide a result, the error of one realization says little of another's.
+void SolveNaively(const OpProblem& problem, uint32_t realization, const ResultArrays& results,
+                  cudaStream_t stream);
 
 struct Deviation {
-  double error = 0, naive_error = 0;  // largest, of elements that are finite
-  unsigned wrong = 0;                 // elements that are not as finite as the exact ones
+  double error = 0;    // largest, of elements that are finite
+  unsigned wrong = 0;  // elements that are not as finite as the exact ones
 };
-// T: float; bf16, for which naive results are rounded too.
+// T: float, bf16, double. kBf16: rounded to that before.
+enum class Stored { kAsIs, kBf16 };
 template <typename T>
-Deviation Compare(const T* got, const double* exact, const double* naive, int64_t n, cudaStream_t stream);
+Deviation Compare(const T* got, Stored stored, const double* exact, int64_t n, cudaStream_t stream);
 
 // Normal random numbers.
 void FillNormal(bf16* x, int64_t n, double deviation, uint32_t seed, cudaStream_t stream);
