@@ -28,16 +28,6 @@ struct ForwardTile {
   static constexpr int kSharedBytes = Q::kBytes + kStages * (K::kBytes + V::kBytes);
 };
 
-// Largest and sum over the four lanes that share a row of C.
-__device__ inline float QuadMax(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ inline float QuadSum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 template <typename Tile>
 class ForwardRows {
  public:

@@ -164,6 +164,16 @@ __device__ inline void PhaseBarrierWait(uint32_t barrier, uint32_t parity) {
 #undef ANNULUS_PHASE_TEST
 #endif
 
+// Largest and sum over the four lanes that share a row of C.
+__device__ inline float QuadMax(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ inline float QuadSum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
 // Four adjacent columns out of a C fragment: even lanes get row g, odd lanes row g + 8, both columns
 // 4 (t / 2) ... + 3, so that a lane moves 16 bytes.
 struct FragmentRow {

@@ -73,10 +73,6 @@ __device__ inline uint64_t OperandAt(uint32_t tile, int row, int chunk) {
 #define ANNULUS_NAMES_10 ANNULUS_NAMES_9 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define ANNULUS_NAMES_11 ANNULUS_NAMES_10 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define ANNULUS_NAMES_12 ANNULUS_NAMES_11 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define ANNULUS_NAMES_13 ANNULUS_NAMES_12 ", %96, %97, %98, %99, %100, %101, %102, %103"
-#define ANNULUS_NAMES_14 ANNULUS_NAMES_13 ", %104, %105, %106, %107, %108, %109, %110, %111"
-#define ANNULUS_NAMES_15 ANNULUS_NAMES_14 ", %112, %113, %114, %115, %116, %117, %118, %119"
-#define ANNULUS_NAMES_16 ANNULUS_NAMES_15 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define ANNULUS_FRAGMENT(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define ANNULUS_BOUND_1 ANNULUS_FRAGMENT(0), ANNULUS_FRAGMENT(1)
 #define ANNULUS_BOUND_2 ANNULUS_BOUND_1, ANNULUS_FRAGMENT(2), ANNULUS_FRAGMENT(3)
@@ -90,10 +86,6 @@ __device__ inline uint64_t OperandAt(uint32_t tile, int row, int chunk) {
 #define ANNULUS_BOUND_10 ANNULUS_BOUND_9, ANNULUS_FRAGMENT(18), ANNULUS_FRAGMENT(19)
 #define ANNULUS_BOUND_11 ANNULUS_BOUND_10, ANNULUS_FRAGMENT(20), ANNULUS_FRAGMENT(21)
 #define ANNULUS_BOUND_12 ANNULUS_BOUND_11, ANNULUS_FRAGMENT(22), ANNULUS_FRAGMENT(23)
-#define ANNULUS_BOUND_13 ANNULUS_BOUND_12, ANNULUS_FRAGMENT(24), ANNULUS_FRAGMENT(25)
-#define ANNULUS_BOUND_14 ANNULUS_BOUND_13, ANNULUS_FRAGMENT(26), ANNULUS_FRAGMENT(27)
-#define ANNULUS_BOUND_15 ANNULUS_BOUND_14, ANNULUS_FRAGMENT(28), ANNULUS_FRAGMENT(29)
-#define ANNULUS_BOUND_16 ANNULUS_BOUND_15, ANNULUS_FRAGMENT(30), ANNULUS_FRAGMENT(31)
 
 // kColumns = 16 kPairs; then the names of the operands behind the accumulators.
 #define ANNULUS_GROUP_PRODUCT(kColumns, kPairs, o0, o1, o2, o3, o4, o5, o6)                                 \
@@ -117,17 +109,13 @@ __device__ inline uint64_t OperandAt(uint32_t tile, int row, int chunk) {
   }
 
 ANNULUS_GROUP_PRODUCT(32, 2, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
-ANNULUS_GROUP_PRODUCT(48, 3, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 ANNULUS_GROUP_PRODUCT(64, 4, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 ANNULUS_GROUP_PRODUCT(80, 5, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
-ANNULUS_GROUP_PRODUCT(96, 6, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 ANNULUS_GROUP_PRODUCT(112, 7, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
 ANNULUS_GROUP_PRODUCT(128, 8, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-ANNULUS_GROUP_PRODUCT(144, 9, "%72", "%73", "%74", "%75", "%76", "%77", "%78")
 ANNULUS_GROUP_PRODUCT(160, 10, "%80", "%81", "%82", "%83", "%84", "%85", "%86")
 ANNULUS_GROUP_PRODUCT(176, 11, "%88", "%89", "%90", "%91", "%92", "%93", "%94")
 ANNULUS_GROUP_PRODUCT(192, 12, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
-ANNULUS_GROUP_PRODUCT(256, 16, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #undef ANNULUS_GROUP_PRODUCT
 #undef ANNULUS_FRAGMENT
 

@@ -120,8 +120,8 @@ const LinkRate* FindInside(const MachineProfile& machine, TransportKind transpor
 
 }  // namespace
 
-RowBytes::RowBytes(const AttentionCase& layer, const ExchangePlan& plan) {
-  for (const RankPlan& rank : plan.ranks) {
+RowBytes::RowBytes(const AttentionCase& layer, const ExchangePlan& plan, absl::Span<const RankPlan> ranks) {
+  for (const RankPlan& rank : ranks) {
     for (const SlotSpec& slot : rank.slots) {
       const auto [known, first] = bytes_.try_emplace(KeyOf(slot), 0);
       if (!first) continue;
@@ -168,15 +168,13 @@ ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan,
   return cost;
 }
 
-std::map<std::pair<int, int>, int64_t> BytesSentIn(const AttentionCase& layer, const ExchangePlan& plan) {
-  const RowBytes row_bytes(layer, plan);
-  std::map<std::pair<int, int>, int64_t> sent;
-  for (size_t r = 0; r < plan.ranks.size(); ++r) {
-    for (const Step& step : plan.ranks[r].steps) {
-      if (step.kind != StepKind::kSend) continue;
-      const SlotSpec& slot = plan.ranks[r].slots[static_cast<size_t>(step.slot)];
-      sent[{static_cast<int>(r), step.peer}] += step.rows.rows.size() * row_bytes.Of(slot);
-    }
+std::map<int, int64_t> BytesSentBy(int rank, const AttentionCase& layer, const ExchangePlan& plan) {
+  const RankPlan& own = plan.ranks[static_cast<size_t>(rank)];
+  const RowBytes row_bytes(layer, plan, {&own, 1});
+  std::map<int, int64_t> sent;
+  for (const Step& step : own.steps) {
+    if (step.kind != StepKind::kSend) continue;
+    sent[step.peer] += step.rows.rows.size() * row_bytes.Of(own.slots[static_cast<size_t>(step.slot)]);
   }
   return sent;
 }

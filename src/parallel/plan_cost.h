@@ -16,7 +16,9 @@ double FlopsPerPair(Pass pass, int64_t head_dim, int64_t v_head_dim);
 // Bytes of one row of each of a plan's slots, all fields together.
 class RowBytes {
  public:
-  RowBytes(const AttentionCase& layer, const ExchangePlan& plan);
+  // Of slots of all ranks, or of some.
+  RowBytes(const AttentionCase& layer, const ExchangePlan& plan) : RowBytes(layer, plan, plan.ranks) {}
+  RowBytes(const AttentionCase& layer, const ExchangePlan& plan, absl::Span<const RankPlan> ranks);
   int64_t Of(const SlotSpec& slot) const;
 
  private:

@@ -8,8 +8,8 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "annulus/base/median.h"
 #include "annulus/train/report.h"
-#include "median.h"
 #include "report_series.h"
 #include "report_text.h"
 

@@ -5,8 +5,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "annulus/study/report.h"
-#include "annulus/train/report.h"
-#include "median.h"
 #include "report_choice.h"
 #include "report_text.h"
 
@@ -25,9 +23,7 @@ std::string ErrorLine(const StudyResults& results, const char* what, double (*va
     errors.push_back(error);
   }
   if (errors.empty()) return "";
-  return absl::StrCat("predicted ", what, ": off by ", PercentText(Median(errors)), " in the median and ",
-                      PercentText(*std::max_element(errors.begin(), errors.end())), " at worst (",
-                      worst->point.id, "), of ", CountText(static_cast<int64_t>(errors.size()), "point"));
+  return absl::StrCat("predicted ", what, ": ", ErrorsText(errors, worst->point.id));
 }
 
 }  // namespace

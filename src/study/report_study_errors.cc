@@ -5,8 +5,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "annulus/train/report.h"
-#include "median.h"
 #include "report_study_charts.h"
 #include "report_text.h"
 
@@ -80,10 +78,7 @@ void AddErrorFigure(const std::vector<SeriesPanel>& panels, const ErrorMetric& m
   }
   if (errors.sizes.empty()) return;
   AddErrorGuides(&errors);
-  const double worst = *std::max_element(errors.sizes.begin(), errors.sizes.end());
-  page->Paragraph(absl::StrFormat("%s: off by %s in the median and %s at worst (%s), of %s.", metric.title,
-                                  PercentText(Median(errors.sizes)), PercentText(worst), errors.worst,
-                                  CountText(static_cast<int64_t>(errors.sizes.size()), "point")));
+  page->Paragraph(absl::StrCat(metric.title, ": ", ErrorsText(errors.sizes, errors.worst), "."));
   page->Figure({{metric.title, Svg(errors.chart)}}, SeriesLegend(panels), errors.table);
 }
 

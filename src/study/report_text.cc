@@ -1,10 +1,12 @@
 #include "report_text.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "annulus/base/median.h"
 #include "annulus/train/report.h"
 
 namespace annulus {
@@ -37,6 +39,12 @@ std::string PercentText(double share) {
 
 std::string ErrorText(double share) {
   return std::isfinite(share) ? absl::StrFormat("%+.1f%%", 100 * share) : NotFinite(share);
+}
+
+std::string ErrorsText(const std::vector<double>& sizes, const std::string& worst) {
+  return absl::StrCat("off by ", PercentText(Median(sizes)), " in the median and ",
+                      PercentText(*std::max_element(sizes.begin(), sizes.end())), " at worst (", worst,
+                      "), of ", CountText(static_cast<int64_t>(sizes.size()), "point"));
 }
 
 std::string SizeText(double bytes) { return std::isfinite(bytes) ? FormatBytes(bytes) : NotFinite(bytes); }

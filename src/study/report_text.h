@@ -3,6 +3,7 @@
 // Numbers of reports, for people. What is not finite reads "NaN" or "inf"; what is not there, kNone.
 
 #include <string>
+#include <vector>
 
 namespace annulus {
 
@@ -16,6 +17,10 @@ std::string SizeText(double bytes);       // "71.2 GiB"
 std::string TickText(double value);       // "500", "2k", "1.5M"
 std::string PercentTick(double share);    // "50%"
 std::string NumberText(double value);     // "2.931", four digits
+
+// "off by 3.1% in the median and 12.0% at worst (4 ranks), of 3 points": of errors without their signs, not
+// empty, `worst` the point that has the largest.
+std::string ErrorsText(const std::vector<double>& sizes, const std::string& worst);
 
 // The largest binary unit of which `most` bytes hold at least one: ticks are round in it.
 struct ByteUnit {

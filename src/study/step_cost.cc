@@ -98,8 +98,10 @@ ExchangePass ExchangeOf(const PlannedPass& planned) {
     pass.seconds.push_back(simulation.compute[r] + simulation.exposed[r] + planned.home_seconds);
     pass.exposed.push_back(simulation.exposed[r]);
   }
-  for (const auto& [pair, bytes] : BytesSentIn(planned.layer, planned.plan))
-    pass.sent.push_back({.from = pair.first, .to = pair.second, .bytes = bytes});
+  for (int from = 0; from < static_cast<int>(planned.plan.ranks.size()); ++from) {
+    for (const auto& [to, bytes] : BytesSentBy(from, planned.layer, planned.plan))
+      pass.sent.push_back({.from = from, .to = to, .bytes = bytes});
+  }
   return pass;
 }
 

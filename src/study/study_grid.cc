@@ -150,8 +150,8 @@ absl::Status CheckDistinct(const std::vector<PlannedPoint>& points) {
     const std::string whole =
         absl::StrCat(run, " of ", planned.steps, " steps, saves each ", planned.steps_between_saves);
     const auto same = ids.find(whole), same_step = ids.find(run);
-    const auto twin = same != ids.end() || HasGoodput(planned) ? same : same_step;
-    if (twin != ids.end()) {
+    const auto twin = same != ids.end() ? same : same_step;
+    if (twin != ids.end() && (twin == same || !HasGoodput(planned))) {
       return Invalid("axes: ", twin->second, " and ", planned.point.id,
                      " are the same run: expected points that differ in more than their labels");
     }

@@ -6,7 +6,7 @@
 #include "absl/strings/str_split.h"
 #include "annulus/base/check.h"
 #include "annulus/base/file.h"
-#include "median.h"
+#include "annulus/base/median.h"
 
 namespace annulus {
 namespace {

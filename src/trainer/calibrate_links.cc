@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "annulus/base/median.h"
 #include "annulus/comm/exchange_bench.h"
 #include "annulus/device/stream_timer.h"
 #include "annulus/ops/elementwise.h"
@@ -173,9 +174,8 @@ absl::StatusOr<double> MeasureCollectiveSlowdown(LinkBench& bench, double produc
     status.Update(beside.Finish());
     ANNULUS_RETURN_IF_ERROR(bench.group.AgreeOk(status));
   }
-  const auto median = seconds.begin() + kRepeats / 2;
-  std::nth_element(seconds.begin(), median, seconds.end());
-  ANNULUS_ASSIGN_OR_RETURN(const double slowest, bench.group.AllReduceValue(*median, ReduceOp::kMax));
+  ANNULUS_ASSIGN_OR_RETURN(const double slowest,
+                           bench.group.AllReduceValue(Median(std::move(seconds)), ReduceOp::kMax));
   return Rounded(std::max(1.0, slowest / product_seconds));
 }
 

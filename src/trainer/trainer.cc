@@ -258,40 +258,45 @@ std::vector<AttentionReport> Trainer::AttentionReports() {
         AttentionCaseOf(spec_, kind.attention, geometry_.sequences(), RunsHopperKernels(ctx_.device));
     const auto branches = static_cast<double>(BranchesHere(spec_, kind.attention));
     for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
-      AttentionReport report = PlannedReport(layer, pass);
+      const PlannedLayer planned = Planned(layer, pass);
+      AttentionReport report = PlannedReport(planned, pass);
       report.layers = kind.attention;
       report.predicted_ms *= branches;
       const SpanClock::Spans spans = clocks_.Of(kind.attention, pass).Take();
       if (spans.count > 0)
         report.measured_ms = branches * spans.seconds * 1e3 / static_cast<double>(spans.count);
-      CountExchange(layer, pass, spans.count);
+      CountExchange(planned, spans.count);
       reports.push_back(std::move(report));
     }
   }
   return reports;
 }
 
-// What the host's transport sends, the group has counted; others go past it.
-void Trainer::CountExchange(const AttentionCase& layer, Pass pass, int64_t runs) {
-  if (mesh_.traffic == nullptr) return;
+Trainer::PlannedLayer Trainer::Planned(const AttentionCase& layer, Pass pass) const {
   const LatentDecision* decision = layer.latent ? geometry_.FindDecision(layer, pass) : nullptr;
-  const AttentionCase exchanged = decision != nullptr && !decision->latents ? Expanded(layer) : layer;
-  const AttentionGeometry::Schedule* schedule = geometry_.FindSchedule(exchanged, pass);
-  if (schedule == nullptr || schedule->choice.transport == TransportKind::kHost) return;
-  for (const auto& [ends, bytes] : BytesSentIn(exchanged, schedule->plan)) {
+  PlannedLayer planned{.layer = layer, .decision = decision, .exchanged = layer, .schedule = nullptr};
+  if (planned.at_home()) planned.exchanged = Expanded(layer);
+  planned.schedule = geometry_.FindSchedule(planned.exchanged, pass);
+  return planned;
+}
+
+// What the host's transport sends, the group has counted; others go past it.
+void Trainer::CountExchange(const PlannedLayer& planned, int64_t runs) {
+  const AttentionGeometry::Schedule* schedule = planned.schedule;
+  if (mesh_.traffic == nullptr || schedule == nullptr) return;
+  if (schedule->choice.transport == TransportKind::kHost) return;
+  for (const auto& [to, bytes] : BytesSentBy(mesh_.at.cp, planned.exchanged, schedule->plan)) {
     MeshCoordinates peer = mesh_.at;
-    peer.cp = ends.second;
-    if (ends.first == mesh_.at.cp) mesh_.traffic->Add(WorldRankOf(mesh_.shape, peer), runs * bytes);
+    peer.cp = to;
+    mesh_.traffic->Add(WorldRankOf(mesh_.shape, peer), runs * bytes);
   }
 }
 
 // What was planned for a layer, or for a branch of it.
-AttentionReport Trainer::PlannedReport(const AttentionCase& layer, Pass pass) const {
+AttentionReport Trainer::PlannedReport(const PlannedLayer& planned, Pass pass) const {
+  const LatentDecision* decision = planned.decision;
+  const AttentionGeometry::Schedule* schedule = planned.schedule;
   AttentionReport report{.pass = pass, .plan = {}, .why = {}};
-  const LatentDecision* decision = layer.latent ? geometry_.FindDecision(layer, pass) : nullptr;
-  const bool at_home = decision != nullptr && !decision->latents;
-  const AttentionGeometry::Schedule* schedule =
-      geometry_.FindSchedule(at_home ? Expanded(layer) : layer, pass);
   if (decision != nullptr) report.exchange = std::string(Name(*decision)), report.why = decision->why;
   if (schedule == nullptr) return report;
   report.plan = schedule->plan.name;
@@ -300,7 +305,8 @@ AttentionReport Trainer::PlannedReport(const AttentionCase& layer, Pass pass) co
   const std::string& why = schedule->choice.why;
   absl::StrAppend(&report.why, report.why.empty() || why.empty() ? "" : "; ", why);
   if (!schedule->choice.predicted.has_value()) return report;
-  const double expansion = at_home ? HomeExpansionSeconds(layer, pass, geometry_.options().machine) : 0;
+  const MachineProfile& machine = geometry_.options().machine;
+  const double expansion = planned.at_home() ? HomeExpansionSeconds(planned.layer, pass, machine) : 0;
   report.predicted_ms = (schedule->choice.predicted->seconds + expansion) * 1e3;
   return report;
 }

@@ -1,29 +1,16 @@
 // The Hopper backward of block attention under emulation, against the naive double reference.
 
-#include <gtest/gtest.h>
-
 #include "cuda/attention_hopper/backward_check.h"
-#include "emulation/block.h"
+#include "emulation/emulated_case.h"
 
 namespace annulus::testing {
 namespace {
 
-struct Heads {
-  int64_t dim, v_dim;
-};
-
-class EmulatedBackward : public ::testing::TestWithParam<Heads> {
+class EmulatedBackward : public EmulatedCase {
  protected:
-  // Several seeds are several orders of what runs side by side.
-  void Check(Case c, int seeds = 2) {
-    c.dim = GetParam().dim;
-    c.v_dim = GetParam().v_dim;
+  void Check(const Case& c, int seeds = 2) {
     emulation::SetMultiprocessors(3);
-    for (int seed = 0; seed < seeds; ++seed) {
-      emulation::SetSeed(static_cast<uint32_t>(seed));
-      Prepared prepared = Prepare<bf16>(c, static_cast<uint32_t>(seed));
-      EXPECT_TRUE(CheckBackward(prepared)) << c.name << ", seed " << seed;
-    }
+    CheckBy(CheckBackward, c, seeds);
   }
 };
 
@@ -48,9 +35,7 @@ TEST_P(EmulatedBackward, KeysShared) {
   Check({"full mqa, keys shared", 0, 0, 300, 100, 1, 8, 1, Mask::kFull});
 }
 
-INSTANTIATE_TEST_SUITE_P(Heads, EmulatedBackward,
-                         ::testing::Values(Heads{64, 64}, Heads{128, 128}, Heads{192, 128}),
-                         [](const auto& info) { return "Dim" + std::to_string(info.param.dim); });
+INSTANTIATE_TEST_SUITE_P(Heads, EmulatedBackward, AllHeadDims(), NameOf);
 
 }  // namespace
 }  // namespace annulus::testing

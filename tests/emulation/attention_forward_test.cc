@@ -1,29 +1,14 @@
 // The Hopper forward of block attention under emulation, against the naive double reference.
 
-#include <gtest/gtest.h>
-
 #include "cuda/attention_hopper/forward_check.h"
-#include "emulation/block.h"
+#include "emulation/emulated_case.h"
 
 namespace annulus::testing {
 namespace {
 
-struct Heads {
-  int64_t dim, v_dim;
-};
-
-class EmulatedForward : public ::testing::TestWithParam<Heads> {
+class EmulatedForward : public EmulatedCase {
  protected:
-  // Several seeds are several orders of what runs side by side.
-  void Check(Case c, int seeds = 2) {
-    c.dim = GetParam().dim;
-    c.v_dim = GetParam().v_dim;
-    for (int seed = 0; seed < seeds; ++seed) {
-      emulation::SetSeed(static_cast<uint32_t>(seed));
-      Prepared prepared = Prepare<bf16>(c, static_cast<uint32_t>(seed));
-      EXPECT_TRUE(CheckForward(prepared)) << c.name << ", seed " << seed;
-    }
-  }
+  void Check(const Case& c, int seeds = 2) { CheckBy(CheckForward, c, seeds); }
 };
 
 // name, dim, v_dim, q_rows, k_rows, batch, heads, kv_heads, mask, chunks, striped
@@ -59,9 +44,7 @@ TEST_P(EmulatedForward, ManyChunks) {
   Check({"causal 16 chunks", 0, 0, 100, 217, 1, 2, 1, Mask::kCausal, 16});
 }
 
-INSTANTIATE_TEST_SUITE_P(Heads, EmulatedForward,
-                         ::testing::Values(Heads{64, 64}, Heads{128, 128}, Heads{192, 128}),
-                         [](const auto& info) { return "Dim" + std::to_string(info.param.dim); });
+INSTANTIATE_TEST_SUITE_P(Heads, EmulatedForward, AllHeadDims(), NameOf);
 
 }  // namespace
 }  // namespace annulus::testing

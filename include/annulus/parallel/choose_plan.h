@@ -74,8 +74,8 @@ HeadGroup AllHeadsOf(const AttentionCase& layer);
 ExchangeCost CostOf(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine,
                     TransportKind transport, LinkThrottle throttle);
 
-// What each rank of a plan sends to each other in all, in bytes.
-std::map<std::pair<int, int>, int64_t> BytesSentIn(const AttentionCase& layer, const ExchangePlan& plan);
+// What a rank of a plan sends to each other in all, in bytes.
+std::map<int, int64_t> BytesSentBy(int rank, const AttentionCase& layer, const ExchangePlan& plan);
 
 // Sets what is predicted.
 void SetPredicted(const Simulation& simulation, PlanCandidate* candidate);

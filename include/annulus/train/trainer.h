@@ -113,8 +113,17 @@ class Trainer {
   absl::Status CheckOrigin(const Checkpoint& checkpoint, uint64_t data_fingerprint) const;
   absl::Status FillTimes(double seconds, double data_seconds, StepReport* report);
   std::vector<AttentionReport> AttentionReports();
-  AttentionReport PlannedReport(const AttentionCase& layer, Pass pass) const;
-  void CountExchange(const AttentionCase& layer, Pass pass, int64_t runs);
+  // A pass of a layer, and what goes round in it: keys and values expanded at home, or what the layer has.
+  struct PlannedLayer {
+    AttentionCase layer;
+    const LatentDecision* decision;  // null: no latents
+    bool at_home() const { return decision != nullptr && !decision->latents; }
+    AttentionCase exchanged;
+    const AttentionGeometry::Schedule* schedule;  // null: none yet
+  };
+  PlannedLayer Planned(const AttentionCase& layer, Pass pass) const;
+  AttentionReport PlannedReport(const PlannedLayer& planned, Pass pass) const;
+  void CountExchange(const PlannedLayer& planned, int64_t runs);
   absl::Status FillTraffic(StepReport* report);
   absl::Status FillMemory(StepReport* report);
   MemoryPlan MemoryHeld() const;

@@ -108,4 +108,39 @@ Prepared Prepare(const Case& c, uint32_t seed) {
   return made;
 }
 
+template <typename T>
+std::vector<Prepared> PrepareAll(const std::vector<Case>& cases) {
+  std::vector<Prepared> prepared(cases.size());
+  ForEachParallel(static_cast<int64_t>(cases.size()), [&](int64_t i) {
+    prepared[Size(i)] = Prepare<T>(cases[Size(i)], static_cast<uint32_t>(i));
+  });
+  return prepared;
+}
+
+// What every kernel is checked on.
+inline void AddCommonCases(int64_t dim, int64_t v_dim, std::vector<Case>* cases) {
+  const Case common[] = {
+      {"one", dim, v_dim, 1, 1, 1, 1, 1},
+      {"causal", dim, v_dim, 256, 256, 1, 2, 2},
+      {"full tails gqa", dim, v_dim, 129, 191, 2, 4, 2, Mask::kFull},
+      {"causal tails gqa", dim, v_dim, 333, 333, 2, 6, 2},
+      {"causal 4 chunks", dim, v_dim, 300, 517, 1, 4, 1, Mask::kCausal, 4},
+      {"causal early queries", dim, v_dim, 400, 255, 1, 2, 1, Mask::kCausal, 2},
+      {"window, far keys NaN", dim, v_dim, 140, 600, 2, 2, 1, Mask::kWindow},
+      {"window 4 striped", dim, v_dim, 500, 500, 1, 2, 2, Mask::kWindow, 4, true},
+      {"documents 4 chunks", dim, v_dim, 511, 511, 2, 2, 2, Mask::kDocuments, 4},
+      {"documents 4 striped", dim, v_dim, 385, 385, 2, 4, 2, Mask::kDocuments, 4, true},
+      {"random 4 chunks", dim, v_dim, 410, 390, 2, 4, 2, Mask::kRandom, 4},
+      {"random 3 striped", dim, v_dim, 200, 700, 1, 3, 1, Mask::kRandom, 3, true},
+  };
+  cases->insert(cases->end(), std::begin(common), std::end(common));
+}
+
+// Under a sanitizer everything is slow: whole tiles with another of two keys, and tails with empty rows; four
+// query tiles or more for each block of keys, so that every buffer of shared memory is used again.
+inline void AddSmallCommonCases(int64_t dim, int64_t v_dim, std::vector<Case>* cases) {
+  cases->push_back({"full gqa", dim, v_dim, 128, 130, 1, 2, 1, Mask::kFull});
+  cases->push_back({"random gqa", dim, v_dim, 70, 100, 1, 2, 1, Mask::kRandom});
+}
+
 }  // namespace annulus::testing
