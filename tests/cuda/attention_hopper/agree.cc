@@ -18,6 +18,11 @@ constexpr int kLibraryCases = ANNULUS_HAS_CUDNN ? 60 : 0;
 // Of the naive error. What one of them gives varies by a factor of five where a result has few elements.
 constexpr uint32_t kRealizations = 6;
 
+// How results come out: gradients of the library in bf16, those of keys after a sum over query heads each of
+// which was rounded before.
+enum class Written { kF32, kBf16, kByLibrary };
+constexpr size_t kWrittenKinds = 3;
+
 enum class Way { kWhole, kCarried, kOrdered };  // ordered: whole, the same bits on every run
 constexpr const char* kWayNames[] = {"whole", "carried", "ordered"};
 
@@ -33,13 +38,14 @@ class Agreement {
     ArenaScope scope(ctx_.saved);
     const Allocate saved = Saved(ctx_);
     const OpOperands in(ctx_, c, saved);
-    Solve(in.problem());
+    const bool by_library = c.shape() != MaskShape::kGeneral && library_cases_ < kLibraryCases;
+    Solve(in.problem(), by_library);
     Case all{c, in, OpResults(c, DType::kBF16, saved), OpResults(c, DType::kF32, saved)};
     for (const Way way : {Way::kWhole, Way::kCarried, Way::kOrdered}) {
       Judge(all, AttentionChoice::kHopper, way);
       Judge(all, AttentionChoice::kTensorCore, way);
     }
-    if (c.shape() == MaskShape::kGeneral || library_cases_ == kLibraryCases) return;
+    if (!by_library) return;
     ++library_cases_;
     for (const Way way : {Way::kWhole, Way::kCarried}) Judge(all, AttentionChoice::kCudnn, way);
   }
@@ -66,25 +72,45 @@ class Agreement {
     std::array<double, kResults> share{};
   };
 
-  void Solve(const OpProblem& problem) {
+  ResultArrays AllocateFor(const OpProblem& problem) {
     const std::array<int64_t, kResults> sizes = problem.sizes();
-    ResultArrays naive;
-    for (ResultArrays* results : {&exact_, &naive}) {
-      for (size_t i = 0; i < kResults; ++i)
-        results->of[i] = ctx_.saved.Allocate(DType::kF64, {sizes[i]}).data<double>();
-    }
+    ResultArrays results;
+    for (size_t i = 0; i < kResults; ++i)
+      results.of[i] = ctx_.saved.Allocate(DType::kF64, {sizes[i]}).data<double>();
+    return results;
+  }
+
+  void Solve(const OpProblem& problem, bool by_library) {
+    OpProblem by_head = problem;
+    by_head.keys_by_query_head = true;
+    exact_ = AllocateFor(problem);
+    const ResultArrays naive = AllocateFor(problem), of_heads = AllocateFor(by_head);
     SolveExactly(problem, exact_, ctx_.stream());
     for (auto& errors : naive_error_) errors.fill(0);
     for (uint32_t realization = 0; realization < kRealizations; ++realization) {
       SolveNaively(problem, realization, naive, ctx_.stream());
-      for (const Stored stored : {Stored::kAsIs, Stored::kBf16}) {
-        for (size_t i = 0; i < kResults; ++i) {
-          double& error = naive_error_[static_cast<size_t>(stored)][i];
-          error = std::max(error, Compare(naive.of[i], stored, exact_.of[i], sizes[i], ctx_.stream()).error);
+      Note(problem, naive, Written::kF32);
+      Note(problem, naive, Written::kBf16);
+      if (by_library) {
+        SolveNaively(by_head, realization, of_heads, ctx_.stream());
+        for (const auto& [result, dim] : {std::pair{kDk, problem.dim}, std::pair{kDv, problem.v_dim}}) {
+          SumRoundedHeads(of_heads.of[result], problem.heads / problem.kv_heads, dim, naive.of[result],
+                          problem.sizes()[result], ctx_.stream());
         }
+        Note(problem, naive, Written::kByLibrary);
       }
     }
     for (auto& errors : naive_error_) errors[kLse] = 0;  // is not in bf16
+  }
+
+  // Keeps the largest errors.
+  void Note(const OpProblem& problem, const ResultArrays& naive, Written written) {
+    const Stored stored = written == Written::kF32 ? Stored::kAsIs : Stored::kBf16;
+    for (size_t i = 0; i < kResults; ++i) {
+      double& error = naive_error_[static_cast<size_t>(written)][i];
+      error = std::max(
+          error, Compare(naive.of[i], stored, exact_.of[i], problem.sizes()[i], ctx_.stream()).error);
+    }
   }
 
   void Judge(Case& all, AttentionChoice kernel, Way way) {
@@ -100,9 +126,10 @@ class Agreement {
     ++seen.cases;
     for (size_t i = 0; i < kResults; ++i) {
       const TensorRef& x = got.of(static_cast<Result>(i));
-      // The library's gradients come out in bf16.
-      const bool bf16_result = x.dtype() == DType::kBF16 || kernel == AttentionChoice::kCudnn;
-      const double naive = naive_error_[static_cast<size_t>(bf16_result ? Stored::kBf16 : Stored::kAsIs)][i];
+      const Written written = kernel == AttentionChoice::kCudnn ? Written::kByLibrary
+                              : x.dtype() == DType::kBF16       ? Written::kBf16
+                                                                : Written::kF32;
+      const double naive = naive_error_[static_cast<size_t>(written)][i];
       const Deviation deviation = x.dtype() == DType::kBF16
                                       ? Compare(static_cast<const bf16*>(x.raw()), Stored::kAsIs,
                                                 exact_.of[i], x.elements(), ctx_.stream())
@@ -119,7 +146,7 @@ class Agreement {
 
   Context ctx_;
   ResultArrays exact_;
-  std::array<std::array<double, kResults>, 2> naive_error_{};  // by Stored
+  std::array<std::array<double, kResults>, kWrittenKinds> naive_error_{};
   int library_cases_ = 0;
   std::map<std::string, Seen> seen_;
   bool ok_ = true;

@@ -69,7 +69,8 @@ __global__ void SolveRow(OpProblem p, uint32_t realization, ResultArrays to) {
                                                                Head(p.dout, row, item, head, p.v_dim);
   const auto k = [&](int64_t j) { return Head(p.k, j, item, kv_head, p.dim); };
   const auto v = [&](int64_t j) { return Head(p.v, j, item, kv_head, p.v_dim); };
-  const auto key = [&](int64_t j) { return (j * p.batch + item) * p.kv_heads + kv_head; };
+  const int64_t gradient_head = p.keys_by_query_head ? head : kv_head;
+  const auto key = [&](int64_t j) { return (j * p.batch + item) * p.gradient_heads() + gradient_head; };
   const auto column = [](const bf16* x, int64_t at) { return static_cast<double>(__bfloat162float(x[at])); };
 
   for (int64_t j = lo + d / 32; j < hi; j += kWarps) weights[j] = p.scale * Dot(q, k(j), p.dim);
@@ -102,6 +103,15 @@ __global__ void SolveRow(OpProblem p, uint32_t realization, ResultArrays to) {
     if (d < p.v_dim) atomicAdd(&to.of[kDv][key(j) * p.v_dim + d], rounded(weights[j]) * column(dout, d));
   }
   if (d < p.dim) to.of[kDq][stat * p.dim + d] = dq;
+}
+
+__global__ void SumRoundedHeadsKernel(const double* of_heads, int64_t group, int64_t dim, double* sums,
+                                      int64_t n) {
+  const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (i >= n) return;
+  double sum = 0;
+  for (int64_t head = 0; head < group; ++head) sum += Bf16(of_heads[(i / dim * group + head) * dim + i % dim]);
+  sums[i] = sum;
 }
 
 // Of numbers that are not negative, by their bits.
@@ -170,6 +180,13 @@ void SolveExactly(const OpProblem& problem, const ResultArrays& results, cudaStr
 void SolveNaively(const OpProblem& problem, uint32_t realization, const ResultArrays& results,
                   cudaStream_t stream) {
   Solve(SolveRow<Naively>, problem, realization, results, stream);
+}
+
+void SumRoundedHeads(const double* of_heads, int64_t group, int64_t dim, double* sums, int64_t n,
+                     cudaStream_t stream) {
+  SumRoundedHeadsKernel<<<static_cast<unsigned>((n + 255) / 256), 256, 0, stream>>>(of_heads, group, dim, sums,
+                                                                                   n);
+  CUDA(cudaGetLastError());
 }
 
 template <typename T>

@@ -22,9 +22,11 @@ struct OpProblem {
   int64_t q_rows = 0, k_rows = 0, batch = 0, heads = 0, kv_heads = 0, dim = 0, v_dim = 0;
   const int64_t *lo = nullptr, *hi = nullptr;  // [q_rows, batch], in key rows, within [0, k_rows]
   double scale = 1;
+  bool keys_by_query_head = false;  // dk and dv of each query head apart, not summed over those of a KV head
 
+  __host__ __device__ int64_t gradient_heads() const { return keys_by_query_head ? heads : kv_heads; }
   std::array<int64_t, kResults> sizes() const {
-    const int64_t queries = q_rows * batch * heads, keys = k_rows * batch * kv_heads;
+    const int64_t queries = q_rows * batch * heads, keys = k_rows * batch * gradient_heads();
     return {queries * v_dim, queries, queries * dim, keys * dim, keys * v_dim};
   }
 };
@@ -35,6 +37,10 @@ void SolveExactly(const OpProblem& problem, const ResultArrays& results, cudaStr
 // decide a result, the error of one realization says little of another's.
 void SolveNaively(const OpProblem& problem, uint32_t realization, const ResultArrays& results,
                   cudaStream_t stream);
+
+// [rows, heads, dim] summed over groups of `group` heads, each rounded to bf16 before.
+void SumRoundedHeads(const double* of_heads, int64_t group, int64_t dim, double* sums, int64_t n,
+                     cudaStream_t stream);
 
 struct Deviation {
   double error = 0;    // largest, of elements that are finite
