@@ -1,23 +1,24 @@
 // Attention of one layer over all ranks, without projections: the exchange of blocks and the block kernels.
 
+#include <algorithm>
+
+#include "annulus/base/check.h"
 #include "bench_layer.h"
 
 namespace annulus {
 namespace {
 
-// "kv_ring toward lower ranks by host"
-std::string PlanOf(const AttentionGeometry& geometry, Pass pass) {
-  for (const auto& [key, schedule] : geometry.schedules()) {
-    if (schedule.plan.pass == pass) {
-      return absl::StrCat(schedule.plan.name, " by ", Name(schedule.choice.transport));
-    }
-  }
-  return "";
+const AttentionGeometry::Schedule& ScheduleOf(const AttentionGeometry& geometry, Pass pass) {
+  const auto& schedules = geometry.schedules();
+  const auto found = std::find_if(schedules.begin(), schedules.end(),
+                                  [&](const auto& each) { return each.second.plan.pass == pass; });
+  ANNULUS_CHECK(found != schedules.end()) << "no schedule";
+  return found->second;
 }
 
-// What the blocks on the diagonal of the mask look like.
-MaskShape ShapeOfMask(const LayerOptions& o) {
-  return o.mask == "full" ? MaskShape::kFull : o.mask == "causal" ? MaskShape::kCausal : MaskShape::kGeneral;
+// "kv_ring toward lower ranks by host"
+std::string PlanOf(const AttentionGeometry::Schedule& schedule) {
+  return absl::StrCat(schedule.plan.name, " by ", Name(schedule.choice.transport));
 }
 
 // Medians of forward, of backward, and of one after the other.
@@ -41,12 +42,8 @@ void Report(const Bench& bench, const AttentionGeometry& geometry, const LayerOp
             const Times& seconds, double gemm) {
   const ContextAttentionShape& shape = o.shape;
   const double flops = o.forward_tflop() / bench.machine.mesh.shape.cp;
-  const AttentionKernel kernel = ChooseAttentionKernel({.device = bench.ctx().device.kind,
-                                                        .dtype = bench.dtype(),
-                                                        .dim = shape.head_dim,
-                                                        .v_dim = shape.v_head_dim,
-                                                        .mask_shape = ShapeOfMask(o),
-                                                        .determinism = bench.ctx().determinism});
+  const AttentionGeometry::Schedule &forward = ScheduleOf(geometry, Pass::kForward),
+                                    &backward = ScheduleOf(geometry, Pass::kBackward);
   nlohmann::ordered_json result = {{"length", o.length()},       {"heads", shape.heads},
                                    {"kv_heads", shape.kv_heads}, {"dim", shape.head_dim},
                                    {"v_dim", shape.v_head_dim},  {"mask", o.mask}};
@@ -56,9 +53,10 @@ void Report(const Bench& bench, const AttentionGeometry& geometry, const LayerOp
     result["documents"] = o.documents();
   }
   result.update({{"pairs", o.pairs()},
-                 {"kernel", std::string(Name(kernel))},
-                 {"forward_plan", PlanOf(geometry, Pass::kForward)},
-                 {"backward_plan", PlanOf(geometry, Pass::kBackward)},
+                 {"forward_kernel", forward.KernelNames()},
+                 {"backward_kernel", backward.KernelNames()},
+                 {"forward_plan", PlanOf(forward)},
+                 {"backward_plan", PlanOf(backward)},
                  {"forward_ms", seconds.forward * 1e3},
                  {"backward_ms", seconds.backward * 1e3},
                  {"both_ms", seconds.both * 1e3},

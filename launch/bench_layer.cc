@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "annulus/base/random.h"
+#include "annulus/device/gpu.h"
 #include "annulus/device/transfer.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/train/exchange.h"
@@ -88,7 +89,8 @@ std::vector<absl::string_view> LayerOptionNames() {
 }
 
 std::vector<absl::string_view> LayerFields() {
-  return {"device", "compute", "deterministic", "seed", "parallel.layout", "parallel.exchange"};
+  return {"device", "compute",         "deterministic",    "attention_kernel",
+          "seed",   "parallel.layout", "parallel.exchange"};
 }
 
 absl::StatusOr<LayerOptions> ReadLayer(const Arguments& arguments, const RunSpec& spec) {
@@ -135,7 +137,9 @@ AttentionCase CaseOf(const Bench& bench, const SequenceLayout& layout, const Seq
           .window = shape.window,
           .device = bench.ctx().device.kind,
           .dtype = bench.dtype(),
-          .determinism = bench.ctx().determinism};
+          .determinism = bench.ctx().determinism,
+          .hopper = RunsHopperKernels(bench.ctx().device),
+          .kernel = bench.ctx().attention};
 }
 
 ExchangeOptions ExchangeFor(const Bench& bench, const ContextAttentionShape& shape) {

@@ -6,11 +6,13 @@
 
 #include <cstdio>
 #include <fstream>
+#include <set>
 #include <thread>
 
 #include "absl/base/config.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "annulus/base/file.h"
@@ -76,6 +78,23 @@ bool CheckMpirun() {
   return fits;
 }
 
+// "hopper", "cuda mma, cudnn": of both passes and every mask.
+std::string AttentionKernelsOf(int gpu) {
+  std::set<absl::string_view> names;
+  AttentionKernelCase c{.device = DeviceKind::kCuda,
+                        .hopper = RunsHopperKernels({DeviceKind::kCuda, gpu}),
+                        .dtype = DType::kBF16};
+  for (const auto& [dim, v_dim] : {std::pair(64, 64), {128, 128}, {192, 128}}) {
+    for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+      for (const MaskShape shape : {MaskShape::kGeneral, MaskShape::kFull, MaskShape::kCausal}) {
+        c.dim = dim, c.v_dim = v_dim, c.pass = pass, c.mask_shape = shape;
+        names.insert(Name(ChooseAttentionKernel(c)));
+      }
+    }
+  }
+  return absl::StrJoin(names, ", ");
+}
+
 // No GPU is needed; false if one that is there cannot be used.
 bool CheckGpus() {
   bool usable = true;
@@ -95,6 +114,7 @@ bool CheckGpus() {
                             static_cast<double>(gpu->memory_bytes) / (int64_t{1} << 30), gpu->compute_major,
                             gpu->compute_minor);
     }
+    if (built.ok()) absl::StrAppend(&text, "; attention in bf16 by ", AttentionKernelsOf(i));
     if (!built.ok()) absl::StrAppend(&text, gpu.ok() ? "; " : "", "UNUSABLE: ", built.message());
     Item("gpu", text);
   }

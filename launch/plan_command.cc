@@ -21,14 +21,9 @@
 namespace annulus {
 namespace {
 
-// "cudnn (causal block)"
-std::string KernelFor(const AttentionCase& layer, MaskShape shape) {
-  const AttentionKernel kernel = ChooseAttentionKernel({.device = layer.device,
-                                                        .dtype = layer.dtype,
-                                                        .dim = layer.head_dim,
-                                                        .v_dim = layer.v_head_dim,
-                                                        .mask_shape = shape,
-                                                        .determinism = layer.determinism});
+// "hopper (causal blocks)"
+std::string KernelFor(const AttentionCase& layer, Pass pass, MaskShape shape) {
+  const AttentionKernel kernel = ChooseAttentionKernel(KernelCaseOf(layer, pass, shape));
   const char* block = shape == MaskShape::kFull ? "full" : shape == MaskShape::kCausal ? "causal" : "masked";
   return absl::StrCat(Name(kernel), " (", block, " blocks)");
 }
@@ -41,7 +36,7 @@ std::map<std::string, int64_t> KernelsOf(const PlannedPass& planned) {
       if (step.kind != StepKind::kAttend) continue;
       for (const AttendCall& call : CallsOf(planned.layer.layout, planned.layer.sequences, planned.plan,
                                             static_cast<int>(r), step.attend)) {
-        ++calls[KernelFor(planned.layer, call.shape)];
+        ++calls[KernelFor(planned.layer, planned.pass, call.shape)];
       }
     }
   }

@@ -28,8 +28,12 @@ target_link_libraries(cuda_check PRIVATE ${ANNULUS_CUDNN})
 
 file(GLOB sources CONFIGURE_DEPENDS cuda/attention_mma/*.cu)
 annulus_kernel_check(attention_mma_check check ${sources})
-file(GLOB sources CONFIGURE_DEPENDS cuda/attention_hopper/*.cu)
+file(GLOB sources CONFIGURE_DEPENDS cuda/attention_hopper/*.cc cuda/attention_hopper/*.cu)
 annulus_kernel_check(attention_hopper_check check ${sources})
+foreach(argument agree repeats guard)
+  add_test(NAME attention_hopper_check.${argument} COMMAND attention_hopper_check ${argument})
+  set_tests_properties(attention_hopper_check.${argument} PROPERTIES TIMEOUT 300 ${gpu_test_properties})
+endforeach()
 
 # launch/test --gpu --sanitize: small shapes under compute-sanitizer. How kernels of libraries synchronise is
 # not judged; cuBLASLt's for bf16 fail under racecheck, so it sees no products and the loss in f32 alone.

@@ -58,6 +58,7 @@ absl::Status CheckBlock(const Context& ctx, const AttentionBlock& block) {
   if (k.heads == 0 ? q.heads != 0 : q.heads % k.heads != 0) {
     return Invalid("attention.heads=", q.heads, ": expected a multiple of the ", k.heads, " KV heads");
   }
+  ANNULUS_RETURN_IF_ERROR(CheckAttentionChoice(kernels::KernelCaseOf(ctx, block, Pass::kForward)));
   return CheckMask(ctx, block);
 }
 
@@ -76,7 +77,7 @@ absl::Status CheckOutput(const Context& ctx, const AttentionBlock& block, DType 
 absl::Status CheckGradients(const Context& ctx, const AttentionBlock& block, const AttentionGradients& g,
                             DType dtype) {
   const ConstHeadsRef &q = block.q, &k = block.k, &v = block.v;
-  if (g.out.data != nullptr || kernels::KernelFor(ctx, block) == AttentionKernel::kCudnn) {
+  if (g.out.data != nullptr || kernels::KernelFor(ctx, block, Pass::kBackward) == AttentionKernel::kCudnn) {
     ANNULUS_RETURN_IF_ERROR(
         CheckHeadsAre("attention.out", g.out, {q.dtype, q.rows, q.batch, q.heads, v.dim}));
   }
@@ -177,46 +178,6 @@ absl::Status AttentionBackwardWhole(Context& ctx, const AttentionBlock& block,
   return VisitKernel(ctx, block.q.dtype, [&]<class T>(auto device) {
     return kernels::AttentionBackwardWhole<T>(device, ctx, block, gradients);
   });
-}
-
-absl::string_view Name(AttentionKernel kernel) {
-  switch (kernel) {
-    case AttentionKernel::kCpuTiles:
-      return "cpu tiles";
-    case AttentionKernel::kF32:
-      return "cuda f32";
-    case AttentionKernel::kTensorCore:
-      return "cuda mma";
-    case AttentionKernel::kCudnn:
-      return "cudnn";
-  }
-  return "";
-}
-
-namespace kernels {
-AttentionKernel KernelFor(const Context& ctx, const AttentionBlock& block) {
-  return ChooseAttentionKernel({.device = ctx.device.kind,
-                                .dtype = block.q.dtype,
-                                .dim = block.q.dim,
-                                .v_dim = block.v.dim,
-                                .mask_shape = block.mask_shape,
-                                .determinism = ctx.determinism});
-}
-}  // namespace kernels
-
-AttentionKernel ChooseAttentionKernel(const AttentionKernelCase& c) {
-  if (c.device == DeviceKind::kCpu) return AttentionKernel::kCpuTiles;
-  if (c.dtype == DType::kF32) return AttentionKernel::kF32;
-  const bool cudnn = ANNULUS_HAS_CUDNN && c.determinism == Determinism::kOff &&
-                     c.mask_shape != MaskShape::kGeneral && kernels::TensorCoreDims(c.dim, c.v_dim);
-  return cudnn ? AttentionKernel::kCudnn : AttentionKernel::kTensorCore;
-}
-
-bool AttentionSupports(DeviceKind device, DType dtype, int64_t dim, int64_t v_dim) {
-  if (device == DeviceKind::kCpu) return dtype != DType::kBF16;
-  if (dtype == DType::kBF16) return kernels::TensorCoreDims(dim, v_dim);
-  constexpr int64_t kMostF32 = 256;  // what the f32 kernel holds in registers
-  return dtype == DType::kF32 && dim <= kMostF32 && v_dim <= kMostF32;
 }
 
 }  // namespace annulus

@@ -1,8 +1,9 @@
-// From the attention ops to the CUDA kernels: f32 arithmetic for f32; for bf16 cuDNN where it knows the mask,
-// else the tensor-core kernels.
+// From the attention ops to the CUDA kernels: f32 arithmetic for f32, for bf16 the kernel that is chosen
+// (attention_choice.cc).
 
 #include "kernels/attention/attention_f32_cuda.h"
 #include "kernels/attention/attention_heads_cuda.h"
+#include "kernels/attention/attention_hopper.h"
 #include "kernels/attention/attention_kernels.h"
 #include "kernels/attention/attention_merge_cuda.h"
 #include "kernels/attention/attention_mma.h"
@@ -74,9 +75,15 @@ bool NoPairs(const AttentionBlock& block) {
 }
 
 // cuDNN has no backward for one query row; that row costs the other kernel nothing.
-[[maybe_unused]] bool UseCudnn(const Context& ctx, const AttentionBlock& block) {
-  return block.q.rows > 1 && !NoPairs(block) && KernelFor(ctx, block) == AttentionKernel::kCudnn;
+[[maybe_unused]] bool UseCudnn(const Context& ctx, const AttentionBlock& block, Pass pass) {
+  return block.q.rows > 1 && !NoPairs(block) && KernelFor(ctx, block, pass) == AttentionKernel::kCudnn;
 }
+
+bool UseHopper(const Context& ctx, const AttentionBlock& block, Pass pass) {
+  return !NoPairs(block) && KernelFor(ctx, block, pass) == AttentionKernel::kHopper;
+}
+
+void* Workspace(Context& ctx, int64_t bytes) { return ctx.scratch.Allocate(DType::kU8, {bytes}).raw(); }
 
 template <typename T>
 CudaAttentionBlock<CudaType<T>> CudaBlockOf(const AttentionBlock& block) {
@@ -104,10 +111,17 @@ absl::Status LaunchForward(Context& ctx, const AttentionBlock& block, const Atte
   CudaAttentionPartial<CudaType<T>> to{
       .out = CudaHeadsOf<float>(partial.out), .lse = CudaData<float>(partial.lse), .result = {}};
   if (result.data != nullptr) to.result = CudaHeadsOf<T>(result);
+  const CudaAttentionBlock<CudaType<T>> cuda_block = CudaBlockOf<T>(block);
   if constexpr (kBf16<T>) {
-    return CudaStatus("attention forward", MmaAttentionForward(CudaBlockOf<T>(block), to, ctx.stream()));
+    if (UseHopper(ctx, block, Pass::kForward)) {
+      ArenaScope scope(ctx.scratch);
+      void* workspace = Workspace(ctx, HopperAttentionForwardWorkspaceBytes(cuda_block));
+      return CudaStatus("attention forward, hopper",
+                        HopperAttentionForward(cuda_block, to, workspace, ctx.stream()));
+    }
+    return CudaStatus("attention forward", MmaAttentionForward(cuda_block, to, ctx.stream()));
   } else {
-    return CudaStatus("attention forward", F32AttentionForward(CudaBlockOf<T>(block), to, ctx.stream()));
+    return CudaStatus("attention forward", F32AttentionForward(cuda_block, to, ctx.stream()));
   }
 }
 
@@ -125,8 +139,12 @@ absl::Status LaunchBackward(Context& ctx, const AttentionBlock& block, const Att
     ArenaScope scope(ctx.scratch);
     const MmaQueryGradient order =
         ctx.determinism == Determinism::kRequired ? MmaQueryGradient::kOrdered : MmaQueryGradient::kAtomic;
-    const int64_t bytes = MmaAttentionBackwardWorkspaceBytes(cuda_block, order);
-    void* workspace = ctx.scratch.Allocate(DType::kU8, {bytes}).raw();
+    if (UseHopper(ctx, block, Pass::kBackward)) {
+      void* workspace = Workspace(ctx, HopperAttentionBackwardWorkspaceBytes(cuda_block, order));
+      return CudaStatus("attention backward, hopper",
+                        HopperAttentionBackward(cuda_block, gradients, order, workspace, ctx.stream()));
+    }
+    void* workspace = Workspace(ctx, MmaAttentionBackwardWorkspaceBytes(cuda_block, order));
     return CudaStatus("attention backward",
                       MmaAttentionBackward(cuda_block, gradients, order, workspace, ctx.stream()));
   } else {
@@ -182,7 +200,7 @@ absl::Status AttentionForward(CudaTag, Context& ctx, const AttentionBlock& block
   ANNULUS_RETURN_IF_ERROR(CheckSupported<T>(block, {{"attention.out", partial.out}}));
   if (NoPairs(block)) return absl::OkStatus();
 #if ANNULUS_HAS_CUDNN
-  if (UseCudnn(ctx, block)) return CudnnForward(ctx, block, partial);
+  if (UseCudnn(ctx, block, Pass::kForward)) return CudnnForward(ctx, block, partial);
 #endif
   return LaunchForward<T>(ctx, block, partial, {});
 }
@@ -192,9 +210,18 @@ absl::Status AttentionForwardWhole(CudaTag device, Context& ctx, const Attention
                                    TensorRef lse) {
   ANNULUS_RETURN_IF_ERROR(CheckSupported<T>(block, {{"attention.out", out}}));
 #if ANNULUS_HAS_CUDNN
-  if (UseCudnn(ctx, block)) return CudnnForwardWhole(ctx, block, out, lse);
+  if (UseCudnn(ctx, block, Pass::kForward)) return CudnnForwardWhole(ctx, block, out, lse);
 #endif
   ArenaScope scope(ctx.scratch);
+  if constexpr (kBf16<T>) {
+    if (UseHopper(ctx, block, Pass::kForward)) {
+      const CudaAttentionBlock<CudaType<T>> cuda_block = CudaBlockOf<T>(block);
+      void* workspace = Workspace(ctx, HopperAttentionForwardWorkspaceBytes(cuda_block));
+      return CudaStatus("attention forward, hopper",
+                        HopperAttentionForwardWhole(cuda_block, CudaHeadsOf<T>(out), CudaData<float>(lse),
+                                                    workspace, ctx.stream()));
+    }
+  }
   const AttentionPartial partial{kBf16<T> ? ScratchLike(ctx, DType::kF32, out) : out, lse};
   ANNULUS_RETURN_IF_ERROR(ResetPartial(device, ctx, partial));
   return LaunchForward<T>(ctx, block, partial, kBf16<T> ? out : HeadsRef{});
@@ -217,7 +244,7 @@ absl::Status AttentionBackward(CudaTag, Context& ctx, const AttentionBlock& bloc
                                const AttentionGradients& gradients) {
   ANNULUS_RETURN_IF_ERROR(CheckSupported<T>(block, gradients));
 #if ANNULUS_HAS_CUDNN
-  if (UseCudnn(ctx, block)) return CudnnBackward(ctx, block, gradients);
+  if (UseCudnn(ctx, block, Pass::kBackward)) return CudnnBackward(ctx, block, gradients);
 #endif
   if (gradients.kv_write == Write::kOverwrite) {
     ANNULUS_RETURN_IF_ERROR(Zero(ctx, gradients.dk));
@@ -232,7 +259,7 @@ absl::Status AttentionBackwardWhole(CudaTag, Context& ctx, const AttentionBlock&
                                     const AttentionGradients& gradients) {
   ANNULUS_RETURN_IF_ERROR(CheckSupported<T>(block, gradients));
 #if ANNULUS_HAS_CUDNN
-  if (UseCudnn(ctx, block)) return CudnnBackwardWhole(ctx, block, gradients);
+  if (UseCudnn(ctx, block, Pass::kBackward)) return CudnnBackwardWhole(ctx, block, gradients);
 #endif
   ArenaScope scope(ctx.scratch);
   AttentionGradients sums = gradients;

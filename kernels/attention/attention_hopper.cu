@@ -1,6 +1,8 @@
 #include <limits>
 
+#include "annulus/ops/attention_tiles.h"
 #include "kernels/attention/attention_hopper.h"
+#include "kernels/attention/attention_hopper_backward.h"
 #include "kernels/attention/attention_hopper_launch.cuh"
 #include "kernels/common/hopper.cuh"
 
@@ -15,6 +17,13 @@ constexpr int kClasses = 256;  // of lengths of tiles
 // than it saves (31 against 34 us for a call of 1K rows).
 constexpr int kUnsortedTiles = 64;
 constexpr int64_t kHeaderBytes = 16;  // of the workspace
+
+// What prices are made of.
+constexpr bool AreBackwardTiles(int64_t dim) {
+  return HopperBackwardTiles(dim).queries == HopperBackwardQueries(dim) &&
+         HopperBackwardTiles(dim).keys == kBackwardKeys;
+}
+static_assert(AreBackwardTiles(64) && AreBackwardTiles(128) && AreBackwardTiles(192));
 
 int64_t RoundUp(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 

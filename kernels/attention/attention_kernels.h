@@ -11,7 +11,8 @@ constexpr bool TensorCoreDims(int64_t dim, int64_t v_dim) {
   return (dim == 64 && v_dim == 64) || ((dim == 128 || dim == 192) && v_dim == 128);
 }
 
-AttentionKernel KernelFor(const Context& ctx, const AttentionBlock& block);
+AttentionKernelCase KernelCaseOf(const Context& ctx, const AttentionBlock& block, Pass pass);
+AttentionKernel KernelFor(const Context& ctx, const AttentionBlock& block, Pass pass);
 
 absl::Status ResetPartial(CpuTag, Context& ctx, const AttentionPartial& partial);
 absl::Status FinishPartial(CpuTag, Context& ctx, const AttentionPartial& partial);

@@ -210,6 +210,12 @@ RunSpec Bind(Run* run, Provenance* provenance) {
       "device", {{"AUTO", DeviceChoice::kAuto}, {"CPU", DeviceChoice::kCpu}, {"CUDA", DeviceChoice::kCuda}},
       &spec.device);
   root.Bool("deterministic", &spec.deterministic);
+  root.Enum<AttentionChoice>("attention_kernel",
+                             {{"FASTEST", AttentionChoice::kFastest},
+                              {"HOPPER", AttentionChoice::kHopper},
+                              {"CUDNN", AttentionChoice::kCudnn},
+                              {"CUDA_MMA", AttentionChoice::kTensorCore}},
+                             &spec.attention_kernel);
   root.Real("step_deadline_seconds", Presence::kOptional, kNotNegative, &spec.step_deadline_seconds);
   root.Enum<annulus::Recompute>("recompute",
                                 {{"NONE", annulus::Recompute::kNone},

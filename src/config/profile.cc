@@ -13,6 +13,7 @@ using config::Presence;
 using config::Section;
 
 constexpr IntRange kMultiprocessors{0, 1 << 20};
+constexpr IntRange kComputeCapability{0, 1000};
 constexpr IntRange kBytes{0, int64_t{1} << 50};
 constexpr RealRange kSize{0.0, 1e30, RealRange::Bound::kOpen};
 constexpr RealRange kPerSecond{0.0, 1e30, RealRange::Bound::kOpen};
@@ -28,7 +29,8 @@ const Names<AttentionKernel>& Kernels() {
   static const auto& names = *new Names<AttentionKernel>{{"CPU_TILES", AttentionKernel::kCpuTiles},
                                                          {"CUDA_F32", AttentionKernel::kF32},
                                                          {"CUDA_MMA", AttentionKernel::kTensorCore},
-                                                         {"CUDNN", AttentionKernel::kCudnn}};
+                                                         {"CUDNN", AttentionKernel::kCudnn},
+                                                         {"HOPPER", AttentionKernel::kHopper}};
   return names;
 }
 const Names<Pass>& Passes() {
@@ -92,6 +94,9 @@ AttentionRate BindAttention(const Section& section) {
   section.Enum("shape", Shapes(), &rate.shape, Presence::kRequired);
   section.Int("head_dim", Presence::kRequired, kHeadDimRange, &rate.head_dim);
   section.Int("v_head_dim", Presence::kRequired, kHeadDimRange, &rate.v_head_dim);
+  bool ordered = false;
+  section.Bool("ordered", &ordered);
+  if (ordered) rate.determinism = Determinism::kRequired;
   rate.pairs = BindPoints(section, "pairs");
   return rate;
 }
@@ -196,13 +201,16 @@ MachineProfile Bind(const Section& root) {
   root.Enum("like", AssumedNames(), &like);
   MachineProfile profile = ProfileLike(like);
   const Presence presence = like == Assumed::kNothing ? Presence::kRequired : Presence::kOptional;
-  int64_t ranks = profile.ranks, multiprocessors = profile.multiprocessors;
+  int64_t ranks = profile.ranks, multiprocessors = profile.multiprocessors,
+          compute_capability = profile.compute_capability;
   root.String("device", Presence::kRequired, &profile.device);
   root.Bool("measured", &profile.measured);
   root.Int("ranks", presence, kRanksRange, &ranks);
   profile.ranks = static_cast<int>(ranks);
   root.Int("multiprocessors", Presence::kOptional, kMultiprocessors, &multiprocessors);
   profile.multiprocessors = static_cast<int>(multiprocessors);
+  root.Int("compute_capability", Presence::kOptional, kComputeCapability, &compute_capability);
+  profile.compute_capability = static_cast<int>(compute_capability);
   root.Real("peak_tflops", Presence::kOptional, kAtLeastZero, &profile.peak_tflops);
   root.Int("memory_bytes", Presence::kOptional, kBytes, &profile.memory_bytes);
   root.Int("other_memory_bytes", Presence::kOptional, kBytes, &profile.other_memory_bytes);
@@ -236,6 +244,7 @@ void WriteAttention(const AttentionRate& rate, config::AttentionRate* out) {
   out->set_shape(static_cast<To::Shape>(NumberOf(Shapes(), To::Shape_descriptor(), rate.shape)));
   out->set_head_dim(rate.head_dim);
   out->set_v_head_dim(rate.v_head_dim);
+  if (rate.determinism == Determinism::kRequired) out->set_ordered(true);
   WritePoints(rate.pairs, out->mutable_pairs());
 }
 
@@ -311,6 +320,7 @@ std::string ProfileText(const MachineProfile& profile) {
   message.set_measured(profile.measured);
   message.set_ranks(profile.ranks);
   if (profile.multiprocessors > 0) message.set_multiprocessors(profile.multiprocessors);
+  if (profile.compute_capability > 0) message.set_compute_capability(profile.compute_capability);
   message.set_launch_seconds(profile.launch_seconds);
   WritePoints(profile.copy, message.mutable_copy());
   WritePoints(profile.products, message.mutable_product());

@@ -1,5 +1,7 @@
 #include "annulus/device/gpu.h"
 
+#include <algorithm>
+
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -35,6 +37,13 @@ absl::Status CheckArchitectures(absl::string_view architectures, int compute_maj
   return absl::FailedPreconditionError(absl::StrCat("this program has kernels for ", architectures,
                                                     ", none for compute capability ", compute_major, ".",
                                                     compute_minor, ": ", remedy));
+}
+
+bool HaveHopperKernels(absl::string_view architectures, int compute_major, int compute_minor) {
+  const std::vector<absl::string_view> all = absl::StrSplit(architectures, ',');
+  return compute_major == 9 && compute_minor == 0 &&
+         std::any_of(all.begin(), all.end(),
+                     [](absl::string_view each) { return absl::StartsWith(each, "90a"); });
 }
 
 // NVIDIA's datasheets. A slice of a GPU has a name of its own ("... MIG 1g.10gb") and so no peak here.

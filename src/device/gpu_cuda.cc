@@ -67,6 +67,13 @@ absl::StatusOr<GpuInfo> DescribeGpu(int index) {
 
 std::string GpuArchitectures() { return ANNULUS_CUDA_ARCHITECTURES; }
 
+bool RunsHopperKernels(Device device) {
+  if (device.kind != DeviceKind::kCuda) return false;
+  const absl::StatusOr<int> major = Attribute(cudaDevAttrComputeCapabilityMajor, device.index),
+                            minor = Attribute(cudaDevAttrComputeCapabilityMinor, device.index);
+  return major.ok() && minor.ok() && HaveHopperKernels(ANNULUS_CUDA_ARCHITECTURES, *major, *minor);
+}
+
 absl::StatusOr<bool> GpuMaps(int from, int to) {
   for (const int index : {from, to}) ANNULUS_RETURN_IF_ERROR(CheckIndex(index));
   if (from == to) return true;

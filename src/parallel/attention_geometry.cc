@@ -1,7 +1,10 @@
 #include "annulus/parallel/attention_geometry.h"
 
 #include <algorithm>
+#include <set>
 
+#include "absl/strings/str_join.h"
+#include "annulus/device/gpu.h"
 #include "annulus/device/transfer.h"
 #include "slot_fields.h"
 
@@ -217,6 +220,8 @@ AttentionCase AttentionGeometry::CaseOf(const Context& ctx, const ContextAttenti
           .device = ctx.device.kind,
           .dtype = dtype,
           .determinism = ctx.determinism,
+          .hopper = RunsHopperKernels(ctx.device),
+          .kernel = ctx.attention,
           .latent = shape.latent};
 }
 
@@ -255,6 +260,15 @@ absl::StatusOr<const LatentDecision*> AttentionGeometry::DecisionOf(const Attent
     if (options_.latents != LatentExchange::kAuto) decision.why = "as parallel.exchange.latent says";
   }
   return &decisions_.emplace(key, std::move(decision)).first->second;
+}
+
+std::string AttentionGeometry::Schedule::KernelNames() const {
+  std::set<absl::string_view> names;
+  for (const std::vector<AttendCall>& of_step : calls) {
+    for (const AttendCall& call : of_step)
+      names.insert(Name(ChooseAttentionKernel(KernelCaseOf(layer, plan.pass, call.shape))));
+  }
+  return absl::StrJoin(names, ", ");
 }
 
 const AttentionGeometry::Schedule* AttentionGeometry::FindSchedule(const AttentionCase& layer,

@@ -5,8 +5,11 @@
 namespace annulus {
 
 AttentionTiles TilesOf(AttentionKernel kernel, Pass pass, int64_t head_dim) {
+  const bool forward = pass == Pass::kForward;
+  if (kernel == AttentionKernel::kHopper)
+    return forward ? HopperForwardTiles(head_dim) : HopperBackwardTiles(head_dim);
   if (kernel != AttentionKernel::kTensorCore) return {};
-  return pass == Pass::kForward ? TensorCoreForwardTiles(head_dim) : TensorCoreBackwardTiles(head_dim);
+  return forward ? TensorCoreForwardTiles(head_dim) : TensorCoreBackwardTiles(head_dim);
 }
 
 double WorkOf(const AttentionTiles& tiles, int multiprocessors, int64_t heads,

@@ -27,11 +27,12 @@ std::vector<RatePoint> WithStart(double start, double per_second, std::vector<do
 struct HopperRate {
   int64_t head_dim, v_head_dim;
   double cudnn_forward, cudnn_backward;
-  double own_forward, own_backward, own_ordered_backward;
+  double own_forward, own_backward, own_ordered_backward;           // on every GPU
+  double hopper_forward, hopper_backward, hopper_ordered_backward;  // those for Hopper
 };
-constexpr HopperRate kHopper[] = {{64, 64, 474, 412, 342, 241, 200},
-                                  {128, 128, 620, 535, 409, 320, 265},
-                                  {192, 128, 603, 483, 432, 283, 234}};
+constexpr HopperRate kHopper[] = {{64, 64, 474, 412, 342, 241, 200, 549, 468, 428},
+                                  {128, 128, 620, 535, 409, 320, 265, 710, 540, 472},
+                                  {192, 128, 603, 483, 432, 283, 234, 728, 457, 457}};
 // A call takes this long besides its work: filling the device, and the tail where it empties.
 constexpr double kForwardStart = 12e-6, kBackwardStart = 25e-6;
 
@@ -57,11 +58,14 @@ std::vector<AttentionRate> HopperAttention() {
       rates.push_back(HopperCall(AttentionKernel::kCudnn, Pass::kBackward, shape, dims, dims.cudnn_backward));
     }
     for (const MaskShape shape : kShapes) {
-      const bool general = shape == MaskShape::kGeneral;
-      rates.push_back(
-          HopperCall(AttentionKernel::kTensorCore, Pass::kForward, shape, dims, dims.own_forward));
-      rates.push_back(HopperCall(AttentionKernel::kTensorCore, Pass::kBackward, shape, dims,
-                                 general ? dims.own_backward : dims.own_ordered_backward));
+      const auto own = [&](AttentionKernel kernel, double forward, double backward, double ordered) {
+        rates.push_back(HopperCall(kernel, Pass::kForward, shape, dims, forward));
+        rates.push_back(HopperCall(kernel, Pass::kBackward, shape, dims, backward));
+        rates.push_back(HopperCall(kernel, Pass::kBackward, shape, dims, ordered));
+        rates.back().determinism = Determinism::kRequired;
+      };
+      own(AttentionKernel::kTensorCore, dims.own_forward, dims.own_backward, dims.own_ordered_backward);
+      own(AttentionKernel::kHopper, dims.hopper_forward, dims.hopper_backward, dims.hopper_ordered_backward);
     }
   }
   // Not measured: for parity only.
@@ -96,6 +100,12 @@ double RateAt(const std::vector<RatePoint>& points, double size) {
   return low.per_second + part * (high.per_second - low.per_second);
 }
 
+bool RunsHopperKernels(const MachineProfile& machine) {
+  if (machine.compute_capability > 0) return machine.compute_capability == 90;
+  return std::any_of(machine.attention.begin(), machine.attention.end(),
+                     [](const AttentionRate& rate) { return rate.kernel == AttentionKernel::kHopper; });
+}
+
 ProductRates ProductRatesOf(const MachineProfile& machine, DeviceKind device, DType dtype) {
   const bool gpu = device == DeviceKind::kCuda;
   const bool known = !machine.products.empty() && !machine.product_gradients.empty();
@@ -119,6 +129,7 @@ MachineProfile AssumedHopper() {
                          .measured = false,
                          .ranks = 4,
                          .multiprocessors = 132,
+                         .compute_capability = 90,
                          .attention = HopperAttention(),
                          .links = {},
                          .copy = WithStart(2e-6, 3.7e12, {kMiB, 4 * kMiB, 16 * kMiB, 64 * kMiB, 512 * kMiB}),

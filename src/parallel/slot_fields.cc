@@ -72,14 +72,21 @@ void AddRun(const ColumnRun& run, std::vector<ColumnRun>* runs) {
 
 }  // namespace
 
+AttentionKernelCase KernelCaseOf(const AttentionCase& layer, Pass pass, MaskShape mask_shape) {
+  return {.device = layer.device,
+          .hopper = layer.hopper,
+          .dtype = layer.dtype,
+          .dim = layer.head_dim,
+          .v_dim = layer.v_head_dim,
+          .mask_shape = mask_shape,
+          .pass = pass,
+          .determinism = layer.determinism,
+          .asked = layer.kernel};
+}
+
 bool BackwardReadsOutput(const AttentionCase& layer) {
   const auto by_library = [&](MaskShape shape) {
-    return ChooseAttentionKernel({.device = layer.device,
-                                  .dtype = layer.dtype,
-                                  .dim = layer.head_dim,
-                                  .v_dim = layer.v_head_dim,
-                                  .mask_shape = shape,
-                                  .determinism = layer.determinism}) == AttentionKernel::kCudnn;
+    return ChooseAttentionKernel(KernelCaseOf(layer, Pass::kBackward, shape)) == AttentionKernel::kCudnn;
   };
   return by_library(MaskShape::kFull) || by_library(MaskShape::kCausal) || by_library(MaskShape::kGeneral);
 }

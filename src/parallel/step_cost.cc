@@ -17,6 +17,7 @@ namespace {
 
 struct CallCase {
   AttentionKernel kernel;
+  Determinism determinism;
   Pass pass;
   MaskShape shape;
   int64_t head_dim, v_head_dim;
@@ -27,7 +28,8 @@ struct CallCase {
 double PairRate(const MachineProfile& machine, const CallCase& call, double pairs) {
   const AttentionRate* best = nullptr;
   const auto distance = [&](const AttentionRate& rate) {
-    return std::tuple(rate.kernel != call.kernel, rate.shape != call.shape,
+    return std::tuple(rate.kernel != call.kernel, rate.determinism != call.determinism,
+                      rate.shape != call.shape,
                       std::abs(rate.head_dim - call.head_dim) + std::abs(rate.v_head_dim - call.v_head_dim));
   };
   for (const AttentionRate& rate : machine.attention) {
@@ -36,6 +38,11 @@ double PairRate(const MachineProfile& machine, const CallCase& call, double pair
   ANNULUS_CHECK(best != nullptr) << machine.device << ": no attention rates of this pass";
   return RateAt(best->pairs, pairs) * FlopsPerPair(call.pass, best->head_dim, best->v_head_dim) /
          FlopsPerPair(call.pass, call.head_dim, call.v_head_dim);
+}
+
+bool HasRates(const MachineProfile& machine, AttentionKernel kernel) {
+  return std::any_of(machine.attention.begin(), machine.attention.end(),
+                     [&](const AttentionRate& rate) { return rate.kernel == kernel; });
 }
 
 class StepCost {
@@ -49,9 +56,8 @@ class StepCost {
         accum_bytes_(static_cast<double>(SizeOf(AccumOf(layer.dtype)))),
         whole_(std::all_of(plan.ranks.begin(), plan.ranks.end(),
                            [](const RankPlan& rank) { return rank.steps.size() == 1; })),
-        knows_cudnn_(
-            std::any_of(machine.attention.begin(), machine.attention.end(),
-                        [](const AttentionRate& rate) { return rate.kernel == AttentionKernel::kCudnn; })),
+        knows_cudnn_(HasRates(machine, AttentionKernel::kCudnn)),
+        knows_hopper_(HasRates(machine, AttentionKernel::kHopper)),
         seen_(layer, plan) {}
 
   double Of(int cp_rank, const Step& step) {
@@ -258,44 +264,39 @@ class StepCost {
     return pairs;
   }
 
-  // Of the program that the machine's rates are from: with or without cuDNN, as they are.
+  // Of the program that the machine's rates are from: it has the kernels that they are of.
   AttentionKernel KernelOf(const AttendCall& call) const {
-    const AttentionKernel here = ChooseAttentionKernel({.device = layer_.device,
-                                                        .dtype = layer_.dtype,
-                                                        .dim = layer_.head_dim,
-                                                        .v_dim = layer_.v_head_dim,
-                                                        .mask_shape = call.shape,
-                                                        .determinism = layer_.determinism});
-    const bool tensor_cores = here == AttentionKernel::kTensorCore || here == AttentionKernel::kCudnn;
-    if (!tensor_cores || call.shape == MaskShape::kGeneral || layer_.determinism == Determinism::kRequired)
-      return here;
-    return knows_cudnn_ ? AttentionKernel::kCudnn : AttentionKernel::kTensorCore;
+    AttentionKernelCase there = KernelCaseOf(layer_, plan_.pass, call.shape);
+    there.cudnn = knows_cudnn_, there.hopper = knows_hopper_;
+    return ChooseAttentionKernel(there);
   }
 
   double CallSeconds(const AttendCall& call, const HeadGroup& group, double pairs) {
     if (pairs <= 0 || group.q_heads() == 0) return 0;
-    CallCase rates{.kernel = KernelOf(call),
-                   .pass = plan_.pass,
-                   .shape = call.shape,
-                   .head_dim = layer_.head_dim,
-                   .v_head_dim = layer_.v_head_dim};
-    // The rates of general masks are those of sums in any order.
-    const bool ordered = layer_.determinism == Determinism::kRequired;
-    if (ordered && call.shape == MaskShape::kGeneral) rates.shape = MaskShape::kFull;
+    const AttentionKernel kernel = KernelOf(call);
+    const CallCase rates{
+        .kernel = kernel,
+        .determinism = OrdersSums(kernel, plan_.pass) ? layer_.determinism : Determinism::kOff,
+        .pass = plan_.pass,
+        .shape = call.shape,
+        .head_dim = layer_.head_dim,
+        .v_head_dim = layer_.v_head_dim};
     // The library's backward is three kernels, and the LSE is copied before; rates of our own hold all of it.
-    const bool library = rates.kernel == AttentionKernel::kCudnn;
+    const bool library = kernel == AttentionKernel::kCudnn;
     const int launches = !library ? 0 : plan_.pass == Pass::kForward ? 1 : 4;
-    const AttentionTiles tiles = TilesOf(rates.kernel, plan_.pass, layer_.head_dim);
+    const AttentionTiles tiles = TilesOf(kernel, plan_.pass, layer_.head_dim);
     const double work = tiles.queries == 1 ? pairs
                                            : WorkOf(tiles, machine_.multiprocessors, group.q_heads(),
                                                     seen_.By(call, tiles.queries));
     return work / PairRate(machine_, rates, work) + launches * machine_.launch_seconds;
   }
 
-  // A call that makes its results whole, in the compute dtype, as the library does anyway. Our own kernels
-  // add to emptied ones, and round outputs themselves but not gradients.
+  // A call that makes its results whole, in the compute dtype, as the library does anyway, and Hopper's
+  // forward. Our own kernels add to emptied ones else, and round outputs themselves but not gradients.
   double WholeSeconds(const AttendCall& call, const HeadGroup& group) const {
-    if (KernelOf(call) == AttentionKernel::kCudnn) return 0;
+    const AttentionKernel kernel = KernelOf(call);
+    if (kernel == AttentionKernel::kCudnn) return 0;
+    if (kernel == AttentionKernel::kHopper && plan_.pass == Pass::kForward) return 0;
     const double queries = Elements(call.q_rows.size(), group.q_heads(), 1),
                  keys = Elements(call.keys.size(), KvHeadsOf(group), 1);
     const double dim = static_cast<double>(layer_.head_dim), v_dim = static_cast<double>(layer_.v_head_dim);
@@ -330,7 +331,7 @@ class StepCost {
   const RowBytes row_bytes_;
   const double compute_bytes_, accum_bytes_;  // of an element
   const bool whole_;                          // nothing is exchanged or carried
-  const bool knows_cudnn_;
+  const bool knows_cudnn_, knows_hopper_;
   KeysSeen seen_;
   std::map<std::pair<int, int>, std::vector<KnownCalls>> calls_;
   std::vector<KnownCalls> own_calls_;  // of the last attend whose calls no other has

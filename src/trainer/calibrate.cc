@@ -29,6 +29,7 @@ absl::Status DescribeDevice(const Context& ctx, int ranks, MachineProfile* profi
   ANNULUS_ASSIGN_OR_RETURN(const GpuInfo gpu, DescribeGpu(ctx.device.index));
   profile->device = gpu.name;
   profile->multiprocessors = gpu.multiprocessors;
+  profile->compute_capability = 10 * gpu.compute_major + gpu.compute_minor;
   profile->peak_tflops = gpu.bf16_tflops;
   profile->memory_bytes = gpu.memory_bytes;
   return absl::OkStatus();

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 
+#include "annulus/device/gpu.h"
 #include "annulus/device/transfer.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/parallel/call_work.h"
@@ -30,20 +31,24 @@ struct Series {
   Determinism determinism = Determinism::kOff;  // with which the kernel is chosen
 };
 
-// Each kernel once, where it is chosen without being asked for the same bits if it ever is.
-std::vector<Series> SeriesFor(DeviceKind device, const CalibrationHeads& heads) {
+// Each kernel once, in each order of sums that it has.
+std::vector<Series> SeriesFor(const Context& ctx, const CalibrationHeads& heads) {
   std::vector<Series> all;
   for (const Determinism determinism : {Determinism::kOff, Determinism::kRequired}) {
     for (const MaskShape shape : {MaskShape::kGeneral, MaskShape::kFull, MaskShape::kCausal}) {
-      const AttentionKernel kernel = ChooseAttentionKernel({.device = device,
-                                                            .dtype = heads.dtype,
-                                                            .dim = heads.head_dim,
-                                                            .v_dim = heads.v_head_dim,
-                                                            .mask_shape = shape,
-                                                            .determinism = determinism});
       for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+        const AttentionKernel kernel = ChooseAttentionKernel({.device = ctx.device.kind,
+                                                              .hopper = RunsHopperKernels(ctx.device),
+                                                              .dtype = heads.dtype,
+                                                              .dim = heads.head_dim,
+                                                              .v_dim = heads.v_head_dim,
+                                                              .mask_shape = shape,
+                                                              .pass = pass,
+                                                              .determinism = determinism});
+        const Determinism order = OrdersSums(kernel, pass) ? determinism : Determinism::kOff;
         const bool known = std::any_of(all.begin(), all.end(), [&](const Series& each) {
-          return each.rate.kernel == kernel && each.rate.shape == shape && each.rate.pass == pass;
+          return each.rate.kernel == kernel && each.rate.shape == shape && each.rate.pass == pass &&
+                 each.rate.determinism == order;
         });
         if (known) continue;
         all.push_back({.rate = {.kernel = kernel,
@@ -51,6 +56,7 @@ std::vector<Series> SeriesFor(DeviceKind device, const CalibrationHeads& heads) 
                                 .shape = shape,
                                 .head_dim = heads.head_dim,
                                 .v_head_dim = heads.v_head_dim,
+                                .determinism = order,
                                 .pairs = {}},
                        .determinism = determinism});
       }
@@ -209,7 +215,7 @@ double Rounded(double value) {
 absl::StatusOr<std::vector<AttentionRate>> MeasureAttention(Context& ctx, Communicator world,
                                                             const CalibrationHeads& heads,
                                                             int multiprocessors, CalibrationClock& clock) {
-  std::vector<Series> all = SeriesFor(ctx.device.kind, heads);
+  std::vector<Series> all = SeriesFor(ctx, heads);
   const Determinism before = ctx.determinism;
   for (const int64_t rows : BlockRowsOf(ctx.device.kind)) {
     ANNULUS_ASSIGN_OR_RETURN(const bool over, clock.Over());

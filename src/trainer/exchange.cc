@@ -97,8 +97,8 @@ absl::Status CheckProfile(const MachineProfile& machine, const RunSpec& spec) {
     if (found) continue;
     return Invalid("parallel.exchange.profile=", spec.parallel.exchange.profile, ": device: \"",
                    machine.device, "\": expected attention of ",
-                   cpu ? "CPUs (kernel: CPU_TILES)" : "GPUs (kernel: CUDNN, CUDA_MMA or CUDA_F32)", ", ",
-                   Name(pass), ", as the run is on ", cpu ? "CPUs" : "GPUs");
+                   cpu ? "CPUs (kernel: CPU_TILES)" : "GPUs (kernel: HOPPER, CUDNN, CUDA_MMA or CUDA_F32)",
+                   ", ", Name(pass), ", as the run is on ", cpu ? "CPUs" : "GPUs");
   }
   return absl::OkStatus();
 }
@@ -213,7 +213,8 @@ LatentShard LatentShardOf(const RunSpec& spec, const AttentionClass& layers) {
 
 }  // namespace
 
-AttentionCase AttentionCaseOf(const RunSpec& spec, const AttentionClass& layers, SequenceBatch sequences) {
+AttentionCase AttentionCaseOf(const RunSpec& spec, const AttentionClass& layers, SequenceBatch sequences,
+                              bool hopper) {
   AttentionCase layer{.layout = LayoutOf(spec),
                       .sequences = std::move(sequences),
                       .heads = spec.model.heads / spec.parallel.tp,
@@ -223,7 +224,9 @@ AttentionCase AttentionCaseOf(const RunSpec& spec, const AttentionClass& layers,
                       .window = layers.window,
                       .device = DeviceKindOf(spec.device),
                       .dtype = DTypeOf(spec.compute),
-                      .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff};
+                      .determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff,
+                      .hopper = hopper,
+                      .kernel = spec.attention_kernel};
   if (layers.branch != BranchKind::kLatentAttention) return layer;
   const LatentSpec& latent = spec.model.latent;
   layer.heads = latent.heads / LatentShardOf(spec, layers).head_groups;

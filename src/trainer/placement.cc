@@ -164,6 +164,7 @@ absl::StatusOr<Machine> SetUpMachine(Communicator world, const RunSpec& spec, De
   Machine machine;
   const Determinism determinism = spec.deterministic ? Determinism::kRequired : Determinism::kOff;
   machine.ctx = std::make_unique<Context>(device, determinism);
+  machine.ctx->attention = spec.attention_kernel;
   const MeshShape shape{.dp = static_cast<int>(spec.parallel.dp),
                         .cp = static_cast<int>(spec.parallel.cp),
                         .tp = static_cast<int>(spec.parallel.tp)};

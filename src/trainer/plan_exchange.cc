@@ -115,8 +115,10 @@ absl::StatusOr<std::vector<PlannedPass>> PlanExchange(const RunSpec& spec, const
   std::vector<PlannedPass> all;
   for (const AttentionKind& kind : AttentionKindsOf(spec.model)) {
     for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
-      ANNULUS_ASSIGN_OR_RETURN(PlannedPass planned, PlanPass(AttentionCaseOf(spec, kind.attention, sequences),
-                                                             pass, options, shown));
+      const AttentionCase layer =
+          AttentionCaseOf(spec, kind.attention, sequences, RunsHopperKernels(options.machine));
+      ANNULUS_RETURN_IF_ERROR(CheckAttentionChoice(KernelCaseOf(layer, pass, MaskShape::kFull)));
+      ANNULUS_ASSIGN_OR_RETURN(PlannedPass planned, PlanPass(layer, pass, options, shown));
       planned.kind = kind;
       all.push_back(std::move(planned));
     }

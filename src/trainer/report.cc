@@ -154,6 +154,11 @@ std::string PlanText(const AttentionReport& attention) {
                       Name(attention.transport));
 }
 
+// "blocks by hopper, "
+std::string KernelsText(const AttentionReport& attention) {
+  return attention.kernels.empty() ? "" : absl::StrCat("blocks by ", attention.kernels, ", ");
+}
+
 }  // namespace
 
 std::vector<std::string> PlanLines(const StepReport& report) {
@@ -180,8 +185,8 @@ std::vector<std::string> AttentionSummary::Lines() const {
     const auto median = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
     std::nth_element(times.begin(), median, times.end());
     const double predicted = last_[i].predicted_ms;
-    lines.push_back(absl::StrFormat("%s%s, %smeasured %.3g ms a layer (median of %d steps)%s",
-                                    AttentionText(last_[i]), PlanText(last_[i]),
+    lines.push_back(absl::StrFormat("%s%s, %s%smeasured %.3g ms a layer (median of %d steps)%s",
+                                    AttentionText(last_[i]), PlanText(last_[i]), KernelsText(last_[i]),
                                     predicted > 0 ? absl::StrFormat("predicted %.3g ms, ", predicted) : "",
                                     *median, times.size(), throttle_));
   }
@@ -199,6 +204,7 @@ nlohmann::ordered_json AttentionJson(const std::vector<AttentionReport>& reports
                                     {"plan", attention.plan},
                                     {"transport", std::string(Name(attention.transport))},
                                     {"measured_ms", attention.measured_ms}};
+    if (!attention.kernels.empty()) entry["kernels"] = attention.kernels;
     if (attention.layers.latent_groups > 1) entry["latent_groups"] = attention.layers.latent_groups;
     if (!attention.exchange.empty()) entry["exchange"] = attention.exchange;
     if (attention.predicted_ms > 0) entry["predicted_ms"] = attention.predicted_ms;

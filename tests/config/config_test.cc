@@ -44,7 +44,7 @@ optim {
 checkpoint { every_steps: 5 keep: 7 on_signal: SIGUSR1 }
 eval { every_steps: 2 sequences: 6 }
 sample { prompt: "a\tb" tokens: 10 temperature: 0.123456789012345678 }
-device: CPU deterministic: true step_deadline_seconds: 7.5
+device: CPU deterministic: true step_deadline_seconds: 7.5 attention_kernel: CUDA_MMA
 )";
 
 TEST(Config, EveryFieldReachesTheSpec) {
@@ -55,6 +55,7 @@ TEST(Config, EveryFieldReachesTheSpec) {
   want.compute = ComputeType::kF64;
   want.device = DeviceChoice::kCpu;
   want.deterministic = true;
+  want.attention_kernel = AttentionChoice::kTensorCore;
   want.step_deadline_seconds = 7.5;
   want.recompute = Recompute::kBlock;
   want.nan_policy = NanPolicy::kSkip;

@@ -39,6 +39,7 @@ MachineProfile Profile() {
   profile.collectives = {{1 << 20, 2e10}};
   profile.collective_slowdown = 1.25;
   profile.peak_tflops = 989.5;
+  profile.compute_capability = 90;
   profile.memory_bytes = int64_t{141} << 30;
   profile.other_memory_bytes = int64_t{3} << 30;
   profile.network = {.ranks_per_host = 8,
@@ -61,7 +62,14 @@ MachineProfile Profile() {
                         .shape = MaskShape::kGeneral,
                         .head_dim = 64,
                         .v_head_dim = 64,
-                        .pairs = {{1, 1e-300}}}};
+                        .pairs = {{1, 1e-300}}},
+                       {.kernel = AttentionKernel::kHopper,
+                        .pass = Pass::kBackward,
+                        .shape = MaskShape::kFull,
+                        .head_dim = 128,
+                        .v_head_dim = 128,
+                        .determinism = Determinism::kRequired,
+                        .pairs = {{2e6, 3e12}}}};
   return profile;
 }
 
@@ -95,7 +103,7 @@ TEST(Profile, MistakesAreNamed) {
   EXPECT_EQ(ErrorsOf("ranks: 4", "rank: 4"), "p.textproto:4:1: rank: no such field; did you mean `ranks`?");
   EXPECT_EQ(ErrorsOf("CUDA_MMA", "CUDA_MA"),
             "p.textproto:33:3: attention[1].kernel=CUDA_MA: expected one of CPU_TILES, CUDA_F32, CUDA_MMA, "
-            "CUDNN (did you mean `CUDA_MMA`?)");
+            "CUDNN, HOPPER (did you mean `CUDA_MMA`?)");
   EXPECT_EQ(ErrorsOf("  shape: CAUSAL\n", ""),
             "p.textproto:23:1: attention[0].shape: missing; expected one of GENERAL, FULL, CAUSAL");
   EXPECT_EQ(ErrorsOf("size: 1000000 per_second: 1000000000000", "size: 2000000000 per_second: 1"),
@@ -112,7 +120,7 @@ TEST(Profile, MistakesAreNamed) {
             "p.textproto:8:1: link[0].both_ways: missing; expected at least one both_ways { size: ... "
             "per_second: ... }");
   EXPECT_EQ(ErrorsOf("DELTA_RULE", "DELTA"),
-            "p.textproto:44:3: scan[0].kernel=DELTA: expected one of SSD, DELTA_RULE");
+            "p.textproto:53:3: scan[0].kernel=DELTA: expected one of SSD, DELTA_RULE");
   EXPECT_TRUE(
       absl::StrContains(ErrorsOf("kind: GATED_NORM", "kind: GATED"),
                         "pass[0].kind=GATED: expected one "

@@ -38,6 +38,13 @@ TEST(Gpu, KernelsRunOnWhatTheyWereCompiledFor) {
   EXPECT_FALSE(runs("80-real,90a-real", 10, 0) || runs("", 9, 0));
 }
 
+TEST(Gpu, KernelsForHopperNeedBothItAndTheirArchitecture) {
+  EXPECT_TRUE(HaveHopperKernels("90a-real", 9, 0) && HaveHopperKernels("80,90a", 9, 0));
+  EXPECT_FALSE(HaveHopperKernels("80", 9, 0)) << "compiled by the driver they have no body";
+  EXPECT_FALSE(HaveHopperKernels("90a-real", 10, 0) || HaveHopperKernels("80-real,90a-real", 8, 0));
+  EXPECT_FALSE(HaveHopperKernels("", 9, 0) || RunsHopperKernels(Device{}));
+}
+
 TEST(Gpu, WithoutKernelsItIsSaidWhatToBuildWith) {
   const auto message = [](int major, int minor) {
     return std::string(CheckArchitectures("100-real,120-real", major, minor).message());

@@ -111,6 +111,7 @@ class GpuAttention {
     MaskShape mask_shape = MaskShape::kGeneral;
     Determinism determinism = Determinism::kOff;
     BatchOrder order = BatchOrder::kInsideRows;
+    AttentionChoice attention = AttentionChoice::kFastest;
   };
 
   GpuAttention(const AttentionProblem& problem, const Operands<double>& in, Options options)
@@ -130,6 +131,7 @@ class GpuAttention {
         delta(ctx, DType::kF32, StatsShape(), 0),
         lo(ctx, DType::kI64, {p_.tokens()}, 0),
         hi(ctx, DType::kI64, {p_.tokens()}, 0) {
+    ctx.attention = options.attention;
     lo.Write(p_.lo);
     hi.Write(p_.hi);
     q.Set(in.q);

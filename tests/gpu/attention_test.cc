@@ -78,20 +78,40 @@ AttentionShape ShapeOf(const Dims& dims, int64_t q_rows, int64_t k_rows) {
 }
 
 template <typename T>
-absl::string_view KernelOf(const AttentionProblem& p, typename GpuAttention<T>::Options options) {
+absl::string_view KernelOf(const AttentionProblem& p, typename GpuAttention<T>::Options options, Pass pass) {
   return Name(ChooseAttentionKernel({.device = DeviceKind::kCuda,
+                                     .hopper = RunsHopperKernels(kGpu),
                                      .dtype = DTypeOf<T>(),
                                      .dim = p.shape.dim,
                                      .v_dim = p.shape.v_dim,
                                      .mask_shape = options.mask_shape,
-                                     .determinism = options.determinism}));
+                                     .pass = pass,
+                                     .determinism = options.determinism,
+                                     .asked = options.attention}));
+}
+
+// Kernels for bf16 that this GPU and this program have: for every mask, and for full and causal blocks.
+std::vector<AttentionChoice> OwnKernels() {
+  if (!RunsHopperKernels(kGpu)) return {AttentionChoice::kTensorCore};
+  return {AttentionChoice::kTensorCore, AttentionChoice::kHopper};
+}
+std::vector<AttentionChoice> AllKernels() {
+  std::vector<AttentionChoice> all = OwnKernels();
+  if (ANNULUS_HAS_CUDNN) all.push_back(AttentionChoice::kCudnn);
+  return all;
+}
+absl::string_view NameOf(AttentionChoice kernel) {
+  return kernel == AttentionChoice::kHopper  ? "hopper"
+         : kernel == AttentionChoice::kCudnn ? "cudnn"
+                                             : "cuda mma";
 }
 
 // One call, with a carry and without, and chunks in several orders, by the kernel of that name.
 template <typename T>
 void ExpectEveryWay(const Judge<T>& judge, typename GpuAttention<T>::Options options,
                     absl::string_view kernel) {
-  ASSERT_EQ(KernelOf<T>(judge.problem, options), kernel);
+  for (const Pass pass : {Pass::kForward, Pass::kBackward})
+    ASSERT_EQ(KernelOf<T>(judge.problem, options, pass), kernel);
   GpuAttention<T> run(judge.problem, judge.in, options);
   {
     SCOPED_TRACE("whole");
@@ -108,16 +128,31 @@ void ExpectEveryWay(const Judge<T>& judge, typename GpuAttention<T>::Options opt
   }
 }
 
-TEST_F(AttentionOnGpu, TensorCoreKernelMatchesTheReference) {
+TEST_F(AttentionOnGpu, OwnKernelsMatchTheReference) {
   for (const Dims& dims : kTensorCoreDims) {
     for (const MaskKind mask : kAllMasks) {
-      SCOPED_TRACE(absl::StrCat("heads of ", dims.dim, " mask ", static_cast<int>(mask)));
       const Judge<BFloat16> judge(MakeProblem(ShapeOf(dims, 150, 210), mask, {37, 4}));
-      ExpectEveryWay(judge, {}, "cuda mma");
-      ExpectEveryWay(judge, {.determinism = Determinism::kRequired, .order = BatchOrder::kOutsideRows},
-                     "cuda mma");
+      for (const AttentionChoice kernel : OwnKernels()) {
+        SCOPED_TRACE(absl::StrCat(NameOf(kernel), " heads of ", dims.dim, " mask ", static_cast<int>(mask)));
+        ExpectEveryWay(judge, {.attention = kernel}, NameOf(kernel));
+        ExpectEveryWay(
+            judge,
+            {.determinism = Determinism::kRequired, .order = BatchOrder::kOutsideRows, .attention = kernel},
+            NameOf(kernel));
+      }
     }
   }
+}
+
+// Where nothing is asked for: the kernel for Hopper where it runs.
+TEST_F(AttentionOnGpu, TheFastestIsChosen) {
+  const AttentionProblem problem = MakeProblem(ShapeOf({128, 128}, 150, 210), MaskKind::kFull);
+  const absl::string_view own = RunsHopperKernels(kGpu) ? "hopper" : "cuda mma";
+  EXPECT_EQ(KernelOf<BFloat16>(problem, {}, Pass::kForward), own);
+  EXPECT_EQ(KernelOf<BFloat16>(problem, {.determinism = Determinism::kRequired}, Pass::kBackward), own);
+  const Judge<BFloat16> judge(problem);
+  GpuAttention<BFloat16> run(problem, judge.in, {});
+  judge.Expect(run.Whole());
 }
 
 TEST_F(AttentionOnGpu, F32KernelMatchesTheReference) {
@@ -130,16 +165,18 @@ TEST_F(AttentionOnGpu, F32KernelMatchesTheReference) {
   }
 }
 
-constexpr absl::string_view kLibraryKernel = ANNULUS_HAS_CUDNN ? "cudnn" : "cuda mma";
-
-TEST_F(AttentionOnGpu, LibraryMatchesTheReference) {
+TEST_F(AttentionOnGpu, FullAndCausalBlocksMatchTheReference) {
   for (const Dims& dims : kTensorCoreDims) {
-    SCOPED_TRACE(absl::StrCat("heads of ", dims.dim));
-    for (const BatchOrder order : {BatchOrder::kInsideRows, BatchOrder::kOutsideRows}) {
-      ExpectEveryWay(Judge<BFloat16>(ProblemOf(ShapeOf(dims, 150, 210), MaskShape::kFull)),
-                     {.mask_shape = MaskShape::kFull, .order = order}, kLibraryKernel);
-      ExpectEveryWay(Judge<BFloat16>(ProblemOf(ShapeOf(dims, 200, 200), MaskShape::kCausal)),
-                     {.mask_shape = MaskShape::kCausal, .order = order}, kLibraryKernel);
+    const Judge<BFloat16> full(ProblemOf(ShapeOf(dims, 150, 210), MaskShape::kFull)),
+        causal(ProblemOf(ShapeOf(dims, 200, 200), MaskShape::kCausal));
+    for (const AttentionChoice kernel : AllKernels()) {
+      SCOPED_TRACE(absl::StrCat(NameOf(kernel), " heads of ", dims.dim));
+      for (const BatchOrder order : {BatchOrder::kInsideRows, BatchOrder::kOutsideRows}) {
+        ExpectEveryWay(full, {.mask_shape = MaskShape::kFull, .order = order, .attention = kernel},
+                       NameOf(kernel));
+        ExpectEveryWay(causal, {.mask_shape = MaskShape::kCausal, .order = order, .attention = kernel},
+                       NameOf(kernel));
+      }
     }
   }
 }
@@ -163,22 +200,34 @@ TEST_F(AttentionOnGpu, SizesAroundTiles) {
         SCOPED_TRACE(absl::StrCat("heads of ", dims.dim, ", ", q_rows, " x ", k_rows, " mask shape ",
                                   static_cast<int>(mask_shape)));
         const Judge<BFloat16> judge(ProblemOf(shape, mask_shape));
-        GpuAttention<BFloat16> run(judge.problem, judge.in, {.mask_shape = mask_shape});
-        judge.Expect(run.Whole());
-        judge.Expect(run.Carried({run.All()}));
+        for (const AttentionChoice kernel : mask_shape == MaskShape::kGeneral ? OwnKernels() : AllKernels()) {
+          SCOPED_TRACE(NameOf(kernel));
+          GpuAttention<BFloat16> run(judge.problem, judge.in,
+                                     {.mask_shape = mask_shape, .attention = kernel});
+          judge.Expect(run.Whole());
+          judge.Expect(run.Carried({run.All()}));
+        }
       }
     }
   }
 }
 
+std::vector<std::pair<AttentionChoice, int64_t>> KernelsAndChunks(std::initializer_list<int64_t> chunks) {
+  std::vector<std::pair<AttentionChoice, int64_t>> all;
+  for (const AttentionChoice kernel : AllKernels()) {
+    for (const int64_t n : chunks) all.emplace_back(kernel, n);
+  }
+  return all;
+}
+
 // The blocks of a causal ring: full ones under the diagonal, causal ones on it.
-TEST_F(AttentionOnGpu, CausalRingOfLibraryBlocks) {
+TEST_F(AttentionOnGpu, CausalRing) {
   constexpr int64_t kRows = 512;
   for (const Dims& dims : kTensorCoreDims) {
     const Judge<BFloat16> judge(ProblemOf(ShapeOf(dims, kRows, kRows), MaskShape::kCausal));
-    GpuAttention<BFloat16> run(judge.problem, judge.in, {});
-    for (const int64_t chunks : {2, 8}) {
-      SCOPED_TRACE(absl::StrCat("heads of ", dims.dim, " chunks ", chunks));
+    for (const auto& [kernel, chunks] : KernelsAndChunks({2, 8})) {
+      SCOPED_TRACE(absl::StrCat(NameOf(kernel), " heads of ", dims.dim, " chunks ", chunks));
+      GpuAttention<BFloat16> run(judge.problem, judge.in, {.attention = kernel});
       const int64_t n = kRows / chunks;
       std::vector<Piece> pieces;
       for (int64_t a = 0; a < chunks; ++a) {
@@ -198,24 +247,24 @@ TEST_F(AttentionOnGpu, ErrorDoesNotGrowWithTheNumberOfChunks) {
   const AttentionShape shape{
       .q_rows = 64, .k_rows = 4096, .heads = 2, .kv_heads = 1, .dim = 128, .v_dim = 128};
   const Judge<BFloat16> judge(ProblemOf(shape, MaskShape::kFull));
-  for (const MaskShape mask_shape : {MaskShape::kGeneral, MaskShape::kFull}) {
-    GpuAttention<BFloat16> run(judge.problem, judge.in, {.mask_shape = mask_shape});
-    for (const size_t chunks : {2, 8, 64}) {
-      SCOPED_TRACE(absl::StrCat("mask shape ", static_cast<int>(mask_shape), " chunks ", chunks));
-      std::vector<int64_t> order(chunks);
-      std::iota(order.begin(), order.end(), 0);
-      const AttentionResults<double> got = run.Carried(run.Chunks(order));
-      judge.Expect(got);
-      EXPECT_LE(MaxDifference(got.out, judge.wide.out), MaxDifference(judge.naive.out, judge.wide.out));
-    }
+  for (const auto& [kernel, chunks] : KernelsAndChunks({2, 8, 64})) {
+    SCOPED_TRACE(absl::StrCat(NameOf(kernel), " chunks ", chunks));
+    GpuAttention<BFloat16> run(judge.problem, judge.in,
+                               {.mask_shape = MaskShape::kFull, .attention = kernel});
+    std::vector<int64_t> order(static_cast<size_t>(chunks));
+    std::iota(order.begin(), order.end(), 0);
+    const AttentionResults<double> got = run.Carried(run.Chunks(order));
+    judge.Expect(got);
+    EXPECT_LE(MaxDifference(got.out, judge.wide.out), MaxDifference(judge.naive.out, judge.wide.out));
   }
 }
 
-TEST_F(AttentionOnGpu, RequiredDeterminismRepeatsBitForBit) {
+void ExpectBitsRepeat(AttentionChoice kernel) {
   for (const Dims& dims : kTensorCoreDims) {
+    SCOPED_TRACE(absl::StrCat(NameOf(kernel), " heads of ", dims.dim));
     const Judge<BFloat16> judge(ProblemOf(ShapeOf(dims, 500, 500), MaskShape::kCausal));
-    const GpuAttention<BFloat16>::Options options = {.mask_shape = MaskShape::kCausal,
-                                                     .determinism = Determinism::kRequired};
+    const GpuAttention<BFloat16>::Options options = {
+        .mask_shape = MaskShape::kCausal, .determinism = Determinism::kRequired, .attention = kernel};
     GpuAttention<BFloat16> a(judge.problem, judge.in, options), b(judge.problem, judge.in, options);
     const auto same = [](const AttentionResults<double>& x, const AttentionResults<double>& y) {
       return SameBits(x.out, y.out) && SameBits(x.lse, y.lse) && SameBits(x.dq, y.dq) &&
@@ -230,6 +279,10 @@ TEST_F(AttentionOnGpu, RequiredDeterminismRepeatsBitForBit) {
   }
 }
 
+TEST_F(AttentionOnGpu, RequiredDeterminismRepeatsBitForBit) {
+  for (const AttentionChoice kernel : OwnKernels()) ExpectBitsRepeat(kernel);
+}
+
 // Bit patterns that any arithmetic would change.
 std::vector<float> OddValues(size_t n) {
   const float values[] = {-0.0f, std::numeric_limits<float>::denorm_min(), NAN, 0.1f};
@@ -239,14 +292,14 @@ std::vector<float> OddValues(size_t n) {
 }
 
 template <typename T>
-void ExpectMaskedBlockLeavesEveryBit() {
+void ExpectMaskedBlockLeavesEveryBit(AttentionChoice kernel) {
   AttentionProblem problem = MakeProblem(ShapeOf({64, 64}, 130, 130), MaskKind::kFull);
   for (size_t i = 0; i < problem.lo.size(); ++i) {
     problem.lo[i] = i % 2 == 0 ? 130 : 7;  // after the block, or an empty range inside it
     problem.hi[i] = i % 2 == 0 ? 500 : 7;
   }
   const Judge<T> judge(problem);
-  GpuAttention<T> run(problem, judge.in, {});
+  GpuAttention<T> run(problem, judge.in, {.attention = kernel});
   const auto out = OddValues(static_cast<size_t>(problem.out_elements()));
   const auto lse = OddValues(static_cast<size_t>(problem.stats()));
   run.out_sum.Set(Cast<double>(out));
@@ -257,8 +310,8 @@ void ExpectMaskedBlockLeavesEveryBit() {
 }
 
 TEST_F(AttentionOnGpu, FullyMaskedBlockLeavesEveryBit) {
-  ExpectMaskedBlockLeavesEveryBit<float>();
-  ExpectMaskedBlockLeavesEveryBit<BFloat16>();
+  ExpectMaskedBlockLeavesEveryBit<float>(AttentionChoice::kFastest);
+  for (const AttentionChoice kernel : OwnKernels()) ExpectMaskedBlockLeavesEveryBit<BFloat16>(kernel);
 }
 
 // Blocks without pairs: nothing is carried, and whole ones give what no keys give.
@@ -267,9 +320,11 @@ TEST_F(AttentionOnGpu, EmptyBlocks) {
     SCOPED_TRACE(absl::StrCat(q_rows, " x ", k_rows));
     for (const MaskShape mask_shape : {MaskShape::kGeneral, MaskShape::kFull}) {
       const Judge<BFloat16> judge(ProblemOf(ShapeOf({128, 128}, q_rows, k_rows), mask_shape));
-      GpuAttention<BFloat16> run(judge.problem, judge.in, {.mask_shape = mask_shape});
-      judge.Expect(run.Whole());
-      judge.Expect(run.Carried({run.All()}));
+      for (const AttentionChoice kernel : mask_shape == MaskShape::kGeneral ? OwnKernels() : AllKernels()) {
+        GpuAttention<BFloat16> run(judge.problem, judge.in, {.mask_shape = mask_shape, .attention = kernel});
+        judge.Expect(run.Whole());
+        judge.Expect(run.Carried({run.All()}));
+      }
     }
   }
 }

@@ -153,21 +153,100 @@ TEST(AttentionContract, PollsBetweenTilesAndRepeatsBitForBit) {
   EXPECT_TRUE(SameBits(a.dq, b.dq) && SameBits(a.dk, b.dk) && SameBits(a.dv, b.dv));
 }
 
+AttentionKernelCase OnGpu(int64_t dim, int64_t v_dim) {
+  return {.device = DeviceKind::kCuda,
+          .cudnn = true,
+          .dtype = DType::kBF16,
+          .dim = dim,
+          .v_dim = v_dim,
+          .mask_shape = MaskShape::kCausal};
+}
+
 TEST(AttentionKernelChoice, DependsOnDeviceDtypeMaskAndDeterminism) {
-  AttentionKernelCase c{.dtype = DType::kF64, .dim = 128, .v_dim = 128, .mask_shape = MaskShape::kCausal};
-  EXPECT_EQ(Name(ChooseAttentionKernel(c)), "cpu tiles");
-  c.device = DeviceKind::kCuda;
-  c.dtype = DType::kF32;
-  EXPECT_EQ(Name(ChooseAttentionKernel(c)), "cuda f32");
-  c.dtype = DType::kBF16;
-  EXPECT_EQ(Name(ChooseAttentionKernel(c)), ANNULUS_HAS_CUDNN ? "cudnn" : "cuda mma");
-  AttentionKernelCase general = c, required = c, dims = c;
+  AttentionKernelCase c = OnGpu(128, 128);
+  EXPECT_EQ(Name(ChooseAttentionKernel(c)), "cudnn");
+  AttentionKernelCase general = c, required = c, dims = c, without = c;
   general.mask_shape = MaskShape::kGeneral;
   required.determinism = Determinism::kRequired;
   dims.dim = 96;
-  for (const AttentionKernelCase& other : {general, required, dims}) {
+  without.cudnn = false;
+  for (const AttentionKernelCase& other : {general, required, dims, without}) {
     EXPECT_EQ(Name(ChooseAttentionKernel(other)), "cuda mma");
   }
+  c.dtype = DType::kF32;
+  EXPECT_EQ(Name(ChooseAttentionKernel(c)), "cuda f32");
+  c.device = DeviceKind::kCpu;
+  EXPECT_EQ(Name(ChooseAttentionKernel(c)), "cpu tiles");
+}
+
+// Of what it computes, all where there is no library that is faster.
+TEST(AttentionKernelChoice, OnHopperItsOwnKernelServesEveryMaskAndOrder) {
+  for (const auto& [dim, v_dim] : {std::pair<int64_t, int64_t>{64, 64}, {128, 128}, {192, 128}}) {
+    for (const MaskShape shape : {MaskShape::kGeneral, MaskShape::kFull, MaskShape::kCausal}) {
+      for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+        for (const Determinism determinism : {Determinism::kOff, Determinism::kRequired}) {
+          AttentionKernelCase c = OnGpu(dim, v_dim);
+          c.hopper = true, c.mask_shape = shape, c.pass = pass, c.determinism = determinism;
+          const AttentionKernel with_library = ChooseAttentionKernel(c);
+          c.cudnn = false;
+          EXPECT_EQ(Name(ChooseAttentionKernel(c)), "hopper");
+          const bool library_serves = shape != MaskShape::kGeneral && determinism == Determinism::kOff;
+          EXPECT_TRUE(with_library == AttentionKernel::kHopper ||
+                      (library_serves && with_library == AttentionKernel::kCudnn));
+        }
+      }
+    }
+  }
+  AttentionKernelCase other = OnGpu(96, 96);
+  other.hopper = true;
+  EXPECT_EQ(Name(ChooseAttentionKernel(other)), "cuda mma") << "refused by its own message";
+  other = OnGpu(128, 128);
+  other.hopper = true, other.dtype = DType::kF32;
+  EXPECT_EQ(Name(ChooseAttentionKernel(other)), "cuda f32");
+}
+
+TEST(AttentionKernelChoice, TakesWhatIsAskedForOrSaysWhyNot) {
+  AttentionKernelCase c = OnGpu(128, 128);
+  c.hopper = true;
+  for (const auto& [asked, name] : {std::pair(AttentionChoice::kHopper, "hopper"),
+                                    {AttentionChoice::kCudnn, "cudnn"},
+                                    {AttentionChoice::kTensorCore, "cuda mma"}}) {
+    c.asked = asked;
+    EXPECT_EQ(Name(ChooseAttentionKernel(c)), name);
+    EXPECT_TRUE(CheckAttentionChoice(c).ok());
+  }
+  const auto refused = [](AttentionKernelCase c, AttentionChoice asked, const auto& change,
+                          absl::string_view text) {
+    c.asked = asked;
+    change(c);
+    ExpectRefused(CheckAttentionChoice(c), absl::StatusCode::kInvalidArgument, text);
+  };
+  refused(
+      c, AttentionChoice::kHopper, [](AttentionKernelCase& x) { x.hopper = false; },
+      "attention_kernel=HOPPER: expected a GPU of compute capability 9.0 and a program built for 90a");
+  refused(
+      c, AttentionChoice::kCudnn, [](AttentionKernelCase& x) { x.cudnn = false; },
+      "attention_kernel=CUDNN: expected a program built with cuDNN");
+  refused(
+      c, AttentionChoice::kCudnn, [](AttentionKernelCase& x) { x.mask_shape = MaskShape::kGeneral; },
+      "attention_kernel=CUDNN: expected full and causal blocks, not those of other masks");
+  refused(
+      c, AttentionChoice::kCudnn, [](AttentionKernelCase& x) { x.determinism = Determinism::kRequired; },
+      "attention_kernel=CUDNN: expected sums in any order: deterministic: false");
+  refused(
+      c, AttentionChoice::kTensorCore, [](AttentionKernelCase& x) { x.dtype = DType::kF32; },
+      "attention_kernel=CUDA_MMA: expected bf16 on a GPU");
+  refused(
+      c, AttentionChoice::kHopper, [](AttentionKernelCase& x) { x.device = DeviceKind::kCpu; },
+      "attention_kernel=HOPPER: expected bf16 on a GPU");
+}
+
+TEST(AttentionKernelChoice, OfAContextIsRefusedByTheOp) {
+  const AttentionProblem problem = MakeProblem({.q_rows = 2, .k_rows = 3}, MaskKind::kFull);
+  AttentionRun<float> run(problem, RandomOperands<float>(problem));
+  run.ctx.attention = AttentionChoice::kHopper;
+  ExpectRefused(AttentionForward(run.ctx, run.Block(0, 3), run.partial()), absl::StatusCode::kInvalidArgument,
+                "attention_kernel=HOPPER: expected bf16 on a GPU");
 }
 
 TEST(AttentionArguments, AreRefusedByName) {

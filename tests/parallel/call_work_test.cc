@@ -34,6 +34,8 @@ TEST(TilesOf, AreOfTheKernel) {
   EXPECT_GT(forward.queries, 1);
   EXPECT_GT(forward.walks_per_multiprocessor, 0);
   EXPECT_EQ(backward.walks_per_multiprocessor, 0) << "its walks are cut";
+  EXPECT_EQ(TilesOf(AttentionKernel::kHopper, Pass::kForward, 64).queries, 192);
+  EXPECT_EQ(TilesOf(AttentionKernel::kHopper, Pass::kBackward, 128).queries, 64);
   for (const AttentionKernel other :
        {AttentionKernel::kCpuTiles, AttentionKernel::kF32, AttentionKernel::kCudnn})
     EXPECT_EQ(TilesOf(other, Pass::kForward, 128).queries, 1);

@@ -22,10 +22,11 @@ TEST(RateAt, IsLinearInTheLogarithmOfTheSize) {
 }
 
 const AttentionRate& Find(const MachineProfile& machine, AttentionKernel kernel, Pass pass, MaskShape shape,
-                          int64_t head_dim) {
+                          int64_t head_dim, Determinism determinism) {
   const auto found =
       std::find_if(machine.attention.begin(), machine.attention.end(), [&](const AttentionRate& rate) {
-        return rate.kernel == kernel && rate.pass == pass && rate.shape == shape && rate.head_dim == head_dim;
+        return rate.kernel == kernel && rate.pass == pass && rate.shape == shape &&
+               rate.head_dim == head_dim && rate.determinism == determinism;
       });
   EXPECT_NE(found, machine.attention.end());
   return *found;
@@ -35,14 +36,31 @@ const AttentionRate& Find(const MachineProfile& machine, AttentionKernel kernel,
 TEST(AssumedHopper, HasTheRatesThatWereMeasured) {
   const MachineProfile machine = AssumedHopper();
   const double pairs = 16.0 * (1 << 29);
-  const auto tflops = [&](AttentionKernel kernel, Pass pass, MaskShape shape, double flops) {
-    return RateAt(Find(machine, kernel, pass, shape, 128).pairs, pairs) * flops / 1e12;
+  const auto tflops = [&](AttentionKernel kernel, Pass pass, MaskShape shape, double flops,
+                          Determinism determinism = Determinism::kOff) {
+    return RateAt(Find(machine, kernel, pass, shape, 128, determinism).pairs, pairs) * flops / 1e12;
   };
   EXPECT_NEAR(tflops(AttentionKernel::kCudnn, Pass::kForward, MaskShape::kCausal, 512), 620, 15);
   EXPECT_NEAR(tflops(AttentionKernel::kCudnn, Pass::kBackward, MaskShape::kCausal, 1280), 535, 10);
   EXPECT_NEAR(tflops(AttentionKernel::kTensorCore, Pass::kForward, MaskShape::kGeneral, 512), 409, 10);
   EXPECT_NEAR(tflops(AttentionKernel::kTensorCore, Pass::kBackward, MaskShape::kGeneral, 1280), 320, 10);
-  EXPECT_NEAR(tflops(AttentionKernel::kTensorCore, Pass::kBackward, MaskShape::kCausal, 1280), 265, 10);
+  constexpr Determinism kRequired = Determinism::kRequired;
+  EXPECT_NEAR(tflops(AttentionKernel::kTensorCore, Pass::kBackward, MaskShape::kGeneral, 1280, kRequired),
+              265, 10);
+  EXPECT_NEAR(tflops(AttentionKernel::kHopper, Pass::kForward, MaskShape::kCausal, 512), 710, 15);
+  EXPECT_NEAR(tflops(AttentionKernel::kHopper, Pass::kBackward, MaskShape::kCausal, 1280), 540, 10);
+  EXPECT_NEAR(tflops(AttentionKernel::kHopper, Pass::kBackward, MaskShape::kGeneral, 1280, kRequired), 472,
+              10);
+}
+
+TEST(RunsHopperKernels, IsByTheGpuElseByTheRates) {
+  MachineProfile machine = AssumedHopper();
+  EXPECT_TRUE(RunsHopperKernels(machine));
+  machine.compute_capability = 0;
+  EXPECT_TRUE(RunsHopperKernels(machine)) << "it has rates of them";
+  machine.compute_capability = 80;
+  EXPECT_FALSE(RunsHopperKernels(machine));
+  EXPECT_FALSE(RunsHopperKernels(AssumedCpuCore()));
 }
 
 // Whatever is looked up is there, and points ascend.

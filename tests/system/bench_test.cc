@@ -78,7 +78,8 @@ TEST_F(BenchTest, AttentionCountsTheMask) {
     const double flops = 4 * c.pairs * 2 * 16 / 2;  // four a pair and dim, on two ranks
     EXPECT_NEAR(r["forward_tflops"].get<double>() * r["forward_ms"].get<double>() * 1e9, flops, 1e-6 * flops);
     EXPECT_NEAR(r["both_tflops"].get<double>() * r["both_ms"].get<double>() * 1e9, 3.5 * flops, 1e-6 * flops);
-    EXPECT_EQ(r["kernel"], "cpu tiles");
+    EXPECT_EQ(r["forward_kernel"], "cpu tiles");
+    EXPECT_EQ(r["backward_kernel"], "cpu tiles");
   }
 }
 
@@ -363,7 +364,7 @@ TEST_F(BenchTest, RefusesWhatItCannotUse) {
       {{"attention", "--set", "optim.steps=3"}, "optim.steps means nothing to it"},
       {{"plans", "--set", "parallel.cp=1"},
        "annulus bench plans: --set parallel.cp=1: parallel.cp means nothing to it: expected one of device, "
-       "compute, deterministic, seed, parallel.layout, parallel.exchange"},
+       "compute, deterministic, attention_kernel, seed, parallel.layout, parallel.exchange"},
       {{"plans", "--svg", "gone/x.svg"},
        "--svg=gone/x.svg: expected a file that can be written: No such file or directory"},
       {{"attention", "--set", "parallelism=3"}, "parallelism means nothing to it"},

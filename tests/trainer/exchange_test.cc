@@ -168,7 +168,8 @@ TEST(AttentionCaseOf, IsATensorParallelRanks) {
   const RunSpec spec =
       SmallRun({"model.pattern=meta=3 A -", "model.attention.heads=8", "model.attention.kv_heads=2",
                 "model.attention.head_dim=2", "parallel.cp=2", "parallel.tp=4"});
-  const AttentionCase layer = AttentionCaseOf(spec, {}, {.batch = 1, .lengths = {14}, .document_starts = {}});
+  const AttentionCase layer =
+      AttentionCaseOf(spec, {}, {.batch = 1, .lengths = {14}, .document_starts = {}}, false);
   EXPECT_EQ(layer.heads, 2);
   EXPECT_EQ(layer.kv_heads, 1) << "fewer than ranks: each has one";
   EXPECT_EQ(layer.layout.length(), spec.data.seq_len + 3);

@@ -145,7 +145,7 @@ TEST(PlanExchange, RefusedCandidatesAreInTheTable) {
   const RunSpec spec = FourRanks({absl::StrFormat("parallel.exchange.buffer_gib=%.17g", gib * 1.5)});
   const ExchangeOptions options = ExchangeOptionsOf(spec, {TransportKind::kHost}, AssumedCpuCore());
   const auto planned =
-      PlanPass(AttentionCaseOf(spec, {}, ExampleBatchOf(spec).sequences), Pass::kForward, options);
+      PlanPass(AttentionCaseOf(spec, {}, ExampleBatchOf(spec).sequences, false), Pass::kForward, options);
   ASSERT_TRUE(planned.ok()) << planned.status();
   const std::string table = CandidateTable(*planned);
   EXPECT_TRUE(absl::StrContains(table, "refused: ")) << table;

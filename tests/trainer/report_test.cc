@@ -131,6 +131,7 @@ std::vector<AttentionReport> Attention(double measured_ms) {
            .pass = Pass::kForward,
            .plan = "kv_ring",
            .transport = TransportKind::kHost,
+           .kernels = "hopper",
            .why = "kv_ring by host 2 ms; next mesh",
            .predicted_ms = 2,
            .measured_ms = measured_ms},
@@ -153,9 +154,11 @@ TEST(Metrics, HoldPredictedAndMeasuredAttention) {
   EXPECT_EQ(first["pass"], "forward");
   EXPECT_EQ(first["plan"], "kv_ring");
   EXPECT_EQ(first["transport"], "host");
+  EXPECT_EQ(first["kernels"], "hopper");
   EXPECT_EQ(first["predicted_ms"], 2.0);
   EXPECT_EQ(first["measured_ms"], 2.5);
   EXPECT_EQ(second["pass"], "backward");
+  EXPECT_FALSE(second.contains("kernels"));
   EXPECT_FALSE(second.contains("predicted_ms")) << "not predicted is not 0";
   EXPECT_EQ(json["throttle_gb_per_second"], 1.5);
   EXPECT_TRUE(absl::StrContains(StepLine(report, 2000, 8, 0), "LINKS THROTTLED to 1.5 GB/s"));
@@ -177,8 +180,8 @@ TEST(AttentionLines, SayThePlanAndWhatBecameOfThePrediction) {
   EXPECT_EQ(
       summary.Lines(),
       (std::vector<std::string>{
-          "attention (all keys) forward: kv_ring by host, predicted 2 ms, measured 4 ms a layer (median "
-          "of 3 steps)",
+          "attention (all keys) forward: kv_ring by host, blocks by hopper, predicted 2 ms, measured 4 ms a "
+          "layer (median of 3 steps)",
           "attention (window 128) backward: ulysses by host, measured 5 ms a layer (median of 3 steps)"}));
 }
 

@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "annulus/base/pass.h"
 #include "annulus/base/row_range.h"
 #include "annulus/base/status.h"
 
@@ -53,8 +54,6 @@ struct ExchangeProblem {
     return pairs[q_chunk * chunks.size() + kv_chunk];
   }
 };
-
-enum class Pass { kForward, kBackward };
 
 // Heads that travel and are computed on together: all of them, or a part where heads are split over ranks.
 // Query head q_begin + i reads the group's KV head i * kv_heads.size() / (q_end - q_begin).

@@ -49,12 +49,17 @@ class StagingMemory {
 // order.
 enum class Determinism { kOff, kRequired };
 
+// What serves attention in bf16 on GPUs (annulus/ops/attention.h): of the kernels that can, the fastest; or
+// one that is asked for, and what it cannot serve is refused.
+enum class AttentionChoice { kFastest, kHopper, kCudnn, kTensorCore };
+
 struct Context {
   explicit Context(Device d, Determinism required = Determinism::kOff)
       : device(d), determinism(required), lane(d), saved(d), scratch(d), staging(d), waits(d), recorder(d) {}
 
   Device device;
   Determinism determinism;
+  AttentionChoice attention = AttentionChoice::kFastest;
   Stream lane;
   Arena saved;    // tensors kept from forward to backward; released by the trainer after each micro-step
   Arena scratch;  // temporaries, stack discipline through ArenaScope

@@ -41,6 +41,10 @@ std::string GpuArchitectures();
 // compute capability. Code of "80-real" does on 8.x, of "80" and "80-virtual", which the driver compiles, on
 // all that are as new, of "90a" on 9.0 alone.
 absl::Status CheckArchitectures(absl::string_view architectures, int compute_major, int compute_minor);
+// Whether kernels for Hopper, which only "90a" compiles, are among them and run on such a GPU; and whether
+// those of this program run on that device.
+bool HaveHopperKernels(absl::string_view architectures, int compute_major, int compute_minor);
+bool RunsHopperKernels(Device device);
 
 // Whether the memory of `to` can be mapped where kernels of `from` run; of this process's devices.
 absl::StatusOr<bool> GpuMaps(int from, int to);

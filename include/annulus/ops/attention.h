@@ -13,6 +13,7 @@
 // f64 for f64).
 
 #include "absl/strings/string_view.h"
+#include "annulus/base/pass.h"
 #include "annulus/base/status.h"
 #include "annulus/device/context.h"
 #include "annulus/ops/heads.h"
@@ -90,7 +91,7 @@ absl::Status AttentionDelta(Context& ctx, ConstHeadsRef out, ConstHeadsRef dout,
 
 struct AttentionGradients {
   // [q_rows, batch, heads, v_dim], of all blocks together, compute dtype. May be left out where
-  // ChooseAttentionKernel gives another kernel than kCudnn.
+  // ChooseAttentionKernel gives another kernel for the backward than kCudnn.
   ConstHeadsRef out;
   ConstHeadsRef dout;                   // [q_rows, batch, heads, v_dim]
   ConstTensorRef lse;                   // [q_rows, batch, heads], of all blocks together
@@ -113,19 +114,30 @@ absl::Status AttentionBackwardWhole(Context& ctx, const AttentionBlock& block,
 enum class AttentionKernel {
   kCpuTiles,    // tiles through BLAS
   kF32,         // f32 arithmetic on GPUs, for parity
-  kTensorCore,  // our own: every mask, with carry
+  kTensorCore,  // our own on every GPU: every mask, with carry
   kCudnn,       // full and causal blocks; partial results merged in f32
+  kHopper,      // our own for Hopper: every mask, with carry
 };
-absl::string_view Name(AttentionKernel kernel);  // "cpu tiles", "cuda f32", "cuda mma", "cudnn"
+absl::string_view Name(AttentionKernel kernel);  // "cpu tiles", "cuda f32", "cuda mma", "cudnn", "hopper"
 
 struct AttentionKernelCase {
   DeviceKind device = DeviceKind::kCpu;
+  bool hopper = false;             // RunsHopperKernels
+  bool cudnn = ANNULUS_HAS_CUDNN;  // the program has it
   DType dtype = DType::kF32;
   int64_t dim = 0, v_dim = 0;
   MaskShape mask_shape = MaskShape::kGeneral;
+  Pass pass = Pass::kForward;
   Determinism determinism = Determinism::kOff;
+  AttentionChoice asked = AttentionChoice::kFastest;
 };
 AttentionKernel ChooseAttentionKernel(const AttentionKernelCase& c);
+
+// Says why what is asked for cannot serve the case, if it cannot. The ops refuse such blocks.
+absl::Status CheckAttentionChoice(const AttentionKernelCase& c);
+
+// Whether the same bits on every run cost the kernel another order of sums.
+bool OrdersSums(AttentionKernel kernel, Pass pass);
 
 // Whether there is a kernel for heads of `dim` with values of `v_dim`.
 bool AttentionSupports(DeviceKind device, DType dtype, int64_t dim, int64_t v_dim);

@@ -27,9 +27,14 @@ struct AttentionCase {
   DeviceKind device = DeviceKind::kCpu;
   DType dtype = DType::kF32;
   Determinism determinism = Determinism::kOff;
+  bool hopper = false;  // RunsHopperKernels of the device
+  AttentionChoice kernel = AttentionChoice::kFastest;
   // KV slots hold latents, as one KV head, and head_dim and v_head_dim are those of the expanded heads.
   std::optional<LatentShape> latent = {};
 };
+
+// Of a block of the layer with that mask.
+AttentionKernelCase KernelCaseOf(const AttentionCase& layer, Pass pass, MaskShape mask_shape);
 
 // What may be chosen from.
 struct PlanOptions {

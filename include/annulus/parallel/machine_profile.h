@@ -21,15 +21,14 @@ double RateAt(const std::vector<RatePoint>& points, double size);  // points asc
 
 // Of one call of a block kernel alone: of the library as AttentionForwardWhole and AttentionBackwardWhole run
 // it, so that adding to results that are there already is a pass over memory besides; of our own adding, so
-// that emptying and rounding results are passes. size: WorkOf the call; per_second: that. kTensorCore is
-// asked for full and causal blocks where the order of sums is required: those are rates of its ordered
-// backward.
+// that emptying and rounding results are passes. size: WorkOf the call; per_second: that.
 struct AttentionRate {
   AttentionKernel kernel = AttentionKernel::kCpuTiles;
   Pass pass = Pass::kForward;
   MaskShape shape = MaskShape::kFull;
   int64_t head_dim = 0, v_head_dim = 0;
-  std::vector<RatePoint> pairs;
+  Determinism determinism = Determinism::kOff;  // kRequired only where OrdersSums
+  std::vector<RatePoint> pairs = {};
   friend bool operator==(const AttentionRate&, const AttentionRate&) = default;
 };
 
@@ -94,10 +93,11 @@ struct ReliabilityProfile {
 };
 
 struct MachineProfile {
-  std::string device;       // "NVIDIA H200"; "CPU, 2 cores"
-  bool measured = false;    // false: assumed
-  int ranks = 0;            // for which the links were measured
-  int multiprocessors = 0;  // of the GPU
+  std::string device;          // "NVIDIA H200"; "CPU, 2 cores"
+  bool measured = false;       // false: assumed
+  int ranks = 0;               // for which the links were measured
+  int multiprocessors = 0;     // of the GPU
+  int compute_capability = 0;  // of the GPU, 90 for 9.0; 0: not known
   std::vector<AttentionRate> attention;
   std::vector<LinkRate> links;
   std::vector<RatePoint> copy;  // size: bytes read and written by a pass over memory; per_second: those
@@ -119,6 +119,9 @@ struct MachineProfile {
   ReliabilityProfile reliability = {};
   friend bool operator==(const MachineProfile&, const MachineProfile&) = default;
 };
+
+// Whether the machine runs kernels for Hopper; where its GPU is not known, whether it has rates of them.
+bool RunsHopperKernels(const MachineProfile& machine);
 
 // Of products in this dtype: the profile's; those of the assumed profile of the device where it has none.
 struct ProductRates {

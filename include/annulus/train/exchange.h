@@ -34,8 +34,9 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
                                   MachineProfile machine);
 
 // One layer of the class, of latent attention one branch of it, on sequences of one micro-batch with their
-// meta tokens; a tensor-parallel rank's heads.
-AttentionCase AttentionCaseOf(const RunSpec& spec, const AttentionClass& layers, SequenceBatch sequences);
+// meta tokens; a tensor-parallel rank's heads. `hopper`: RunsHopperKernels of its device.
+AttentionCase AttentionCaseOf(const RunSpec& spec, const AttentionClass& layers, SequenceBatch sequences,
+                              bool hopper);
 // Branches of the latent that a tensor-parallel rank has of a layer; 1 of softmax attention.
 int64_t BranchesHere(const RunSpec& spec, const AttentionClass& layers);
 

@@ -171,6 +171,7 @@ struct RunSpec {
   ComputeType compute = ComputeType::kAuto;
   DeviceChoice device = DeviceChoice::kAuto;
   bool deterministic = false;
+  AttentionChoice attention_kernel = AttentionChoice::kFastest;
   double step_deadline_seconds = 600;
   ModelSpec model;
   std::string pattern;  // as written

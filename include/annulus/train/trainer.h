@@ -29,9 +29,10 @@ struct AttentionReport {
   std::string exchange = {};  // of latent attention: "latents", "keys and values"
   std::string plan;
   TransportKind transport = TransportKind::kHost;
-  std::string why;          // the plan was chosen; empty where there was nothing to choose from
-  double predicted_ms = 0;  // of one layer and micro-batch; 0: not predicted
-  double measured_ms = 0;   // the mean of the step, of the slowest rank
+  std::string kernels = {};  // of this rank's blocks: "hopper", "cuda mma, cudnn"
+  std::string why;           // the plan was chosen; empty where there was nothing to choose from
+  double predicted_ms = 0;   // of one layer and micro-batch; 0: not predicted
+  double measured_ms = 0;    // the mean of the step, of the slowest rank
 };
 
 struct StepReport {

@@ -1,12 +1,14 @@
 // Checks the Hopper kernels of block attention against the naive double reference, then times them beside the
 // others.
 //     build/tests/attention_hopper_check [all|check|time|sanitize] [both|forward|backward]
+//     build/tests/attention_hopper_check agree|repeats|guard      through the op (op_checks.h)
 
 #include <chrono>
 
 #include "cuda/attention_hopper/backward_check.h"
 #include "cuda/attention_hopper/backward_time.h"
 #include "cuda/attention_hopper/forward_check.h"
+#include "cuda/attention_hopper/op_checks.h"
 #include "cuda/attention_hopper/timing.h"
 #include "kernels/attention/attention_hopper.h"
 
@@ -52,6 +54,7 @@ int main(int argc, char** argv) {
   using namespace annulus::testing;
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // a check that is cut off shows how far it came
   const std::string what = argc > 1 ? argv[1] : "all";
+  if (what == "agree" || what == "repeats" || what == "guard") return CheckOp(what) ? 0 : 1;
   if (what != "all" && what != "check" && what != "time" && what != "sanitize") {
     std::printf("%s: expected all, check, time or sanitize\n", what.c_str());
     return 1;
