@@ -10,7 +10,7 @@ constexpr auto kAsTheyCome = Turns::kAsTheyCome;
 }  // namespace
 
 const HopperForwardVariant kHopperForwardVariants[] = {
-    {"128 x 128, no turns", 128, LaunchHopperForward<HopperForwardTile<128, 128, 2, 128, 2, 2, kAsTheyCome>>},
+    {"128 x 128, in turns", 128, LaunchHopperForward<HopperForwardTile<128, 128, 2, 128, 2, 2>>},
     {"128 x 128, one Q", 128, LaunchHopperForward<HopperForwardTile<128, 128, 2, 128, 2, 1>>},
     {"192 x 128, no turns", 64, LaunchHopperForward<HopperForwardTile<64, 64, 3, 128, 2, 2, kAsTheyCome>>},
     {"192 x 128, 3 stages", 64, LaunchHopperForward<HopperForwardTile<64, 64, 3, 128, 3, 2>>},
