@@ -2,10 +2,12 @@
 // without running it; and the layout that steps fastest.
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "absl/strings/str_format.h"
 #include "annulus/base/file.h"
 #include "annulus/model/cost.h"
 #include "annulus/parallel/attend_calls.h"
@@ -207,6 +209,8 @@ std::string LastOf(const Arguments& arguments, std::initializer_list<absl::strin
 
 // What a run on that machine computes on, where the configuration leaves it open.
 absl::StatusOr<MachineProfile> MachineOf(const Arguments& arguments, RunSpec* spec) {
+  if (arguments.Has("--profile") && arguments.Has("--machine"))
+    return Invalid("--machine and --profile are the same option: expected one of them");
   std::string& path = spec->parallel.exchange.profile;
   path = LastOf(arguments, {"--profile", "--machine"}, path);
   if (!path.empty() && spec->device == DeviceChoice::kAuto) {
@@ -220,11 +224,40 @@ absl::StatusOr<MachineProfile> MachineOf(const Arguments& arguments, RunSpec* sp
   return ProfileOf(*spec);
 }
 
+// A line on a terminal's or a log's stderr about a search that takes long.
+class ProgressLine {
+ public:
+  void operator()(const FitProgress& progress) {
+    constexpr double kPatience = 2, kEvery = 1;  // seconds
+    const double now = Seconds();
+    const bool over = progress.settled == progress.layouts;
+    if (now < kPatience || (!over && now < last_ + kEvery)) return;
+    last_ = now;
+    const double left = now * static_cast<double>(progress.layouts - progress.settled) /
+                        static_cast<double>(progress.settled);
+    std::fprintf(stderr, "\r%d of %d layouts settled, %d predicted, %.0f s%s%s",
+                 static_cast<int>(progress.settled), static_cast<int>(progress.layouts),
+                 static_cast<int>(progress.predicted), now,
+                 over || progress.settled == 0 ? "" : absl::StrFormat(", about %.0f s left", left).c_str(),
+                 over ? "            \n" : "   ");
+  }
+
+ private:
+  double Seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  double last_ = 0;
+};
+
 absl::Status RunFit(const Arguments& arguments, RunSpec spec, const MachineProfile& machine, int64_t ranks) {
   ANNULUS_ASSIGN_OR_RETURN(const double gib, arguments.PositiveNumber("--memory-gib", 0));
   ANNULUS_ASSIGN_OR_RETURN(
       const FitResult result,
-      Fit(spec, machine, {.ranks = ranks, .memory_bytes = static_cast<int64_t>(gib * 0x1p30)}));
+      Fit(spec, machine,
+          {.ranks = ranks,
+           .memory_bytes = static_cast<int64_t>(gib * 0x1p30),
+           .progress = [line = ProgressLine()](const FitProgress& at) mutable { line(at); }}));
   if (arguments.Has("--json")) {
     std::printf("%s\n", FitJson(result).dump(2).c_str());
   } else {

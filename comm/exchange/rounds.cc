@@ -1,7 +1,9 @@
 #include "rounds.h"
 
 #include <algorithm>
-#include <map>
+#include <limits>
+#include <numeric>
+#include <tuple>
 
 #include "annulus/base/check.h"
 
@@ -21,29 +23,36 @@ class Levels {
 
  private:
   void AddNodes() {
-    std::map<int, size_t> messages;
+    constexpr size_t kUnknown = std::numeric_limits<size_t>::max();
+    std::vector<size_t> node_of_message;
     size_t nodes = 0;
     for (const RankPlan& rank : plan_.ranks) {
-      node_.emplace_back();
+      std::vector<size_t>& of_rank = node_.emplace_back();
+      of_rank.reserve(rank.steps.size());
       for (const Step& step : rank.steps) {
-        const bool known = IsTransfer(step.kind) && !messages.try_emplace(step.message, nodes).second;
-        node_.back().push_back(known ? messages[step.message] : nodes++);
+        if (!IsTransfer(step.kind)) {
+          of_rank.push_back(nodes++);
+          continue;
+        }
+        const auto message = static_cast<size_t>(step.message);
+        if (message >= node_of_message.size()) node_of_message.resize(message + 1, kUnknown);
+        if (node_of_message[message] == kUnknown) node_of_message[message] = nodes++;
+        of_rank.push_back(node_of_message[message]);
       }
     }
-    before_.resize(nodes);
+    first_.resize(nodes + 1);
     waits_for_.resize(nodes);
     level_.resize(nodes);
   }
 
-  void AddEdges() {
+  // fn(from, to): nodes.
+  template <typename Fn>
+  void ForEachEdge(const Fn& fn) const {
     for (size_t r = 0; r < plan_.ranks.size(); ++r) {
       const std::vector<Step>& steps = plan_.ranks[r].steps;
       int last_compute = -1;
       for (size_t s = 0; s < steps.size(); ++s) {
-        const auto add = [&](int from) {
-          before_[node_[r][static_cast<size_t>(from)]].push_back(node_[r][s]);
-          ++waits_for_[node_[r][s]];
-        };
+        const auto add = [&](int from) { fn(node_[r][static_cast<size_t>(from)], node_[r][s]); };
         for (const int dependency : steps[s].after) add(dependency);
         if (!IsCompute(steps[s].kind)) continue;
         if (last_compute >= 0) add(last_compute);
@@ -52,14 +61,28 @@ class Levels {
     }
   }
 
+  void AddEdges() {
+    ForEachEdge([&](size_t from, size_t to) {
+      ++first_[from + 1];
+      ++waits_for_[to];
+    });
+    std::partial_sum(first_.begin(), first_.end(), first_.begin());
+    before_.resize(first_.back());
+    std::vector<size_t> next(first_.begin(), first_.end() - 1);
+    ForEachEdge([&](size_t from, size_t to) { before_[next[from]++] = to; });
+  }
+
   void Spread() {
     std::vector<size_t> ready;
+    ready.reserve(level_.size());
     for (size_t node = 0; node < level_.size(); ++node) {
       if (waits_for_[node] == 0) ready.push_back(node);
     }
     for (size_t i = 0; i < ready.size(); ++i) {
-      for (const size_t next : before_[ready[i]]) {
-        level_[next] = std::max(level_[next], level_[ready[i]] + 1);
+      const int level = level_[ready[i]] + 1;
+      for (size_t edge = first_[ready[i]]; edge < first_[ready[i] + 1]; ++edge) {
+        const size_t next = before_[edge];
+        level_[next] = std::max(level_[next], level);
         if (--waits_for_[next] == 0) ready.push_back(next);
       }
     }
@@ -67,24 +90,27 @@ class Levels {
   }
 
   const ExchangePlan& plan_;
-  std::vector<std::vector<size_t>> node_;    // [rank][step]
-  std::vector<std::vector<size_t>> before_;  // by node
-  std::vector<int> waits_for_, level_;       // by node
+  std::vector<std::vector<size_t>> node_;  // [rank][step]
+  std::vector<size_t> first_;              // by node, of before_
+  std::vector<size_t> before_;             // nodes that come behind it
+  std::vector<int> waits_for_, level_;     // by node
 };
 
 std::vector<Launch> LaunchesOfRank(const ExchangePlan& plan, const Levels& levels, size_t cp_rank) {
   const RankPlan& rank = plan.ranks[cp_rank];
-  std::map<std::pair<int, ExchangeLane>, std::vector<int>> found;
+  std::vector<std::tuple<int, ExchangeLane, int, int>> places;  // level, lane, peer, step
+  places.reserve(rank.steps.size());
   for (size_t s = 0; s < rank.steps.size(); ++s) {
-    const ExchangeLane lane = LaneOf(plan, static_cast<int>(cp_rank), rank.steps[s]);
-    found[{levels.Of(cp_rank, s), lane}].push_back(static_cast<int>(s));
+    const Step& step = rank.steps[s];
+    places.emplace_back(levels.Of(cp_rank, s), LaneOf(plan, static_cast<int>(cp_rank), step), step.peer,
+                        static_cast<int>(s));
   }
+  std::sort(places.begin(), places.end());
   std::vector<Launch> launches;
-  for (auto& [key, steps] : found) {
-    std::stable_sort(steps.begin(), steps.end(), [&](int a, int b) {
-      return rank.steps[static_cast<size_t>(a)].peer < rank.steps[static_cast<size_t>(b)].peer;
-    });
-    launches.push_back({.level = key.first, .lane = key.second, .steps = std::move(steps)});
+  for (const auto& [level, lane, peer, step] : places) {
+    if (launches.empty() || launches.back().level != level || launches.back().lane != lane)
+      launches.push_back({.level = level, .lane = lane, .steps = {}});
+    launches.back().steps.push_back(step);
   }
   return launches;
 }

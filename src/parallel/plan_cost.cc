@@ -154,6 +154,22 @@ absl::Status CheckLinks(const MachineProfile& machine, TransportKind transport, 
   return absl::OkStatus();
 }
 
+MessageTime LeastMessageTime(const MachineProfile& machine, TransportKind transport, int ranks, double bytes,
+                             bool between_hosts) {
+  const LinkRate* link = FindInside(machine, transport);
+  if (link == nullptr) return {};
+  LinkTimes times = TimesOf(*link, bytes);
+  const LinkRate* other = OnSeveralHosts(machine, ranks) ? FindIn(machine.network.links, transport) : nullptr;
+  if (other != nullptr) {  // plans between hosts wait for the slower overhead and latency (SetRates)
+    const LinkTimes outside = TimesOf(*other, bytes);
+    const double fastest = std::max(times.per_second, outside.per_second);
+    times = {.per_second = between_hosts ? outside.per_second : fastest,
+             .overhead = std::max(times.overhead, outside.overhead),
+             .latency = std::max(times.latency, outside.latency)};
+  }
+  return {.overhead = times.overhead, .moving = bytes / times.per_second, .latency = times.latency};
+}
+
 ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan,
                            const MachineProfile& machine, TransportKind transport, LinkThrottle throttle) {
   ExchangeCost cost;

@@ -45,6 +45,15 @@ std::vector<std::vector<double>> ComputeSecondsOf(const AttentionCase& layer, co
 // InvalidArgument where the machine has no rates of messages between so many ranks by the transport.
 absl::Status CheckLinks(const MachineProfile& machine, TransportKind transport, int ranks);
 
+// Of a message of so many bytes alone, from when both ends are ready.
+struct MessageTime {
+  double overhead = 0, moving = 0, latency = 0;
+  double seconds() const { return overhead + moving + latency; }
+};
+// In a plan of so many ranks: on the faster of its links, or between hosts. 0: not known.
+MessageTime LeastMessageTime(const MachineProfile& machine, TransportKind transport, int ranks, double bytes,
+                             bool between_hosts);
+
 // All of the cost but compute_seconds. Ranks stand on hosts as machine.network says.
 ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan,
                            const MachineProfile& machine, TransportKind transport, LinkThrottle throttle);

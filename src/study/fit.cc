@@ -1,8 +1,10 @@
 #include "annulus/study/fit.h"
 
 #include <algorithm>
-#include <limits>
+#include <map>
+#include <numeric>
 #include <optional>
+#include <set>
 
 #include "absl/strings/str_format.h"
 #include "annulus/base/check.h"
@@ -19,8 +21,9 @@ namespace {
 constexpr Recompute kPolicies[] = {Recompute::kNone, Recompute::kElementwise, Recompute::kAttentionOutput,
                                    Recompute::kBlock};
 
-// Predicted side by side; not as many as there are cores, so that results do not depend on them.
-constexpr size_t kBatch = 8;
+// Looked at side by side; not as many as there are cores, so that results do not depend on them.
+constexpr size_t kBatch = 4;
+constexpr size_t kMostThreads = 64;
 // All plans are searched for so many of the fastest, as far as their groups are small enough for it.
 constexpr size_t kThorough = 3;
 
@@ -37,6 +40,19 @@ std::vector<int64_t> DivisorsOf(int64_t n) {
   return divisors;
 }
 
+// A profile of GPUs without a network is of one host.
+absl::Status CheckNetwork(const RunSpec& spec, const MachineProfile& machine, int64_t ranks) {
+  constexpr int kMostOnHost = 8;
+  const NetworkProfile& network = machine.network;
+  const bool gpus = spec.device == DeviceChoice::kCuda;
+  if (network.ranks_per_host == 0 && !gpus) return absl::OkStatus();
+  const int host = network.ranks_per_host > 0 ? network.ranks_per_host : std::max(kMostOnHost, machine.ranks);
+  if (ranks <= host || !network.links.empty()) return absl::OkStatus();
+  return Invalid("machine profile of ", machine.device,
+                 ": expected network { ranks_per_host link } in it for ", ranks, " ranks, as a host has ",
+                 network.ranks_per_host > 0 ? "" : "at most ", host);
+}
+
 // And more than one.
 bool HasFewPlans(const FitLayout& layout) {
   return layout.cp > 1 && EffortFor(layout.cp) == PlanEffort::kAll;
@@ -44,10 +60,13 @@ bool HasFewPlans(const FitLayout& layout) {
 
 // A mesh with a micro-batch.
 struct Trial {
-  FitLayout layout;  // with the least recomputing that may fit
-  double bound = 0;  // seconds
-  std::optional<FitCandidate> found = {};
-  std::string lost = {};  // why there is none
+  FitLayout layout;                        // with the least recomputing that may fit
+  double bound = 0;                        // seconds at least
+  std::optional<StepCost> cost = {};       // with its plans
+  std::optional<FitCandidate> found = {};  // simulated
+  int64_t needed_bytes = 0;                // with those of the least memory that were looked at
+  std::string lost = {};                   // why it cannot be
+  bool settled = false;
 };
 
 class Search {
@@ -63,8 +82,7 @@ class Search {
         AddMesh({.dp = options_.ranks / tp / cp, .cp = cp, .tp = tp});
       }
     }
-    std::stable_sort(trials_.begin(), trials_.end(),
-                     [](const Trial& a, const Trial& b) { return a.bound < b.bound; });
+    ForEachInThreads(0, trials_.size(), kMostThreads, [&](size_t i) { SetBound(&trials_[i]); });
     Predict();
     SearchAllPlans();
     if (result_.best.empty()) return Nothing();
@@ -94,9 +112,7 @@ class Search {
       if (!policy.has_value()) break;  // larger ones take more
       layout.recompute = *policy;
       any = true;
-      const absl::StatusOr<double> bound = ComputingSeconds(WithLayout(spec_, layout), machine_);
-      if (!bound.ok()) return Lose(mesh, std::string(bound.status().message()));
-      trials_.push_back({.layout = layout, .bound = *bound});
+      trials_.push_back({.layout = layout});
     }
     if (any) return;
     FitLayout least = mesh;
@@ -114,45 +130,122 @@ class Search {
 
   bool Fits(int64_t bytes) const { return result_.memory_bytes == 0 || bytes <= result_.memory_bytes; }
 
-  // In order of bounds, until nothing that is left can be among those shown.
+  void SetBound(Trial* trial) const {
+    if (options_.search == FitSearch::kEvery) return;
+    const absl::StatusOr<double> bound = LeastSeconds(WithLayout(spec_, trial->layout), machine_);
+    if (bound.ok()) trial->bound = *bound;  // else choosing its plans says what is wrong
+  }
+
+  // Until nothing that is left can be among those shown.
   void Predict() {
-    for (size_t first = 0; first < trials_.size(); first += kBatch) {
-      const size_t last = std::min(first + kBatch, trials_.size());
-      const double slowest_shown = result_.best.size() < options_.shown
-                                       ? std::numeric_limits<double>::infinity()
-                                       : result_.best.back().figures.step_seconds;
-      ForEachInThreads(first, last, kBatch, [&](size_t i) {
-        if (trials_[i].bound <= slowest_shown) PredictTrial(&trials_[i]);
+    std::vector<size_t> open(trials_.size());
+    std::iota(open.begin(), open.end(), size_t{0});
+    while (!open.empty()) {
+      std::sort(open.begin(), open.end(), [&](size_t a, size_t b) {
+        return std::pair(trials_[a].bound, a) < std::pair(trials_[b].bound, b);
       });
-      for (size_t i = first; i < last; ++i) Take(std::move(trials_[i]));
+      if (!MayBeShown(trials_[open[0]])) break;
+      const size_t count = TakeTogether(&open);
+      ForEachInThreads(0, count, kBatch, [&](size_t i) {
+        if (MayBeShown(trials_[open[i]])) GoOn(&trials_[open[i]]);
+      });
+      for (size_t i = 0; i < count; ++i) {
+        Trial& trial = trials_[open[i]];
+        if (trial.cost.has_value())
+          priced_[{trial.layout.cp, trial.layout.tp}] = {trial.layout.micro_batch, trial.cost->exchanges};
+        if (trial.settled) Take(std::move(trial));
+      }
+      std::erase_if(open, [&](size_t i) { return trials_[i].settled; });
+      Report(open.size());
     }
+    for (const size_t i : open) {
+      const double fastest = result_.best.front().figures.step_seconds;
+      Lose(trials_[i].layout, "slower than those shown by what it takes at least",
+           absl::StrFormat("+%.1f%% or more", 100 * (trials_[i].bound / fastest - 1)));
+    }
+    Report(0);
+  }
+
+  // Moves a batch to the front. Plans are chosen for one micro-batch of a mesh at a time: they say much of
+  // the others.
+  size_t TakeTogether(std::vector<size_t>* open) const {
+    std::set<std::pair<int64_t, int64_t>> choosing;
+    const auto last = std::stable_partition(open->begin(), open->end(), [&](size_t i) {
+      const FitLayout& layout = trials_[i].layout;
+      return trials_[i].cost.has_value() || choosing.insert({layout.cp, layout.tp}).second;
+    });
+    return std::min(kBatch, static_cast<size_t>(last - open->begin()));
+  }
+
+  bool MayBeShown(const Trial& trial) const {
+    return options_.search == FitSearch::kEvery || result_.best.size() < options_.shown ||
+           trial.bound <= result_.best.back().figures.step_seconds;
+  }
+
+  void Report(size_t open) const {
+    if (!options_.progress) return;
+    const auto out_of_reach = [&](const Trial& trial) { return !trial.settled && !MayBeShown(trial); };
+    const auto slow = open == 0 ? 0 : std::count_if(trials_.begin(), trials_.end(), out_of_reach);
+    options_.progress({.layouts = trials_.size(),
+                       .settled = trials_.size() - open + static_cast<size_t>(slow),
+                       .predicted = result_.predicted});
+  }
+
+  // First to its plans, then to its step.
+  void GoOn(Trial* trial) const {
+    if (!trial->cost.has_value()) {
+      if (!RaiseBound(trial)) ChoosePlans(trial);
+      return;
+    }
+    const RunSpec spec = WithLayout(spec_, trial->layout);
+    trial->found = {.layout = trial->layout, .figures = SimulateStep(spec, machine_, *trial->cost)};
+    trial->cost.reset();
+    trial->settled = true;
+  }
+
+  // By the plans of another micro-batch that were chosen meanwhile. Whether it did. (Where there are few,
+  // memory may make a layout choose from others.)
+  bool RaiseBound(Trial* trial) const {
+    const auto known = priced_.find({trial->layout.cp, trial->layout.tp});
+    if (known == priced_.end() || HasFewPlans(trial->layout)) return false;
+    const Priced& other = known->second;
+    const absl::StatusOr<double> bound =
+        LeastSeconds(WithLayout(spec_, trial->layout), machine_,
+                     ExchangesAtLeast(other.exchanges, other.micro_batch, trial->layout.micro_batch));
+    if (!bound.ok() || *bound <= trial->bound) return false;
+    trial->bound = *bound;
+    return true;
   }
 
   // Plans may need buffers for which others must be found, or more be recomputed.
-  void PredictTrial(Trial* trial) const {
+  void ChoosePlans(Trial* trial) const {
     for (const Recompute policy : kPolicies) {
       if (policy < trial->layout.recompute) continue;
       trial->layout.recompute = policy;
+      const RunSpec spec = WithLayout(spec_, trial->layout);
       for (const PlanEffort effort : {PlanEffort::kQuick, PlanEffort::kAll}) {
         if (effort == PlanEffort::kAll && !HasFewPlans(trial->layout)) continue;
-        absl::StatusOr<StepFigures> figures = PredictStep(WithLayout(spec_, trial->layout), machine_, effort);
-        if (!figures.ok()) {
-          trial->lost = std::string(figures.status().message());
+        absl::StatusOr<StepCost> cost = CostOfStep(spec, machine_, effort);
+        if (!cost.ok()) {
+          trial->lost = std::string(cost.status().message());
+          trial->settled = true;
           return;
         }
-        trial->found = {.layout = trial->layout, .figures = *std::move(figures)};
-        if (Fits(trial->found->figures.memory_bytes())) return;
+        trial->needed_bytes = cost->memory.total() + cost->other_memory_bytes;
+        if (!Fits(trial->needed_bytes)) continue;
+        if (options_.search == FitSearch::kBounded)
+          trial->bound = std::max(trial->bound, LeastSeconds(spec, machine_, *cost));
+        trial->cost = *std::move(cost);
+        return;
       }
     }
+    trial->settled = true;
   }
 
   void Take(Trial trial) {
     if (!trial.lost.empty()) return Lose(trial.layout, trial.lost);
-    if (!trial.found.has_value())
-      return Lose(trial.layout, "computing alone takes longer than a step of those shown");
+    if (!trial.found.has_value()) return DoesNotFit(trial.layout, trial.needed_bytes);
     ++result_.predicted;
-    const int64_t needed = trial.found->figures.memory_bytes();
-    if (!Fits(needed)) return DoesNotFit(trial.layout, needed);
     result_.best.push_back(*std::move(trial.found));
     Sort();
     if (result_.best.size() <= options_.shown) return;
@@ -185,7 +278,13 @@ class Search {
 
   void DoesNotFit(const FitLayout& layout, int64_t needed) {
     if (closest_bytes_ == 0 || needed < closest_bytes_) closest_ = layout, closest_bytes_ = needed;
-    Lose(layout, absl::StrCat("does not fit in ", GiB(result_.memory_bytes)), GiB(needed));
+    Lose(layout, absl::StrCat("does not fit in ", MemoryLimit()), GiB(needed));
+  }
+
+  std::string MemoryLimit() const {
+    return absl::StrCat(GiB(result_.memory_bytes), options_.memory_bytes > 0
+                                                       ? ", the memory that was given"
+                                                       : ", memory_bytes of the machine profile");
   }
 
   void Lose(const FitLayout& layout, const std::string& reason, const std::string& detail = "") {
@@ -214,16 +313,23 @@ class Search {
     if (closest_bytes_ > 0) {
       return Invalid("memory: no layout on ", ranks, " fits: ", MeshText(closest_), ", micro-batch ",
                      closest_.micro_batch, ", recompute ", Name(closest_.recompute), " needs least, ",
-                     GiB(closest_bytes_), " on a rank, expected at most ", GiB(result_.memory_bytes));
+                     GiB(closest_bytes_), " on a rank, expected at most ", MemoryLimit());
     }
     ANNULUS_CHECK(!result_.losers.empty()) << "no layouts";
     const FitLosers& first = result_.losers.front();
     return Invalid("no layout on ", ranks, " can be: ", first.layouts.front(), ": ", first.reason);
   }
 
+  // The exchanges of a mesh, with one micro-batch.
+  struct Priced {
+    int64_t micro_batch = 1;
+    std::vector<ExchangePass> exchanges;
+  };
+
   const RunSpec& spec_;
   const MachineProfile& machine_;
   const FitOptions& options_;
+  std::map<std::pair<int64_t, int64_t>, Priced> priced_;  // by cp and tp
   std::vector<Trial> trials_;
   FitResult result_;
   FitLayout closest_;  // of those that do not fit
@@ -257,6 +363,7 @@ RunSpec WithLayout(RunSpec spec, const FitLayout& layout) {
 absl::StatusOr<FitResult> Fit(const RunSpec& spec, const MachineProfile& machine, const FitOptions& options) {
   if (options.ranks > kRanksRange.high)
     return Invalid("--gpus=", options.ranks, ": expected at most ", kRanksRange.high, " ranks");
+  ANNULUS_RETURN_IF_ERROR(CheckNetwork(spec, machine, options.ranks));
   return Search(spec, machine, options).Run();
 }
 

@@ -9,7 +9,11 @@
 namespace annulus {
 namespace {
 
-// What a rank's link carries at most: of large messages, by the fastest way of moving them.
+// Messages one behind the other until a group of this size knows something of all.
+int Rounds(int ranks) { return std::bit_width(static_cast<unsigned>(ranks - 1)); }
+
+}  // namespace
+
 double BestRate(const std::vector<LinkRate>& links, const std::vector<RatePoint>& collectives) {
   double best = collectives.empty() ? 0 : collectives.back().per_second;
   for (const LinkRate& link : links) {
@@ -19,11 +23,6 @@ double BestRate(const std::vector<LinkRate>& links, const std::vector<RatePoint>
   }
   return best;
 }
-
-// Messages one behind the other until a group of this size knows something of all.
-int Rounds(int ranks) { return std::bit_width(static_cast<unsigned>(ranks - 1)); }
-
-}  // namespace
 
 Cluster::Cluster(int ranks, int simulated, const MachineProfile& machine, Pattern pattern, EventGraph* graph)
     : machine_(machine),

@@ -19,6 +19,9 @@
 
 namespace annulus {
 
+// What a rank's link carries at most: of large messages, by the fastest way of moving them. 0: not known.
+double BestRate(const std::vector<LinkRate>& links, const std::vector<RatePoint>& collectives);
+
 // Ranks that act together, in the order of their places in the group.
 struct RankGroup {
   std::vector<int> ranks = {};    // those that are simulated

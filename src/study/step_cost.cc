@@ -8,6 +8,7 @@
 #include "annulus/train/placement.h"
 #include "annulus/train/plan_exchange.h"
 #include "annulus/train/trainer.h"
+#include "step_cost_exchange.h"
 #include "step_cost_times.h"
 
 namespace annulus {
@@ -105,6 +106,14 @@ ExchangePass ExchangeOf(const PlannedPass& planned) {
   return pass;
 }
 
+// Between hosts NCCL alone moves what is on GPUs.
+std::vector<TransportKind> TransportsOf(const RunSpec& spec, const MachineProfile& machine) {
+  const int on_host = machine.network.ranks_per_host;
+  const bool several = on_host > 0 && spec.parallel.cp * spec.parallel.tp > on_host;
+  if (several && spec.device == DeviceChoice::kCuda) return {TransportKind::kNccl};
+  return TransportsOnOneHost(spec);
+}
+
 // Rings, a ring of hosts' rings, and heads over all ranks or those of a host; of very many ranks, whose plans
 // have as many steps squared, one ring at most. What is asked for by name stays as it is.
 void KeepLikely(int ranks, int on_host, std::vector<PlanChoice>* plans) {
@@ -154,14 +163,6 @@ class Builder {
   }
 
  private:
-  // Between hosts NCCL alone moves what is on GPUs.
-  std::vector<TransportKind> Transports() const {
-    const int on_host = machine_.network.ranks_per_host;
-    const bool several = on_host > 0 && spec_.parallel.cp * spec_.parallel.tp > on_host;
-    if (several && spec_.device == DeviceChoice::kCuda) return {TransportKind::kNccl};
-    return TransportsOnOneHost(spec_);
-  }
-
   absl::Status AddExchanges() {
     const auto known = [&](Pass pass) {
       return std::any_of(machine_.attention.begin(), machine_.attention.end(),
@@ -169,19 +170,9 @@ class Builder {
     };
     if (!known(Pass::kForward) || !known(Pass::kBackward))
       return Invalid("machine profile of ", machine_.device, ": expected rates of attention of both passes");
-    SequenceBatch whole{
-        .batch = spec_.optim.micro_batch,
-        .lengths = std::vector<int64_t>(static_cast<size_t>(spec_.optim.micro_batch), spec_.data.seq_len),
-        .document_starts = {}};
-    ExchangeOptions options = ExchangeOptionsOf(spec_, Transports(), machine_);
-    if (effort_ == PlanEffort::kQuick) {
-      const int on_host = options.machine.network.ranks_per_host;
-      for (std::vector<PlanChoice>* plans : {&options.forward, &options.backward})
-        KeepLikely(layout_.ranks(), on_host, plans);
-      options.forward_parts.clear(), options.backward_parts.clear();
-    }
-    ANNULUS_ASSIGN_OR_RETURN(const std::vector<PlannedPass> passes,
-                             PlanExchange(spec_, WithMetaTokens(spec_.model, std::move(whole)), options));
+    ANNULUS_ASSIGN_OR_RETURN(
+        const std::vector<PlannedPass> passes,
+        PlanExchange(spec_, WholeSequences(spec_), ExchangeOptionsFor(spec_, machine_, effort_)));
     for (const PlannedPass& planned : passes) {
       index_[{planned.kind.attention, planned.pass}] = static_cast<int>(cost_.exchanges.size());
       cost_.exchanges.push_back(ExchangeOf(planned));
@@ -265,6 +256,22 @@ class Builder {
 };
 
 }  // namespace
+
+SequenceBatch WholeSequences(const RunSpec& spec) {
+  const std::vector<int64_t> lengths(static_cast<size_t>(spec.optim.micro_batch), spec.data.seq_len);
+  return WithMetaTokens(spec.model,
+                        {.batch = spec.optim.micro_batch, .lengths = lengths, .document_starts = {}});
+}
+
+ExchangeOptions ExchangeOptionsFor(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort) {
+  ExchangeOptions options = ExchangeOptionsOf(spec, TransportsOf(spec, machine), machine);
+  if (effort == PlanEffort::kAll) return options;
+  const int on_host = options.machine.network.ranks_per_host;
+  for (std::vector<PlanChoice>* plans : {&options.forward, &options.backward})
+    KeepLikely(static_cast<int>(spec.parallel.cp), on_host, plans);
+  options.forward_parts.clear(), options.backward_parts.clear();
+  return options;
+}
 
 absl::StatusOr<StepCost> CostOfStep(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort) {
   return Builder(spec, machine, effort).Make();

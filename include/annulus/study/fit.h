@@ -5,6 +5,7 @@
 // are those that the trainer would choose.
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -12,10 +13,23 @@
 
 namespace annulus {
 
+// A layout is settled once its step was simulated, or it is known to be too slow or too large.
+struct FitProgress {
+  size_t layouts = 0, settled = 0;
+  int64_t predicted = 0;  // of those settled
+};
+
+enum class FitSearch {
+  kBounded,  // layouts that take longer than those shown by what they take at least are not simulated
+  kEvery,    // every layout that fits is: the same answer, later
+};
+
 struct FitOptions {
   int64_t ranks = 1;
   int64_t memory_bytes = 0;  // of a rank; 0: the machine's. Where neither is known everything fits
   size_t shown = 10;         // candidates that are given
+  FitSearch search = FitSearch::kBounded;
+  std::function<void(const FitProgress&)> progress = {};  // called now and then, by one thread
 };
 
 struct FitLayout {
@@ -48,9 +62,12 @@ struct FitResult {
 };
 
 // spec.device and spec.compute are resolved; its layout is not looked at. Recomputing costs time and saves
-// memory, so that of each mesh and micro-batch only the least of it that fits is predicted; and none whose
-// computing alone takes longer than a step of the last that is shown. InvalidArgument where no layout can be
-// or none fits, with what comes closest.
+// memory, so that of each mesh and micro-batch only the least of it that fits is predicted.
+//
+// Best first: the layout with the least bound goes on, first to have its plans chosen, which makes its bound
+// tighter, then to be simulated; until all that are left take longer at least than the last that is shown.
+// The same on any number of cores. InvalidArgument where no layout can be or none fits, with what comes
+// closest.
 absl::StatusOr<FitResult> Fit(const RunSpec& spec, const MachineProfile& machine, const FitOptions& options);
 
 }  // namespace annulus
