@@ -48,7 +48,7 @@ bool StartsWithBash(const std::filesystem::path& path) {
 
 std::vector<std::filesystem::path> ListScripts(const std::filesystem::path& root) {
   std::vector<std::filesystem::path> scripts;
-  for (const char* folder : {"launch", ".ci", "examples"}) {
+  for (const char* folder : {"launch", ".ci", "examples", "src"}) {
     if (!std::filesystem::is_directory(root / folder)) continue;
     for (const auto& entry : std::filesystem::recursive_directory_iterator(root / folder)) {
       if (entry.is_regular_file() && StartsWithBash(entry.path())) scripts.push_back(entry.path());
@@ -115,6 +115,22 @@ TEST(Style, BrokenScriptDoesNotParse) {
   EXPECT_EQ(ListScripts(tree.root()).size(), 2u);
   EXPECT_TRUE(Parses(tree.root() / "launch/good"));
   EXPECT_FALSE(Parses(tree.root() / "launch/broken"));
+}
+
+TEST(Style, SerialisedProductsFailTheBuild) {
+  PlantedTree tree;
+  const std::string compile = std::string(ANNULUS_SOURCE_DIR) + "/src/checked_nvcc bash -c";
+  const auto run = [&](const std::string& says) {
+    tree.Write("kernel.o", "");
+    return std::system((compile + " 'echo \"" + says + "\" >&2' -o '" + (tree.root() / "kernel.o").string() +
+                        "' 2>/dev/null")
+                           .c_str());
+  };
+  EXPECT_EQ(run("ptxas info : Used 168 registers"), 0);
+  EXPECT_TRUE(std::filesystem::exists(tree.root() / "kernel.o"));
+  EXPECT_NE(run("ptxas info : (C7510) Potential Performance Loss"), 0);
+  EXPECT_FALSE(std::filesystem::exists(tree.root() / "kernel.o"));
+  EXPECT_NE(std::system((compile + " 'exit 3'").c_str()), 0);
 }
 
 }  // namespace
