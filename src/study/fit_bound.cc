@@ -81,7 +81,8 @@ absl::StatusOr<double> LeastSeconds(const RunSpec& spec, const MachineProfile& m
   const double host_rate = RatesBetweenHosts(machine).host;
   std::vector<double> seconds;
   for (const AttentionKind& kind : AttentionKindsOf(spec.model)) {
-    const AttentionCase layer = AttentionCaseOf(spec, kind.attention, WholeSequences(spec));
+    const AttentionCase layer =
+        AttentionCaseOf(spec, kind.attention, WholeSequences(spec), RunsHopperKernels(machine));
     for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
       const double share = kFasterInBlocks * whole.exchanges[seconds.size()].seconds[0];
       const double of_plans = LeastOfPlans(spec, layer, pass, options, host_rate);
