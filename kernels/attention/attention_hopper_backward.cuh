@@ -28,7 +28,8 @@
 // What orders the accesses to shared memory: each buffer has a barrier that says it is full and one that says
 // it is empty.
 //
-//   Q, LSE, delta, ranges   loaders, q_full; q_empty when dK is done
+//   Q                       loader, q_full; q_empty when dK is done
+//   LSE, delta, ranges      loader of rows, rows_full; q_empty
 //   dO                      loader, dout_full; dout_empty when dV is done
 //   dS                      warpgroups, dscores_full; dscores_empty when dQ is done (dK reads own rows only)
 //   sum of dQ               warpgroup, sum_full; sum_empty when the copy engine has read
@@ -276,6 +277,7 @@ class BackwardKeyGroup {
 
   // What is known of a tile while its S is in flight.
   __device__ __forceinline__ void LoadAhead(int round) {
+    WaitAt(block_.small.rows_full[round % Tile::kQStages], round / Tile::kQStages);
     const auto& at = block_.small.way[round % Tile::kWay];
     row_of_tile_ = at.row;
     masked_ = at.masked;

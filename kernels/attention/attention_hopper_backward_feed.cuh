@@ -64,7 +64,8 @@ struct HopperBackwardTile {
   struct Small {
     Rows rows[kQStages];
     At way[kWay];
-    uint64_t keys, q_full[kQStages], q_empty[kQStages], dout_full[kDOutStages], dout_empty[kDOutStages];
+    uint64_t keys, q_full[kQStages], rows_full[kQStages], q_empty[kQStages];
+    uint64_t dout_full[kDOutStages], dout_empty[kDOutStages];
     uint64_t dscores_full[kDScoresStages], dscores_empty[kDScoresStages];
     uint64_t sum_full[kGroups], sum_empty[kGroups];
   };
@@ -98,7 +99,8 @@ struct HopperBackwardBlock {
     auto init = [](const uint64_t& barrier, int count) { PhaseBarrierInit(SharedAddress(&barrier), count); };
     init(small.keys, 1);
     for (int stage = 0; stage < Tile::kQStages; ++stage) {
-      init(small.q_full[stage], 2);  // the copy, and its rows
+      init(small.q_full[stage], 1);
+      init(small.rows_full[stage], 1);
       init(small.q_empty[stage], Tile::kMathWarps);
     }
     for (int stage = 0; stage < Tile::kDOutStages; ++stage) {
@@ -248,13 +250,13 @@ __device__ void LoadRows(const HopperBackwardBlock<Tile>& block, const QueryTile
       to.delta[i] = float2{-factor * stat.rows[0].delta, -factor * stat.rows[1].delta};
     }
     if (lane == 0) small.way[round % Tile::kWay] = at;
-    WarpArrive(small.q_full[stage]);
+    WarpArrive(small.rows_full[stage]);
     ++round;
   });
   const int end = round % Tile::kQStages;
   WaitAt(small.q_empty[end], round / Tile::kQStages + 1);
   if (lane == 0) small.way[round % Tile::kWay] = {-1, 0, false, 0};
-  WarpArrive(small.q_full[end]);
+  WarpArrive(small.rows_full[end]);
 }
 
 // Sums of dQ in a fixed order: a query tile is added to in order of the keys, each thread block in its turn.
