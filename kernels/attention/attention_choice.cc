@@ -56,6 +56,8 @@ absl::string_view Name(AttentionKernel kernel) {
   return "";
 }
 
+bool HasCudnn() { return ANNULUS_HAS_CUDNN; }
+
 AttentionKernel ChooseAttentionKernel(const AttentionKernelCase& c) {
   if (c.device == DeviceKind::kCpu) return AttentionKernel::kCpuTiles;
   if (c.dtype == DType::kF32) return AttentionKernel::kF32;

@@ -120,10 +120,13 @@ enum class AttentionKernel {
 };
 absl::string_view Name(AttentionKernel kernel);  // "cpu tiles", "cuda f32", "cuda mma", "cudnn", "hopper"
 
+// Whether the program has cuDNN.
+bool HasCudnn();
+
 struct AttentionKernelCase {
   DeviceKind device = DeviceKind::kCpu;
-  bool hopper = false;             // RunsHopperKernels
-  bool cudnn = ANNULUS_HAS_CUDNN;  // the program has it
+  bool hopper = false;  // RunsHopperKernels
+  bool cudnn = HasCudnn();
   DType dtype = DType::kF32;
   int64_t dim = 0, v_dim = 0;
   MaskShape mask_shape = MaskShape::kGeneral;
