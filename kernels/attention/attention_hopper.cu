@@ -107,9 +107,10 @@ cudaError_t Launch(const HopperAttentionBlock& block, const HopperAttentionParti
     return cudaErrorInvalidValue;
   }
   if (block.q_rows == 0 || block.batch == 0 || block.heads == 0) return cudaSuccess;
-  const auto launch = block.dim == 64    ? HopperForwardDim64
-                      : block.dim == 128 ? HopperForwardDim128
-                                         : HopperForwardDim192;
+  const auto launch = (block.dim == 64    ? kHopperForwardDim64
+                       : block.dim == 128 ? kHopperForwardDim128
+                                          : kHopperForwardDim192)
+                          .launch;
   return launch(block, partial, workspace, stream);
 }
 

@@ -71,9 +71,10 @@ cudaError_t HopperAttentionBackward(const HopperAttentionBlock& block,
   cudaError_t error = PrepareHopperBackward(block, gradients, HopperBackwardTables(block.dim, query_gradient),
                                             workspace, &args, stream);
   if (error != cudaSuccess) return error;
-  const auto launch = block.dim == 64    ? HopperBackwardDim64
-                      : block.dim == 128 ? HopperBackwardDim128
-                                         : HopperBackwardDim192;
+  const auto launch = (block.dim == 64    ? kHopperBackwardDim64
+                       : block.dim == 128 ? kHopperBackwardDim128
+                                          : kHopperBackwardDim192)
+                          .launch;
   error = launch(args, query_gradient, stream);
   if (error != cudaSuccess || query_gradient == MmaQueryGradient::kAtomic) return error;
   return AddShares(block, gradients, args.tables, stream);

@@ -427,14 +427,16 @@ cudaError_t LaunchHopperBackwardTile(const HopperBackwardArgs& args, cudaStream_
 }
 
 template <int kDim, int kValueDim, int kSteps, int kQueries = HopperBackwardQueries(kDim)>
-cudaError_t LaunchHopperBackward(const HopperBackwardArgs& args, MmaQueryGradient query_gradient,
-                                 cudaStream_t stream) {
-  if (query_gradient == MmaQueryGradient::kAtomic) {
-    return LaunchHopperBackwardTile<
-        HopperBackwardTile<kDim, kValueDim, kQueries, kSteps, MmaQueryGradient::kAtomic>>(args, stream);
-  }
-  return LaunchHopperBackwardTile<
-      HopperBackwardTile<kDim, kValueDim, kQueries, kSteps, MmaQueryGradient::kOrdered>>(args, stream);
+HopperBackwardKernel BackwardKernelOf() {
+  using Added = HopperBackwardTile<kDim, kValueDim, kQueries, kSteps, MmaQueryGradient::kAtomic>;
+  using Ordered = HopperBackwardTile<kDim, kValueDim, kQueries, kSteps, MmaQueryGradient::kOrdered>;
+  return {[](const HopperBackwardArgs& args, MmaQueryGradient query_gradient, cudaStream_t stream) {
+            const auto launch = query_gradient == MmaQueryGradient::kAtomic ? LaunchHopperBackwardTile<Added>
+                                                                            : LaunchHopperBackwardTile<Ordered>;
+            return launch(args, stream);
+          },
+          reinterpret_cast<const void*>(AttentionBackwardHopper<Added>),
+          reinterpret_cast<const void*>(AttentionBackwardHopper<Ordered>)};
 }
 
 }  // namespace annulus::kernels

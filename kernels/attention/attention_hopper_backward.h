@@ -39,6 +39,11 @@ cudaError_t PrepareHopperBackward(const HopperAttentionBlock& block,
 // Adds the gradients; in a fixed order dK and dV of several shares not yet (AddShares).
 using HopperBackwardLauncher = cudaError_t(const HopperBackwardArgs& args, MmaQueryGradient query_gradient,
                                            cudaStream_t stream);
-HopperBackwardLauncher HopperBackwardDim64, HopperBackwardDim128, HopperBackwardDim192;
+// One choice of tiles: its launch, and the kernels behind it as cudaFuncGetAttributes takes them.
+struct HopperBackwardKernel {
+  HopperBackwardLauncher* launch;
+  const void *added, *ordered;
+};
+extern const HopperBackwardKernel kHopperBackwardDim64, kHopperBackwardDim128, kHopperBackwardDim192;
 
 }  // namespace annulus::kernels

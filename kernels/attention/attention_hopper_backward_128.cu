@@ -2,9 +2,6 @@
 
 namespace annulus::kernels {
 
-cudaError_t HopperBackwardDim128(const HopperBackwardArgs& args, MmaQueryGradient query_gradient,
-                                 cudaStream_t stream) {
-  return LaunchHopperBackward<128, 128, 1>(args, query_gradient, stream);
-}
+const HopperBackwardKernel kHopperBackwardDim128 = BackwardKernelOf<128, 128, 1>();
 
 }  // namespace annulus::kernels

@@ -2,9 +2,6 @@
 
 namespace annulus::kernels {
 
-cudaError_t HopperBackwardDim192(const HopperBackwardArgs& args, MmaQueryGradient query_gradient,
-                                 cudaStream_t stream) {
-  return LaunchHopperBackward<192, 128, 2>(args, query_gradient, stream);
-}
+const HopperBackwardKernel kHopperBackwardDim192 = BackwardKernelOf<192, 128, 2>();
 
 }  // namespace annulus::kernels

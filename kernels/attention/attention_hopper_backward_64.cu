@@ -2,9 +2,6 @@
 
 namespace annulus::kernels {
 
-cudaError_t HopperBackwardDim64(const HopperBackwardArgs& args, MmaQueryGradient query_gradient,
-                                cudaStream_t stream) {
-  return LaunchHopperBackward<64, 64, 1>(args, query_gradient, stream);
-}
+const HopperBackwardKernel kHopperBackwardDim64 = BackwardKernelOf<64, 64, 1>();
 
 }  // namespace annulus::kernels

@@ -556,4 +556,11 @@ cudaError_t LaunchHopperForward(const HopperAttentionBlock& block, const HopperA
                                      : LaunchHopperForwardMode<Tile, ForwardMode::kCarry>(arguments, stream);
 }
 
+template <typename Tile>
+HopperForwardKernel ForwardKernelOf() {
+  return {LaunchHopperForward<Tile>,
+          reinterpret_cast<const void*>(AttentionForwardHopper<Tile, ForwardMode::kWhole>),
+          reinterpret_cast<const void*>(AttentionForwardHopper<Tile, ForwardMode::kCarry>)};
+}
+
 }  // namespace annulus::kernels

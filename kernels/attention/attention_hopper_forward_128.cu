@@ -2,10 +2,7 @@
 
 namespace annulus::kernels {
 
-cudaError_t HopperForwardDim128(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
-                                void* workspace, cudaStream_t stream) {
-  return LaunchHopperForward<HopperForwardTile<128, 128, 2, 128, 2, 2, Turns::kAsTheyCome>>(
-      block, partial, workspace, stream);
-}
+const HopperForwardKernel kHopperForwardDim128 =
+    ForwardKernelOf<HopperForwardTile<128, 128, 2, 128, 2, 2, Turns::kAsTheyCome>>();
 
 }  // namespace annulus::kernels

@@ -2,9 +2,7 @@
 
 namespace annulus::kernels {
 
-cudaError_t HopperForwardDim192(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
-                                void* workspace, cudaStream_t stream) {
-  return LaunchHopperForward<HopperForwardTile<192, 128, 2, 128, 2, 1>>(block, partial, workspace, stream);
-}
+const HopperForwardKernel kHopperForwardDim192 =
+    ForwardKernelOf<HopperForwardTile<192, 128, 2, 128, 2, 1>>();
 
 }  // namespace annulus::kernels

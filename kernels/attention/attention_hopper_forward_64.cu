@@ -2,9 +2,7 @@
 
 namespace annulus::kernels {
 
-cudaError_t HopperForwardDim64(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
-                               void* workspace, cudaStream_t stream) {
-  return LaunchHopperForward<HopperForwardTile<64, 64, 3, 128, 2, 2>>(block, partial, workspace, stream);
-}
+const HopperForwardKernel kHopperForwardDim64 =
+    ForwardKernelOf<HopperForwardTile<64, 64, 3, 128, 2, 2>>();
 
 }  // namespace annulus::kernels

@@ -37,6 +37,11 @@ using HopperForwardLauncher = cudaError_t(const HopperAttentionBlock& block,
 cudaError_t FillForwardTables(const HopperAttentionBlock& block, int tile_rows, void* workspace,
                               ForwardTables* tables, cudaStream_t stream);
 
-HopperForwardLauncher HopperForwardDim64, HopperForwardDim128, HopperForwardDim192;
+// One choice of tiles: its launch, and the kernels behind it as cudaFuncGetAttributes takes them.
+struct HopperForwardKernel {
+  HopperForwardLauncher* launch;
+  const void *whole, *carry;
+};
+extern const HopperForwardKernel kHopperForwardDim64, kHopperForwardDim128, kHopperForwardDim192;
 
 }  // namespace annulus::kernels

@@ -216,7 +216,7 @@ void TimeVariants(const Timed& t, const Operands& operands) {
           kernels::HopperBackwardArgs args;
           CUDA(kernels::PrepareHopperBackward(operands.Block(), operands.Gradients(), shape, workspace.data,
                                               &args, nullptr));
-          CUDA(variant.launch(args, MmaQueryGradient::kAtomic, nullptr));
+          CUDA(variant.kernel.launch(args, MmaQueryGradient::kAtomic, nullptr));
         },
         5);
     std::printf("    %s: %.1f TFLOP/s\n", variant.name, operands.flop() / seconds * 1e-12);

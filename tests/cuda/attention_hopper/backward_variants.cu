@@ -6,7 +6,7 @@ namespace annulus::testing {
 using namespace kernels;
 
 const HopperBackwardVariant kHopperBackwardVariants[] = {
-    {"two steps", 128, 64, LaunchHopperBackward<128, 128, 2>},
+    {"two steps", 128, 64, BackwardKernelOf<128, 128, 2>()},
 };
 const int kHopperBackwardVariantCount = sizeof(kHopperBackwardVariants) / sizeof(kHopperBackwardVariants[0]);
 

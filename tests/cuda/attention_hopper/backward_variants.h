@@ -10,7 +10,7 @@ struct HopperBackwardVariant {
   const char* name;
   int64_t dim;
   int queries;  // of a tile
-  kernels::HopperBackwardLauncher* launch;
+  kernels::HopperBackwardKernel kernel;
 };
 
 extern const HopperBackwardVariant kHopperBackwardVariants[];

@@ -9,6 +9,7 @@
 #include "cuda/attention_hopper/backward_time.h"
 #include "cuda/attention_hopper/forward_check.h"
 #include "cuda/attention_hopper/op_checks.h"
+#include "cuda/attention_hopper/resources.h"
 #include "cuda/attention_hopper/timing.h"
 #include "kernels/attention/attention_hopper.h"
 
@@ -74,8 +75,8 @@ int main(int argc, char** argv) {
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
   bool ok = what == "time" || CheckAll(what, forward, backward);
   if (what == "all" || what == "time") {
-    if (forward) ok = TimeForward() && ok;
-    if (backward) TimeBackward();
+    if (forward) PrintForwardResources(), ok = TimeForward() && ok;
+    if (backward) PrintBackwardResources(), TimeBackward();
   }
   return ok ? 0 : 1;
 }

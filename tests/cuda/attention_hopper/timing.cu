@@ -200,7 +200,7 @@ class Timing {
     Add("whole", HopperForward);
     for (int i = 0; shape_.variants && i < kHopperForwardVariantCount; ++i) {
       if (kHopperForwardVariants[i].dim == shape_.dim) {
-        Add(kHopperForwardVariants[i].name, kHopperForwardVariants[i].launch);
+        Add(kHopperForwardVariants[i].name, kHopperForwardVariants[i].kernel.launch);
       }
     }
     AddCudnn();

@@ -9,7 +9,7 @@ namespace annulus::testing {
 struct HopperForwardVariant {
   const char* name;
   int64_t dim;
-  kernels::HopperForwardLauncher* launch;
+  kernels::HopperForwardKernel kernel;
 };
 
 extern const HopperForwardVariant kHopperForwardVariants[];

@@ -1,0 +1,51 @@
+#include "cuda/attention_hopper/resources.h"
+
+#include "cuda/attention_hopper/backward_variants.h"
+#include "cuda/attention_hopper/variants.h"
+#include "cuda/attention_mma/device_arrays.h"
+
+namespace annulus::testing {
+namespace {
+
+// Spills are in local memory, with what is indexed at run time; registers are those a block starts with.
+void Print(int dim, const char* name, const char* mode, const void* kernel) {
+  cudaFuncAttributes attributes;
+  CUDA(cudaFuncGetAttributes(&attributes, kernel));
+  std::printf("    %3d %-24s %-8s %4d registers, %4zu bytes of local memory\n", dim, name, mode,
+              attributes.numRegs, attributes.localSizeBytes);
+}
+
+void Print(int dim, const char* name, const kernels::HopperForwardKernel& kernel) {
+  Print(dim, name, "whole", kernel.whole);
+  Print(dim, name, "carry", kernel.carry);
+}
+void Print(int dim, const char* name, const kernels::HopperBackwardKernel& kernel) {
+  Print(dim, name, "added", kernel.added);
+  Print(dim, name, "ordered", kernel.ordered);
+}
+
+}  // namespace
+
+void PrintForwardResources() {
+  std::printf("forward\n");
+  Print(64, "", kernels::kHopperForwardDim64);
+  Print(128, "", kernels::kHopperForwardDim128);
+  Print(192, "", kernels::kHopperForwardDim192);
+  for (int i = 0; i < kHopperForwardVariantCount; ++i) {
+    const HopperForwardVariant& variant = kHopperForwardVariants[i];
+    Print(static_cast<int>(variant.dim), variant.name, variant.kernel);
+  }
+}
+
+void PrintBackwardResources() {
+  std::printf("backward\n");
+  Print(64, "", kernels::kHopperBackwardDim64);
+  Print(128, "", kernels::kHopperBackwardDim128);
+  Print(192, "", kernels::kHopperBackwardDim192);
+  for (int i = 0; i < kHopperBackwardVariantCount; ++i) {
+    const HopperBackwardVariant& variant = kHopperBackwardVariants[i];
+    Print(static_cast<int>(variant.dim), variant.name, variant.kernel);
+  }
+}
+
+}  // namespace annulus::testing
