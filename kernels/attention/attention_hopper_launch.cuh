@@ -37,6 +37,10 @@ using HopperForwardLauncher = cudaError_t(const HopperAttentionBlock& block,
 cudaError_t FillForwardTables(const HopperAttentionBlock& block, int tile_rows, void* workspace,
                               ForwardTables* tables, cudaStream_t stream);
 
+// order: [batch, query_tiles], of each item the tiles of the most keys between begin and end first.
+cudaError_t SortForwardTiles(const TileBounds* bounds, int64_t batch, int query_tiles, int* order,
+                             cudaStream_t stream);
+
 HopperForwardLauncher HopperForwardDim64, HopperForwardDim128, HopperForwardDim192;
 
 }  // namespace annulus::kernels
