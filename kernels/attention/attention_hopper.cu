@@ -148,9 +148,13 @@ cudaError_t FillForwardTables(const HopperAttentionBlock& block, int tile_rows, 
       tile_rows / 32 * static_cast<int>(sizeof(TileBounds)), stream, block, ranges, bounds, tables->next);
   if (tiles <= kUnsortedTiles) tables->order = nullptr;
   if (error != cudaSuccess || tables->order == nullptr) return error;
-  return LaunchEarly(SortTiles, dim3(static_cast<unsigned>(block.batch)), kClasses,
-                     (kClasses + 1) * static_cast<int>(sizeof(int)), stream, bounds, tables->query_tiles,
-                     order);
+  return SortForwardTiles(bounds, block.batch, tables->query_tiles, order, stream);
+}
+
+cudaError_t SortForwardTiles(const TileBounds* bounds, int64_t batch, int query_tiles, int* order,
+                             cudaStream_t stream) {
+  return LaunchEarly(SortTiles, dim3(static_cast<unsigned>(batch)), kClasses,
+                     (kClasses + 1) * static_cast<int>(sizeof(int)), stream, bounds, query_tiles, order);
 }
 
 cudaError_t HopperAttentionForward(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,

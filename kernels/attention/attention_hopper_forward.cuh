@@ -63,11 +63,10 @@
 namespace annulus::kernels {
 
 // 64 query rows of a tile, of one warpgroup.
-template <typename Tile, ForwardMode kMode>
+template <typename Tile, ForwardMode kMode, typename Arguments>
 class ForwardGroup {
  public:
-  __device__ ForwardGroup(const HopperForwardArguments& arguments, const ForwardShared<Tile>& shared,
-                          int group)
+  __device__ ForwardGroup(const Arguments& arguments, const ForwardShared<Tile>& shared, int group)
       : arguments_(arguments),
         shared_(shared),
         barriers_(shared.barriers),
@@ -75,11 +74,28 @@ class ForwardGroup {
         lane_(static_cast<int>(threadIdx.x % 32)),
         row_(group * 64 + static_cast<int>(threadIdx.x / 32 % 4) * 16 + lane_ / 4) {}
 
-  // All tiles of this thread block. A step starts the scores of one key tile and the values of the one
-  // before, which may be the last of the query tile before.
   __device__ void Run() {
     if (kTakeTurns && group_ == 0) BarrierArrive(kTurnBarrier, 256);  // the first turn
-    if (!Take()) return;
+    if constexpr (kMode == ForwardMode::kArena) {
+      while (Take()) {
+        RunTiles();
+        ReleaseV();
+      }
+    } else {
+      if (Take()) RunTiles();
+    }
+  }
+
+ private:
+  static constexpr int kTurnBarrier = 1, kGroupBarrier = kTurnBarrier + Tile::kGroups;
+  static constexpr bool kTakeTurns = Tile::kTurns == Turns::kInOrder;
+  static constexpr float kSlack = 8;
+  static constexpr int kScoreParts = Tile::kKeys / 8, kValueParts = Tile::kValueDim / 8;
+  static constexpr Major kInRow = Major::kDepthInRow, kAcrossRows = Major::kDepthAcrossRows;
+
+  // The tile that was taken and all that follow it without a pause. A step starts the scores of one key tile
+  // and the values of the one before, which may be the last of the query tile before.
+  __device__ void RunTiles() {
     WaitK();
     StartScores();
     GroupWait<0>();
@@ -95,6 +111,15 @@ class ForwardGroup {
         Rescale();
         Pack();
       }
+      if constexpr (kMode == ForwardMode::kArena) {
+        if (work_.part.more()) {
+          TakeMore();
+          Step();
+          Rescale();
+          Pack();
+          continue;
+        }
+      }
       Finish();
       if (!Take()) break;
       Step();
@@ -107,13 +132,6 @@ class ForwardGroup {
     GroupUse(acc_);
     Store();
   }
-
- private:
-  static constexpr int kTurnBarrier = 1, kGroupBarrier = kTurnBarrier + Tile::kGroups;
-  static constexpr bool kTakeTurns = Tile::kTurns == Turns::kInOrder;
-  static constexpr float kSlack = 8;
-  static constexpr int kScoreParts = Tile::kKeys / 8, kValueParts = Tile::kValueDim / 8;
-  static constexpr Major kInRow = Major::kDepthInRow, kAcrossRows = Major::kDepthAcrossRows;
 
   __device__ void Step() {
     WaitK();
@@ -131,12 +149,15 @@ class ForwardGroup {
     ReleaseV();
   }
 
-  // The next tile, from nothing; false if there are no more.
+  // The next tile, from nothing; false if there are no more, in kArena none for now.
   __device__ bool Take() {
     PhaseBarrierWait(work_place_.Of(barriers_.work_full), work_place_.parity);
     work_ = barriers_.work[work_place_.stage];
     work_place_.Advance();
-    if (work_.at.query_tile < 0) return false;
+    if (work_.at.query_tile < 0) {
+      if (kMode == ForwardMode::kArena) WarpArrives(SharedAddress(&barriers_.work_empty[WorkStage()]));
+      return false;
+    }
     key_ = work_.keys.begin;
     ready_ = false;
     for (int half = 0; half < 2; ++half) {
@@ -148,13 +169,27 @@ class ForwardGroup {
     return true;
   }
 
+  // The next part of the tile at work, behind the last scores of this one.
+  __device__ void TakeMore() {
+    WaitValues();
+    WarpArrives(SharedAddress(&barriers_.work_empty[WorkStage()]));
+    PhaseBarrierWait(work_place_.Of(barriers_.work_full), work_place_.parity);
+    work_ = barriers_.work[work_place_.stage];
+    work_place_.Advance();
+    key_ = work_.keys.begin;
+    for (int half = 0; half < 2; ++half) ranges_[half] = Range(half);
+  }
+
   // Behind the last scores of a tile, before its last values.
   __device__ void Finish() {
     WarpArrives(q_place_.Of(barriers_.q_empty));
     q_place_.Advance();
-    finished_ = {(work_place_.stage + kForwardWorks - 1) % kForwardWorks,
-                 {reference_[0], reference_[1]},
-                 {sum_[0], sum_[1]}};
+    finished_ = {WorkStage(), {reference_[0], reference_[1]}, {sum_[0], sum_[1]}};
+    WaitValues();
+  }
+
+  // The last of the keys at work.
+  __device__ void WaitValues() {
     WaitV();
     const int end = work_.keys.end;
     if (key_ > end && end < arguments_.k_rows) ClearValues(end - (key_ - Tile::kKeys));
@@ -350,9 +385,15 @@ class ForwardGroup {
   }
 
   // Merges the finished tile into the carry. Rows that saw no key of the block are not written, except to the
-  // rounded result.
+  // rounded result; in kArena all are, to one of the two.
   __device__ void Store() {
     const ForwardTileIndex at = barriers_.work[finished_.work].at;
+    [[maybe_unused]] const ForwardPart part = barriers_.work[finished_.work].part;
+    const bool carried_before =
+        kMode == ForwardMode::kCarry || (kMode == ForwardMode::kArena && part.carried());
+    const bool unfinished = kMode == ForwardMode::kArena && part.unfinished();
+    const bool carries = kMode == ForwardMode::kCarry ||
+                         (kMode == ForwardMode::kArena && (unfinished || arguments_.result.data == nullptr));
     WarpArrives(SharedAddress(&barriers_.work_empty[finished_.work]));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -360,7 +401,7 @@ class ForwardGroup {
       float* const out = RowOf(arguments_.out, at, half) + lane_ % 4 * 2;
       float carried = -kInfinity;
       float2 before[kValueParts] = {};
-      if (kMode == ForwardMode::kCarry && inside) {
+      if (carried_before && inside) {
         carried = arguments_.lse[StatIndex(at, half)] * kLog2E;
 #pragma unroll
         for (int n = 0; n < kValueParts; ++n) before[n] = *reinterpret_cast<const float2*>(out + n * 8);
@@ -382,7 +423,7 @@ class ForwardGroup {
         acc_[n][2 * half + 1] = fmaf(before[n].y, carried_weight, acc_[n][2 * half + 1] * weight);
       }
       if (!inside || (kMode == ForwardMode::kCarry && sum == 0)) continue;
-      if (kMode == ForwardMode::kCarry) {
+      if (carries) {
 #pragma unroll
         for (int n = 0; n < kValueParts; ++n) {
           *reinterpret_cast<float2*>(out + n * 8) = {acc_[n][2 * half], acc_[n][2 * half + 1]};
@@ -390,7 +431,12 @@ class ForwardGroup {
       }
       if (lane_ % 4 == 0) arguments_.lse[StatIndex(at, half)] = (max + log2f(total)) * kLn2;
     }
-    if (arguments_.result.data != nullptr) StoreResult(at);
+    if (arguments_.result.data != nullptr && !unfinished) StoreResult(at);
+    if constexpr (kMode == ForwardMode::kArena) {
+      if (!unfinished) return;
+      NamedBarrier(kGroupBarrier + group_, 128);  // all rows are stored
+      if (threadIdx.x % 128 == 0) PutBack<Tile>(arguments_, at);
+    }
   }
 
   // Neighbouring lanes swap columns, so that each stores 8 bytes side by side and four 32.
@@ -412,12 +458,15 @@ class ForwardGroup {
     }
   }
 
+  // Of the work that was taken last.
+  __device__ int WorkStage() const { return (work_place_.stage + kForwardWorks - 1) % kForwardWorks; }
   __device__ int Row(const ForwardTileIndex& at, int half) const {
     return at.query_tile * Tile::kQueries + row_ + half * 8;
   }
   __device__ KeyRows Range(int half) const {
     const ForwardTileIndex& at = work_.at;
-    const int64_t tile = at.item * int64_t{arguments_.order.query_tiles} + at.query_tile;
+    const int table = (kMode == ForwardMode::kArena ? work_.part.chunk() * arguments_.batch : 0) + at.item;
+    const int64_t tile = table * int64_t{arguments_.order.query_tiles} + at.query_tile;
     return arguments_.tables.ranges[tile * Tile::kQueries + row_ + half * 8];
   }
   __device__ int64_t StatIndex(const ForwardTileIndex& at, int half) const {
@@ -429,7 +478,7 @@ class ForwardGroup {
     return out.data + Row(at, half) * out.row_stride + at.item * out.batch_stride + at.head * Tile::kValueDim;
   }
 
-  const HopperForwardArguments& arguments_;
+  const Arguments& arguments_;
   const ForwardShared<Tile>& shared_;
   ForwardBarriers<Tile>& barriers_;
   const int group_, lane_, row_;  // row_: in the tile, of the first half
@@ -466,9 +515,9 @@ __device__ void InitForwardBarriers(ForwardBarriers<Tile>& barriers) {
   PhaseBarrierFence();
 }
 
-template <typename Tile, ForwardMode kMode>
+template <typename Tile, ForwardMode kMode, typename Arguments>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    AttentionForwardHopper(const __grid_constant__ HopperForwardArguments arguments) {
+    AttentionForwardHopper(const __grid_constant__ Arguments arguments) {
   if constexpr (kHopper) {
     unsigned char* const memory = DynamicShared();
     auto& barriers = *reinterpret_cast<ForwardBarriers<Tile>*>(memory + Tile::kTileBytes);
@@ -483,7 +532,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (threadIdx.x < 32 && ElectLane()) ForwardLoader<Tile, kMode>(arguments, shared).Run();
     } else {
       GrowRegisters<Tile::kMathRegisters>();
-      ForwardGroup<Tile, kMode>(arguments, shared, group - 1).Run();
+      ForwardGroup<Tile, kMode, Arguments>(arguments, shared, group - 1).Run();
     }
   }
 }
@@ -498,9 +547,9 @@ inline int HeadsPerSet(const HopperAttentionBlock& block) {
   return static_cast<int>(kv_heads * (block.heads / block.kv_heads));
 }
 
-template <typename Tile, ForwardMode kMode>
-cudaError_t LaunchHopperForwardMode(const HopperForwardArguments& arguments, cudaStream_t stream) {
-  const auto kernel = AttentionForwardHopper<Tile, kMode>;
+template <typename Tile, ForwardMode kMode, typename Arguments>
+cudaError_t LaunchHopperForwardMode(const Arguments& arguments, cudaStream_t stream) {
+  const auto kernel = AttentionForwardHopper<Tile, kMode, Arguments>;
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -513,45 +562,54 @@ cudaError_t LaunchHopperForwardMode(const HopperForwardArguments& arguments, cud
                      Tile::kThreads, kForwardSharedBytes<Tile>, stream, arguments);
 }
 
+// All but the tables.
 template <typename Tile>
-cudaError_t LaunchHopperForward(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
-                                void* workspace, cudaStream_t stream) {
-  HopperForwardArguments arguments{};
+cudaError_t MakeForwardArguments(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
+                                 HopperForwardArguments* arguments) {
   const auto panels = [&](const auto& x, int64_t rows, int64_t heads, int64_t dim) {
     return PanelsRef{x.data, rows, block.batch, heads * dim / 64, x.row_stride, x.batch_stride};
   };
-  cudaError_t error = FillForwardTables(block, Tile::kQueries, workspace, &arguments.tables, stream);
-  if (error != cudaSuccess) return error;
-  error = MakeTensorMap(panels(block.q, block.q_rows, block.heads, block.dim), Tile::kQueries,
-                        Tile::kDim / 64, &arguments.q);
+  cudaError_t error = MakeTensorMap(panels(block.q, block.q_rows, block.heads, block.dim), Tile::kQueries,
+                                    Tile::kDim / 64, &arguments->q);
   if (error != cudaSuccess) return error;
   // Without keys any memory will do for the masked ones.
   const auto k = block.k_rows > 0 ? panels(block.k, block.k_rows, block.kv_heads, block.dim)
                                   : panels(block.q, block.q_rows, block.heads, block.dim);
   const auto v = block.k_rows > 0 ? panels(block.v, block.k_rows, block.kv_heads, block.v_dim) : k;
-  error = MakeTensorMap(k, Tile::kKeys, Tile::kDim / 64, &arguments.k);
+  error = MakeTensorMap(k, Tile::kKeys, Tile::kDim / 64, &arguments->k);
   if (error != cudaSuccess) return error;
-  error = MakeTensorMap(v, Tile::kKeys, Tile::kValueDim / 64, &arguments.v);
+  error = MakeTensorMap(v, Tile::kKeys, Tile::kValueDim / 64, &arguments->v);
   if (error != cudaSuccess) return error;
   if (partial.out.data != nullptr) {
     error = MakeTensorMap(
         SumPanelsRef{partial.out.data, block.q_rows, block.batch, block.heads * block.v_dim / 32,
                      partial.out.row_stride, partial.out.batch_stride},
-        Tile::kQueries, Tile::kValueDim / 32, &arguments.out_rows);
+        Tile::kQueries, Tile::kValueDim / 32, &arguments->out_rows);
     if (error != cudaSuccess) return error;
   }
-  arguments.out = partial.out;
-  arguments.result = partial.result;
-  arguments.lse = partial.lse;
-  arguments.q_rows = static_cast<int>(block.q_rows);
-  arguments.k_rows = static_cast<int>(block.k_rows);
-  arguments.batch = static_cast<int>(block.batch);
-  arguments.all_heads = static_cast<int>(block.batch * block.heads);
-  arguments.heads_per_kv = static_cast<int>(block.heads / block.kv_heads);
-  arguments.scale = block.scale * kLog2E;
-  const int query_tiles = arguments.tables.query_tiles;
-  arguments.order = {HeadsPerSet(block), static_cast<int>(block.heads), query_tiles,
-                     query_tiles * arguments.all_heads};
+  arguments->out = partial.out;
+  arguments->result = partial.result;
+  arguments->lse = partial.lse;
+  arguments->q_rows = static_cast<int>(block.q_rows);
+  arguments->k_rows = static_cast<int>(block.k_rows);
+  arguments->batch = static_cast<int>(block.batch);
+  arguments->all_heads = static_cast<int>(block.batch * block.heads);
+  arguments->heads_per_kv = static_cast<int>(block.heads / block.kv_heads);
+  arguments->scale = block.scale * kLog2E;
+  const int query_tiles = static_cast<int>((block.q_rows + Tile::kQueries - 1) / Tile::kQueries);
+  arguments->order = {HeadsPerSet(block), static_cast<int>(block.heads), query_tiles,
+                      query_tiles * arguments->all_heads};
+  return cudaSuccess;
+}
+
+template <typename Tile>
+cudaError_t LaunchHopperForward(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
+                                void* workspace, cudaStream_t stream) {
+  HopperForwardArguments arguments{};
+  cudaError_t error = FillForwardTables(block, Tile::kQueries, workspace, &arguments.tables, stream);
+  if (error != cudaSuccess) return error;
+  error = MakeForwardArguments<Tile>(block, partial, &arguments);
+  if (error != cudaSuccess) return error;
   return partial.out.data == nullptr ? LaunchHopperForwardMode<Tile, ForwardMode::kWhole>(arguments, stream)
                                      : LaunchHopperForwardMode<Tile, ForwardMode::kCarry>(arguments, stream);
 }

@@ -8,8 +8,8 @@
 
 namespace annulus::kernels {
 
-// kWhole: starts from nothing, and only writes `result` and the LSE.
-enum class ForwardMode { kWhole, kCarry };
+// kWhole: starts from nothing, and only writes `result` and the LSE. kArena: attention_hopper_arena.cuh.
+enum class ForwardMode { kWhole, kCarry, kArena };
 
 // Whether warpgroups hand the tensor cores to each other, or take them as they come.
 enum class Turns { kInOrder, kAsTheyCome };
@@ -61,11 +61,23 @@ struct HopperForwardArguments {
   float scale;  // of scores, in units of log2
 };
 
+// Which keys of a tile a work is about, in kArena.
+struct ForwardPart {
+  int bits;  // in one word, or handing it over costs the other modes
+  __device__ static ForwardPart Of(int chunk, bool more, bool carried, bool unfinished) {
+    return {chunk << 3 | int{more} << 2 | int{carried} << 1 | int{unfinished}};
+  }
+  __device__ int chunk() const { return bits >> 3; }
+  __device__ bool more() const { return (bits & 4) != 0; }        // the tile goes on with the next work
+  __device__ bool carried() const { return (bits & 2) != 0; }     // it starts from the carry
+  __device__ bool unfinished() const { return (bits & 1) != 0; }  // ends in it, for more keys will come
+};
+
 // A tile as the loader hands it to the warpgroups; query_tile < 0: there are no more. It has one key tile at
 // least: of masked keys from 0 on, where its rows see none.
 struct alignas(16) ForwardWork {
   ForwardTileIndex at;
-  int padding;
+  ForwardPart part;
   TileBounds keys;
 };
 
@@ -145,7 +157,7 @@ class ForwardLoader {
     const ForwardOrder& order = arguments_.order;
     for (;;) {
       const int index = index_;
-      if (index >= order.tiles) return {{0, 0, -1}, 0, {0, 0, 0, 0}};
+      if (index >= order.tiles) return {{0, 0, -1}, {}, {0, 0, 0, 0}};
       index_ = static_cast<int>(gridDim.x) + atomicAdd(arguments_.tables.next, 1);
       ForwardWork work{};
       work.at = TileAt(order, arguments_.tables.order, index, arguments_.all_heads);

@@ -44,4 +44,8 @@ struct HopperForwardKernel {
 };
 extern const HopperForwardKernel kHopperForwardDim64, kHopperForwardDim128, kHopperForwardDim192;
 
+// order: [batch, query_tiles], of each item the tiles of the most keys between begin and end first.
+cudaError_t SortForwardTiles(const TileBounds* bounds, int64_t batch, int query_tiles, int* order,
+                             cudaStream_t stream);
+
 }  // namespace annulus::kernels

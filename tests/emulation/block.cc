@@ -73,6 +73,7 @@ class Device {
   int multiprocessors = 2;
   std::string failure;
   Launch launch;
+  bool idle = false;       // nothing goes on but time
   Block* block = nullptr;  // of the running thread or asynchronous work
   Thread* thread = nullptr;
 
@@ -86,6 +87,7 @@ class Device {
   void Start(Block* to, int64_t number);
   bool Step();
   bool ResumeWarp(Block* of, int warp);
+  bool ResumeSome(bool patient);
   void RunLater(Block* of);
   void ReportDeadlock();
   static void Main();
@@ -141,6 +143,7 @@ bool Device::ResumeWarp(Block* of, int warp) {
     if (one.done || (one.ready && !one.ready())) continue;
     one.ready = nullptr;
     any = true;
+    idle = false;
     thread = &one;
     swapcontext(&scheduler_, &one.context);
     thread = nullptr;
@@ -169,21 +172,29 @@ bool Device::Step() {
       return true;
     }
   }
-  const auto warps = static_cast<unsigned>((launch.threads + kWarp - 1) / kWarp);
-  const unsigned start = static_cast<unsigned>(rng() % (blocks * warps));
-  for (const bool patient : {true, false}) {
-    for (unsigned i = 0; i < blocks * warps; ++i) {
-      const unsigned at = (start + i) % (blocks * warps);
-      Block* const of = resident_[at / warps].get();
-      const auto warp = static_cast<int>(at % warps);
-      if (patient && static_cast<int>(rng() % 16) < of->laziness[static_cast<size_t>(warp)]) continue;
-      if (ResumeWarp(of, warp)) return true;
-    }
-  }
+  if (ResumeSome(true) || ResumeSome(false)) return true;
   for (const auto& of : resident_) {
     if (of->later.empty()) continue;
     RunLater(of.get());
     return true;
+  }
+  idle = true;
+  const bool any = ResumeSome(false);
+  idle = false;
+  return any;
+}
+
+// One warp that can go on, from a random one on.
+bool Device::ResumeSome(bool patient) {
+  const auto warps = static_cast<unsigned>((launch.threads + kWarp - 1) / kWarp),
+             count = static_cast<unsigned>(resident_.size()) * warps;
+  const auto start = static_cast<unsigned>(rng() % count);
+  for (unsigned i = 0; i < count; ++i) {
+    const unsigned at = (start + i) % count;
+    Block* const of = resident_[at / warps].get();
+    const auto warp = static_cast<int>(at % warps);
+    if (patient && static_cast<int>(rng() % 16) < of->laziness[static_cast<size_t>(warp)]) continue;
+    if (ResumeWarp(of, warp)) return true;
   }
   return false;
 }
@@ -290,6 +301,7 @@ void Fail(const std::string& what) {
   g_device.thread->done = true;
   g_device.Leave();
 }
+bool Idle() { return g_device.idle; }
 uint32_t Random(uint32_t below) { return static_cast<uint32_t>(g_device.rng() % below); }
 
 int ThreadOfBlock() { return g_device.thread->index; }

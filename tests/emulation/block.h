@@ -48,6 +48,8 @@ int Multiprocessors();
 // Ends the launch as failed; the thread does not go on.
 [[noreturn]] void Fail(const std::string& what);
 uint32_t Random(uint32_t below);
+// Whether no thread and nothing asynchronous can go on but threads that wait for time to pass.
+bool Idle();
 
 int ThreadOfBlock();
 inline int Lane() { return ThreadOfBlock() % 32; }

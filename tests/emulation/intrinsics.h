@@ -110,5 +110,6 @@ cudaError_t LaunchEarly(void (*kernel)(Parameters...), dim3 blocks, int threads,
 
 }  // namespace annulus::kernels
 
+#include "emulation/arrival.h"
 #include "emulation/products.h"
 #include "emulation/tensor.h"

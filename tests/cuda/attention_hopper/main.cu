@@ -2,9 +2,12 @@
 // others.
 //     build/tests/attention_hopper_check [all|check|time|sanitize] [both|forward|backward]
 //     build/tests/attention_hopper_check agree|repeats|guard      through the op (op_checks.h)
+//     build/tests/attention_hopper_check arena
 
 #include <chrono>
+#include <set>
 
+#include "cuda/attention_hopper/arena.h"
 #include "cuda/attention_hopper/backward_check.h"
 #include "cuda/attention_hopper/backward_time.h"
 #include "cuda/attention_hopper/forward_check.h"
@@ -56,8 +59,9 @@ int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // a check that is cut off shows how far it came
   const std::string what = argc > 1 ? argv[1] : "all";
   if (what == "agree" || what == "repeats" || what == "guard") return CheckOp(what) ? 0 : 1;
-  if (what != "all" && what != "check" && what != "time" && what != "sanitize") {
-    std::printf("%s: expected all, check, time or sanitize\n", what.c_str());
+  const std::set<std::string> known = {"all", "check", "time", "sanitize", "arena", "arena_missing"};
+  if (!known.contains(what)) {
+    std::printf("%s: expected all, check, time, sanitize or arena\n", what.c_str());
     return 1;
   }
   const std::string passes = argc > 2 ? argv[2] : "both";
@@ -72,7 +76,9 @@ int main(int argc, char** argv) {
     std::printf("no Hopper GPU: %s\n", cudaGetErrorString(error));
     return 1;
   }
+  if (what == "arena_missing") return RunArenaMissing() ? 0 : 1;
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
+  if (what == "arena") return RunArena(argv[0]) ? 0 : 1;
   bool ok = what == "time" || CheckAll(what, forward, backward);
   if (what == "all" || what == "time") {
     if (forward) PrintForwardResources(), ok = TimeForward() && ok;

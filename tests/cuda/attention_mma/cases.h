@@ -86,14 +86,22 @@ Problem MakeProblem(const Case& c, std::mt19937& rng) {
 struct Prepared {
   Case c;
   std::mt19937 rng;
-  Problem p;                    // bounds are key rows
-  std::vector<int64_t> lo, hi;  // the bounds as the kernel gets them
-  Solution exact, naive;        // in double, and as T would have it
+  Problem p;                                    // bounds are key rows
+  std::vector<int64_t> lo, hi;                  // the bounds as the kernel gets them
+  Solution exact, naive;                        // in double, and as T would have it
+  std::vector<std::vector<double>> naive_outs;  // of further realizations
 };
 
 template <typename T>
-Prepared Prepare(const Case& c, uint32_t seed) {
-  Prepared made{.c = c, .rng = std::mt19937(seed), .p = {}, .lo = {}, .hi = {}, .exact = {}, .naive = {}};
+Prepared Prepare(const Case& c, uint32_t seed, uint32_t realizations = 1) {
+  Prepared made{.c = c,
+                .rng = std::mt19937(seed),
+                .p = {},
+                .lo = {},
+                .hi = {},
+                .exact = {},
+                .naive = {},
+                .naive_outs = {}};
   Problem& p = made.p = MakeProblem<T>(c, made.rng);
   made.lo = p.lo;
   made.hi = p.hi;
@@ -102,6 +110,9 @@ Prepared Prepare(const Case& c, uint32_t seed) {
   made.exact = Solver<double>(p, RoundNot).Solve();
   if constexpr (std::is_same_v<T, bf16>) {
     made.naive = Solver<double>(p, RoundTo<bf16>).Solve();
+    for (uint32_t realization = 1; realization < realizations; ++realization) {
+      made.naive_outs.push_back(Solver<double>(p, RoundTo<bf16>, realization).SolveOut());
+    }
   } else {
     made.naive = Solver<T>(p, RoundNot).Solve();
   }
@@ -109,10 +120,10 @@ Prepared Prepare(const Case& c, uint32_t seed) {
 }
 
 template <typename T>
-std::vector<Prepared> PrepareAll(const std::vector<Case>& cases) {
+std::vector<Prepared> PrepareAll(const std::vector<Case>& cases, uint32_t realizations = 1) {
   std::vector<Prepared> prepared(cases.size());
   ForEachParallel(static_cast<int64_t>(cases.size()), [&](int64_t i) {
-    prepared[Size(i)] = Prepare<T>(cases[Size(i)], static_cast<uint32_t>(i));
+    prepared[Size(i)] = Prepare<T>(cases[Size(i)], static_cast<uint32_t>(i), realizations);
   });
   return prepared;
 }

@@ -43,7 +43,10 @@ inline void ForEachParallel(int64_t count, const std::function<void(int64_t)>& f
 template <typename T>
 class Solver {
  public:
-  Solver(const Problem& p, Round round) : p_(p), round_(round) {
+  // Of the realizations, 0 rounds as it is, others round at multiples of each row's own: kernels hold weights
+  // at such multiples, and where few keys decide a result, the error of one says little of another's.
+  Solver(const Problem& p, Round round, uint32_t realization = 0)
+      : p_(p), round_(round), realization_(realization) {
     const auto make = [](size_t n, T value) { return std::vector<T>(n, value); };
     const size_t stats = Size(p.q_rows * p.batch * p.heads);
     out_ = make(stats * Size(p.v_dim), 0);
@@ -55,19 +58,35 @@ class Solver {
     weights_ = make(Size(p.k_rows), 0);
   }
 
+  std::vector<T> SolveOut() {
+    ForEachRow([this](int64_t item, int64_t head, int64_t row) { OutRow(item, head, row); });
+    return out_;
+  }
   Solution Solve() {
-    for (int64_t item = 0; item < p_.batch; ++item) {
-      for (int64_t head = 0; head < p_.heads; ++head) {
-        for (int64_t row = 0; row < p_.q_rows; ++row) SolveRow(item, head, row);
-      }
-    }
+    ForEachRow([this](int64_t item, int64_t head, int64_t row) {
+      OutRow(item, head, row);
+      GradientRow(item, head, row);
+    });
     const auto doubles = [](const std::vector<T>& x) { return std::vector<double>(x.begin(), x.end()); };
     return {doubles(out_), doubles(lse_), doubles(delta_), doubles(dq_), doubles(dk_), doubles(dv_)};
   }
 
  private:
   static size_t Size(int64_t n) { return static_cast<size_t>(n); }
-  T Rounded(T x) const { return static_cast<T>(round_(static_cast<double>(x))); }
+  template <typename Fn>
+  void ForEachRow(const Fn& fn) const {
+    for (int64_t item = 0; item < p_.batch; ++item) {
+      for (int64_t head = 0; head < p_.heads; ++head) {
+        for (int64_t row = 0; row < p_.q_rows; ++row) fn(item, head, row);
+      }
+    }
+  }
+  // From 1 to 2.
+  static double Multiple(uint32_t realization, size_t stat) {
+    const uint64_t h = (stat + (uint64_t{realization} << 40)) * 0x9E3779B97F4A7C15ull;
+    return realization == 0 ? 1 : 1 + static_cast<double>((h ^ (h >> 29)) >> 40) * 0x1p-24;
+  }
+  T Rounded(T x) const { return static_cast<T>(round_(static_cast<double>(x) * multiple_) / multiple_); }
   static T Dot(const double* x, const double* y, int64_t n) {
     T dot = 0;
     for (int64_t d = 0; d < n; ++d) dot += static_cast<T>(x[d]) * static_cast<T>(y[d]);
@@ -77,14 +96,16 @@ class Solver {
     for (int64_t d = 0; d < n; ++d) to[d] += factor * static_cast<T>(x[d]);
   }
 
-  void SolveRow(int64_t item, int64_t head, int64_t row) {
+  // Leaves the row's weights.
+  void OutRow(int64_t item, int64_t head, int64_t row) {
     const int64_t kv_head = head / (p_.heads / p_.kv_heads), token = row * p_.batch + item;
     const int64_t lo = p_.lo[Size(token)], hi = p_.hi[Size(token)];
     if (lo >= hi) return;
     const size_t stat = Size(token * p_.heads + head), dim = Size(p_.dim), v_dim = Size(p_.v_dim);
     const auto key = [&](int64_t j) { return Size((j * p_.batch + item) * p_.kv_heads + kv_head); };
-    const double *q = &p_.q[stat * dim], *dout = &p_.dout[stat * v_dim];
+    const double* q = &p_.q[stat * dim];
     const T scale = static_cast<T>(p_.scale);
+    multiple_ = Multiple(realization_, stat);
     T largest = -std::numeric_limits<T>::infinity(), sum = 0;
     for (int64_t j = lo; j < hi; ++j) {
       weights_[Size(j)] = Dot(q, &p_.k[key(j) * dim], p_.dim) * scale;
@@ -97,6 +118,16 @@ class Solver {
       weights_[Size(j)] = std::exp(weights_[Size(j)] - lse_[stat]);
       Add(Rounded(weights_[Size(j)]), &p_.v[key(j) * v_dim], p_.v_dim, out);
     }
+  }
+
+  void GradientRow(int64_t item, int64_t head, int64_t row) {
+    const int64_t kv_head = head / (p_.heads / p_.kv_heads), token = row * p_.batch + item;
+    const int64_t lo = p_.lo[Size(token)], hi = p_.hi[Size(token)];
+    if (lo >= hi) return;
+    const size_t stat = Size(token * p_.heads + head), dim = Size(p_.dim), v_dim = Size(p_.v_dim);
+    const auto key = [&](int64_t j) { return Size((j * p_.batch + item) * p_.kv_heads + kv_head); };
+    const double *q = &p_.q[stat * dim], *dout = &p_.dout[stat * v_dim];
+    const T scale = static_cast<T>(p_.scale), *out = &out_[stat * v_dim];
     for (size_t d = 0; d < v_dim; ++d) delta_[stat] += static_cast<T>(dout[d]) * out[d];
     for (int64_t j = lo; j < hi; ++j) {
       const T weight = weights_[Size(j)];
@@ -110,6 +141,8 @@ class Solver {
 
   const Problem& p_;
   const Round round_;
+  const uint32_t realization_;
+  double multiple_ = 1;  // of the row
   std::vector<T> out_, lse_, delta_, dq_, dk_, dv_, weights_;
 };
 

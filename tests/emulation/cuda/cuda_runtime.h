@@ -77,10 +77,12 @@ cudaError_t cudaMalloc(T** data, size_t bytes) {
   *data = static_cast<T*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
   return *data != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
 }
+inline cudaError_t cudaMallocHost(void** data, size_t bytes) { return cudaMalloc(data, bytes); }
 inline cudaError_t cudaFree(void* data) {
   std::free(data);
   return cudaSuccess;
 }
+inline cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
   std::memcpy(to, from, bytes);
   return cudaSuccess;
@@ -115,9 +117,11 @@ inline void __syncwarp() { annulus::emulation::MeetWarp("__syncwarp", 0); }
 [[noreturn]] inline void __trap() { annulus::emulation::Fail("__trap"); }
 // Not always ready, or a thread that polls would keep what it waits for from running.
 inline void __nanosleep(unsigned) {
-  annulus::emulation::WaitUntil("__nanosleep", [] { return annulus::emulation::Random(8) == 0; });
+  annulus::emulation::WaitUntil(
+      "__nanosleep", [] { return annulus::emulation::Idle() || annulus::emulation::Random(8) == 0; });
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
