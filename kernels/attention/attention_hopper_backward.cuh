@@ -430,13 +430,12 @@ template <int kDim, int kValueDim, int kSteps, int kQueries = HopperBackwardQuer
 HopperBackwardKernel BackwardKernelOf() {
   using Added = HopperBackwardTile<kDim, kValueDim, kQueries, kSteps, MmaQueryGradient::kAtomic>;
   using Ordered = HopperBackwardTile<kDim, kValueDim, kQueries, kSteps, MmaQueryGradient::kOrdered>;
-  return {[](const HopperBackwardArgs& args, MmaQueryGradient query_gradient, cudaStream_t stream) {
-            const auto launch = query_gradient == MmaQueryGradient::kAtomic ? LaunchHopperBackwardTile<Added>
-                                                                            : LaunchHopperBackwardTile<Ordered>;
-            return launch(args, stream);
-          },
-          reinterpret_cast<const void*>(AttentionBackwardHopper<Added>),
-          reinterpret_cast<const void*>(AttentionBackwardHopper<Ordered>)};
+  const auto launch = [](const HopperBackwardArgs& args, MmaQueryGradient order, cudaStream_t stream) {
+    return order == MmaQueryGradient::kAtomic ? LaunchHopperBackwardTile<Added>(args, stream)
+                                              : LaunchHopperBackwardTile<Ordered>(args, stream);
+  };
+  const auto added = AttentionBackwardHopper<Added>, ordered = AttentionBackwardHopper<Ordered>;
+  return {launch, reinterpret_cast<const void*>(added), reinterpret_cast<const void*>(ordered)};
 }
 
 }  // namespace annulus::kernels

@@ -616,9 +616,10 @@ cudaError_t LaunchHopperForward(const HopperAttentionBlock& block, const HopperA
 
 template <typename Tile>
 HopperForwardKernel ForwardKernelOf() {
-  return {LaunchHopperForward<Tile>,
-          reinterpret_cast<const void*>(AttentionForwardHopper<Tile, ForwardMode::kWhole>),
-          reinterpret_cast<const void*>(AttentionForwardHopper<Tile, ForwardMode::kCarry>)};
+  const auto whole = AttentionForwardHopper<Tile, ForwardMode::kWhole>;
+  const auto carry = AttentionForwardHopper<Tile, ForwardMode::kCarry>;
+  return {LaunchHopperForward<Tile>, reinterpret_cast<const void*>(whole),
+          reinterpret_cast<const void*>(carry)};
 }
 
 }  // namespace annulus::kernels
