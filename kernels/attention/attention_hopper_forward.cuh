@@ -616,8 +616,8 @@ cudaError_t LaunchHopperForward(const HopperAttentionBlock& block, const HopperA
 
 template <typename Tile>
 HopperForwardKernel ForwardKernelOf() {
-  const auto whole = AttentionForwardHopper<Tile, ForwardMode::kWhole>;
-  const auto carry = AttentionForwardHopper<Tile, ForwardMode::kCarry>;
+  const auto whole = AttentionForwardHopper<Tile, ForwardMode::kWhole, HopperForwardArguments>;
+  const auto carry = AttentionForwardHopper<Tile, ForwardMode::kCarry, HopperForwardArguments>;
   return {LaunchHopperForward<Tile>, reinterpret_cast<const void*>(whole),
           reinterpret_cast<const void*>(carry)};
 }
