@@ -53,8 +53,8 @@ void Report(const Bench& bench, const AttentionGeometry& geometry, const LayerOp
     result["documents"] = o.documents();
   }
   result.update({{"pairs", o.pairs()},
-                 {"forward_kernel", forward.KernelNames()},
-                 {"backward_kernel", backward.KernelNames()},
+                 {"forward_kernel", forward.kernels},
+                 {"backward_kernel", backward.kernels},
                  {"forward_plan", PlanOf(forward)},
                  {"backward_plan", PlanOf(backward)},
                  {"forward_ms", seconds.forward * 1e3},

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "annulus/base/random.h"
-#include "annulus/device/gpu.h"
 #include "annulus/device/transfer.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/train/exchange.h"
@@ -138,7 +137,7 @@ AttentionCase CaseOf(const Bench& bench, const SequenceLayout& layout, const Seq
           .device = bench.ctx().device.kind,
           .dtype = bench.dtype(),
           .determinism = bench.ctx().determinism,
-          .hopper = RunsHopperKernels(bench.ctx().device),
+          .hopper = bench.ctx().hopper,
           .kernel = bench.ctx().attention};
 }
 

@@ -33,6 +33,7 @@ Batch RandomBatch(const RunSpec& spec, const SequenceLayout& layout, const MeshC
 }
 
 absl::Status Run(Bench& bench) {
+  ANNULUS_RETURN_IF_ERROR(PlannedMemory(bench.spec, bench.machine).status());
   Trainer trainer(bench.spec, bench.machine.mesh, bench.ctx(), bench.machine.exchange);
   ANNULUS_RETURN_IF_ERROR(trainer.Initialize());
   const Batch batch = RandomBatch(bench.spec, trainer.layout(), bench.machine.mesh.at);

@@ -30,7 +30,8 @@ file(GLOB sources CONFIGURE_DEPENDS cuda/attention_mma/*.cu)
 annulus_kernel_check(attention_mma_check check ${sources})
 file(GLOB sources CONFIGURE_DEPENDS cuda/attention_hopper/*.cc cuda/attention_hopper/*.cu)
 annulus_kernel_check(attention_hopper_check check ${sources})
-foreach(argument agree repeats guard)
+set(hopper_arguments agree repeats guard arena)
+foreach(argument ${hopper_arguments})
   add_test(NAME attention_hopper_check.${argument} COMMAND attention_hopper_check ${argument})
   set_tests_properties(attention_hopper_check.${argument} PROPERTIES TIMEOUT 300 ${gpu_test_properties})
 endforeach()
@@ -38,9 +39,11 @@ endforeach()
 # launch/test --gpu --sanitize: small shapes under compute-sanitizer. How kernels of libraries synchronise is
 # not judged; cuBLASLt's for bf16 fail under racecheck, so it sees no products and the loss in f32 alone.
 set(small_gpu_tests "tests/gpu_test --gtest_filter=*Edges*:GpuCast.*:GpuClipFactor.*")
-set(memcheck "tests/attention_mma_check sanitize" "tests/cuda_check ela" "${small_gpu_tests}")
+set(memcheck "tests/attention_mma_check sanitize" "tests/attention_hopper_check sanitize" "tests/cuda_check ela"
+  "${small_gpu_tests}")
 set(synccheck ${memcheck})
-set(racecheck "tests/attention_mma_check sanitize" "tests/cuda_check ea"
+set(racecheck "tests/attention_mma_check sanitize" "tests/attention_hopper_check sanitize forward"
+  "tests/cuda_check ea"
   "${small_gpu_tests}-GpuProducts/*:GpuLoss/1.*")
 list(TRANSFORM memcheck PREPEND "compute-sanitizer --tool memcheck --error-exitcode 1 ")
 foreach(tool synccheck racecheck)
@@ -50,8 +53,12 @@ endforeach()
 
 # The component `tests` of an installed tree: launch/test --gpu runs there what commands.txt lists, and with
 # --sanitize what sanitize.txt lists.
-annulus_install(tests ${gpu_programs} ${gpu_system_programs} cuda_check attention_mma_check COMPONENT tests)
+annulus_install(tests ${gpu_programs} ${gpu_system_programs} cuda_check attention_mma_check attention_hopper_check
+  COMPONENT tests)
 set(commands ${gpu_commands} ${gpu_system_commands} "tests/cuda_check ela" "tests/attention_mma_check check")
+foreach(argument check ${hopper_arguments})
+  list(APPEND commands "tests/attention_hopper_check ${argument}")
+endforeach()
 set(sanitize ${memcheck} ${synccheck} ${racecheck})
 foreach(name commands sanitize)
   list(JOIN ${name} "\n" lines)

@@ -1,6 +1,5 @@
 // Which kernel serves a block of attention.
 
-#include "annulus/device/gpu.h"
 #include "kernels/attention/attention_kernels.h"
 
 namespace annulus {
@@ -98,7 +97,7 @@ namespace kernels {
 
 AttentionKernelCase KernelCaseOf(const Context& ctx, const AttentionBlock& block, Pass pass) {
   return {.device = ctx.device.kind,
-          .hopper = RunsHopperKernels(ctx.device),
+          .hopper = ctx.hopper,
           .dtype = block.q.dtype,
           .dim = block.q.dim,
           .v_dim = block.v.dim,

@@ -4,6 +4,7 @@
 #include "kernels/attention/attention_hopper.h"
 #include "kernels/attention/attention_hopper_backward.h"
 #include "kernels/attention/attention_hopper_launch.cuh"
+#include "kernels/attention/tensor_core_dims.h"
 #include "kernels/common/hopper.cuh"
 
 namespace annulus::kernels {
@@ -30,7 +31,7 @@ int64_t RoundUp(int64_t x, int64_t multiple) { return (x + multiple - 1) / multi
 }  // namespace
 
 bool HopperAttentionAccepts(const HopperAttentionBlock& block) {
-  return HopperAttentionSupports(block.dim, block.v_dim) && 0 <= block.q_rows && block.q_rows <= kMaxRows &&
+  return TensorCoreDims(block.dim, block.v_dim) && 0 <= block.q_rows && block.q_rows <= kMaxRows &&
          0 <= block.k_rows && block.k_rows <= kMaxRows && 0 <= block.batch && block.batch <= kMaxGrid &&
          0 <= block.heads && block.heads <= kMaxGrid &&
          (block.heads == 0 || (block.kv_heads > 0 && block.heads % block.kv_heads == 0)) &&
@@ -115,18 +116,6 @@ cudaError_t Launch(const HopperAttentionBlock& block, const HopperAttentionParti
 }
 
 }  // namespace
-
-bool HopperAttentionSupports(int64_t dim, int64_t v_dim) {
-  return (dim == 64 && v_dim == 64) || (dim == 128 && v_dim == 128) || (dim == 192 && v_dim == 128);
-}
-
-bool HopperAttentionRuns() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
-}
 
 int64_t HopperAttentionForwardWorkspaceBytes(const HopperAttentionBlock& block) {
   const int64_t rows = (block.q_rows + kLargestTile) * block.batch,

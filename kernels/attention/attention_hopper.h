@@ -20,10 +20,6 @@ using HopperAttentionBlock = CudaAttentionBlock<__nv_bfloat16>;
 using HopperAttentionPartial = CudaAttentionPartial<__nv_bfloat16>;
 using HopperAttentionGradients = CudaAttentionGradients<__nv_bfloat16>;
 
-// Heads for which there is a kernel, and whether the current device runs it.
-bool HopperAttentionSupports(int64_t dim, int64_t v_dim);
-bool HopperAttentionRuns();
-
 // Bytes of device memory the forward needs besides its arguments, about 8 per query row.
 int64_t HopperAttentionForwardWorkspaceBytes(const HopperAttentionBlock& block);
 

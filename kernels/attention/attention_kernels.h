@@ -3,13 +3,9 @@
 // Typed kernels of annulus/ops/attention.h, one overload per device. Arguments are checked.
 
 #include "annulus/ops/attention.h"
+#include "kernels/attention/tensor_core_dims.h"
 
 namespace annulus::kernels {
-
-// Head dims that GPUs compute in bf16.
-constexpr bool TensorCoreDims(int64_t dim, int64_t v_dim) {
-  return (dim == 64 && v_dim == 64) || ((dim == 128 || dim == 192) && v_dim == 128);
-}
 
 AttentionKernelCase KernelCaseOf(const Context& ctx, const AttentionBlock& block, Pass pass);
 AttentionKernel KernelFor(const Context& ctx, const AttentionBlock& block, Pass pass);

@@ -2,6 +2,7 @@
 
 #include "attention_mma.h"
 #include "attention_mma_launch.cuh"
+#include "kernels/attention/tensor_core_dims.h"
 
 namespace annulus::kernels {
 namespace {
@@ -17,7 +18,7 @@ bool Aligned(const CudaHeads<T>& x) {
 }
 
 bool Valid(const MmaAttentionBlock& block) {
-  return MmaAttentionSupports(block.dim, block.v_dim) && 0 <= block.q_rows && block.q_rows <= kMaxRows &&
+  return TensorCoreDims(block.dim, block.v_dim) && 0 <= block.q_rows && block.q_rows <= kMaxRows &&
          0 <= block.k_rows && block.k_rows <= kMaxRows && 0 <= block.batch && block.batch <= kMaxGrid &&
          0 <= block.heads && block.heads <= kMaxGrid &&
          (block.heads == 0 || (block.kv_heads > 0 && block.heads % block.kv_heads == 0)) &&
@@ -26,10 +27,6 @@ bool Valid(const MmaAttentionBlock& block) {
 }
 
 }  // namespace
-
-bool MmaAttentionSupports(int64_t dim, int64_t v_dim) {
-  return (dim == 64 && v_dim == 64) || (dim == 128 && v_dim == 128) || (dim == 192 && v_dim == 128);
-}
 
 cudaError_t MmaAttentionForward(const MmaAttentionBlock& block, const MmaAttentionPartial& partial,
                                 cudaStream_t stream) {

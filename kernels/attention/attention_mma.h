@@ -22,8 +22,6 @@ using MmaAttentionGradients = CudaAttentionGradients<__nv_bfloat16>;
 // in a fixed order, for which dQ takes a second kernel (7 products instead of 5).
 enum class MmaQueryGradient { kAtomic, kOrdered };
 
-bool MmaAttentionSupports(int64_t dim, int64_t v_dim);
-
 // Folds the block into `partial`. Rows without an allowed key keep their bits.
 cudaError_t MmaAttentionForward(const MmaAttentionBlock& block, const MmaAttentionPartial& partial,
                                 cudaStream_t stream);

@@ -4,7 +4,6 @@
 #include <set>
 
 #include "absl/strings/str_join.h"
-#include "annulus/device/gpu.h"
 #include "annulus/device/transfer.h"
 #include "slot_fields.h"
 
@@ -39,6 +38,17 @@ AttentionGeometry::HomeResult HomeResultOf(const ExchangePlan& plan, const RankP
   }
   result.empty_before = !all_groups && !whole(spec.group);
   return result;
+}
+
+// Names of the kernels that serve the calls, each once.
+std::string KernelNames(const AttentionCase& layer, Pass pass,
+                        const std::vector<std::vector<AttendCall>>& calls) {
+  std::set<absl::string_view> names;
+  for (const std::vector<AttendCall>& of_step : calls) {
+    for (const AttendCall& call : of_step)
+      names.insert(Name(ChooseAttentionKernel(KernelCaseOf(layer, pass, call.shape))));
+  }
+  return absl::StrJoin(names, ", ");
 }
 
 // The fastest. What is given and not chosen is taken even if its time is not known.
@@ -190,6 +200,7 @@ void AttentionGeometry::MakeCalls(Context& ctx, Schedule* schedule) {
                                   ? CallsOf(layout_, sequences_, plan, cp_.rank(), step.attend)
                                   : std::vector<AttendCall>());
   }
+  schedule->kernels = KernelNames(schedule->layer, plan.pass, schedule->calls);
   if (!spare_bounds_.empty()) {
     schedule->bounds = std::move(spare_bounds_.back());
     spare_bounds_.pop_back();
@@ -220,7 +231,7 @@ AttentionCase AttentionGeometry::CaseOf(const Context& ctx, const ContextAttenti
           .device = ctx.device.kind,
           .dtype = dtype,
           .determinism = ctx.determinism,
-          .hopper = RunsHopperKernels(ctx.device),
+          .hopper = ctx.hopper,
           .kernel = ctx.attention,
           .latent = shape.latent};
 }
@@ -260,15 +271,6 @@ absl::StatusOr<const LatentDecision*> AttentionGeometry::DecisionOf(const Attent
     if (options_.latents != LatentExchange::kAuto) decision.why = "as parallel.exchange.latent says";
   }
   return &decisions_.emplace(key, std::move(decision)).first->second;
-}
-
-std::string AttentionGeometry::Schedule::KernelNames() const {
-  std::set<absl::string_view> names;
-  for (const std::vector<AttendCall>& of_step : calls) {
-    for (const AttendCall& call : of_step)
-      names.insert(Name(ChooseAttentionKernel(KernelCaseOf(layer, plan.pass, call.shape))));
-  }
-  return absl::StrJoin(names, ", ");
 }
 
 const AttentionGeometry::Schedule* AttentionGeometry::FindSchedule(const AttentionCase& layer,

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "plan_cost.h"
+#include "slot_fields.h"
 
 namespace annulus {
 namespace {
@@ -89,13 +90,10 @@ double RowsFromElsewhere(const AttentionCase& layer, Seen what, int on_host) {
 }
 
 // Of one row of all heads.
-double RowBytes(const AttentionCase& layer, Pass pass, std::initializer_list<Payload> payloads) {
+double AllHeadsBytes(const AttentionCase& layer, Pass pass, std::initializer_list<Payload> payloads) {
   int64_t bytes = 0;
-  for (const Payload payload : payloads) {
-    const SlotSpec slot{.payload = payload, .width = Width::kCompute};
-    for (const SlotField& field : FieldsOf(layer, pass, AllHeadsOf(layer), slot))
-      bytes += field.row.elements() * SizeOf(field.dtype);
-  }
+  for (const Payload payload : payloads)
+    bytes += BytesOfRow(layer, pass, AllHeadsOf(layer), {.payload = payload, .width = Width::kCompute});
   return static_cast<double>(bytes);
 }
 
@@ -119,7 +117,7 @@ double RingSeconds(const AttentionCase& layer, Pass pass, const PlanChoice& choi
   // Half of a block at least is seen.
   const double rows = static_cast<double>(layer.layout.local_rows() * choice.head_split) / 2;
   const double bytes =
-      rows * RowBytes(layer, pass, {queries ? Payload::kQuery : Payload::kKv}) / choice.head_split;
+      rows * AllHeadsBytes(layer, pass, {queries ? Payload::kQuery : Payload::kKv}) / choice.head_split;
   const MessageTime message = LeastMessageTime(machine, transport, ranks, bytes, between);
   // Of a double ring those from the same node; the wrap of a ring and what goes on to the next node are on
   // other links.
@@ -140,10 +138,10 @@ double HostBytes(const AttentionCase& layer, Pass pass, const PlanChoice& choice
   if (on_host <= 0 || ranks <= on_host || ranks % on_host != 0) return 0;
   if (!layer.sequences.document_starts.empty()) return 0;
   const bool forward = pass == Pass::kForward;
-  const double keys = forward ? RowBytes(layer, pass, {Payload::kKv})
-                              : RowBytes(layer, pass, {Payload::kKv, Payload::kKvGrad});
+  const double keys = forward ? AllHeadsBytes(layer, pass, {Payload::kKv})
+                              : AllHeadsBytes(layer, pass, {Payload::kKv, Payload::kKvGrad});
   const double queries =
-      RowBytes(layer, pass, {Payload::kQuery, forward ? Payload::kOutput : Payload::kQueryGrad});
+      AllHeadsBytes(layer, pass, {Payload::kQuery, forward ? Payload::kOutput : Payload::kQueryGrad});
   // Heads go over all ranks: rows of all blocks for a rank's share of the heads.
   if (choice.head_split == ranks) {
     const double share = static_cast<double>(on_host) / ranks * static_cast<double>(ranks - on_host);

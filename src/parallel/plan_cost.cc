@@ -124,9 +124,7 @@ RowBytes::RowBytes(const AttentionCase& layer, const ExchangePlan& plan, absl::S
   for (const RankPlan& rank : ranks) {
     for (const SlotSpec& slot : rank.slots) {
       const auto [known, first] = bytes_.try_emplace(KeyOf(slot), 0);
-      if (!first) continue;
-      for (const SlotField& field : FieldsOf(layer, plan.pass, GroupOf(layer, plan, slot), slot))
-        known->second += field.row.elements() * SizeOf(field.dtype);
+      if (first) known->second = BytesOfRow(layer, plan.pass, GroupOf(layer, plan, slot), slot);
     }
   }
 }

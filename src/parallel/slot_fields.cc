@@ -121,6 +121,13 @@ std::vector<SlotField> FieldsOf(const AttentionCase& layer, Pass pass, const Hea
   return fields;
 }
 
+int64_t BytesOfRow(const AttentionCase& layer, Pass pass, const HeadGroup& group, const SlotSpec& slot) {
+  int64_t bytes = 0;
+  for (const SlotField& field : FieldsOf(layer, pass, group, slot))
+    bytes += field.row.elements() * SizeOf(field.dtype);
+  return bytes;
+}
+
 std::vector<std::vector<ColumnRun>> RunsBetween(const AttentionCase& layer, Pass pass, Payload payload,
                                                 const HeadGroup& from, const HeadGroup& to) {
   std::vector<std::vector<ColumnRun>> runs;

@@ -35,6 +35,9 @@ bool CarriesSums(const AttentionCase& layer);
 
 HeadGroup GroupOf(const AttentionCase& layer, const ExchangePlan& plan, const SlotSpec& slot);
 
+// Bytes of one row of all its fields.
+int64_t BytesOfRow(const AttentionCase& layer, Pass pass, const HeadGroup& group, const SlotSpec& slot);
+
 // By field: where the heads that both groups have lie in the columns of each. A gradient that is in `from` in
 // several summands has as many runs.
 std::vector<std::vector<ColumnRun>> RunsBetween(const AttentionCase& layer, Pass pass, Payload payload,

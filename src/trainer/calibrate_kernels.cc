@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cmath>
 
-#include "annulus/device/gpu.h"
 #include "annulus/device/transfer.h"
 #include "annulus/ops/elementwise.h"
 #include "annulus/parallel/call_work.h"
@@ -38,7 +37,7 @@ std::vector<Series> SeriesFor(const Context& ctx, const CalibrationHeads& heads)
     for (const MaskShape shape : {MaskShape::kGeneral, MaskShape::kFull, MaskShape::kCausal}) {
       for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
         const AttentionKernel kernel = ChooseAttentionKernel({.device = ctx.device.kind,
-                                                              .hopper = RunsHopperKernels(ctx.device),
+                                                              .hopper = ctx.hopper,
                                                               .dtype = heads.dtype,
                                                               .dim = heads.head_dim,
                                                               .v_dim = heads.v_head_dim,

@@ -7,7 +7,9 @@
 #include "annulus/device/gpu.h"
 #include "annulus/ops/attention.h"
 #include "annulus/train/exchange.h"
+#include "annulus/train/plan_exchange.h"
 #include "annulus/train/report.h"
+#include "annulus/train/trainer.h"
 
 namespace annulus {
 
@@ -202,6 +204,27 @@ absl::StatusOr<Machine> SetUpWatchedMachine(Communicator world, const RunSpec& s
   options.watched = {machine->mesh.cp, machine->mesh.tp, machine->mesh.dp_cp};
   machine->watchdog = std::make_unique<Watchdog>(std::move(options));
   return machine;
+}
+
+// Rank 0's answer, which all ranks would give. Plans that cannot be are refused with their reasons once they
+// are built; here they count as a KV ring.
+absl::StatusOr<MemoryPlan> PlannedMemory(const RunSpec& spec, const Machine& machine) {
+  Communicator world = machine.mesh.world;
+  MemoryPlan plan;
+  static_assert(std::is_trivially_copyable_v<MemoryPlan>);
+  if (world.rank() == 0) {
+    const absl::StatusOr<std::vector<PlannedPass>> passes =
+        PlanExchange(spec, ExampleBatchOf(spec).sequences, machine.exchange);
+    plan = PlanMemory(spec, passes.ok() ? PlannedExchangesOf(*passes) : PlannedExchanges());
+  }
+  const TensorRef bytes(&plan, DType::kU8, Device{}, {static_cast<int64_t>(sizeof(plan))});
+  ANNULUS_RETURN_IF_ERROR(world.Broadcast(bytes, 0));
+  const std::string cure =
+      absl::StrCat("annulus plan shows of what; lower optim.micro_batch=", spec.optim.micro_batch,
+                   ", data.seq_len=", spec.data.seq_len, " or the model, or use more ranks");
+  ANNULUS_RETURN_IF_ERROR(
+      CheckMemory(world, machine.ctx->device, plan.total(), "a rank is planned to hold", cure));
+  return plan;
 }
 
 }  // namespace annulus

@@ -10,7 +10,6 @@
 #include "annulus/device/gpu.h"
 #include "annulus/train/exchange.h"
 #include "annulus/train/placement.h"
-#include "annulus/train/plan_exchange.h"
 #include "annulus/train/report.h"
 #include "annulus/train/sample.h"
 #include "annulus/train/watchdog.h"
@@ -355,30 +354,6 @@ absl::Status TrainingRun::PrintSample() {
   return absl::OkStatus();
 }
 
-// With the buffers of the plans that the run will choose: rank 0's answer, which all ranks would give. Plans
-// that cannot be are refused with their reasons once they are built; here they count as a KV ring.
-absl::StatusOr<MemoryPlan> PlannedMemory(Communicator& world, const RunSpec& spec,
-                                         const ExchangeOptions& exchange) {
-  MemoryPlan plan;
-  static_assert(std::is_trivially_copyable_v<MemoryPlan>);
-  if (world.rank() == 0) {
-    const absl::StatusOr<std::vector<PlannedPass>> passes =
-        PlanExchange(spec, ExampleBatchOf(spec).sequences, exchange);
-    plan = PlanMemory(spec, passes.ok() ? PlannedExchangesOf(*passes) : PlannedExchanges());
-  }
-  const TensorRef bytes(&plan, DType::kU8, Device{}, {static_cast<int64_t>(sizeof(plan))});
-  ANNULUS_RETURN_IF_ERROR(world.Broadcast(bytes, 0));
-  return plan;
-}
-
-// The system would kill a rank in the middle of a step.
-absl::Status CheckPlanned(Communicator world, const MemoryPlan& plan, const RunSpec& spec, Device device) {
-  const std::string cure =
-      absl::StrCat("annulus plan shows of what; lower optim.micro_batch=", spec.optim.micro_batch,
-                   ", data.seq_len=", spec.data.seq_len, " or the model, or use more ranks");
-  return CheckMemory(std::move(world), device, plan.total(), "a rank is planned to hold", cure);
-}
-
 }  // namespace
 
 absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const RunOptions& options) {
@@ -393,8 +368,7 @@ absl::Status TrainRun(Communicator world, const ResolvedConfig& config, const Ru
   heart.Watch({}, {}, start_up);
   ANNULUS_ASSIGN_OR_RETURN(Machine machine, SetUpMachine(world, config.spec, device));
   ANNULUS_RETURN_IF_ERROR(machine.mesh.CountTraffic(HostName()));
-  ANNULUS_ASSIGN_OR_RETURN(const MemoryPlan planned, PlannedMemory(world, config.spec, machine.exchange));
-  ANNULUS_RETURN_IF_ERROR(CheckPlanned(world, planned, config.spec, device));
+  ANNULUS_ASSIGN_OR_RETURN(const MemoryPlan planned, PlannedMemory(config.spec, machine));
   ANNULUS_ASSIGN_OR_RETURN(RunDirectory directory, RunDirectory::Open(world, config, options));
   absl::StatusOr<LineFile> log =
       LineFile::Append(absl::StrFormat("%s/logs/rank-%05d.log", directory.path, world.rank()));

@@ -101,7 +101,7 @@ absl::Status Trainer::PrepareExchange(const SequenceBatch& sequences) {
   geometry_.SetBatch(sequences);
   std::vector<AttentionCase> layers;
   for (const AttentionKind& kind : AttentionKindsOf(spec_.model))
-    layers.push_back(AttentionCaseOf(spec_, kind.attention, sequences, RunsHopperKernels(ctx_.device)));
+    layers.push_back(AttentionCaseOf(spec_, kind.attention, sequences, ctx_.hopper));
   return geometry_.Prepare(ctx_, layers);
 }
 
@@ -255,7 +255,7 @@ std::vector<AttentionReport> Trainer::AttentionReports() {
   std::vector<AttentionReport> reports;
   for (const AttentionKind& kind : AttentionKindsOf(spec_.model)) {
     const AttentionCase layer =
-        AttentionCaseOf(spec_, kind.attention, geometry_.sequences(), RunsHopperKernels(ctx_.device));
+        AttentionCaseOf(spec_, kind.attention, geometry_.sequences(), ctx_.hopper);
     const auto branches = static_cast<double>(BranchesHere(spec_, kind.attention));
     for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
       const PlannedLayer planned = Planned(layer, pass);
@@ -300,7 +300,7 @@ AttentionReport Trainer::PlannedReport(const PlannedLayer& planned, Pass pass) c
   if (decision != nullptr) report.exchange = std::string(Name(*decision)), report.why = decision->why;
   if (schedule == nullptr) return report;
   report.plan = schedule->plan.name;
-  report.kernels = schedule->KernelNames();
+  report.kernels = schedule->kernels;
   report.transport = schedule->choice.transport;
   const std::string& why = schedule->choice.why;
   absl::StrAppend(&report.why, report.why.empty() || why.empty() ? "" : "; ", why);

@@ -14,6 +14,7 @@
 
 #include "annulus/device/buffer.h"
 #include "annulus/device/flight_recorder.h"
+#include "annulus/device/gpu.h"
 #include "annulus/device/stream.h"
 #include "annulus/device/wait_clock.h"
 
@@ -55,9 +56,18 @@ enum class AttentionChoice { kFastest, kHopper, kCudnn, kTensorCore };
 
 struct Context {
   explicit Context(Device d, Determinism required = Determinism::kOff)
-      : device(d), determinism(required), lane(d), saved(d), scratch(d), staging(d), waits(d), recorder(d) {}
+      : device(d),
+        hopper(RunsHopperKernels(d)),
+        determinism(required),
+        lane(d),
+        saved(d),
+        scratch(d),
+        staging(d),
+        waits(d),
+        recorder(d) {}
 
   Device device;
+  bool hopper;  // RunsHopperKernels of the device
   Determinism determinism;
   AttentionChoice attention = AttentionChoice::kFastest;
   Stream lane;

@@ -78,12 +78,11 @@ class AttentionGeometry {
     Choice choice = {};
     ExchangePlan plan = {};
     std::vector<std::vector<AttendCall>> calls = {};  // of this rank, by step
-    DeviceBounds bounds = {};                         // of these
+    std::string kernels = {};                         // of these: "hopper", "cuda mma, cudnn"
+    DeviceBounds bounds = {};                         // of these calls
     std::array<HomeResult, kPayloads> results = {};   // by payload
     bool alone = false;  // every rank of the group computes in one step: nothing is sent
     bool whole = false;  // one call with all keys that this rank's queries see: nothing is carried or sent
-
-    std::string KernelNames() const;  // of those calls: "hopper", "cuda mma, cudnn"
   };
   // Decides, chooses and builds for both passes of these layers, which are of the current batch, and takes
   // the memory of their exchange, so that no step waits for that; where the batch has documents, as much as

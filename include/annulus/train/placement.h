@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "annulus/comm/process_mesh.h"
+#include "annulus/model/cost.h"
 #include "annulus/parallel/attention_geometry.h"
 #include "annulus/train/spec.h"
 #include "annulus/train/watchdog.h"
@@ -51,5 +52,10 @@ absl::StatusOr<Machine> SetUpMachine(Communicator world, const RunSpec& spec, De
 // spec.step_deadline_seconds begins and ends nothing ends the job. One CPU rank waits for nobody, and is
 // left alone.
 absl::StatusOr<Machine> SetUpWatchedMachine(Communicator world, const RunSpec& spec, Device device);
+
+// What a rank of the run holds, with the buffers of the plans that it will choose. ResourceExhausted, by
+// CheckMemory, if that is more than there is: the system would kill a rank in the middle of a step.
+// Collective.
+absl::StatusOr<MemoryPlan> PlannedMemory(const RunSpec& spec, const Machine& machine);
 
 }  // namespace annulus

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <set>
 
+#include "annulus/device/gpu.h"
 #include "cuda/attention_hopper/arena.h"
 #include "cuda/attention_hopper/backward_check.h"
 #include "cuda/attention_hopper/backward_time.h"
@@ -72,7 +73,7 @@ int main(int argc, char** argv) {
   const bool forward = passes != "backward", backward = passes != "forward";
   cudaDeviceProp device;
   const cudaError_t error = cudaGetDeviceProperties(&device, 0);
-  if (error != cudaSuccess || !annulus::kernels::HopperAttentionRuns()) {
+  if (error != cudaSuccess || !annulus::RunsHopperKernels({annulus::DeviceKind::kCuda, 0})) {
     std::printf("no Hopper GPU: %s\n", cudaGetErrorString(error));
     return 1;
   }
