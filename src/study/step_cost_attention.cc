@@ -153,8 +153,13 @@ class AttentionLister : OpMaker {
     ops.push_back(Rope(branch, n.own_heads * n.rope));
     ops.push_back(LinearGradient(own_q, q_in));
     if (tp_ > 1) {
-      ops.push_back(Transfer(OpKind::kTensorScatter, Elements(n.packed) * accum_));
-      ops.back().overlaps_next = true;
+      const auto under_way = [&ops](Op sum) {
+        sum.overlaps_next = true;
+        ops.push_back(sum);
+      };
+      // Queries that are projected from x have a gradient of it besides the latents'.
+      if (spec_.latent.q_rank == 0) under_way(Scatter());
+      under_way(Transfer(OpKind::kTensorScatter, Elements(n.packed) * accum_));
     }
     ops.push_back(LinearGradient(own_q, q_in));
     const double tokens = Elements(1) / Real(tp_);
