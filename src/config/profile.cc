@@ -136,6 +136,7 @@ NetworkProfile BindNetwork(const Section& section) {
   section.Real("host_bytes_per_second", Presence::kOptional, kAtLeastZero, &network.host_bytes_per_second);
   network.collectives = BindPoints(section, "collective", Presence::kOptional);
   section.Real("collective_slowdown", Presence::kOptional, kSlowdown, &network.collective_slowdown);
+  section.Real("collective_step_seconds", Presence::kOptional, kSeconds, &network.collective_step_seconds);
   return network;
 }
 
@@ -187,6 +188,7 @@ void BindRates(const Section& root, Presence presence, MachineProfile* profile) 
   SetPoints(root, "product_gradients", Presence::kOptional, &profile->product_gradients);
   SetPoints(root, "collective", Presence::kOptional, &profile->collectives);
   root.Real("collective_slowdown", Presence::kOptional, kSlowdown, &profile->collective_slowdown);
+  root.Real("collective_step_seconds", Presence::kOptional, kSeconds, &profile->collective_step_seconds);
   SetAll(root, "scan", BindScan, &profile->scans);
   SetAll(root, "pass", BindPass, &profile->passes);
   SetAll(root, "link", BindLink, &profile->links);
@@ -278,6 +280,8 @@ void WritePass(const PassRate& rate, config::PassRate* out) {
 
 // Fields that are not known are left out.
 void WriteMachine(const MachineProfile& profile, config::MachineProfile* out) {
+  if (profile.collective_step_seconds != MachineProfile().collective_step_seconds)
+    out->set_collective_step_seconds(profile.collective_step_seconds);
   if (profile.peak_tflops > 0) out->set_peak_tflops(profile.peak_tflops);
   if (profile.memory_bytes > 0) out->set_memory_bytes(profile.memory_bytes);
   if (profile.other_memory_bytes > 0) out->set_other_memory_bytes(profile.other_memory_bytes);
@@ -288,6 +292,8 @@ void WriteMachine(const MachineProfile& profile, config::MachineProfile* out) {
     network->set_host_bytes_per_second(profile.network.host_bytes_per_second);
     WritePoints(profile.network.collectives, network->mutable_collective());
     network->set_collective_slowdown(profile.network.collective_slowdown);
+    if (profile.network.collective_step_seconds != NetworkProfile().collective_step_seconds)
+      network->set_collective_step_seconds(profile.network.collective_step_seconds);
   }
   if (profile.reliability != ReliabilityProfile()) {
     config::Reliability* reliability = out->mutable_reliability();

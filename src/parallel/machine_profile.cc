@@ -178,7 +178,7 @@ MachineProfile AssumedCpuCore() {
                          .launch_seconds = 0,
                          .products = CpuProducts().forward,
                          .product_gradients = CpuProducts().gradients};
-  profile.collectives = {{kMiB, kBytes}};
+  profile.collectives = WithStart(20e-6, kBytes, {16 * kKiB, 128 * kKiB, kMiB, 16 * kMiB});
   for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
     const double slower = pass == Pass::kForward ? 1 : 3;
     profile.scans.push_back({ScanKernel::kSsd, pass, {{1e6, Rounded(5e8 / slower)}}});

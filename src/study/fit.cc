@@ -40,19 +40,6 @@ std::vector<int64_t> DivisorsOf(int64_t n) {
   return divisors;
 }
 
-// A profile of GPUs without a network is of one host.
-absl::Status CheckNetwork(const RunSpec& spec, const MachineProfile& machine, int64_t ranks) {
-  constexpr int kMostOnHost = 8;
-  const NetworkProfile& network = machine.network;
-  const bool gpus = spec.device == DeviceChoice::kCuda;
-  if (network.ranks_per_host == 0 && !gpus) return absl::OkStatus();
-  const int host = network.ranks_per_host > 0 ? network.ranks_per_host : std::max(kMostOnHost, machine.ranks);
-  if (ranks <= host || !network.links.empty()) return absl::OkStatus();
-  return Invalid("machine profile of ", machine.device,
-                 ": expected network { ranks_per_host link } in it for ", ranks, " ranks, as a host has ",
-                 network.ranks_per_host > 0 ? "" : "at most ", host);
-}
-
 // And more than one.
 bool HasFewPlans(const FitLayout& layout) {
   return layout.cp > 1 && EffortFor(layout.cp) == PlanEffort::kAll;
@@ -302,8 +289,11 @@ class Search {
     for (size_t i = 0; i < std::min(kThorough, result_.best.size()); ++i) {
       FitCandidate& candidate = result_.best[i];
       if (!HasFewPlans(candidate.layout)) continue;
-      absl::StatusOr<StepFigures> figures = PredictStep(WithLayout(spec_, candidate.layout), machine_);
-      if (figures.ok() && Fits(figures->memory_bytes())) candidate.figures = *std::move(figures);
+      const RunSpec spec = WithLayout(spec_, candidate.layout);
+      const absl::StatusOr<StepCost> cost = CostOfStep(spec, machine_);
+      if (!cost.ok()) continue;
+      StepFigures figures = SimulateStep(spec, machine_, *cost);
+      if (Fits(figures.memory_bytes())) candidate.figures = std::move(figures);
     }
     Sort();
   }
@@ -363,7 +353,7 @@ RunSpec WithLayout(RunSpec spec, const FitLayout& layout) {
 absl::StatusOr<FitResult> Fit(const RunSpec& spec, const MachineProfile& machine, const FitOptions& options) {
   if (options.ranks > kRanksRange.high)
     return Invalid("--gpus=", options.ranks, ": expected at most ", kRanksRange.high, " ranks");
-  ANNULUS_RETURN_IF_ERROR(CheckNetwork(spec, machine, options.ranks));
+  ANNULUS_RETURN_IF_ERROR(CheckNetwork(spec.device, machine, options.ranks));
   return Search(spec, machine, options).Run();
 }
 

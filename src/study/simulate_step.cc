@@ -1,5 +1,6 @@
 #include "annulus/study/simulate_step.h"
 
+#include <algorithm>
 #include <set>
 
 #include "annulus/base/check.h"
@@ -41,7 +42,8 @@ StepFigures SimulateStep(const RunSpec& spec, const MachineProfile& machine, con
                       .other_memory_bytes = cost.other_memory_bytes,
                       .bytes_inside_hosts = step.sent.inside,
                       .bytes_between_hosts = step.sent.between,
-                      .plans = PlansOf(cost)};
+                      .plans = PlansOf(cost),
+                      .documents = cost.documents};
   for (const double share : step.seconds) figures.step_seconds += share;
   const auto tokens = static_cast<double>(spec.data.seq_len * spec.optim.sequences_per_step);
   figures.tokens_per_second = tokens / figures.step_seconds;
@@ -55,14 +57,23 @@ StepFigures SimulateStep(const RunSpec& spec, const MachineProfile& machine, con
   return figures;
 }
 
+absl::Status CheckNetwork(DeviceChoice device, const MachineProfile& machine, int64_t ranks) {
+  constexpr int kMostGpus = 8, kMostCpuRanks = 256;
+  const NetworkProfile& network = machine.network;
+  if (!network.links.empty()) return absl::OkStatus();
+  const bool said = network.ranks_per_host > 0;
+  const int most = std::max(device == DeviceChoice::kCuda ? kMostGpus : kMostCpuRanks, machine.ranks);
+  const int host = said ? network.ranks_per_host : most;
+  if (ranks <= host) return absl::OkStatus();
+  return Invalid("machine profile of ", machine.device, ": network.link: missing; expected network { ",
+                 "ranks_per_host link } with rates between hosts for ", ranks, " ranks, as a host has ",
+                 said ? "" : "at most ", host);
+}
+
 absl::StatusOr<StepFigures> PredictStep(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort,
                                         const Disturbance& disturbance) {
-  const int ranks_per_host = machine.network.ranks_per_host, ranks = ShapeOf(spec).world();
-  if (ranks_per_host > 0 && ranks > ranks_per_host && machine.network.links.empty()) {
-    return Invalid("machine profile of ", machine.device, ": network.link: expected rates between hosts for ",
-                   ranks, " ranks on hosts of ", ranks_per_host);
-  }
-  ANNULUS_ASSIGN_OR_RETURN(const StepCost cost, CostOfStep(spec, machine, effort));
+  ANNULUS_RETURN_IF_ERROR(CheckNetwork(spec.device, machine, ShapeOf(spec).world()));
+  ANNULUS_ASSIGN_OR_RETURN(const StepCost cost, CostOfStep(spec, machine, effort, Documents::kAsInData));
   return SimulateStep(spec, machine, cost, disturbance);
 }
 

@@ -9,8 +9,7 @@
 namespace annulus {
 namespace {
 
-// Messages one behind the other until a group of this size knows something of all.
-int Rounds(int ranks) { return std::bit_width(static_cast<unsigned>(ranks - 1)); }
+int Log2Up(int count) { return std::bit_width(static_cast<unsigned>(count - 1)); }
 
 }  // namespace
 
@@ -29,7 +28,8 @@ Cluster::Cluster(int ranks, int simulated, const MachineProfile& machine, Patter
       pattern_(pattern),
       graph_(graph),
       simulated_(simulated),
-      ranks_per_host_(machine.network.ranks_per_host > 0 ? machine.network.ranks_per_host : ranks) {
+      ranks_per_host_(machine.network.ranks_per_host > 0 ? machine.network.ranks_per_host : ranks),
+      measured_peers_(std::max(1, machine.ranks - 1)) {
   const double inside = BestRate(machine.links, machine.collectives);
   const double between = BestRate(machine.network.links, machine.network.collectives);
   const auto ports = [&](double rate) { return Ports{graph_->AddLink(rate), graph_->AddLink(rate)}; };
@@ -72,17 +72,38 @@ const LinkRate* Cluster::LinkOf(Where where) const {
   return links.empty() ? nullptr : &links.front();
 }
 
-double Cluster::RoundSeconds(const RankGroup& group) const {
-  const LinkRate *inside = LinkOf(Where::kInside), *between = LinkOf(Where::kBetween);
-  const int here = *std::max_element(group.on_host.begin(), group.on_host.end());
-  double seconds = 0;
-  if (inside != nullptr) seconds += Rounds(here) * inside->message_seconds;
-  if (between != nullptr) seconds += Rounds(group.hosts) * between->message_seconds;
-  return seconds;
-}
-
 const std::vector<RatePoint>& Cluster::CollectivesOf(Where where) const {
   return where == Where::kInside ? machine_.collectives : machine_.network.collectives;
+}
+
+double Cluster::StartSeconds(Where where) const {
+  const LinkRate* link = LinkOf(where);
+  return link == nullptr ? 0 : link->message_seconds;
+}
+
+double Cluster::StepSeconds(Where where) const {
+  return where == Where::kInside ? machine_.collective_step_seconds
+                                 : machine_.network.collective_step_seconds;
+}
+
+// Of messages one behind the other, at least: the profile's smallest, where it has small ones.
+double Cluster::MessageGap(Where where) const {
+  const LinkRate* link = LinkOf(where);
+  if (link == nullptr || link->one_way.empty()) return 0;
+  const RatePoint& least = link->one_way.front();
+  return std::min(link->message_seconds, least.size / least.per_second);
+}
+
+// Besides the bytes' time at RateOf.
+double Cluster::LatencyOf(Where where, const RankGroup& group, int peers) const {
+  const bool measured = !CollectivesOf(where).empty();
+  const int known = !measured ? 0 : where == Where::kInside ? measured_peers_ : 1;
+  const double start = measured ? 0 : StartSeconds(where);
+  if (pattern_ == Pattern::kDirect)
+    return start + (measured ? std::max(0, peers - known) * MessageGap(where) : 0);
+  const double steps = (group.size - group.hosts) * StepSeconds(Where::kInside) +
+                       (group.hosts - 1) * StepSeconds(Where::kBetween);
+  return start + std::max(0.0, steps - known * StepSeconds(where));
 }
 
 // Of what a rank sends to `peers` others; in rings it goes on in one stream. 0: as the links allow.
@@ -93,7 +114,9 @@ double Cluster::RateOf(Where where, double bytes, int peers) const {
   }
   const LinkRate* link = LinkOf(where);
   if (link == nullptr || link->one_way.empty()) return 0;
-  return RateAt(link->one_way, pattern_ == Pattern::kRing ? bytes : bytes / peers);
+  if (pattern_ == Pattern::kRing) return RateAt(link->one_way, bytes);
+  const double message = bytes / peers;
+  return message / std::max(MessageGap(where), message / RateAt(link->one_way, message));
 }
 
 std::vector<int> Cluster::LinksOf(Where where, int rank, bool out, bool in) const {
@@ -132,7 +155,7 @@ TaskId Cluster::Collective(const RankGroup& group, int64_t bytes, TaskId begin) 
       const int peers = std::max(1, inside ? here - 1 : elsewhere);
       flows.push_back(graph_->Transfer(
           {.bytes = part,
-           .latency_seconds = CollectivesOf(where).empty() ? RoundSeconds(group) : 0,  // rates include it
+           .latency_seconds = LatencyOf(where, group, peers),
            .bytes_per_second = RateOf(where, part, peers),
            .links = LinksOf(where, group.ranks[i], true, true),
            .slowed_rank = group.ranks[i],
@@ -143,10 +166,22 @@ TaskId Cluster::Collective(const RankGroup& group, int64_t bytes, TaskId begin) 
   return graph_->Join(flows);
 }
 
-// Up a tree and down again.
 TaskId Cluster::SmallSum(const RankGroup& group, TaskId begin) {
   if (group.size == 1) return begin;
-  return graph_->Transfer({.latency_seconds = 2 * RoundSeconds(group)}, {begin});
+  const int here = *std::max_element(group.on_host.begin(), group.on_host.end());
+  const bool ring = pattern_ == Pattern::kRing;
+  double start = 0, each_way = 0;
+  if (here > 1) {
+    start = StartSeconds(Where::kInside);
+    each_way += ring ? (here - 1) * StepSeconds(Where::kInside) : (here - 2) * MessageGap(Where::kInside);
+  }
+  if (group.hosts > 1) {
+    start = std::max(start, StartSeconds(Where::kBetween));
+    each_way += ring ? Log2Up(group.hosts) * StepSeconds(Where::kBetween)
+                     : (group.size - here - 1) * MessageGap(Where::kBetween);
+  }
+  if (!ring) each_way += start;
+  return graph_->Transfer({.latency_seconds = (ring ? start : 0) + 2 * each_way}, {begin});
 }
 
 void Cluster::AddFlow(Where where, int rank, int64_t out, int64_t in, TaskId begin,

@@ -10,6 +10,13 @@
 // sends, a host's ranks together send as much to the next host. MPI sends each part to its rank directly.
 // Either way every rank sends the same, and gets as much as it sends, so that one flow is both. Ranks compute
 // slower while they take part in one, as the profile says.
+//
+// Both grow with the group, n ranks on h hosts, besides their bytes:
+//   a ring      start + (n - h) step inside + (h - 1) step between: NCCL's own formula (src/graph/tuning.cc)
+//   directly    start + n - 1 messages one behind the other, none faster than the smallest of the profile
+// A few numbers are summed along a tree by NCCL, start + 2 ((n / h - 1) step inside + log2(h) step between),
+// and directly to all and back by MPI. Start is a message's time; measured rates of collectives have it in
+// them, and the steps or messages of the group that they were measured in: here come those beyond.
 
 #include <cstdint>
 #include <vector>
@@ -76,10 +83,11 @@ class Cluster {
   };
   enum class Where { kInside, kBetween };
   const LinkRate* LinkOf(Where where) const;
-  // Of messages one behind the other until all of a group know something of all, along a tree. A ring takes
-  // as long besides its bytes: it passes pieces on as they come.
-  double RoundSeconds(const RankGroup& group) const;
   const std::vector<RatePoint>& CollectivesOf(Where where) const;
+  double StartSeconds(Where where) const;
+  double StepSeconds(Where where) const;
+  double MessageGap(Where where) const;
+  double LatencyOf(Where where, const RankGroup& group, int peers) const;
   double RateOf(Where where, double bytes, int peers) const;
   std::vector<int> LinksOf(Where where, int rank, bool out, bool in) const;
   void AddFlow(Where where, int rank, int64_t out, int64_t in, TaskId begin, std::vector<TaskId>* flows);
@@ -89,6 +97,7 @@ class Cluster {
   EventGraph* graph_;
   int simulated_;
   int ranks_per_host_;
+  int measured_peers_;                   // of a rank, when the profile's collectives inside were measured
   std::vector<Ports> inside_, between_;  // by rank
   std::vector<Ports> host_links_;        // by host; of hosts without a shared rate unlimited
 };

@@ -142,10 +142,11 @@ void KeepLikely(int ranks, int on_host, std::vector<PlanChoice>* plans) {
 
 class Builder {
  public:
-  Builder(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort)
+  Builder(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort, PricedBatch batch)
       : spec_(spec),
         machine_(machine),
         effort_(effort),
+        batch_(std::move(batch)),
         shards_(spec.parallel.dp * spec.parallel.cp),
         layout_(LayoutOf(spec)),
         table_(BuildParamTable(spec.model, {.rank = 0, .size = static_cast<int>(spec.parallel.tp)})),
@@ -158,6 +159,7 @@ class Builder {
     ANNULUS_RETURN_IF_ERROR(AddLayers());
     AddBuckets();
     cost_.other_memory_bytes = machine_.other_memory_bytes;
+    cost_.documents = batch_.note;
     cost_.flops = TrainingFlops(spec_.model, spec_.data.seq_len);
     return std::move(cost_);
   }
@@ -172,7 +174,7 @@ class Builder {
       return Invalid("machine profile of ", machine_.device, ": expected rates of attention of both passes");
     ANNULUS_ASSIGN_OR_RETURN(
         const std::vector<PlannedPass> passes,
-        PlanExchange(spec_, WholeSequences(spec_), ExchangeOptionsFor(spec_, machine_, effort_)));
+        PlanExchange(spec_, batch_.sequences, ExchangeOptionsFor(spec_, machine_, effort_)));
     for (const PlannedPass& planned : passes) {
       index_[{planned.kind.attention, planned.pass}] = static_cast<int>(cost_.exchanges.size());
       cost_.exchanges.push_back(ExchangeOf(planned));
@@ -247,6 +249,7 @@ class Builder {
   const RunSpec& spec_;
   const MachineProfile& machine_;
   PlanEffort effort_;
+  PricedBatch batch_;
   int64_t shards_;
   SequenceLayout layout_;
   ParamTable table_;
@@ -256,12 +259,6 @@ class Builder {
 };
 
 }  // namespace
-
-SequenceBatch WholeSequences(const RunSpec& spec) {
-  const std::vector<int64_t> lengths(static_cast<size_t>(spec.optim.micro_batch), spec.data.seq_len);
-  return WithMetaTokens(spec.model,
-                        {.batch = spec.optim.micro_batch, .lengths = lengths, .document_starts = {}});
-}
 
 ExchangeOptions ExchangeOptionsFor(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort) {
   ExchangeOptions options = ExchangeOptionsOf(spec, TransportsOf(spec, machine), machine);
@@ -273,8 +270,12 @@ ExchangeOptions ExchangeOptionsFor(const RunSpec& spec, const MachineProfile& ma
   return options;
 }
 
-absl::StatusOr<StepCost> CostOfStep(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort) {
-  return Builder(spec, machine, effort).Make();
+absl::StatusOr<StepCost> CostOfStep(const RunSpec& spec, const MachineProfile& machine, PlanEffort effort,
+                                    Documents documents) {
+  PricedBatch batch = documents == Documents::kAsInData
+                          ? TypicalBatch(spec)
+                          : PricedBatch{.sequences = WholeSequences(spec), .note = ""};
+  return Builder(spec, machine, effort, std::move(batch)).Make();
 }
 
 }  // namespace annulus

@@ -38,6 +38,7 @@ MachineProfile Profile() {
       {.kind = PassKind::kGatedNorm, .pass = Pass::kBackward, .bytes = {{2e6, 1e12}, {1e9, 2e12}}}};
   profile.collectives = {{1 << 20, 2e10}};
   profile.collective_slowdown = 1.25;
+  profile.collective_step_seconds = 2.5e-6;
   profile.peak_tflops = 989.5;
   profile.compute_capability = 90;
   profile.memory_bytes = int64_t{141} << 30;
@@ -49,7 +50,8 @@ MachineProfile Profile() {
                                 .message_seconds = 1e-5}},
                      .host_bytes_per_second = 4e11,
                      .collectives = {{1 << 16, 1e9}, {1 << 20, 1e10}},
-                     .collective_slowdown = 1.5};
+                     .collective_slowdown = 1.5,
+                     .collective_step_seconds = 1e-5};
   profile.reliability = {.failure_hours = 1500, .restart_seconds = 120, .storage_bytes_per_second = 2e9};
   profile.attention = {{.kernel = AttentionKernel::kCudnn,
                         .pass = Pass::kBackward,

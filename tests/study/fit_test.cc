@@ -202,10 +202,16 @@ TEST(Fit, SaysWhyOthersLost) {
   MachineProfile gpus = AssumedHopper();
   gpus.network = {};
   const absl::Status no_network = Fit(LongContext({}), gpus, {.ranks = 16}).status();
-  EXPECT_TRUE(absl::StrContains(no_network.message(),
-                                "expected network { ranks_per_host link } in it for 16 ranks, as a host has "
-                                "at most 8"))
+  EXPECT_TRUE(
+      absl::StrContains(no_network.message(),
+                        ": network.link: missing; expected network { ranks_per_host link } with rates "
+                        "between hosts for 16 ranks, as a host has at most 8"))
       << no_network;
+  EXPECT_TRUE(
+      absl::StrContains(Fit(spec, machine, {.ranks = 512}).status().message(),
+                        "machine profile of CPU, one core a rank: network.link: missing; expected "
+                        "network { ranks_per_host link } with rates between hosts for 512 ranks, as a "
+                        "host has at most 256"));
 
   RunSpec odd = spec;
   odd.optim.sequences_per_step = 2;

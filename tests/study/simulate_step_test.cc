@@ -4,6 +4,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "annulus/comm/process_mesh.h"
 
@@ -23,6 +27,7 @@ LinkRate Link(double per_second, double message_seconds = 0) {
 MachineProfile Machine(int ranks_per_host = 0) {
   MachineProfile machine;
   machine.links = {Link(kLinkRate)};
+  machine.collective_step_seconds = machine.network.collective_step_seconds = 0;
   machine.network.ranks_per_host = ranks_per_host;
   machine.network.links = {Link(kLinkRate)};
   return machine;
@@ -206,15 +211,54 @@ TEST(SimulateStep, CollectivesBetweenHosts) {
   // A host's ranks share its card.
   machine.network.host_bytes_per_second = 10;
   EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40, 1e-9);
-  // A message for each doubling of the ranks inside and of the hosts; up and down go the tokens that count,
-  // the norm, and what is reported.
+  // Each begins with a message's time, and a rank's second message to the other host leaves 0.1 behind the
+  // first: so do, to all and back, the tokens that count, the norm, and what is reported.
   machine.network.links = {Link(10, 1)};
   machine.links = {Link(kLinkRate, 0.5)};
-  EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40 + 1.5 + 3 * 2 * 1.5, 1e-9);
-  // Measured rates of collectives have all of that in them: 200 of a rank between hosts, 100 inside.
+  const double sums = 3 * 2 * (1 + 0.1);
+  EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40 + 1 + sums, 1e-9);
+  // Measured rates of collectives have that in them but for the second message, as they were measured with
+  // one: 200 of a rank between hosts, 100 inside.
   machine.collectives = {{1, kLinkRate}};
   machine.network.collectives = {{50, 5}, {200, 5}};
-  EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40 + 3 * 2 * 1.5, 1e-9);
+  EXPECT_NEAR(SimulateStep(spec, machine, cost).exposed_gradients_seconds, 40 + 0.1 + sums, 1e-9);
+}
+
+// Of a bucket without bytes worth the time, exposed whole: what the group's size alone makes of it. Hosts of
+// eight; a step takes 1 inside and 4 between, a message 30 and 60.
+TEST(SimulateStep, CollectivesTakeLongerInLargerGroups) {
+  MachineProfile machine = Machine(8);
+  machine.ranks = 4;
+  machine.links = {Link(1e12, 30)}, machine.network.links = {Link(1e12, 60)};
+  machine.collective_step_seconds = 1, machine.network.collective_step_seconds = 4;
+  const auto exposed = [&](int ranks, DeviceChoice device) {
+    RunSpec spec = RunOn({.dp = ranks});
+    spec.device = device;
+    return SimulateStep(spec, machine, Layers(1, 4096)).exposed_gradients_seconds;
+  };
+  for (const int ranks : {2, 8, 64, 512, 4096}) {
+    SCOPED_TRACE(ranks);
+    const int hosts = (ranks + 7) / 8, here = std::min(ranks, 8);
+    const double ring = (ranks - hosts) + 4.0 * (hosts - 1);
+    const double start = hosts > 1 ? 60 : 30, tree = (here - 1) + 4 * std::log2(hosts);
+    const double sums = 3 * (start + 2 * tree);
+    machine.collectives.clear();
+    EXPECT_NEAR(exposed(ranks, DeviceChoice::kCuda), start + ring + sums, 1e-6);
+    // Measured among the four of a host, in 7 seconds: three of the steps inside are in it. Between hosts
+    // nothing is, so that those connections take longer.
+    machine.collectives = {{1e6, 1e6 / 7}};
+    const double inside = 7 + std::max(0.0, ring - 3);
+    EXPECT_NEAR(exposed(ranks, DeviceChoice::kCuda), (hosts > 1 ? start + ring : inside) + sums, 1e-6);
+  }
+  // Of messages that a rank sends to each other one: 0.5 seconds for each that follows.
+  machine.collectives.clear();
+  machine.links = {{TransportKind::kHost, {{1e6, 2e6}}, {{1e6, 2e6}}, 30, 1}};
+  machine.network = {};
+  for (const int ranks : {2, 64, 4096}) {
+    SCOPED_TRACE(ranks);
+    const double sums = 3 * 2 * (30 + 0.5 * (ranks - 2));
+    EXPECT_NEAR(exposed(ranks, DeviceChoice::kCpu), 30 + 0.5 * (ranks - 1) + sums, 1e-6 * sums);
+  }
 }
 
 // A reduction of 3 seconds under the 2 of the next layer's backward and its wait: at half the speed those are
@@ -310,6 +354,22 @@ TEST(SimulateStep, SharedBucketsWaitForTheirFirstLayer) {
   EXPECT_NEAR(SimulateStep(RunOn({.dp = 2}), Machine(), cost).exposed_gradients_seconds, 0, 1e-9);
   cost.layers[0].buckets = {0, 1};
   EXPECT_NEAR(SimulateStep(RunOn({.dp = 2}), Machine(), cost).exposed_gradients_seconds, 1, 1e-9);
+}
+
+TEST(CheckNetwork, RefusesMoreRanksThanAHostHas) {
+  MachineProfile machine;
+  machine.device = "toaster", machine.ranks = 2;
+  const auto check = [&](DeviceChoice device, int64_t ranks) { return CheckNetwork(device, machine, ranks); };
+  EXPECT_TRUE(check(DeviceChoice::kCpu, 256).ok());
+  EXPECT_EQ(check(DeviceChoice::kCpu, 257).message(),
+            "machine profile of toaster: network.link: missing; expected network { ranks_per_host link } with "
+            "rates between hosts for 257 ranks, as a host has at most 256");
+  EXPECT_TRUE(check(DeviceChoice::kCuda, 8).ok());
+  EXPECT_FALSE(check(DeviceChoice::kCuda, 9).ok());
+  machine.network.ranks_per_host = 4;  // of a study's point on two hosts
+  EXPECT_TRUE(absl::EndsWith(check(DeviceChoice::kCpu, 8).message(), "for 8 ranks, as a host has 4"));
+  machine.network.links = {Link(1)};
+  EXPECT_TRUE(check(DeviceChoice::kCpu, 8).ok());
 }
 
 // 4096 ranks, 32 layers: well within a minute.

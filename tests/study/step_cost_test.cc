@@ -7,6 +7,10 @@
 
 #include <algorithm>
 
+#include "absl/strings/match.h"
+#include "absl/strings/str_format.h"
+#include "annulus/base/file.h"
+
 namespace annulus {
 namespace {
 
@@ -142,6 +146,42 @@ TEST(StepCostTest, LatentStagesAddUpToTheFlopsOfTheModelAndAnExpansion) {
       .kind = BranchKind::kLatentAttention, .rope_theta = 1e4, .latent_groups = 2};
   const double tokens = 4 * 512, expansions = tokens * 2 * 2 * (4 * (16 + 16)) * 16;
   EXPECT_NEAR(CountedFlops(spec) / (ModelFlops(spec) + expansions), 1, 1e-12);
+}
+
+// A line of 32 bytes is a document, and its line end belongs to it: of 512 tokens each sees those before it
+// in its own.
+TEST(StepCostTest, DocumentsArePricedAsInTheData) {
+  const std::string path = ::testing::TempDir() + "step_cost_documents.txt";
+  std::string text;
+  while (text.size() < 1 << 16) absl::StrAppend(&text, std::string(31, 'a'), "\n");
+  ASSERT_TRUE(WriteFileAtomically(path, text).ok());
+  RunSpec spec = RunOf(DenseModel());
+  spec.data.train = {{.path = path, .document_separator = "\n"}};
+  const MachineProfile machine = FlopsAlone(spec.model);
+  const auto cost = [&](Documents documents) {
+    return CostOfStep(spec, machine, PlanEffort::kAll, documents).value();
+  };
+  const auto seconds = [](const StepCost& of) { return of.exchanges[1].seconds[0]; };
+  EXPECT_EQ(cost(Documents::kAsInData).documents, "");
+  const double whole = seconds(cost(Documents::kWhole));
+  EXPECT_EQ(seconds(cost(Documents::kAsInData)), whole) << "not masked";
+
+  spec.data.document_mask = true;
+  const StepCost masked = cost(Documents::kAsInData);
+  // 16 or so documents, the first and last of which a sequence may cut.
+  const double share = seconds(masked) / whole, even = (16 * 32 * 33 / 2) / (512 * 513 / 2.0);
+  EXPECT_GT(share, 0.94 * even);
+  EXPECT_LT(share, 1.06 * even);
+  EXPECT_EQ(masked.documents,
+            absl::StrFormat("documents as in the data: %.1f%% of the pairs of whole sequences", 100 * share));
+  EXPECT_EQ(seconds(cost(Documents::kWhole)), whole);
+
+  ASSERT_TRUE(RemoveAll(path).ok());
+  const StepCost absent = cost(Documents::kAsInData);
+  EXPECT_EQ(seconds(absent), whole);
+  EXPECT_TRUE(absl::StartsWith(absent.documents, "documents priced as whole sequences: "))
+      << absent.documents;
+  EXPECT_TRUE(absl::StrContains(absent.documents, path)) << absent.documents;
 }
 
 TEST(StepCostTest, RatesThatAreNotKnownAreNamed) {

@@ -81,6 +81,7 @@ struct NetworkProfile {
   // As those of MachineProfile, of groups with one rank on each host.
   std::vector<RatePoint> collectives = {};
   double collective_slowdown = 1;
+  double collective_step_seconds = 4e-6;
   friend bool operator==(const NetworkProfile&, const NetworkProfile&) = default;
 };
 
@@ -111,8 +112,11 @@ struct MachineProfile {
   // ring's latency included.
   std::vector<RatePoint> collectives = {};
   double collective_slowdown = 1;  // of computing while a collective is under way
-  double peak_tflops = 0;          // of dense bf16 by the datasheet; 0: not known
-  int64_t memory_bytes = 0;        // of a GPU, or of a rank's share of the host; 0: not known
+  // Of NCCL's rings and trees, from a rank to the next: by NCCL's own tuning (src/graph/tuning.cc), LL128
+  // over NVLink and, above, a network.
+  double collective_step_seconds = 1.9e-6;
+  double peak_tflops = 0;    // of dense bf16 by the datasheet; 0: not known
+  int64_t memory_bytes = 0;  // of a GPU, or of a rank's share of the host; 0: not known
   int64_t other_memory_bytes =
       0;  // that a rank takes besides what its run plans: program, CUDA, NCCL, libraries
   NetworkProfile network = {};

@@ -38,6 +38,7 @@ struct StepFigures {
   // Sent in a step, of all ranks.
   int64_t bytes_inside_hosts = 0, bytes_between_hosts = 0;
   std::vector<std::string> plans = {};  // "forward: kv_ring by copy engine"
+  std::string documents = {};           // of a prediction: StepCost::documents
   int64_t memory_bytes() const { return memory.total() + other_memory_bytes; }
 };
 
@@ -45,7 +46,11 @@ struct StepFigures {
 StepFigures SimulateStep(const RunSpec& spec, const MachineProfile& machine, const StepCost& cost,
                          const Disturbance& disturbance = {});
 
-// CostOfStep, then this.
+// InvalidArgument where so many ranks are more than a host has, and the profile has no rates between hosts. A
+// profile that does not say has at most 8 GPUs to a host, or 256 CPU ranks.
+absl::Status CheckNetwork(DeviceChoice device, const MachineProfile& machine, int64_t ranks);
+
+// CheckNetwork, CostOfStep with documents as in the data, then this.
 absl::StatusOr<StepFigures> PredictStep(const RunSpec& spec, const MachineProfile& machine,
                                         PlanEffort effort = PlanEffort::kAll,
                                         const Disturbance& disturbance = {});

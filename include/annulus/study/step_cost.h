@@ -70,6 +70,7 @@ struct StepCost {
   MemoryPlan memory;               // of a rank
   int64_t other_memory_bytes = 0;  // besides
   FlopsPerToken flops;
+  std::string documents = {};  // what they were priced as, where they are masked
 };
 
 // How thoroughly plans of AUTO are searched.
@@ -80,10 +81,17 @@ enum class PlanEffort {
 // kAll for groups of up to eight ranks: larger ones have too many plans to search through all of them.
 PlanEffort EffortFor(int64_t cp);
 
+// What attention is priced by where documents are masked.
+enum class Documents {
+  kWhole,     // as if sequences were one document each: more than it takes
+  kAsInData,  // a typical micro-batch of the run's data, if they are there
+};
+
 // Ranks are placed as mpirun does by default: consecutive world ranks on a host,
 // machine.network.ranks_per_host of them. spec.device and spec.compute are resolved (ResolvePlannedDevice).
 // InvalidArgument where no plan can be, or the machine has no rates of what the run needs.
 absl::StatusOr<StepCost> CostOfStep(const RunSpec& spec, const MachineProfile& machine,
-                                    PlanEffort effort = PlanEffort::kAll);
+                                    PlanEffort effort = PlanEffort::kAll,
+                                    Documents documents = Documents::kWhole);
 
 }  // namespace annulus
