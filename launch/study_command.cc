@@ -131,7 +131,7 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
   ANNULUS_ASSIGN_OR_RETURN(const ResolvedStudy study, LoadStudy(path, text, arguments.All("--set")));
   ANNULUS_ASSIGN_OR_RETURN(const std::string run_text, ReadFile(study.spec.run));
   ANNULUS_ASSIGN_OR_RETURN(const std::vector<PlannedPoint> points, StudyGrid(study.spec, run_text));
-  ANNULUS_ASSIGN_OR_RETURN(const MachineProfile profile, ProfileOfStudy(points));
+  ANNULUS_ASSIGN_OR_RETURN(StudyResults open, OpenResults(study.spec, points));
   ANNULUS_ASSIGN_OR_RETURN(const MeasuringMachine machine, FindMachine(arguments));
 
   const bool slurm = arguments.Has("--slurm");
@@ -144,9 +144,9 @@ absl::Status Run(const Arguments& arguments, const std::string&) {
       .slurm = slurm ? StudyRunOptions::Slurm::kWriteScripts : StudyRunOptions::Slurm::kNone};
   std::signal(SIGINT, OnStopSignal);
   std::signal(SIGTERM, OnStopSignal);
-  ANNULUS_ASSIGN_OR_RETURN(const StudyResults results,
-                           RunStudy(study.spec, points, options, Hooks(study.spec, machine, options.folder),
-                                    OpenResults(study.spec, points, profile)));
+  ANNULUS_ASSIGN_OR_RETURN(
+      const StudyResults results,
+      RunStudy(study.spec, points, options, Hooks(study.spec, machine, options.folder), std::move(open)));
   PrintSummary(results);
   const char* folder = options.folder.c_str();
   if (slurm) std::printf("%s/submit-all hands the points that do not fit here over to Slurm\n", folder);

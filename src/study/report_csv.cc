@@ -87,6 +87,7 @@ std::vector<std::string> Header(const std::vector<std::string>& axes) {
     for (const FigureColumn& column : FigureColumns()) names.push_back(kind + column.name);
   }
   names.push_back("measured_spread");
+  names.push_back("measured_on");
   names.push_back("predicted_step_error");
   for (const GoodputColumn& column : GoodputColumns()) names.push_back(column.name);
   names.push_back("layout_choice");
@@ -135,7 +136,7 @@ std::string StudyCsv(const StudyResults& results) {
   std::string csv = CsvLine(Header(axes));
   for (const PointResult& point : results.points) {
     std::vector<std::string> fields = {
-        results.name, results.device, results.profile_measured ? "measured" : "assumed",
+        results.name, point.machine.device, point.machine.measured ? "measured" : "assumed",
         results.scaling == Scaling::kStrong ? "strong" : "weak", point.point.id};
     for (const std::string& axis : axes) fields.push_back(AxisValue(point, axis));
     for (const std::string& text :
@@ -148,6 +149,7 @@ std::string StudyCsv(const StudyResults& results) {
     Append(FigureColumns(), point.predicted, &fields);
     const bool both = point.measured.has_value() && point.predicted.has_value();
     fields.push_back(point.measured.has_value() ? CsvNumber(point.measured_spread) : "");
+    fields.push_back(point.measured_on);
     fields.push_back(both ? CsvNumber(point.predicted->step_seconds / point.measured->step_seconds - 1) : "");
     Append(GoodputColumns(), point.goodput, &fields);
     AppendChoice(cases, point, &fields);

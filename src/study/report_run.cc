@@ -53,10 +53,11 @@ double SumOf(const RunRecord& run, RunNumber number) {
 }
 
 std::string LeadOf(const RunRecord& run) {
-  if (!run.spec.has_value()) return "A training run.";
+  const std::string on = run.devices.empty() ? "." : absl::StrCat(", on ", run.devices, ".");
+  if (!run.spec.has_value()) return "A training run" + on;
   const RunSpec& spec = *run.spec;
   return absl::StrCat("Model ", spec.pattern, ", sequences of ", spec.data.seq_len, " tokens, cp ",
-                      spec.parallel.cp, ", tp ", spec.parallel.tp, ".");
+                      spec.parallel.cp, ", tp ", spec.parallel.tp, on);
 }
 
 void AddSummary(const RunRecord& run, HtmlPage* page) {

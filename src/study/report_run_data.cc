@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "annulus/base/file.h"
 #include "annulus/train/config.h"
+#include "study_measure.h"
 
 namespace annulus {
 namespace {
@@ -162,6 +163,7 @@ absl::StatusOr<RunRecord> ReadRun(const std::string& run_dir) {
   run.config = TextIfThere(run_dir + "/config.resolved.textproto");
   run.command = TextIfThere(run_dir + "/command.txt");
   run.env = TextIfThere(run_dir + "/env.json");
+  run.devices = DevicesOf(run.env);
   absl::StatusOr<ResolvedConfig> config = LoadConfig("config.resolved.textproto", run.config, {});
   if (config.ok()) run.spec = std::move(config->spec);
   return run;

@@ -75,6 +75,7 @@ struct RunRecord {
   std::vector<AttentionTimes> attention;
   std::vector<RunEvent> events;
   std::string config, command, env;  // texts; empty: not there
+  std::string devices;               // "4 x NVIDIA H200"; empty: env does not say
   std::optional<RunSpec> spec;       // of config, if this program still reads it
 };
 

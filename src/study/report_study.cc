@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "annulus/study/report.h"
 #include "annulus/train/report.h"
 #include "report_study_charts.h"
@@ -60,12 +62,45 @@ int64_t Count(const StudyResults& results, Fn&& holds) {
   return std::count_if(results.points.begin(), results.points.end(), holds);
 }
 
+// In the order in which they come; none where no point has a profile.
+std::vector<PointMachine> MachinesOf(const StudyResults& results) {
+  std::vector<PointMachine> machines;
+  for (const PointResult& point : results.points) {
+    const auto same = [&](const PointMachine& machine) {
+      return machine.device == point.machine.device && machine.measured == point.machine.measured;
+    };
+    if (!point.machine.device.empty() && std::none_of(machines.begin(), machines.end(), same))
+      machines.push_back(point.machine);
+  }
+  return machines;
+}
+
 std::string LeadOf(const StudyResults& results) {
+  const std::vector<PointMachine> machines = MachinesOf(results);
+  std::vector<std::string> names;
+  for (const PointMachine& machine : machines) {
+    names.push_back(
+        absl::StrCat(machine.device, " (", machine.measured ? "measured" : "assumed", " profile)"));
+  }
   return absl::StrCat(results.scaling == Scaling::kStrong
                           ? "Strong scaling: all points of a line do the same work."
                           : "Weak scaling: the work grows with the ranks.",
-                      " Machine: ", results.device.empty() ? "not named" : results.device,
-                      "; its profile is ", results.profile_measured ? "measured" : "assumed", ".");
+                      names.size() > 1 ? " Machines: " : " Machine: ",
+                      names.empty() ? "not named" : absl::StrJoin(names, "; "), ".");
+}
+
+// "4 x NVIDIA H200 (3 points); ...": what points were measured on, without their numbers where they are all
+// on the same.
+std::string MeasuredOnText(const StudyResults& results) {
+  std::map<std::string, int64_t> points;
+  for (const PointResult& point : results.points) {
+    if (!point.measured.has_value()) continue;
+    ++points[point.measured_on.empty() ? "devices that the runs do not name" : point.measured_on];
+  }
+  if (points.size() == 1) return points.begin()->first;
+  return absl::StrJoin(points, "; ", [](std::string* text, const auto& on) {
+    absl::StrAppend(text, on.first, " (", CountText(on.second, "point"), ")");
+  });
 }
 
 void AddSummary(const StudyResults& results, const Panels& panels, HtmlPage* page) {
@@ -81,12 +116,9 @@ void AddSummary(const StudyResults& results, const Panels& panels, HtmlPage* pag
       absl::StrCat(CountText(static_cast<int64_t>(results.points.size()), "point"), ": ", measured,
                    " measured, ", simulated, " simulated only, ", in(PointState::kFailed), ", ",
                    in(PointState::kRefused), ", ", in(PointState::kOpen), ".")};
-  if (measured > 0) items.push_back(absl::StrCat("Measured: medians over steps, on ", results.device, "."));
-  if (simulated > 0) {
-    items.push_back(absl::StrCat("Simulated: predicted step by step for ", results.device, " by ",
-                                 results.profile_measured ? "a measured" : "an assumed",
-                                 " machine profile."));
-  }
+  if (measured > 0)
+    items.push_back(absl::StrCat("Measured: medians over steps, on ", MeasuredOnText(results), "."));
+  if (simulated > 0) items.push_back("Simulated: predicted step by step by the points' machine profiles.");
   for (const bool of_measured : {true, false}) {
     double best = 0;
     std::string text;
@@ -269,17 +301,24 @@ void AddBytes(const StudyResults& results, const Panels& panels, const ByteMetri
   AddPartFigure(panels, parts, page);
 }
 
+// 0 where it is not known, or not the same for all points.
+double MemoryOfRank(const StudyResults& results) {
+  const std::vector<PointMachine> machines = MachinesOf(results);
+  if (machines.empty()) return 0;
+  const int64_t bytes = machines.front().memory_bytes;
+  const auto same = [bytes](const PointMachine& machine) { return machine.memory_bytes == bytes; };
+  return std::all_of(machines.begin(), machines.end(), same) ? static_cast<double>(bytes) : 0;
+}
+
 void AddMemory(const StudyResults& results, const Panels& panels, HtmlPage* page) {
   page->Section("Memory", "Of the rank that has most, by what it is for.");
   std::vector<std::string> parts;
   for (const MemoryPlan::Part& part : MemoryPlan().parts()) parts.push_back(part.name);
   parts.push_back("other");
-  AddBytes(results, panels,
-           {.title = "Memory of a rank",
-            .parts = parts,
-            .bytes = MemoryParts,
-            .limit = static_cast<double>(results.memory_bytes)},
-           page);
+  AddBytes(
+      results, panels,
+      {.title = "Memory of a rank", .parts = parts, .bytes = MemoryParts, .limit = MemoryOfRank(results)},
+      page);
 }
 
 // Points that sent nothing, or did not count it, have none.

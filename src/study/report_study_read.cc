@@ -16,7 +16,9 @@ absl::Status ReadPointOf(const std::string& study_dir, PointResult* result) {
   ANNULUS_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   absl::StatusOr<StoredPoint> stored = ParseStoredPoint(text);
   ANNULUS_RETURN_IF_ERROR(Prefixed(stored.status(), path + ": "));
+  PointMachine machine = std::move(result->machine);
   *result = std::move(stored->result);
+  result->machine = std::move(machine);
   return absl::OkStatus();
 }
 
@@ -28,8 +30,7 @@ absl::StatusOr<StudyResults> ReadStudy(const std::string& study_dir) {
   ANNULUS_ASSIGN_OR_RETURN(const ResolvedStudy study, LoadStudy(path, text));
   ANNULUS_ASSIGN_OR_RETURN(const std::string run_text, ReadFile(study.spec.run));
   ANNULUS_ASSIGN_OR_RETURN(const std::vector<PlannedPoint> points, StudyGrid(study.spec, run_text));
-  ANNULUS_ASSIGN_OR_RETURN(const MachineProfile machine, ProfileOfStudy(points));
-  StudyResults results = OpenResults(study.spec, points, machine);
+  ANNULUS_ASSIGN_OR_RETURN(StudyResults results, OpenResults(study.spec, points));
   for (PointResult& result : results.points) ANNULUS_RETURN_IF_ERROR(ReadPointOf(study_dir, &result));
   return results;
 }

@@ -30,10 +30,22 @@ bool HasFailed(const PointResult& point) {
   return point.state == PointState::kFailed || point.state == PointState::kRefused;
 }
 
+// What it was measured on, and what it was predicted for.
+std::string DevicesText(const PointResult& point) {
+  std::vector<std::string> texts;
+  if (!point.measured_on.empty()) texts.push_back(point.measured_on);
+  if (point.predicted.has_value() && !point.machine.device.empty())
+    texts.push_back(absl::StrCat("predicted for ", point.machine.device));
+  return texts.empty() ? kNone : absl::StrJoin(texts, "; ");
+}
+
 // With what went wrong beside; why a point failed has a table of its own.
 std::string StateAndReason(const PointResult& point) {
-  const bool tell = !HasFailed(point) && !point.reason.empty();
-  return absl::StrCat(StateText(point), tell ? "; " : "", tell ? point.reason : "");
+  std::string text = StateText(point);
+  if (!HasFailed(point) && !point.reason.empty()) absl::StrAppend(&text, "; ", point.reason);
+  if (point.predicted.has_value() && !point.predicted->documents.empty())
+    absl::StrAppend(&text, "; ", point.predicted->documents);
+  return text;
 }
 
 }  // namespace
@@ -111,6 +123,7 @@ void AddPoints(const StudyResults& results, HtmlPage* page) {
                               {"ranks"},
                               {"hosts"},
                               {"state", Align::kText},
+                              {"devices", Align::kText},
                               {"layout", Align::kText},
                               {"tokens a step"},
                               {"repeats' spread"},
@@ -120,7 +133,8 @@ void AddPoints(const StudyResults& results, HtmlPage* page) {
   for (const PointResult& point : results.points) {
     const auto& figures = point.measured.has_value() ? point.measured : point.predicted;
     table.rows.push_back({point.point.id, absl::StrCat(point.point.ranks), absl::StrCat(point.point.hosts),
-                          StateAndReason(point), point.layout.empty() ? kNone : point.layout,
+                          StateAndReason(point), DevicesText(point),
+                          point.layout.empty() ? kNone : point.layout,
                           point.tokens_per_step > 0 ? absl::StrCat(point.tokens_per_step) : kNone,
                           point.measured.has_value() ? PercentText(point.measured_spread) : kNone,
                           absl::StrJoin(point.point.overrides, ", "),

@@ -54,7 +54,7 @@ void Multiply(const std::string& axis, const Values& values, const Apply& apply,
 
 std::vector<Choice> Choices(const StudySpec& spec) {
   std::vector<Choice> choices(1);
-  const auto count = [](int64_t Choice::* member) {
+  const auto count = [](int64_t Choice::*member) {
     return [member](int64_t value, Choice* choice) {
       choice->*member = value;
       return absl::StrCat(value);
@@ -63,10 +63,10 @@ std::vector<Choice> Choices(const StudySpec& spec) {
   Multiply("hosts", spec.hosts, count(&Choice::hosts), &choices);
   Multiply("ranks_per_host", spec.ranks_per_host, count(&Choice::ranks_per_host), &choices);
   for (const StudyAxis& axis : spec.axes) {
-    int64_t Choice::* mesh = axis.name == "dp"   ? &Choice::dp
-                             : axis.name == "cp" ? &Choice::cp
-                             : axis.name == "tp" ? &Choice::tp
-                                                 : nullptr;
+    int64_t Choice::*mesh = axis.name == "dp"   ? &Choice::dp
+                            : axis.name == "cp" ? &Choice::cp
+                            : axis.name == "tp" ? &Choice::tp
+                                                : nullptr;
     const auto apply = [mesh](const StudyAxis::Value& value, Choice* choice) {
       if (mesh != nullptr) {
         choice->*mesh = std::stoll(value.label);
@@ -180,22 +180,24 @@ PointResult OpenResult(const PlannedPoint& planned) {
   PointResult result;
   result.point = planned.point;
   result.layout = planned.layout;
-  if (planned.refused.ok()) return result;
+  if (planned.refused.ok()) {
+    const absl::StatusOr<MachineProfile> machine = ProfileOf(planned);
+    if (machine.ok()) result.machine = {machine->device, machine->measured, machine->memory_bytes};
+    return result;
+  }
   result.state = PointState::kRefused;
   result.reason = absl::StrCat(kRefusedText, std::string(planned.refused.message()));
   return result;
 }
 
-StudyResults OpenResults(const StudySpec& spec, const std::vector<PlannedPoint>& points,
-                         const MachineProfile& machine) {
-  StudyResults results{.name = spec.name,
-                       .device = machine.device,
-                       .profile_measured = machine.measured,
-                       .memory_bytes = machine.memory_bytes,
-                       .scaling = spec.scaling,
-                       .points = {}};
+absl::StatusOr<StudyResults> OpenResults(const StudySpec& spec, const std::vector<PlannedPoint>& points) {
+  StudyResults results{.name = spec.name, .scaling = spec.scaling, .points = {}};
   for (const PlannedPoint& planned : points) results.points.push_back(OpenResult(planned));
-  return results;
+  const auto has_machine = [](const PointResult& result) { return !result.machine.device.empty(); };
+  if (std::any_of(results.points.begin(), results.points.end(), has_machine)) return results;
+  const auto sensible = std::find_if(points.begin(), points.end(),
+                                     [](const PlannedPoint& planned) { return planned.refused.ok(); });
+  return ProfileOf(*sensible).status();  // StudyGrid gives at least one
 }
 
 absl::StatusOr<std::vector<PlannedPoint>> StudyGrid(const StudySpec& spec, const std::string& run_text) {

@@ -85,6 +85,7 @@ Json FiguresJson(const StepFigures& figures) {
   VisitFigures(figures, Writer{&json});
   VisitMemory(figures.memory, Writer{&memory});
   json["memory"] = std::move(memory);
+  if (!figures.documents.empty()) json["documents"] = figures.documents;
   return json;
 }
 
@@ -92,6 +93,7 @@ StepFigures ReadFigures(const Json& json) {
   StepFigures figures;
   VisitFigures(figures, Reader{&json});
   VisitMemory(figures.memory, Reader{&json.at("memory")});
+  figures.documents = json.value("documents", "");
   return figures;
 }
 
@@ -145,6 +147,7 @@ StoredPoint ReadStored(const Json& json) {
   VisitStored(stored, Reader{&json});
   result.state = ReadState(json.at("state").get<std::string>());
   if (json.contains("measured")) result.measured = ReadFigures(json["measured"]);
+  result.measured_on = json.value("measured_on", "");
   if (json.contains("predicted")) result.predicted = ReadFigures(json["predicted"]);
   if (json.contains("goodput")) VisitGoodput(result.goodput.emplace(), Reader{&json["goodput"]});
   return stored;
@@ -158,6 +161,7 @@ std::string StoredPointJson(const StoredPoint& stored) {
   json["state"] = Name(result.state);
   VisitStored(stored, Writer{&json});
   if (result.measured) json["measured"] = FiguresJson(*result.measured);
+  if (!result.measured_on.empty()) json["measured_on"] = result.measured_on;
   if (result.predicted) json["predicted"] = FiguresJson(*result.predicted);
   if (result.goodput) VisitGoodput(*result.goodput, Writer{&json["goodput"]});
   // Reasons come from logs, which may hold any bytes.

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
 
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "annulus/base/check.h"
 #include "annulus/base/file.h"
@@ -61,10 +63,21 @@ std::vector<std::string> PlansOf(const Json& step) {
 
 }  // namespace
 
-absl::StatusOr<StepFigures> FiguresOfRun(const std::string& run_dir, int64_t warm_up, int64_t steps) {
+std::string DevicesOf(const std::string& env) {
+  const Json json = Json::parse(env, nullptr, /*allow_exceptions=*/false);
+  const Json devices = json.is_object() ? json.value("devices", Json::object()) : Json::object();
+  std::vector<std::string> texts;
+  for (const auto& [name, ranks] : devices.items()) {
+    if (ranks.is_number_integer()) texts.push_back(absl::StrCat(ranks.get<int64_t>(), " x ", name));
+  }
+  return absl::StrJoin(texts, ", ");
+}
+
+absl::StatusOr<Measurement> MeasurementOfRun(const std::string& run_dir, int64_t warm_up, int64_t steps) {
   ANNULUS_ASSIGN_OR_RETURN(const std::vector<Json> lines,
                            ReadSteps(run_dir + "/metrics.jsonl", warm_up, steps));
-  StepFigures figures;
+  Measurement measurement{.figures = {}, .devices = DevicesOf(ReadFile(run_dir + "/env.json").value_or(""))};
+  StepFigures& figures = measurement.figures;
   figures.step_seconds = MedianOf(lines, "step_ms") * 1e-3;
   figures.exposed_exchange_seconds = MedianOf(lines, "exposed_exchange_ms") * 1e-3;
   figures.exposed_gradients_seconds = MedianOf(lines, "exposed_reduce_ms") * 1e-3;
@@ -91,18 +104,22 @@ absl::StatusOr<StepFigures> FiguresOfRun(const std::string& run_dir, int64_t war
   figures.bytes_inside_hosts = Bytes(sent, "inside_hosts");
   figures.bytes_between_hosts = Bytes(sent, "between_hosts");
   figures.plans = PlansOf(lines.back());
-  return figures;
+  return measurement;
 }
 
-Measurement MedianRun(std::vector<StepFigures> runs) {
+Measurement MedianRun(std::vector<Measurement> runs) {
   ANNULUS_CHECK(!runs.empty());
+  std::set<std::string> devices;
+  for (const Measurement& run : runs) {
+    if (!run.devices.empty()) devices.insert(run.devices);
+  }
+  const auto seconds = [](const Measurement& run) { return run.figures.step_seconds; };
   std::sort(runs.begin(), runs.end(),
-            [](const StepFigures& a, const StepFigures& b) { return a.step_seconds < b.step_seconds; });
-  StepFigures& median = runs[(runs.size() - 1) / 2];
-  const double spread = median.step_seconds > 0
-                            ? (runs.back().step_seconds - runs.front().step_seconds) / median.step_seconds
-                            : 0;
-  return {.figures = std::move(median), .spread = spread};
+            [&](const Measurement& a, const Measurement& b) { return seconds(a) < seconds(b); });
+  Measurement& median = runs[(runs.size() - 1) / 2];
+  if (seconds(median) > 0) median.spread = (seconds(runs.back()) - seconds(runs.front())) / seconds(median);
+  median.devices = absl::StrJoin(devices, " or ");
+  return std::move(median);
 }
 
 }  // namespace annulus

@@ -100,13 +100,13 @@ absl::StatusOr<Measurement> MeasurePoint(const StudySpec& spec, const MeasuringM
     words.insert(words.end(), {"--hostfile", folder + "/hostfile"});
   }
   words.insert(words.end(), {machine.program.program, "train", folder + "/config.textproto", "--run_dir"});
-  std::vector<StepFigures> runs;
+  std::vector<Measurement> runs;
   for (int64_t i = 0; i < spec.repeats; ++i) {
     const std::string run_dir = absl::StrFormat("%s/run-%04d", folder, first + i);
     ChildJob job{.words = words, .log = run_dir + ".log", .limit_seconds = spec.limit_minutes * 60};
     job.words.push_back(run_dir);
     ANNULUS_RETURN_IF_ERROR(RunChildJob(job));
-    ANNULUS_ASSIGN_OR_RETURN(runs.emplace_back(), FiguresOfRun(run_dir, spec.warm_up, spec.steps));
+    ANNULUS_ASSIGN_OR_RETURN(runs.emplace_back(), MeasurementOfRun(run_dir, spec.warm_up, spec.steps));
   }
   return MedianRun(std::move(runs));
 }

@@ -1,7 +1,5 @@
 // Predicting a point: a step by the simulator, and the goodput of the whole run where hosts fail.
 
-#include <algorithm>
-
 #include "annulus/base/file.h"
 #include "annulus/base/hash.h"
 #include "annulus/model/params.h"
@@ -54,12 +52,6 @@ std::string ProgramHash() {
 absl::StatusOr<MachineProfile> ProfileOf(const PlannedPoint& planned) {
   ANNULUS_ASSIGN_OR_RETURN(const RunSpec run, PlannedRun(planned));
   return ProfileFor(run, planned.point);
-}
-
-absl::StatusOr<MachineProfile> ProfileOfStudy(const std::vector<PlannedPoint>& points) {
-  const auto first = std::find_if(points.begin(), points.end(),
-                                  [](const PlannedPoint& planned) { return planned.refused.ok(); });
-  return ProfileOf(*first);  // StudyGrid gives at least one
 }
 
 std::string PredictionInputs(const PlannedPoint& planned) {

@@ -102,6 +102,7 @@ void Take(absl::StatusOr<Measurement> measurement, StoredPoint* stored) {
   }
   stored->result.measured = std::move(measurement->figures);
   stored->result.measured_spread = measurement->spread;
+  stored->result.measured_on = std::move(measurement->devices);
 }
 
 // What an earlier start left of the point; nothing where it left nothing that can be read.
@@ -121,6 +122,7 @@ void StudyRun::ForgetStale(const PlannedPoint& planned, StoredPoint* stored) con
   const bool remeasure = std::exchange(stored->measurement_key, measurement) != measurement;
   const bool repredict = std::exchange(stored->prediction_key, prediction) != prediction;
   if (remeasure) stored->result.measured.reset();
+  if (remeasure) stored->result.measured_on.clear();
   if (remeasure || retry) stored->measurement_error.clear();
   if (repredict) stored->result.predicted.reset();
   if (repredict) stored->result.goodput.reset();
@@ -130,14 +132,16 @@ void StudyRun::ForgetStale(const PlannedPoint& planned, StoredPoint* stored) con
 absl::StatusOr<Work> StudyRun::LookAt(const PlannedPoint& planned) const {
   Work work;
   PointResult& result = work.stored.result;
+  const PointResult open = OpenResult(planned);
   if (!planned.refused.ok()) {
-    result = OpenResult(planned);
+    result = open;
     return work;
   }
   ANNULUS_ASSIGN_OR_RETURN(work.stored, ReadStored(FolderOf(planned)));
   ForgetStale(planned, &work.stored);
-  result.point = planned.point;
-  result.layout = planned.layout;
+  result.point = open.point;
+  result.machine = open.machine;
+  result.layout = open.layout;
   const RunSpec& run = planned.config.spec;
   result.tokens_per_step = run.optim.sequences_per_step * run.data.seq_len;
 

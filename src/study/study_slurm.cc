@@ -136,7 +136,7 @@ absl::Status WriteSubmitAll(const std::string& study_folder, const std::vector<s
 }
 
 absl::StatusOr<std::optional<Measurement>> Collect(const SlurmRuns& runs) {
-  std::vector<StepFigures> finished;
+  std::vector<Measurement> finished;
   for (int64_t run = 1; run <= runs.spec.repeats; ++run) {
     const std::string run_dir = absl::StrCat(RunPrefix(runs), run), log = run_dir + ".log";
     if (const absl::StatusOr<std::string> failed = ReadFile(run_dir + ".failed"); failed.ok()) {
@@ -147,7 +147,7 @@ absl::StatusOr<std::optional<Measurement>> Collect(const SlurmRuns& runs) {
     }
     if (!IsFinished(run_dir)) return std::nullopt;
     ANNULUS_ASSIGN_OR_RETURN(finished.emplace_back(),
-                             FiguresOfRun(run_dir, runs.spec.warm_up, runs.spec.steps));
+                             MeasurementOfRun(run_dir, runs.spec.warm_up, runs.spec.steps));
   }
   return MedianRun(std::move(finished));
 }

@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <thread>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
@@ -11,6 +10,7 @@
 #include "annulus/base/file.h"
 #include "annulus/device/gpu.h"
 #include "annulus/ops/elementwise.h"
+#include "annulus/train/placement.h"
 #include "annulus/train/profile.h"
 #include "annulus/train/report.h"
 #include "calibrate_links.h"
@@ -22,7 +22,7 @@ constexpr int64_t kKiB = int64_t{1} << 10, kMiB = int64_t{1} << 20;
 
 absl::Status DescribeDevice(const Context& ctx, int ranks, MachineProfile* profile) {
   if (ctx.device.kind == DeviceKind::kCpu) {
-    profile->device = absl::StrCat("CPU, ", std::thread::hardware_concurrency(), " cores");
+    profile->device = DeviceName(ctx.device);
     profile->memory_bytes = sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / ranks;
     return absl::OkStatus();
   }

@@ -1,6 +1,7 @@
 #include "annulus/train/placement.h"
 
 #include <algorithm>
+#include <thread>
 
 #include "annulus/base/host.h"
 #include "annulus/comm/gpu_communicator.h"
@@ -115,6 +116,13 @@ absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec) {
   const Device device{DeviceKind::kCuda, static_cast<int>(before % GpuCount())};
   ANNULUS_RETURN_IF_ERROR(world.AgreeOk(UseGpu(device.index)));
   return device;
+}
+
+std::string DeviceName(Device device) {
+  if (device.kind == DeviceKind::kCpu)
+    return absl::StrCat("CPU, ", CountText(std::thread::hardware_concurrency(), "core"));
+  const absl::StatusOr<GpuInfo> gpu = DescribeGpu(device.index);
+  return gpu.ok() ? gpu->name : "GPU";
 }
 
 namespace {

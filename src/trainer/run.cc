@@ -171,8 +171,10 @@ absl::Status TrainingRun::Start(const RunOptions& options) {
     ANNULUS_RETURN_IF_ERROR(trainer_.PrepareExchange(first.front().sequences));
     heart_.Beat();
   }
+  ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> devices,
+                           mesh_.world.AllGatherStrings(DeviceName(ctx_->device)));
   return OnRoot([&]() -> absl::Status {
-    ANNULUS_RETURN_IF_ERROR(directory_.Describe(config_, options, mesh_.world.size()));
+    ANNULUS_RETURN_IF_ERROR(directory_.Describe(config_, options, devices));
     return directory_.Event("start", trainer_.step(), CountText(mesh_.world.size(), "rank"));
   });
 }

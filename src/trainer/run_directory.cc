@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <ctime>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_format.h"
@@ -78,13 +79,16 @@ absl::StatusOr<RunDirectory> RunDirectory::Open(Communicator& world, const Resol
 }
 
 absl::Status RunDirectory::Describe(const ResolvedConfig& config, const RunOptions& options,
-                                    int ranks) const {
+                                    const std::vector<std::string>& devices) const {
   ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(path + "/config.resolved.textproto", config.text));
   ANNULUS_RETURN_IF_ERROR(WriteFileAtomically(path + "/command.txt", options.command + "\n"));
   nlohmann::ordered_json env;
   env["time"] = UtcNow("%Y-%m-%dT%H:%M:%SZ");
   env["host"] = HostName();
-  env["ranks"] = ranks;
+  env["ranks"] = devices.size();
+  std::map<std::string, int> ranks_by_device;
+  for (const std::string& device : devices) ++ranks_by_device[device];
+  env["devices"] = ranks_by_device;
   env["compiler"] = __VERSION__;
   for (const char* name : {"OMPI_ARGV", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}) {
     if (const char* value = std::getenv(name)) env["environment"][name] = value;

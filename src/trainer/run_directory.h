@@ -36,8 +36,9 @@ struct RunDirectory {
                                            const RunOptions& options);
 
   // Writes config.resolved.textproto, command.txt and env.json. Rank 0, once the run is known to start: a
-  // resume that is refused changes nothing.
-  absl::Status Describe(const ResolvedConfig& config, const RunOptions& options, int ranks) const;
+  // resume that is refused changes nothing. `devices`: DeviceName of each rank's.
+  absl::Status Describe(const ResolvedConfig& config, const RunOptions& options,
+                        const std::vector<std::string>& devices) const;
   // Drops lines of metrics.jsonl of steps after `step`, which a resumed run will write again. Rank 0.
   absl::Status TrimMetrics(int64_t step) const;
   // Adds {"time", "event", "step", "detail"} to events.jsonl. Rank 0.

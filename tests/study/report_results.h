@@ -45,12 +45,7 @@ inline StepFigures MadeUpFigures(int64_t ranks, int64_t seq_len, double slowdown
 // Over ranks and sequence lengths: measured up to 8 ranks, predicted everywhere, one failed.
 inline StudyResults MadeUpStudy(const std::vector<int64_t>& ranks, const std::vector<int64_t>& seq_lens,
                                 const std::vector<std::string>& plans) {
-  StudyResults results{.name = "dense 7B",
-                       .device = "NVIDIA H200",
-                       .profile_measured = true,
-                       .memory_bytes = int64_t{141} << 30,
-                       .scaling = Scaling::kStrong,
-                       .points = {}};
+  StudyResults results{.name = "dense 7B", .scaling = Scaling::kStrong, .points = {}};
   for (const int64_t n : ranks) {
     for (const int64_t seq_len : seq_lens) {
       for (const std::string& plan : plans) {
@@ -63,6 +58,7 @@ inline StudyResults MadeUpStudy(const std::vector<int64_t>& ranks, const std::ve
             .overrides = {absl::StrCat("data.seq_len=", seq_len)},
             .ranks = n,
             .hosts = (n + 7) / 8};
+        point.machine = {.device = "NVIDIA H200", .measured = true, .memory_bytes = int64_t{141} << 30};
         point.state = PointState::kDone;
         point.tokens_per_step = 4194304;
         point.layout = absl::StrCat("dp 1 x cp ", n, " x tp 1");
@@ -73,6 +69,7 @@ inline StudyResults MadeUpStudy(const std::vector<int64_t>& ranks, const std::ve
           point.measured = MadeUpFigures(n, seq_len, slowdown * (1 + error));
           point.measured->memory.workspace += int64_t{1} << 30;
           point.measured_spread = 0.012;
+          point.measured_on = absl::StrCat(n, " x NVIDIA H200");
         } else {
           point.goodput = Goodput{.share = 1 - static_cast<double>(n) / 20000,
                                   .seconds = 1e6,

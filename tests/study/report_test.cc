@@ -82,6 +82,36 @@ TEST(StudyHtml, DrawsMeasuredAndSimulatedInDifferentForms) {
   EXPECT_FALSE(Has(measured, "Predicted against measured"));
 }
 
+TEST(StudyHtml, NamesEveryDeviceThatTookPart) {
+  StudyResults results = MadeUpStudy({1, 2, 4, 64}, {8192}, {"AUTO"});
+  results.points[2].machine = {.device = "NVIDIA H100", .measured = false, .memory_bytes = int64_t{80} << 30};
+  results.points[2].measured_on = "4 x NVIDIA H100";
+  const std::string page = StudyHtml(results);
+  EXPECT_EQ(FlawOf(page), "");
+  EXPECT_TRUE(Has(page, " Machines: NVIDIA H200 (measured profile); NVIDIA H100 (assumed profile)."));
+  EXPECT_TRUE(Has(page, "medians over steps, on 1 x NVIDIA H200 (1 point); 4 x NVIDIA H100 (1 point)."));
+  EXPECT_TRUE(Has(page, "<td>4 x NVIDIA H100; predicted for NVIDIA H100</td>"));
+  EXPECT_FALSE(Has(page, "a rank has 141.0 GiB")) << "not all have";
+  const std::vector<std::string> lines = LinesOf(StudyCsv(results));
+  EXPECT_TRUE(absl::StartsWith(lines[1], "dense 7B,NVIDIA H200,measured,")) << lines[1];
+  EXPECT_TRUE(absl::StartsWith(lines[3], "dense 7B,NVIDIA H100,assumed,")) << lines[3];
+  EXPECT_TRUE(Has(lines[3], ",4 x NVIDIA H100,")) << lines[3];
+
+  const std::string one = StudyHtml(MadeUpStudy({1, 2, 4, 64}, {8192}, {"AUTO"}));
+  EXPECT_TRUE(Has(one, " Machine: NVIDIA H200 (measured profile)."));
+  EXPECT_TRUE(Has(one, "a rank has 141.0 GiB"));
+  for (PointResult& point : results.points) point.measured_on.clear();
+  EXPECT_TRUE(Has(StudyHtml(results), "on devices that the runs do not name."));
+}
+
+TEST(StudyHtml, SaysWhatMaskedDocumentsWerePricedAs) {
+  StudyResults results = MadeUpStudy({1, 2, 4}, {8192}, {"AUTO"});
+  EXPECT_FALSE(Has(StudyHtml(results), "documents"));
+  results.points[0].predicted->documents = "documents priced as whole sequences: a.txt: not there";
+  EXPECT_TRUE(Has(StudyHtml(results),
+                  "<td>measured, simulated; documents priced as whole sequences: a.txt: not there</td>"));
+}
+
 // Zero bytes of a measured run are bytes that were not counted.
 TEST(StudyHtml, BytesAreThoseOfPointsThatCountThem) {
   StudyResults results = MadeUpStudy({1, 2, 4}, {8192}, {"AUTO"});
@@ -322,7 +352,7 @@ TEST(ReadStudy, IsWhatTheStudyHas) {
   StudyHooks hooks;
   hooks.can_measure = [](const PlannedPoint& planned) { return planned.point.ranks < 2; };
   hooks.measure = [](const PlannedPoint&, const std::string&) {
-    return Measurement{.figures = MadeUpFigures(1, 8192, 1), .spread = 0.25};
+    return Measurement{.figures = MadeUpFigures(1, 8192, 1), .spread = 0.25, .devices = "1 x toaster"};
   };
   hooks.predict = [](const PlannedPoint& planned) -> absl::StatusOr<Prediction> {
     if (planned.point.ranks == 3) return Invalid("no rates");
@@ -340,13 +370,12 @@ TEST(ReadStudy, IsWhatTheStudyHas) {
   ASSERT_TRUE(read.ok()) << read.status();
   EXPECT_EQ(read->name, "s");
   EXPECT_EQ(read->scaling, Scaling::kWeak);
-  EXPECT_FALSE(read->device.empty());
+  EXPECT_FALSE(read->points[0].machine.device.empty());
   own.name = read->name, own.scaling = read->scaling;
-  own.device = read->device, own.profile_measured = read->profile_measured;
-  own.memory_bytes = read->memory_bytes;
   EXPECT_EQ(StudyCsv(*read), StudyCsv(own));
   EXPECT_EQ(StudyHtml(*read), StudyHtml(own));
   EXPECT_TRUE(Has(StudyHtml(own), "refused: ")) << StudyCsv(own);
+  EXPECT_TRUE(Has(StudyHtml(*read), "on 1 x toaster.")) << StudyCsv(own);
 
   std::filesystem::remove_all(folder + "/points");
   const absl::StatusOr<StudyResults> open = ReadStudy(folder);

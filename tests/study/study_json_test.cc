@@ -7,6 +7,8 @@
 #include <cmath>
 #include <limits>
 
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 
 namespace annulus {
@@ -30,6 +32,7 @@ StepFigures Figures(double first) {
     *value = ++bytes;
   }
   figures.plans = {"forward: kv_ring by host", "backward: \"x\"\n"};
+  figures.documents = absl::StrCat("documents of ", first);
   return figures;
 }
 
@@ -46,6 +49,7 @@ StoredPoint Sample() {
   stored.result.layout = "dp 2";
   stored.result.measured = Figures(0);
   stored.result.measured_spread = 0.1;
+  stored.result.measured_on = "8 x NVIDIA H200";
   stored.result.predicted = Figures(100);
   stored.result.goodput = Goodput{.share = 0.9,
                                   .seconds = 1,
@@ -71,8 +75,10 @@ TEST(StudyJson, EveryFieldSurvives) {
   EXPECT_EQ(got.memory.exchange, want.memory.exchange);
   EXPECT_EQ(got.bytes_between_hosts, want.bytes_between_hosts);
   EXPECT_EQ(got.plans, want.plans);
+  EXPECT_EQ(got.documents, want.documents);
   EXPECT_EQ(again->result.point.labels[1].value, "8 layers");
   EXPECT_EQ(again->result.point.hosts, 2);
+  EXPECT_EQ(again->result.measured_on, "8 x NVIDIA H200");
   EXPECT_EQ(again->result.state, PointState::kFailed);
   EXPECT_EQ(again->result.goodput->restarting_seconds, 6);
   EXPECT_EQ(again->prediction_error, "e2");
@@ -102,6 +108,15 @@ TEST(StudyJson, NumbersThatAreNotFiniteAndBytesThatAreNoTextAreWritten) {
   const auto again = ParseStoredPoint(StoredPointJson(stored));
   ASSERT_TRUE(again.ok()) << again.status();
   EXPECT_TRUE(std::isnan(again->result.measured->step_seconds));
+}
+
+// Results of before these fields are not made anew.
+TEST(StudyJson, SomeFieldsMayBeMissing) {
+  StoredPoint stored = Sample();
+  stored.result.measured_on = stored.result.measured->documents = stored.result.predicted->documents = "";
+  const std::string text = StoredPointJson(stored);
+  EXPECT_FALSE(absl::StrContains(text, "documents") || absl::StrContains(text, "measured_on")) << text;
+  EXPECT_TRUE(ParseStoredPoint(text).ok());
 }
 
 TEST(StudyJson, OtherTextsAreRefused) {

@@ -134,8 +134,13 @@ TEST_F(StudyJobTest, FiguresAreMediansOfTheStepsThatCount) {
         "\"memory_bytes\":{\"parameters\":5,\"other\":7}}\n");
   }
   ASSERT_TRUE(WriteFileAtomically(folder_ + "/metrics.jsonl", lines).ok());
-  const auto figures = FiguresOfRun(folder_, 1, 3);
-  ASSERT_TRUE(figures.ok()) << figures.status();
+  ASSERT_TRUE(WriteFileAtomically(folder_ + "/env.json",
+                                  "{\"ranks\":3,\"devices\":{\"NVIDIA H100\":1,\"NVIDIA H200\":2}}")
+                  .ok());
+  const auto measured = MeasurementOfRun(folder_, 1, 3);
+  ASSERT_TRUE(measured.ok()) << measured.status();
+  EXPECT_EQ(measured->devices, "1 x NVIDIA H100, 2 x NVIDIA H200");
+  const StepFigures* figures = &measured->figures;
   EXPECT_DOUBLE_EQ(figures->step_seconds, 0.020);
   EXPECT_DOUBLE_EQ(figures->exposed_exchange_seconds, 0.002);
   EXPECT_DOUBLE_EQ(figures->exposed_gradients_seconds, 0.003);
@@ -146,17 +151,43 @@ TEST_F(StudyJobTest, FiguresAreMediansOfTheStepsThatCount) {
   EXPECT_EQ(figures->bytes_inside_hosts, 11);
   EXPECT_EQ(figures->bytes_between_hosts, 13);
   EXPECT_EQ(figures->plans, std::vector<std::string>{"forward: kv_ring by host"});
-  EXPECT_TRUE(absl::EndsWith(FiguresOfRun(folder_, 1, 4).status().message(), "4 steps, expected 5"));
+  EXPECT_TRUE(absl::EndsWith(MeasurementOfRun(folder_, 1, 4).status().message(), "4 steps, expected 5"));
   ASSERT_TRUE(WriteFileAtomically(folder_ + "/metrics.jsonl", lines + "{\"step_m").ok());
-  EXPECT_FALSE(FiguresOfRun(folder_, 1, 4).ok());
+  EXPECT_FALSE(MeasurementOfRun(folder_, 1, 4).ok());
 }
 
 TEST(StudyPoint, SpreadIsOverRepeats) {
-  std::vector<StepFigures> runs(4);
-  for (size_t i = 0; i < 4; ++i) runs[i].step_seconds = std::vector<double>{4, 1, 3, 2}[i];
+  std::vector<Measurement> runs(4);
+  for (size_t i = 0; i < 4; ++i) {
+    runs[i].figures.step_seconds = std::vector<double>{4, 1, 3, 2}[i];
+    runs[i].devices = std::vector<std::string>{"", "a", "b", "a"}[i];
+  }
   const Measurement measurement = MedianRun(runs);
   EXPECT_DOUBLE_EQ(measurement.figures.step_seconds, 2);
   EXPECT_DOUBLE_EQ(measurement.spread, 1.5);
+  EXPECT_EQ(measurement.devices, "a or b");
+}
+
+// A point without a profile does not hide those that have one.
+TEST(StudyPoint, EachHasItsMachine) {
+  StudySpec spec = TinyStudy();
+  spec.ranks_per_host = {2};
+  spec.axes = {{"profile", {}}};
+  const std::string folder = ANNULUS_SOURCE_DIR "/configs/machine/";
+  for (const auto& [name, device] :
+       {std::pair{"nowhere", "CPU"}, {"cpu_hosts_10g", "CPU"}, {"h200_x8_400g", "CUDA"}}) {
+    const std::string field = absl::StrCat("parallel.exchange.profile=", folder, name, ".textproto");
+    spec.axes[0].values.push_back({name, {field, absl::StrCat("device=", device)}});
+  }
+  const auto results = OpenResults(spec, Grid(spec));
+  ASSERT_TRUE(results.ok()) << results.status();
+  EXPECT_EQ(results->points[0].machine.device, "");
+  EXPECT_TRUE(absl::StartsWith(results->points[1].machine.device, "CPU"))
+      << results->points[1].machine.device;
+  EXPECT_TRUE(absl::StrContains(results->points[2].machine.device, "H200"));
+  EXPECT_GT(results->points[2].machine.memory_bytes, int64_t{100} << 30);
+  spec.axes[0].values.resize(1);
+  EXPECT_TRUE(absl::StrContains(OpenResults(spec, Grid(spec)).status().message(), "nowhere.textproto"));
 }
 
 TEST(ShippedStudies, HavePointsThatMakeSense) {

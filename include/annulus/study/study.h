@@ -35,23 +35,29 @@ const char* Name(PointState state);  // "open", "done", ...
 // What the reason of a refused point begins with.
 inline constexpr char kRefusedText[] = "refused: ";
 
+// What a point is predicted for, of its machine profile.
+struct PointMachine {
+  std::string device;        // empty: there is no profile
+  bool measured = false;     // the profile is; else assumed
+  int64_t memory_bytes = 0;  // of a rank; 0: not known
+};
+
 struct PointResult {
   StudyPoint point;
+  PointMachine machine = {};
   PointState state = PointState::kOpen;
   std::string reason;  // kFailed, kRefused: why; kDone: why it was measured, but not predicted, if so
   int64_t tokens_per_step = 0;
   std::string layout;                   // "dp 2 x cp 4 x tp 1"
   std::optional<StepFigures> measured;  // medians over steps and repeats
   double measured_spread = 0;           // (slowest - fastest repeat) / median
+  std::string measured_on = {};         // "4 x NVIDIA H200"; empty: the runs do not say
   std::optional<StepFigures> predicted;
   std::optional<Goodput> goodput;  // of the prediction
 };
 
 struct StudyResults {
   std::string name;
-  std::string device;  // of the machine profile
-  bool profile_measured = false;
-  int64_t memory_bytes = 0;  // of a rank, of the profile; 0: not known
   Scaling scaling = Scaling::kStrong;
   std::vector<PointResult> points;  // in the order of the grid
 };

@@ -35,12 +35,13 @@ absl::StatusOr<std::vector<PlannedPoint>> StudyGrid(const StudySpec& spec, const
 
 // Results before any point is run: those that are refused say why.
 PointResult OpenResult(const PlannedPoint& planned);
-StudyResults OpenResults(const StudySpec& spec, const std::vector<PlannedPoint>& points,
-                         const MachineProfile& machine);
+// InvalidArgument or NotFound where no point that makes sense has a machine profile: why the first has none.
+absl::StatusOr<StudyResults> OpenResults(const StudySpec& spec, const std::vector<PlannedPoint>& points);
 
 struct Measurement {
-  StepFigures figures;  // medians over steps and repeats
-  double spread = 0;    // (slowest - fastest repeat) / median
+  StepFigures figures;       // medians over steps and repeats
+  double spread = 0;         // (slowest - fastest repeat) / median
+  std::string devices = {};  // of all repeats, "4 x NVIDIA H200"; empty: the runs do not say
 };
 struct Prediction {
   StepFigures figures;
@@ -77,8 +78,6 @@ absl::StatusOr<Measurement> MeasurePoint(const StudySpec& spec, const MeasuringM
 
 // The profile that the point is predicted by, for its hosts.
 absl::StatusOr<MachineProfile> ProfileOf(const PlannedPoint& planned);
-// The one that stands for the study: of its first point that makes sense.
-absl::StatusOr<MachineProfile> ProfileOfStudy(const std::vector<PlannedPoint>& points);
 // ResourceExhausted where a rank has not the memory.
 absl::StatusOr<Prediction> PredictPoint(const StudySpec& spec, const PlannedPoint& planned);
 // What a prediction depends on besides the study and the point: the profile and this program.

@@ -32,6 +32,9 @@ DeviceKind DeviceKindOf(DeviceChoice device);
 // This rank's device, made the thread's: ranks of a host take its GPUs in turn. Collective.
 absl::StatusOr<Device> PlaceRank(Communicator world, const RunSpec& spec);
 
+// "NVIDIA H200"; "CPU, 2 cores".
+std::string DeviceName(Device device);
+
 // Refuses, before it is taken, more memory than there is: `bytes` on each rank that shares its host or GPU
 // with others. "memory: WHAT 3.0 GiB, expected at most ...: CURE". Collective.
 absl::Status CheckMemory(Communicator world, Device device, int64_t bytes, absl::string_view what,
