@@ -12,6 +12,7 @@
 #include <array>
 #include <map>
 #include <tuple>
+#include <unordered_map>
 
 #include "row_set.h"
 #include "scheme.h"
@@ -101,7 +102,18 @@ struct Split {
   // Ordered numbers that both ends of a message find; made dense at the end.
   enum class Leg { kGather, kBetween, kScatter };
   using MessageKey = std::tuple<Leg, int, int, size_t>;  // leg, payload or number between, group, chunk
-  std::map<MessageKey, int> messages = {};
+  struct MessageHash {
+    size_t operator()(const MessageKey& key) const {
+      const auto [leg, what, group, chunk] = key;
+      constexpr size_t kOdd = 0x9e3779b97f4a7c15;
+      return (((static_cast<size_t>(leg) * kOdd + static_cast<size_t>(what)) * kOdd +
+               static_cast<size_t>(group)) *
+                  kOdd +
+              chunk) *
+             kOdd;
+    }
+  };
+  std::unordered_map<MessageKey, int, MessageHash> messages = {};
   int MessageOf(Leg leg, int what, int group, size_t chunk) {
     return messages.try_emplace({leg, what, group, chunk}, static_cast<int>(messages.size())).first->second;
   }

@@ -36,11 +36,13 @@ double FastestPairRate(const AttentionCase& layer, Pass pass, const MachineProfi
   return fastest;
 }
 
+// Of a group of ranks that have as many heads as any: with more ranks than heads some have none.
 double ComputeSeconds(const AttentionCase& layer, Pass pass, int split, const MachineProfile& machine) {
-  const double heads = static_cast<double>(layer.heads), ranks = layer.layout.ranks();
+  const double heads = std::ceil(static_cast<double>(layer.heads) / split);
+  const double places = static_cast<double>(layer.layout.ranks()) / split;
   const double rows = static_cast<double>(layer.layout.local_rows() * split) + kLargestTile;
-  const double most = static_cast<double>(layer.sequences.batch) * rows * rows * std::ceil(heads / split);
-  return PairsOfHead(layer) * heads / ranks / FastestPairRate(layer, pass, machine, most);
+  const double most = static_cast<double>(layer.sequences.batch) * rows * rows * heads;
+  return PairsOfHead(layer) * heads / places / FastestPairRate(layer, pass, machine, most);
 }
 
 // ---- Bytes between hosts ------------------------------------------------------------------------

@@ -86,6 +86,22 @@ TEST(PlanBound, NoPlanTakesLess) {
   EXPECT_GT(2 * tight, with_bytes);  // bounds that say something
 }
 
+// A head is not shared out.
+TEST(PlanBound, RanksBeyondTheHeadsDoNotHelp) {
+  const MachineProfile machine = Hosts();
+  const auto bound = [&](int ranks) {
+    AttentionCase layer = Case(LayoutKind::kZigzag, ranks, 24000, 0);
+    layer.heads = 8;
+    const PlanChoice choice{.kind = PlanKind::kKvRing, .head_split = ranks};
+    const double seconds =
+        BoundOfChoice(layer, Pass::kForward, choice, TransportKind::kNccl, machine).seconds;
+    EXPECT_LE(seconds, Build(layer, Pass::kForward, choice, machine).seconds) << ranks;
+    return seconds;
+  };
+  EXPECT_LT(bound(8), 0.6 * bound(4));
+  EXPECT_DOUBLE_EQ(bound(16), bound(8));
+}
+
 TEST(PlanBound, RingsOfHostsMoveWhatIsNeeded) {
   const MachineProfile machine = Hosts();
   const AttentionCase layer = Case(LayoutKind::kZigzag, 8, 8000, 0);
