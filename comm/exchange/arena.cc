@@ -18,35 +18,42 @@ namespace annulus {
 namespace {
 
 // What all ranks share.
-struct Arenas {
+class Arenas {
+ public:
+  Arenas(const ExchangeProblem& p, Pass of) : problem(p), pass(of) {
+    const auto ranks = static_cast<size_t>(p.ranks);
+    needs_.resize(ranks * ranks);
+    for (size_t kv = 0; kv < p.chunks.size(); ++kv) {
+      RowSet rows;  // that the rank of the queries sees
+      for (size_t q = 0; q < p.chunks.size(); ++q) {
+        if (!p.keys_of(q, kv).empty()) rows.Add(p.keys_of(q, kv));
+        const int to = p.chunks[q].owner;
+        if (q + 1 < p.chunks.size() && p.chunks[q + 1].owner == to) continue;
+        const int from = p.chunks[kv].owner;
+        for (const RowRange& range : rows.ranges())
+          needs_[static_cast<size_t>(from) * ranks + static_cast<size_t>(to)].push_back({from, range});
+        rows = RowSet();
+      }
+    }
+  }
+
   const ExchangeProblem& problem;
   const Pass pass;
 
-  // Rows of chunk `kv` that rank `cp_rank` needs.
-  std::vector<RowRange> NeedsOf(int cp_rank, size_t kv) const {
-    RowSet rows;
-    for (size_t q = 0; q < problem.chunks.size(); ++q) {
-      if (problem.chunks[q].owner == cp_rank && !problem.keys_of(q, kv).empty())
-        rows.Add(problem.keys_of(q, kv));
-    }
-    return rows.ranges();
-  }
   // Rows of the block of rank `from` that rank `to` needs, each range in one chunk.
-  std::vector<BlockRows> RowsFor(int from, int to) const {
-    std::vector<BlockRows> rows;
-    for (size_t kv = 0; kv < problem.chunks.size(); ++kv) {
-      if (problem.chunks[kv].owner != from) continue;
-      for (const RowRange& range : NeedsOf(to, kv)) rows.push_back({from, range});
-    }
-    return rows;
+  const std::vector<BlockRows>& RowsFor(int from, int to) const {
+    return needs_[static_cast<size_t>(from * problem.ranks + to)];
   }
 
-  using MessageKey = std::tuple<Payload, int, int, int64_t>;  // from, to, first row
-  std::map<MessageKey, int> messages = {};
   int MessageOf(Payload payload, int from, int to, const BlockRows& rows) {
-    const auto next = static_cast<int>(messages.size());
-    return messages.try_emplace({payload, from, to, rows.rows.begin}, next).first->second;
+    const auto next = static_cast<int>(messages_.size());
+    return messages_.try_emplace({payload, from, to, rows.rows.begin}, next).first->second;
   }
+
+ private:
+  using MessageKey = std::tuple<Payload, int, int, int64_t>;  // from, to, first row
+  std::vector<std::vector<BlockRows>> needs_;                 // [from * ranks + to]
+  std::map<MessageKey, int> messages_;
 };
 
 class ArenaRank {
@@ -142,7 +149,7 @@ class ArenaRank {
              .message = a_.MessageOf(Payload::kKvGrad, me_, to, rows),
              .after = {computed_}});
       }
-      const std::vector<BlockRows> back = a_.RowsFor(me_, from);
+      const std::vector<BlockRows>& back = a_.RowsFor(me_, from);
       if (back.empty()) continue;
       // One comes while the one before is added.
       constexpr size_t kIncoming = 2;
@@ -205,7 +212,7 @@ ExchangePlan BuildArena(const ExchangeProblem& problem, Pass pass, const PlanCho
   for (int64_t head = 0; head < problem.kv_heads; ++head) all.kv_heads.push_back(head);
   plan.groups = {all};
   plan.super_size = LayOut(problem, &plan.super_rows);
-  Arenas arenas{.problem = problem, .pass = pass};
+  Arenas arenas(problem, pass);
   for (int r = 0; r < problem.ranks; ++r) plan.ranks.push_back(ArenaRank(&arenas, r).Build());
   return plan;
 }

@@ -110,9 +110,10 @@ class CopyEngineTransport : public StreamTransport {
   // Collective.
   absl::Status Load() {
     ANNULUS_RETURN_IF_ERROR(cp_.AgreeOk(flags_.Load()));
-    ANNULUS_ASSIGN_OR_RETURN(const GpuInfo gpu, DescribeGpu(device_.index));
-    ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> gpus, cp_.AllGatherStrings(gpu.identity));
-    for (const std::string& identity : gpus) same_gpu_.push_back(identity == gpu.identity);
+    const absl::StatusOr<GpuInfo> gpu = DescribeGpu(device_.index);
+    ANNULUS_RETURN_IF_ERROR(cp_.AgreeOk(gpu.status()));
+    ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> gpus, cp_.AllGatherStrings(gpu->identity));
+    for (const std::string& identity : gpus) same_gpu_.push_back(identity == gpu->identity);
     return absl::OkStatus();
   }
   TransportKind kind() const override { return TransportKind::kCopyEngine; }

@@ -40,7 +40,7 @@ struct ExchangeBinding {
   // was given, so its place there identifies it.
   std::function<absl::Status(const Step&)> compute = {};
   // By step, of a transport with arrival flags (or empty): `compute` of this step, of KeyArrival::kDuring,
-  // waits for its keys itself (ExchangeTransport::ArrivalsOf).
+  // waits for its keys itself (ExchangeTransport::ArrivalsOf), and that is not counted as waiting.
   std::vector<bool> takes_arrivals = {};
 };
 
