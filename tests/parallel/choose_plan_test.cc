@@ -119,50 +119,6 @@ TEST(CostOf, BytesAreThoseOfTheFormulas) {
   EXPECT_LE(ulysses, (ranks - 1) * (q + kv + 2 * q + lse));  // outputs in either width
 }
 
-// ---- An arena -----------------------------------------------------------------------------------
-
-// One launch computes on keys as they come where the kernel and the transport can; then it hides what a step
-// that waits for all keys exposes.
-TEST(CostOf, KeysComeDuringTheStepWhereTheyCan) {
-  AttentionCase layer = CausalCase(4, 4 * 4096, kMha);
-  layer.hopper = true;
-  const MachineProfile hopper = AssumedHopper();
-  const PlanChoice arena{.kind = PlanKind::kArena};
-  const auto takes = [&](const AttentionCase& of, Pass pass, const MachineProfile& machine,
-                         TransportKind transport, LinkThrottle throttle = {}) {
-    return CostOf(of, PlanFor(of, pass, arena), machine, transport, throttle).arrival_seconds != nullptr;
-  };
-  EXPECT_TRUE(takes(layer, Pass::kForward, hopper, TransportKind::kCopyEngine));
-  EXPECT_FALSE(takes(layer, Pass::kBackward, hopper, TransportKind::kCopyEngine));
-  EXPECT_FALSE(takes(layer, Pass::kForward, hopper, TransportKind::kNccl)) << "which takes multiprocessors";
-  EXPECT_FALSE(takes(layer, Pass::kForward, hopper, TransportKind::kCopyEngine, {.bytes_per_second = 1e9}));
-  MachineProfile other = hopper;
-  other.compute_capability = 80;
-  EXPECT_FALSE(takes(layer, Pass::kForward, other, TransportKind::kCopyEngine));
-  AttentionCase same_bits = layer;
-  same_bits.determinism = Determinism::kRequired;
-  EXPECT_FALSE(takes(same_bits, Pass::kForward, hopper, TransportKind::kCopyEngine));
-
-  const ExchangePlan plan = PlanFor(layer, Pass::kForward, arena);
-  ExchangeCost cost = CostOf(layer, plan, hopper, TransportKind::kCopyEngine, {});
-  for (int r = 0; r < 4; ++r) {
-    const RankPlan& rank = plan.ranks[static_cast<size_t>(r)];
-    const size_t attend = rank.steps.size() - 1;
-    double arriving = 0;
-    for (const int receive : rank.steps[attend].after)
-      arriving += cost.arrival_seconds(r, attend, static_cast<size_t>(receive));
-    EXPECT_GT(arriving, 0);
-    EXPECT_LT(arriving, cost.compute_seconds(r, attend)) << "the rest is on its own keys";
-  }
-  const Simulation as_they_come = Simulate(plan, cost);
-  cost.arrival_seconds = nullptr;
-  const Simulation once_there = Simulate(plan, cost);
-  for (size_t r = 0; r < 4; ++r) EXPECT_LT(as_they_come.exposed[r], 0.5 * once_there.exposed[r]) << r;
-  EXPECT_LT(as_they_come.makespan, once_there.makespan);
-}
-
-// ---- Messages -----------------------------------------------------------------------------------
-
 // Two ranks with all KV to gather and next to nothing to compute: messages of 16 MiB take what was measured.
 TEST(CostOf, MessagesTakeWhatWasMeasured) {
   const AttentionCase layer = CausalCase(2, 2 * 4096, kGqa);  // KV of 4096 * 2 * 8 * 128 * 2 bytes = 16 MiB
