@@ -33,7 +33,7 @@ TEST(GpuAttentionPlans, MayNotLoseKeys) {
 TEST(GpuAttentionPlans, KeysMayComeInAnyOrder) {
   constexpr uint64_t kRepeats = 12, kMostMs = 20;
   GpuRank gpu;
-  const LayerKind full = {"full", LayoutKind::kZigzag, 400 / gpu.cp.size(), 20,
+  const LayerKind full = {"full", LayoutKind::kZigzag, 400 / gpu.cp.size(), 17,
                           0,      Documents::kNone,    Lengths::kFull,      64};
   const RandomStream delays(7, absl::StrCat("delays of rank ", gpu.cp.rank()));
   const auto transports = std::make_shared<ExchangeTransports>(gpu.cp, LinkThrottle());
