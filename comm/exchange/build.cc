@@ -14,6 +14,7 @@ struct KindTraits {
   bool reads_parts;
   bool reads_inner;
   bool moves_queries;  // so outputs travel
+  bool splits_heads = true;
 };
 constexpr KindTraits kTraits[kPlanKinds] = {
     {"all_gather", false, 1, true, false, false},
@@ -25,6 +26,7 @@ constexpr KindTraits kTraits[kPlanKinds] = {
     {"balanced", false, 1, false, false, true},
     {"double_ring", false, 1, false, true, false},
     {"mesh", false, 1, false, true, true},
+    {"arena", false, 1, true, false, false, false},
 };
 const KindTraits& TraitsOf(PlanKind kind) { return kTraits[static_cast<size_t>(kind)]; }
 
@@ -42,6 +44,7 @@ ExchangePlan BuildUnsplit(const ExchangeProblem& problem, Pass pass, PlanChoice 
       choice = lower;
     }
   }
+  if (choice.kind == PlanKind::kArena && problem.ranks > 1) return BuildArena(problem, pass, choice);
   return CompileScheme(problem, pass, SchemeFor(problem, choice));
 }
 
@@ -52,6 +55,10 @@ absl::Status CheckChoice(const ExchangeProblem& problem, const PlanChoice& choic
                    " ranks: groups of neighbouring ranks share out the heads");
   }
   const int places = problem.ranks / choice.head_split;
+  if (!traits.splits_heads && choice.head_split > 1 && places > 1) {
+    return Invalid("head_split=", choice.head_split, ": expected 1 for an ", traits.name,
+                   ", which has all heads");
+  }
   if (traits.reads_inner && (choice.inner < 1 || places % choice.inner != 0)) {
     return Invalid("inner=", choice.inner, ": expected a divisor of the ", places, " places that a ",
                    traits.name, " connects");
@@ -117,6 +124,7 @@ std::vector<PlanChoice> AllChoices(int ranks, int64_t heads) {
     }
     for (int k = 0; k < kPlanKinds; ++k) {
       const PlanKind kind = static_cast<PlanKind>(k);
+      if (split > 1 && !TraitsOf(kind).splits_heads) continue;
       if (!TraitsOf(kind).reads_inner) {
         choices.push_back({.kind = kind, .head_split = split});
         continue;

@@ -22,7 +22,13 @@
 // execution follows a `ready` that the waiting receiver itself has yet to write. So a slot is written by the
 // sender only after its last reader of the execution before, too.
 //
-// The waits have no limit of their own; Abort() ends them by setting this rank's flags to the last number.
+// A kernel may wait for `arrived` as streams do (ArrivalsOf), though it holds all multiprocessors: what it
+// waits for was enqueued before it, on other streams, and needs none. On the peer's side nothing but what
+// this rank has enqueued before is waited for either. A throttled link takes a multiprocessor, so there it
+// may not.
+//
+// The waits of streams have no limit of their own; Abort() ends them by setting this rank's flags to the last
+// number.
 //
 // A throttled link (link_hold.h) is taken before the copy, and `arrived` is written when it is free again.
 
@@ -30,10 +36,12 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
 
 #include "../../src/device/cuda_call.h"
 #include "annulus/device/gpu.h"
+#include "annulus/device/wait_reports.h"
 #include "binding.h"
 #include "copy_engine.h"
 #include "link_hold.h"
@@ -89,6 +97,7 @@ class CopyEngineTransport : public StreamTransport {
       : StreamTransport(cp, device),
         memory_(std::move(cp), device),
         sends_(kTransferLanes * static_cast<size_t>(cp_.size())),
+        reports_(device),
         abort_stream_(device, StreamPriority::kHigh) {
     const size_t roles = kCopies + kLanesToRank * static_cast<size_t>(cp_.size());
     if (throttle.bytes_per_second > 0) hold_.emplace(device, throttle, cp_.size(), roles * kTransferLanes);
@@ -98,9 +107,37 @@ class CopyEngineTransport : public StreamTransport {
     if (!aborted_) Synchronize();
   }
 
-  absl::Status Load() { return flags_.Load(); }
+  // Collective.
+  absl::Status Load() {
+    ANNULUS_RETURN_IF_ERROR(cp_.AgreeOk(flags_.Load()));
+    const absl::StatusOr<GpuInfo> gpu = DescribeGpu(device_.index);
+    ANNULUS_RETURN_IF_ERROR(cp_.AgreeOk(gpu.status()));
+    ANNULUS_ASSIGN_OR_RETURN(const std::vector<std::string> gpus, cp_.AllGatherStrings(gpu->identity));
+    for (const std::string& identity : gpus) same_gpu_.push_back(identity == gpu->identity);
+    return absl::OkStatus();
+  }
   TransportKind kind() const override { return TransportKind::kCopyEngine; }
   int64_t device_bytes() const override { return memory_.bytes(); }
+  bool has_arrival_flags() const override { return !hold_.has_value(); }
+
+  Arrivals ArrivalsOf(const Step& step) override {
+    Arrivals arrivals;
+    std::vector<std::string> names;
+    for (const int before : step.after) {
+      if (!ArrivesDuring(running_->rank, step, before)) continue;
+      const auto receive = static_cast<size_t>(before);
+      arrivals.flags.push_back({Arrived(cp_.rank(), running_->rank.steps[receive].message), count_});
+      names.push_back(running_->texts[receive]);
+    }
+    arrivals.report = reports_.Add(std::move(names));
+    return arrivals;
+  }
+
+  // Kernels that gave up, before a call of this process fails by it.
+  absl::Status Health() override {
+    const std::string gave_up = reports_.Text();
+    return gave_up.empty() ? absl::OkStatus() : absl::InternalError("a kernel gave up: " + gave_up);
+  }
 
   absl::StatusOr<std::vector<SlotMemory>> Slots(Context& ctx, const ExchangePlan& plan,
                                                 const SlotSource& source) override {
@@ -198,6 +235,7 @@ class CopyEngineTransport : public StreamTransport {
 
   absl::Status Begin(const Run& run) override {
     if (run.plan.messages > 0) ++count_;  // else ranks may leave the call out
+    running_ = &run.plan;
     const std::vector<StreamPlan::PoolSlot>& pool = run.plan.pools[static_cast<size_t>(cp_.rank())];
     for (size_t place = 0; place < pool.size(); ++place) {
       const SlotMemory& slot = run.binding.slots[static_cast<size_t>(pool[place].slot)];
@@ -250,7 +288,7 @@ class CopyEngineTransport : public StreamTransport {
     ANNULUS_RETURN_IF_ERROR(flags_.Wait(stream, Ready(cp_.rank(), step.peer, step.message), count_));
     Start(run, s, stream);
     if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Take(stream, lane, step.peer, run.BytesOf(s)));
-    ANNULUS_RETURN_IF_ERROR(CopyRows(run, s, stream));
+    ANNULUS_RETURN_IF_ERROR(CopyRows(run, s, lane, stream));
     if (hold_) ANNULUS_RETURN_IF_ERROR(hold_->Hold(stream, lane));
     const size_t flags = LaneToRank(step.peer, kCopyLanes, round_lane);
     const StreamHandle writes = run.BytesOf(s) < kLongBytes ? stream : StreamBehind(flags, lane);
@@ -259,7 +297,7 @@ class CopyEngineTransport : public StreamTransport {
     return absl::OkStatus();
   }
 
-  absl::Status CopyRows(const Run& run, int s, StreamHandle stream) const {
+  absl::Status CopyRows(const Run& run, int s, size_t lane, StreamHandle stream) {
     const Step& step = run.step(s);
     const StreamPlan::PeerRows& target = run.plan.peer_rows[static_cast<size_t>(s)];
     const size_t kind = run.plan.pools[static_cast<size_t>(step.peer)][target.place].kind;
@@ -271,9 +309,31 @@ class CopyEngineTransport : public StreamTransport {
       ANNULUS_CHECK(rows.bytes() == step.rows.rows.size() * RowBytes(fields[f]))
           << run.plan.texts[static_cast<size_t>(s)] << ": field " << f << " is " << ToString(rows.shape());
       char* const to = FieldAt(step.peer, target.place, f) + target.begin * RowBytes(fields[f]);
+      if (target.taken_as_it_comes && same_gpu_[static_cast<size_t>(step.peer)]) {
+        ANNULUS_RETURN_IF_ERROR(CopyThroughHost(to, rows, lane, stream));
+        continue;
+      }
       ANNULUS_RETURN_IF_ERROR(
           CudaStatus("cudaMemcpyAsync", cudaMemcpyAsync(to, rows.raw(), static_cast<size_t>(rows.bytes()),
                                                         cudaMemcpyDeviceToDevice, stream)));
+    }
+    return absl::OkStatus();
+  }
+
+  // Within a GPU CUDA copies by a kernel, which never starts beside one that waits for it on all
+  // multiprocessors. Through the host copy engines do it.
+  absl::Status CopyThroughHost(char* to, const TensorRef& rows, size_t lane, StreamHandle stream) {
+    constexpr int64_t kPieceBytes = int64_t{4} << 20;
+    PinnedBuffer& piece = pieces_[lane];
+    if (piece.data() == nullptr) piece = PinnedBuffer(device_, kPieceBytes);
+    const char* from = static_cast<const char*>(rows.raw());
+    for (int64_t at = 0; at < rows.bytes(); at += kPieceBytes) {
+      const auto bytes = static_cast<size_t>(std::min(kPieceBytes, rows.bytes() - at));
+      for (const auto& [target, source] :
+           {std::pair<void*, const void*>{piece.data(), from + at}, {to + at, piece.data()}}) {
+        ANNULUS_RETURN_IF_ERROR(
+            CudaStatus("cudaMemcpyAsync", cudaMemcpyAsync(target, source, bytes, cudaMemcpyDefault, stream)));
+      }
     }
     return absl::OkStatus();
   }
@@ -286,6 +346,10 @@ class CopyEngineTransport : public StreamTransport {
   uint32_t count_ = 0;         // executions on this memory
   std::vector<size_t> sends_;  // so far, by peer and lane
   std::optional<LinkHold> hold_;
+  std::vector<bool> same_gpu_;             // by rank
+  std::map<size_t, PinnedBuffer> pieces_;  // by lane; where ranks share a GPU
+  WaitReports reports_;
+  const StreamPlan* running_ = nullptr;  // of the execution under way
   Stream abort_stream_;
   std::atomic<uint32_t*> own_flags_{nullptr};  // both kinds, for Abort
 };
@@ -296,7 +360,7 @@ absl::StatusOr<std::unique_ptr<ExchangeTransport>> MakeCopyEngineTransport(Commu
                                                                            LinkThrottle throttle) {
   ANNULUS_RETURN_IF_ERROR(CheckPeerMemory(cp, ctx.device));
   auto transport = std::make_unique<CopyEngineTransport>(cp, ctx.device, throttle);
-  ANNULUS_RETURN_IF_ERROR(cp.AgreeOk(transport->Load()));
+  ANNULUS_RETURN_IF_ERROR(transport->Load());
   return transport;
 }
 

@@ -346,6 +346,8 @@ absl::Status RankForm::CheckAttend() const {
   } else if (attend.kv_result != -1) {
     return Wrong("a forward plan has kv gradients in slot ", attend.kv_result);
   }
+  if (attend.arrival == KeyArrival::kDuring && (backward || spec(attend.kv_slot).home))
+    return Wrong("takes keys as they come: expected a forward plan, and a KV slot that receives");
   ANNULUS_RETURN_IF_ERROR(CheckTouched(attend.q_rows, attend.q_slot, attend.q_result));
   ANNULUS_RETURN_IF_ERROR(CheckTouched(attend.kv_rows, attend.kv_slot, attend.kv_result));
   return CheckPairs();

@@ -21,9 +21,7 @@ class PlanHasher {
 
  private:
   template <typename T>
-  void Add(const T& value)
-    requires(std::is_integral_v<T> || std::is_enum_v<T>)
-  {
+  void Add(const T& value) requires(std::is_integral_v<T> || std::is_enum_v<T>) {
     hasher_.UpdateValue(static_cast<int64_t>(value));
   }
   template <typename T>
@@ -69,8 +67,9 @@ class PlanHasher {
     AddAll(q_chunk, kv_chunk, keys, pairs);
   }
   void Add(const Attend& attend) {
-    const auto& [q_slot, kv_slot, q_result, kv_result, q_write, kv_write, q_rows, kv_rows, pairs] = attend;
-    AddAll(q_slot, kv_slot, q_result, kv_result, q_write, kv_write, q_rows, kv_rows, pairs);
+    const auto& [q_slot, kv_slot, q_result, kv_result, q_write, kv_write, arrival, q_rows, kv_rows, pairs] =
+        attend;
+    AddAll(q_slot, kv_slot, q_result, kv_result, q_write, kv_write, arrival, q_rows, kv_rows, pairs);
   }
   void Add(const Step& step) {
     const auto& [kind, attend, slot, into, rows, peer, message, after] = step;
@@ -97,6 +96,12 @@ int64_t RowInSlot(const ExchangePlan& plan, const SlotSpec& slot, const BlockRow
                             << ") of block " << rows.block << " lie in no single chunk";
   const size_t c = static_cast<size_t>(chunk);
   return plan.super_rows[c] + rows.rows.begin - plan.problem.chunks[c].rows.begin;
+}
+
+bool ArrivesDuring(const RankPlan& rank, const Step& step, int before) {
+  if (step.kind != StepKind::kAttend || step.attend.arrival != KeyArrival::kDuring) return false;
+  const Step& receive = rank.steps[static_cast<size_t>(before)];
+  return receive.kind == StepKind::kReceive && receive.slot == step.attend.kv_slot;
 }
 
 int ChunkOf(const ExchangeProblem& problem, const BlockRows& rows) {

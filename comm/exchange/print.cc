@@ -36,6 +36,7 @@ std::string Describe(const Attend& attend, Pass pass) {
   const bool backward = pass == Pass::kBackward;
   append(Name(backward ? Payload::kQueryGrad : Payload::kOutput), attend.q_write, attend.q_result);
   if (backward) append(Name(Payload::kKvGrad), attend.kv_write, attend.kv_result);
+  if (attend.arrival == KeyArrival::kDuring) absl::StrAppend(&text, ", takes keys as they come");
   return text;
 }
 

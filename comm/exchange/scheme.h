@@ -56,6 +56,9 @@ ExchangePlan CompileScheme(const ExchangeProblem& problem, Pass pass, const Sche
 // By all places together, by that plan.
 int64_t RowsMoved(const ExchangeProblem& problem, Pass pass, const Scheme& scheme);
 
+// PlanKind::kArena, for several ranks.
+ExchangePlan BuildArena(const ExchangeProblem& problem, Pass pass, const PlanChoice& choice);
+
 // A plan for `problem` where each `split` neighbouring ranks hold one super-block, each for a part of the
 // heads, and `between` (for the super-blocks' problem) is the exchange between places.
 ExchangePlan SplitHeads(const ExchangeProblem& problem, Pass pass, int split,

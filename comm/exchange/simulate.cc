@@ -87,12 +87,19 @@ class Simulator {
   struct Rank {
     size_t computing = kNone;  // step
     Progress compute = {};
+    double computing_since = 0;
+    bool starved = false;                   // it computes when more keys come
     Alarm computed = {}, sent = {};         // `sent`: of the first of `out` to end
     int moving = 0;                         // messages sent and received
     std::vector<size_t> out = {}, in = {};  // messages whose bytes flow
     bool marked = false, rung = false;      // rates change; `sent` does
     size_t steps_left = 0;
     double last_end = 0;
+  };
+  // What a step that takes keys as they come still has to get.
+  struct Arriving {
+    size_t receives = 0;
+    double seconds = 0;  // of computing
   };
   // Messages in order of readiness. The first that is not over has the lane.
   struct Lane {
@@ -139,6 +146,7 @@ class Simulator {
       ranks_[r].steps_left = plan_.ranks[r].steps.size();
       result_.steps.emplace_back(ranks_[r].steps_left);
       node_of_.emplace_back(ranks_[r].steps_left, kNone);
+      taker_of_.emplace_back(ranks_[r].steps_left, kNone);
     }
     if (cost_.order == MessageOrder::kRounds) AddRounds();
     for (size_t r = 0; r < ranks; ++r) {
@@ -182,7 +190,17 @@ class Simulator {
     size_t last_compute = kNone;
     for (size_t s = 0; s < node_of_[r].size(); ++s) {
       const Step& step = plan_.ranks[r].steps[s];
-      for (const int on : step.after) AddWait(node_of_[r][s], node_of_[r][static_cast<size_t>(on)]);
+      for (const int on : step.after) {
+        const auto before = static_cast<size_t>(on);
+        if (cost_.arrival_seconds && ArrivesDuring(plan_.ranks[r], step, on)) {
+          taker_of_[r][before] = s;
+          Arriving& arriving = arriving_[{r, s}];
+          ++arriving.receives;
+          arriving.seconds += cost_.arrival_seconds(static_cast<int>(r), s, before);
+        } else {
+          AddWait(node_of_[r][s], node_of_[r][before]);
+        }
+      }
       if (!IsCompute(step.kind)) continue;
       if (last_compute != kNone) AddWait(node_of_[r][s], node_of_[r][last_compute]);
       last_compute = s;
@@ -228,9 +246,9 @@ class Simulator {
       if (IsCompute(plan_.ranks[node.rank].steps[s].kind)) {
         Rank& rank = ranks_[node.rank];
         rank.computing = s;
-        rank.compute.Begin(now, cost_.compute_seconds(static_cast<int>(node.rank), s));
+        const double seconds = cost_.compute_seconds(static_cast<int>(node.rank), s);
+        Compute(node.rank, seconds - ArrivingOf({node.rank, s}).seconds, now);
         result_.steps[node.rank][s].start = now;
-        Mark(node.rank);
         continue;
       }
       const size_t message = message_of_[node.rank][s];
@@ -239,6 +257,34 @@ class Simulator {
       if (lane.idle()) TakeLane(message, now);
       lane.messages.push_back(message);
     }
+  }
+
+  void Compute(size_t r, double seconds, double now) {
+    Rank& rank = ranks_[r];
+    rank.starved = false;
+    rank.computing_since = now;
+    rank.compute.Begin(now, std::max(0.0, seconds));
+    Mark(r);
+  }
+
+  Arriving ArrivingOf(const Place& at) const {
+    const auto found = arriving_.find({at.rank, at.step});
+    return found == arriving_.end() ? Arriving() : found->second;
+  }
+
+  // A receive is complete whose keys a step takes as they come.
+  void Arrive(const Place& receive, size_t taker, double now) {
+    const double seconds = cost_.arrival_seconds(static_cast<int>(receive.rank), taker, receive.step);
+    Arriving& arriving = arriving_[{receive.rank, taker}];
+    --arriving.receives;
+    arriving.seconds -= seconds;
+    Rank& rank = ranks_[receive.rank];
+    if (rank.computing != taker) return;  // it has not begun
+    if (rank.starved) return Compute(receive.rank, seconds, now);
+    rank.compute.SetRate(now, rank.compute.per_second);
+    rank.compute.left += seconds;
+    rank.computed = {.version = rank.computed.version + 1};
+    Mark(receive.rank);
   }
 
   void TakeLane(size_t message, double now) {
@@ -259,8 +305,9 @@ class Simulator {
         Rank& rank = ranks_[event.subject];
         if (rank.computed.version != event.version) return;
         rank.computed = {.version = event.version + 1};
-        StepTiming& timing = result_.steps[event.subject][rank.computing];
-        result_.compute[event.subject] += now - timing.start;
+        result_.compute[event.subject] += now - rank.computing_since;
+        rank.starved = ArrivingOf({event.subject, rank.computing}).receives > 0;
+        if (rank.starved) return;
         return End({event.subject, std::exchange(rank.computing, kNone)}, now);
       }
       case Happens::kOverheadOver:
@@ -314,6 +361,8 @@ class Simulator {
     result_.steps[place.rank][place.step].end = now;
     ranks_[place.rank].last_end = now;
     --ranks_[place.rank].steps_left;
+    const size_t taker = taker_of_[place.rank][place.step];
+    if (taker != kNone) Arrive(place, taker, now);
     Node& node = nodes_[node_of_[place.rank][place.step]];
     if (--node.running > 0) return;
     for (const size_t waiter : node.waiters) {
@@ -326,7 +375,7 @@ class Simulator {
     for (const size_t r : marked_) {
       Rank& rank = ranks_[r];
       rank.marked = false;
-      if (rank.computing != kNone) {
+      if (rank.computing != kNone && !rank.starved) {
         rank.compute.SetRate(now, rank.moving > 0 ? 1 / cost_.computing_slowdown : 1);
         Set(rank.compute.ends, Happens::kComputed, r, &rank.computed);
       }
@@ -374,6 +423,8 @@ class Simulator {
   std::vector<Rank> ranks_;
   std::vector<Node> nodes_;
   std::vector<std::vector<size_t>> node_of_, message_of_;  // [rank][step]
+  std::vector<std::vector<size_t>> taker_of_;  // [rank][receive]: the step that takes its keys as they come
+  std::map<std::pair<size_t, size_t>, Arriving> arriving_;  // by rank and step
   std::vector<Message> messages_;
   std::vector<Lane> lanes_;            // [from][to][operands, results]
   std::vector<int> link_flows_;        // [from][to]

@@ -83,14 +83,22 @@ void StreamPlan::AddPools(const ExchangePlan& plan) {
 void StreamPlan::AddPeerRows(const ExchangePlan& plan, int cp_rank) {
   std::map<int, PeerRows> targets;  // by message to another rank
   for (size_t r = 0; r < plan.ranks.size(); ++r) {
-    for (const Step& step : plan.ranks[r].steps) {
+    const RankPlan& receiver = plan.ranks[r];
+    std::vector<bool> taken(receiver.steps.size());
+    for (const Step& step : receiver.steps) {
+      for (const int before : step.after)
+        if (ArrivesDuring(receiver, step, before)) taken[static_cast<size_t>(before)] = true;
+    }
+    for (size_t s = 0; s < receiver.steps.size(); ++s) {
+      const Step& step = receiver.steps[s];
       if (step.kind != StepKind::kReceive) continue;
       messages = std::max(messages, step.message + 1);
       if (step.peer != cp_rank) continue;
       const auto place = std::find_if(pools[r].begin(), pools[r].end(),
                                       [&](const PoolSlot& slot) { return slot.slot == step.slot; });
       targets[step.message] = {.place = static_cast<size_t>(place - pools[r].begin()),
-                               .begin = RowsInSlot(plan, static_cast<int>(r), step).begin};
+                               .begin = RowsInSlot(plan, static_cast<int>(r), step).begin,
+                               .taken_as_it_comes = taken[s]};
     }
   }
   for (const Step& step : rank.steps) {

@@ -45,8 +45,9 @@ struct StreamPlan {
   std::vector<int64_t> kind_rows;            // by kind
   std::vector<std::vector<PoolSlot>> pools;  // by rank
   struct PeerRows {
-    size_t place = 0;   // of the receiver's pool
-    int64_t begin = 0;  // in that slot
+    size_t place = 0;                // of the receiver's pool
+    int64_t begin = 0;               // in that slot
+    bool taken_as_it_comes = false;  // a kernel of the receiver may wait for it (ArrivesDuring)
   };
   std::vector<PeerRows> peer_rows;  // by step, of kSend
   int messages = 0;                 // all numbers of messages are below it

@@ -50,7 +50,7 @@ absl::Status StreamTransport::Execute(Context& ctx, const ExchangePlan& plan, co
     const size_t first = static_cast<size_t>(launch.steps[0]);
     const TraceRange range(run.plan.texts[first]);
     if (launch.lane == ExchangeLane::kCompute) {
-      AwaitTransfers(run, run.plan.compute_waits[first]);
+      AwaitTransfers(run, WaitsOf(run, first));
       if (status.ok()) status = Compute(run, launch.steps[0]);
       if (run.plan.is_awaited[first]) events_[first].Record(ctx.stream());
     } else {
@@ -118,6 +118,15 @@ void StreamTransport::Complete(const Run& run, int s, size_t lane) {
   if (on.unmarked >= 0) return;
   events_[static_cast<size_t>(s)].Record(on.stream.handle());
   run.ctx.recorder.Note(on.name, run.plan.texts[static_cast<size_t>(s)], on.stream.handle());
+}
+
+std::vector<int> StreamTransport::WaitsOf(const Run& run, size_t s) const {
+  std::vector<int> waits = run.plan.compute_waits[s];
+  if (run.binding.takes_arrivals.empty() || !run.binding.takes_arrivals[s]) return waits;
+  ANNULUS_CHECK(has_arrival_flags()) << run.plan.texts[s] << ": no kernel can wait for " << Name(kind());
+  std::erase_if(waits,
+                [&](int before) { return ArrivesDuring(run.rank, run.step(static_cast<int>(s)), before); });
+  return waits;
 }
 
 void StreamTransport::AwaitTransfers(const Run& run, const std::vector<int>& transfers) {

@@ -100,6 +100,8 @@ class StreamTransport : public ExchangeTransport {
 
   void MakeEvents(const StreamPlan& plan);
   absl::Status Compute(const Run& run, int s);
+  // The transfers that a computing step waits for, but those that its kernel does.
+  std::vector<int> WaitsOf(const Run& run, size_t s) const;
   // ctx.stream() waits, which is counted.
   void AwaitTransfers(const Run& run, const std::vector<int>& transfers);
   void AwaitLanes(const Run& run);  // that the run used

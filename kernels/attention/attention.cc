@@ -1,7 +1,6 @@
-#include "annulus/ops/attention.h"
-
 #include <limits>
 
+#include "annulus/ops/attention_arrival.h"
 #include "kernels/attention/attention_kernels.h"
 #include "kernels/common/arguments.h"
 
@@ -150,6 +149,21 @@ absl::Status AttentionForwardWhole(Context& ctx, const AttentionBlock& block, He
   return VisitKernel(ctx, block.q.dtype, [&]<class T>(auto device) {
     return kernels::AttentionForwardWhole<T>(device, ctx, block, out, lse);
   });
+}
+
+absl::Status AttentionForwardArriving(Context& ctx, const ArrivingAttention& attention, HeadsRef out,
+                                      TensorRef lse) {
+  const AttentionBlock& block = attention.block;
+  ANNULUS_RETURN_IF_ERROR(CheckBlock(ctx, block));
+  ANNULUS_RETURN_IF_ERROR(CheckOutput(ctx, block, block.q.dtype, out, lse));
+  if (attention.parts.size() > kMaxKeyParts)
+    return Invalid("attention.parts: ", attention.parts.size(), ": expected at most ", kMaxKeyParts);
+#if ANNULUS_HAS_CUDA
+  if (TakesArrivals(kernels::KernelCaseOf(ctx, block, Pass::kForward)))
+    return kernels::AttentionForwardArriving(CudaTag{}, ctx, attention, out, lse);
+#endif
+  return Invalid(
+      "attention: no kernel takes keys as they come: expected bf16 on Hopper, deterministic: false");
 }
 
 absl::Status AttentionDelta(Context& ctx, ConstHeadsRef out, ConstHeadsRef dout, TensorRef delta) {

@@ -82,6 +82,11 @@ absl::Status CheckAttentionChoice(const AttentionKernelCase& c) {
   return Invalid("attention_kernel=", hopper ? "HOPPER" : cudnn ? "CUDNN" : "CUDA_MMA", ": ", why);
 }
 
+bool TakesArrivals(const AttentionKernelCase& c) {
+  return c.pass == Pass::kForward && c.determinism == Determinism::kOff &&
+         ChooseAttentionKernel(c) == kHopper;
+}
+
 bool OrdersSums(AttentionKernel kernel, Pass pass) {
   return pass == Pass::kBackward && (kernel == AttentionKernel::kTensorCore || kernel == kHopper);
 }

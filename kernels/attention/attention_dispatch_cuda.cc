@@ -3,7 +3,7 @@
 
 #include "kernels/attention/attention_f32_cuda.h"
 #include "kernels/attention/attention_heads_cuda.h"
-#include "kernels/attention/attention_hopper.h"
+#include "kernels/attention/attention_hopper_arena.h"
 #include "kernels/attention/attention_kernels.h"
 #include "kernels/attention/attention_merge_cuda.h"
 #include "kernels/attention/attention_mma.h"
@@ -225,6 +225,31 @@ absl::Status AttentionForwardWhole(CudaTag device, Context& ctx, const Attention
   const AttentionPartial partial{kBf16<T> ? ScratchLike(ctx, DType::kF32, out) : out, lse};
   ANNULUS_RETURN_IF_ERROR(ResetPartial(device, ctx, partial));
   return LaunchForward<T>(ctx, block, partial, kBf16<T> ? out : HeadsRef{});
+}
+
+absl::Status AttentionForwardArriving(CudaTag, Context& ctx, const ArrivingAttention& attention, HeadsRef out,
+                                      TensorRef lse) {
+  ANNULUS_RETURN_IF_ERROR(CheckSupported<BFloat16>(attention.block, {{"attention.out", out}}));
+  std::vector<HopperArenaChunk> chunks;
+  for (const KeyPart& part : attention.parts) {
+    chunks.push_back({.first_row = part.rows.begin,
+                      .rows = part.rows.size(),
+                      .key_offset = part.positions.offset,
+                      .key_stride = part.positions.stride,
+                      .arrived = part.arrived,
+                      .awaited = part.awaited});
+  }
+  const HopperAttentionArena arena{.block = CudaBlockOf<BFloat16>(attention.block),
+                                   .chunks = chunks,
+                                   .patience_ms = attention.patience_ms,
+                                   .report = attention.report};
+  ArenaScope scope(ctx.scratch);
+  const HopperAttentionPartial partial{.out = CudaHeadsOf<float>(ScratchLike(ctx, DType::kF32, out)),
+                                       .lse = CudaData<float>(lse),
+                                       .result = CudaHeadsOf<BFloat16>(out)};
+  void* workspace = Workspace(ctx, HopperAttentionForwardArenaWorkspaceBytes(arena));
+  return CudaStatus("attention forward on arriving keys, hopper",
+                    HopperAttentionForwardArena(arena, partial, workspace, ctx.stream()));
 }
 
 template <typename T>

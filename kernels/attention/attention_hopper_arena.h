@@ -15,22 +15,17 @@
 //     change at any time, and so may chunks that the mask hides from all queries, which are not waited for;
 //   - chunks and flags stay as they are until the launch is over.
 //
-// Compiled, and run in emulation (tests/emulation); not yet run on a GPU. Nothing dispatches to it.
+// On an H200: right in all orders of arrival of the lab (attention_hopper_check arena); also run in emulation
+// (tests/emulation). Exchange plans that gather keys in an arena use it (PlanKind::kArena).
 //
 // Chunks must come by copy engines (copies between GPUs or from the host), from work that needs no
 // multiprocessor of this GPU: the launch may hold all of them until the last chunk is there, so a kernel that
 // brings a chunk, or that the copy is queued behind, would never start. That holds for kernels of NCCL, for
 // kernels behind which a stream orders a copy, and for copies within one GPU, which CUDA may do by a kernel.
-//
-// To plug it into the exchange of comm/exchange, a rank's plan has to (1) place all chunks of a layer in one
-// buffer and keep it until the layer's attention is over on this rank (an event that owners of the chunks
-// wait for before they send the next layer's); (2) raise, behind each chunk's copy on its stream, a flag of
-// the receiver, which counts up so that it is never lowered (`awaited`: the value of this layer and step);
-// (3) start those copies before, or on a thread other than, the launch, and never behind an event of the
-// compute stream later than the launch; (4) fall back on a launch per chunk where a chunk comes by NCCL.
 
 #include <span>
 
+#include "annulus/device/wait_report.h"
 #include "kernels/attention/attention_hopper.h"
 
 namespace annulus::kernels {
@@ -47,14 +42,8 @@ struct HopperArenaChunk {
 };
 inline constexpr int kMaxHopperArenaChunks = 64;
 
-// Which flag a launch gave up waiting for.
-struct alignas(16) HopperArenaReport {
-  int32_t chunk = -1;      // kHopperArenaStuck: none, but a thread block never passed its tile on
-  uint32_t value = 0;      // of the flag
-  uint32_t awaited = 0;    //
-  uint32_t waited_ms = 0;  // since the thread block had nothing else to do
-};
-inline constexpr int32_t kHopperArenaStuck = -2;
+using HopperArenaReport = WaitReport;  // part: the chunk
+inline constexpr int32_t kHopperArenaStuck = WaitReport::kStuck;
 
 struct HopperAttentionArena {
   HopperAttentionBlock block;  // k and v are the arena, of k_rows rows; key_offset and key_stride are unused

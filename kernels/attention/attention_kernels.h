@@ -2,7 +2,7 @@
 
 // Typed kernels of annulus/ops/attention.h, one overload per device. Arguments are checked.
 
-#include "annulus/ops/attention.h"
+#include "annulus/ops/attention_arrival.h"
 #include "kernels/attention/tensor_core_dims.h"
 
 namespace annulus::kernels {
@@ -28,6 +28,9 @@ absl::Status AttentionBackward(CpuTag, Context& ctx, const AttentionBlock& block
 template <typename T>
 absl::Status AttentionBackwardWhole(CpuTag, Context& ctx, const AttentionBlock& block,
                                     const AttentionGradients& gradients);
+
+absl::Status AttentionForwardArriving(CudaTag, Context& ctx, const ArrivingAttention& attention, HeadsRef out,
+                                      TensorRef lse);
 
 absl::Status ResetPartial(CudaTag, Context& ctx, const AttentionPartial& partial);
 template <typename T>  // of merge.out

@@ -14,6 +14,7 @@ constexpr std::pair<const char*, PlanName> kPlanNames[] = {
     {"BALANCED", PlanName::kBalanced},
     {"DOUBLE_RING", PlanName::kDoubleRing},
     {"MESH", PlanName::kMesh},
+    {"ARENA", PlanName::kArena},
     {"ULYSSES", PlanName::kUlysses}};
 
 }  // namespace

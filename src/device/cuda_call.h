@@ -15,7 +15,7 @@ namespace annulus {
 
 std::string CurrentDevice();  // "cuda:0", the calling thread's
 
-// "cudaMalloc: cudaErrorInvalidValue (invalid argument) on cuda:0"
+// "cudaMalloc: cudaErrorInvalidValue (invalid argument) on cuda:0", and what kernels gave up waiting for
 std::string CudaFailure(absl::string_view call, cudaError_t error);
 
 // For destructors: the failure on stderr. Silent while the process ends and CUDA is gone already.

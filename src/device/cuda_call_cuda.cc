@@ -1,5 +1,6 @@
 #include <cstdio>
 
+#include "annulus/device/wait_reports.h"
 #include "cuda_call.h"
 
 namespace annulus {
@@ -11,8 +12,9 @@ std::string CurrentDevice() {
 }
 
 std::string CudaFailure(absl::string_view call, cudaError_t error) {
+  const std::string gave_up = WhyKernelsGaveUp();
   return absl::StrCat(call, ": ", cudaGetErrorName(error), " (", cudaGetErrorString(error), ") on ",
-                      CurrentDevice());
+                      CurrentDevice(), gave_up.empty() ? "" : "; a kernel gave up: ", gave_up);
 }
 
 void LogCudaFailure(absl::string_view call, cudaError_t error) {

@@ -41,6 +41,8 @@ class CallMaker {
     if (attend_.pairs.empty()) return {};
     const std::optional<Rectangle> all = UnionOfAll();
     if (all.has_value() && ShapeOf(*all) != MaskShape::kGeneral) return {CallOf(*all)};
+    // All at once, as by a kernel that takes keys as they come.
+    if (attend_.arrival == KeyArrival::kDuring && all.has_value() && Joined(all->keys)) return {CallOf(*all)};
     std::vector<Rectangle> parts;
     for (const BlockPair& pair : attend_.pairs) parts.push_back(PartOf(pair));
     // Where a call with bounds is needed anyway, it may as well take everything: kernels skip what is masked.

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_join.h"
 #include "annulus/device/transfer.h"
+#include "arriving_keys.h"
 #include "slot_fields.h"
 
 namespace annulus {
@@ -200,7 +201,17 @@ void AttentionGeometry::MakeCalls(Context& ctx, Schedule* schedule) {
                                   ? CallsOf(layout_, sequences_, plan, cp_.rank(), step.attend)
                                   : std::vector<AttendCall>());
   }
+  const AttentionKernelCase general = KernelCaseOf(schedule->layer, plan.pass, MaskShape::kGeneral);
+  if (TakesArrivals(general, schedule->layer, plan, schedule->choice.transport, options_.throttle)) {
+    for (size_t s = 0; s < rank.steps.size(); ++s) {
+      const Step& step = rank.steps[s];
+      if (step.kind != StepKind::kAttend || step.attend.arrival != KeyArrival::kDuring) continue;
+      const auto added = schedule->arriving.emplace(s, ArrivingCallOf(layout_, plan, cp_.rank(), step));
+      schedule->calls[s] = {added.first->second.call};
+    }
+  }
   schedule->kernels = KernelNames(schedule->layer, plan.pass, schedule->calls);
+  if (!schedule->arriving.empty()) schedule->kernels += " on keys as they come";
   if (!spare_bounds_.empty()) {
     schedule->bounds = std::move(spare_bounds_.back());
     spare_bounds_.pop_back();

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <tuple>
 
@@ -185,7 +186,8 @@ class Pricing {
       candidate->bytes_sent = bound.bytes_sent;
       return;
     }
-    cost.compute_seconds = [&](int r, size_t s) { return seconds[static_cast<size_t>(r)][s]; };
+    SetComputing(layer_, plan, machine_, candidate->transport, options_.throttle,
+                 std::make_shared<const StepSeconds>(seconds), &cost);
     SetPredicted(annulus::Simulate(plan, cost), candidate);
   }
 

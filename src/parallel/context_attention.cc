@@ -33,8 +33,12 @@ absl::Status Exchange(Context& ctx, AttentionGeometry& geometry, const Schedule&
                           }};
   ExchangeBinding binding;
   ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport->Slots(ctx, schedule.plan, source));
-  PlanCompute compute(ctx, schedule, scale, geometry.cp().rank(), binding.slots, latent);
+  const auto patience_ms = static_cast<int64_t>(geometry.options().patience_seconds * 1e3);
+  PlanCompute compute(ctx, schedule, scale, geometry.cp().rank(), binding.slots, latent,
+                      {.transport = transport, .patience_ms = patience_ms});
   binding.compute = [&](const Step& step) { return compute.Run(step); };
+  if (!schedule.arriving.empty()) binding.takes_arrivals.resize(schedule.calls.size());
+  for (const auto& [s, arriving] : schedule.arriving) binding.takes_arrivals[s] = true;
   return transport->Execute(ctx, schedule.plan, binding, stats);
 }
 

@@ -152,6 +152,7 @@ double HostBytes(const AttentionCase& layer, Pass pass, const PlanChoice& choice
   if (on_host % choice.head_split != 0) return 0;  // heads are shared out between hosts
   switch (choice.kind) {
     case PlanKind::kAllGather:
+    case PlanKind::kArena:
     case PlanKind::kKvRing:
     case PlanKind::kBidirectionalKvRing:
     case PlanKind::kDirectCast:

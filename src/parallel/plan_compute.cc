@@ -76,7 +76,8 @@ AttentionBlock BlockOf(const AttendCall& call, const DeviceBounds& bounds, const
 }
 
 PlanCompute::PlanCompute(Context& ctx, const AttentionGeometry::Schedule& schedule, double scale, int cp_rank,
-                         const std::vector<SlotMemory>& slots, const LatentWeights& latent)
+                         const std::vector<SlotMemory>& slots, const LatentWeights& latent,
+                         const KeyWaits& waits)
     : ctx_(ctx),
       schedule_(schedule),
       layer_(schedule.layer),
@@ -84,13 +85,17 @@ PlanCompute::PlanCompute(Context& ctx, const AttentionGeometry::Schedule& schedu
       plan_(schedule.plan),
       rank_(schedule.plan.ranks[static_cast<size_t>(cp_rank)]),
       slots_(slots),
-      latent_(latent) {}
+      latent_(latent),
+      waits_(waits) {}
 
 absl::Status PlanCompute::Run(const Step& step) {
   ArenaScope scope(ctx_.scratch);
   switch (step.kind) {
     case StepKind::kAttend: {
-      const auto& calls = schedule_.calls[static_cast<size_t>(&step - rank_.steps.data())];
+      const auto index = static_cast<size_t>(&step - rank_.steps.data());
+      const auto arriving = schedule_.arriving.find(index);
+      if (arriving != schedule_.arriving.end()) return ForwardArriving(step, arriving->second);
+      const auto& calls = schedule_.calls[index];
       if (plan_.pass == Pass::kForward) return Forward(step.attend, calls);
       return layer_.latent.has_value() ? LatentBackward(step.attend, calls) : Backward(step.attend, calls);
     }
@@ -177,6 +182,28 @@ absl::Status PlanCompute::Forward(const Attend& attend, const std::vector<Attend
     ANNULUS_RETURN_IF_ERROR(AttentionForward(ctx_, block, partial(call.q_rows)));
   }
   return out.Finish();
+}
+
+// In the parts that messages bring the transport tells the kernel when it has.
+absl::Status PlanCompute::ForwardArriving(const Step& step, ArrivingCall arriving) {
+  const Attend& attend = step.attend;
+  const HeadGroup group = GroupOf(attend.q_slot);
+  const KvRows kv{.kv = Field(attend.kv_slot, 0), .heads = static_cast<int64_t>(group.kv_heads.size())};
+  const Arrivals arrivals = waits_.transport->ArrivalsOf(step);
+  ANNULUS_CHECK(arrivals.flags.size() <= arriving.parts.size()) << plan_.name;
+  for (size_t i = 0; i < arrivals.flags.size(); ++i) {
+    arriving.parts[i].arrived = arrivals.flags[i].flag;
+    arriving.parts[i].awaited = arrivals.flags[i].awaited;
+  }
+  const ArrivingAttention attention{.block = BlockOf(arriving.call, schedule_.bounds, layer_, scale_, group,
+                                                     Field(attend.q_slot, query_field::kQ), kv),
+                                    .parts = arriving.parts,
+                                    .patience_ms = waits_.patience_ms,
+                                    .report = arrivals.report};
+  return AttentionForwardArriving(
+      ctx_, attention,
+      HeadsOf(Field(attend.q_result, output_field::kOut), 0, group.q_heads(), layer_.v_head_dim),
+      Field(attend.q_result, output_field::kLse));
 }
 
 // Without gradients to write.

@@ -48,12 +48,18 @@ struct KvHeads {
 };
 KvHeads SplitKv(const AttentionCase& layer, const KvRows& kv, const RowRange& rows);
 
+// How kernels that take keys as they come know of them.
+struct KeyWaits {
+  ExchangeTransport* transport;
+  int64_t patience_ms;
+};
+
 // One run of one rank's part of a plan.
 class PlanCompute {
  public:
   // `schedule` and `slots` outlive it. latent: where the layer has latents.
   PlanCompute(Context& ctx, const AttentionGeometry::Schedule& schedule, double scale, int cp_rank,
-              const std::vector<SlotMemory>& slots, const LatentWeights& latent);
+              const std::vector<SlotMemory>& slots, const LatentWeights& latent, const KeyWaits& waits);
 
   // A step of schedule.plan.
   absl::Status Run(const Step& step);
@@ -71,6 +77,7 @@ class PlanCompute {
   LatentWeights WeightsOf(const HeadGroup& group) const;
 
   absl::Status Forward(const Attend& attend, const std::vector<AttendCall>& calls);
+  absl::Status ForwardArriving(const Step& step, ArrivingCall arriving);
   absl::Status Backward(const Attend& attend, const std::vector<AttendCall>& calls);
   absl::Status LatentBackward(const Attend& attend, const std::vector<AttendCall>& calls);
   AttentionGradients GradientsOf(const Attend& attend, const AttendCall& call) const;
@@ -85,6 +92,7 @@ class PlanCompute {
   const RankPlan& rank_;
   const std::vector<SlotMemory>& slots_;
   LatentWeights latent_;
+  KeyWaits waits_;
 };
 
 }  // namespace annulus

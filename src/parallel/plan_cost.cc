@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "annulus/base/check.h"
+#include "arriving_keys.h"
 #include "slot_fields.h"
 
 namespace annulus {
@@ -118,7 +119,79 @@ const LinkRate* FindInside(const MachineProfile& machine, TransportKind transpor
   return FindIn(machine.network.links, transport);
 }
 
+// ---- Keys that come while a step computes -------------------------------------------------------
+
+// Of an attend's pairs those whose keys the receive brings.
+double ShareOf(const Attend& attend, const ExchangePlan& plan, const BlockRows& received) {
+  double all = 0, here = 0;
+  for (const BlockPair& pair : attend.pairs) {
+    const auto pairs = static_cast<double>(pair.pairs);
+    all += pairs;
+    if (plan.problem.chunks[static_cast<size_t>(pair.kv_chunk)].owner != received.block) continue;
+    const int64_t rows =
+        std::min(pair.keys.end, received.rows.end) - std::max(pair.keys.begin, received.rows.begin);
+    if (rows > 0) here += pairs * static_cast<double>(rows) / static_cast<double>(pair.keys.size());
+  }
+  return all > 0 ? here / all : 0;
+}
+
+// A tile that has to wait for keys rests in f32 and is read again; most that do rest once.
+double RestSeconds(const AttentionCase& layer, const MachineProfile& machine) {
+  const auto elements =
+      static_cast<double>(layer.layout.local_rows() * layer.sequences.batch * layer.heads * layer.v_head_dim);
+  const double bytes = 2 * elements * static_cast<double>(SizeOf(AccumOf(layer.dtype)));
+  return bytes / RateAt(machine.copy, bytes);
+}
+
+// Of a computing step whose kernel takes keys as they come.
+struct Taking {
+  double rest = 0;                 // seconds more than with all keys there
+  std::map<size_t, double> share;  // by receive
+};
+using TakingSteps = std::map<std::pair<int, size_t>, Taking>;  // by rank and step
+
+TakingSteps FindTaking(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine) {
+  TakingSteps taking;
+  for (size_t r = 0; r < plan.ranks.size(); ++r) {
+    const RankPlan& rank = plan.ranks[r];
+    for (size_t s = 0; s < rank.steps.size(); ++s) {
+      for (const int before : rank.steps[s].after) {
+        if (!ArrivesDuring(rank, rank.steps[s], before)) continue;
+        const auto receive = static_cast<size_t>(before);
+        Taking& step = taking[{static_cast<int>(r), s}];
+        step.rest = RestSeconds(layer, machine);
+        step.share[receive] = ShareOf(rank.steps[s].attend, plan, rank.steps[receive].rows);
+      }
+    }
+  }
+  return taking;
+}
+
 }  // namespace
+
+void SetComputing(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine,
+                  TransportKind transport, LinkThrottle throttle, std::shared_ptr<const StepSeconds> seconds,
+                  ExchangeCost* cost) {
+  AttentionKernelCase kernel = KernelCaseOf(layer, plan.pass, MaskShape::kGeneral);
+  // Of the program that the machine's rates are from.
+  kernel.hopper = RunsHopperKernels(machine);
+  const auto of_step = [seconds = std::move(seconds)](int r, size_t s) {
+    return (*seconds)[static_cast<size_t>(r)][s];
+  };
+  if (!TakesArrivals(kernel, layer, plan, transport, throttle)) {
+    cost->compute_seconds = of_step;
+    return;
+  }
+  const auto taking = std::make_shared<TakingSteps>(FindTaking(layer, plan, machine));
+  cost->compute_seconds = [=](int r, size_t s) {
+    const auto step = taking->find({r, s});
+    return of_step(r, s) + (step == taking->end() ? 0 : step->second.rest);
+  };
+  cost->arrival_seconds = [=](int r, size_t s, size_t receive) {
+    const Taking& step = taking->at({r, s});
+    return step.share.at(receive) * of_step(r, s) + step.rest / static_cast<double>(step.share.size());
+  };
+}
 
 RowBytes::RowBytes(const AttentionCase& layer, const ExchangePlan& plan, absl::Span<const RankPlan> ranks) {
   for (const RankPlan& rank : ranks) {
@@ -198,9 +271,8 @@ ExchangeCost CostOf(const AttentionCase& layer, const ExchangePlan& plan, const 
   const absl::Status known = CheckLinks(machine, transport, static_cast<int>(plan.ranks.size()));
   ANNULUS_CHECK(known.ok()) << known;
   ExchangeCost cost = MessageCostOf(layer, plan, machine, transport, throttle);
-  const auto seconds =
-      std::make_shared<std::vector<std::vector<double>>>(ComputeSecondsOf(layer, plan, machine));
-  cost.compute_seconds = [seconds](int r, size_t s) { return (*seconds)[static_cast<size_t>(r)][s]; };
+  SetComputing(layer, plan, machine, transport, throttle,
+               std::make_shared<const StepSeconds>(ComputeSecondsOf(layer, plan, machine)), &cost);
   return cost;
 }
 

@@ -3,6 +3,7 @@
 // Parts of CostOf, for those who price one plan on several transports.
 
 #include <map>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -42,6 +43,12 @@ double ExpansionSeconds(const AttentionCase& layer, Pass pass, const Expansion& 
 std::vector<std::vector<double>> ComputeSecondsOf(const AttentionCase& layer, const ExchangePlan& plan,
                                                   const MachineProfile& machine);
 
+// Sets what computing takes. seconds: ComputeSecondsOf the plan.
+using StepSeconds = std::vector<std::vector<double>>;
+void SetComputing(const AttentionCase& layer, const ExchangePlan& plan, const MachineProfile& machine,
+                  TransportKind transport, LinkThrottle throttle, std::shared_ptr<const StepSeconds> seconds,
+                  ExchangeCost* cost);
+
 // InvalidArgument where the machine has no rates of messages between so many ranks by the transport.
 absl::Status CheckLinks(const MachineProfile& machine, TransportKind transport, int ranks);
 
@@ -54,7 +61,7 @@ struct MessageTime {
 MessageTime LeastMessageTime(const MachineProfile& machine, TransportKind transport, int ranks, double bytes,
                              bool between_hosts);
 
-// All of the cost but compute_seconds. Ranks stand on hosts as machine.network says.
+// All of the cost but computing. Ranks stand on hosts as machine.network says.
 ExchangeCost MessageCostOf(const AttentionCase& layer, const ExchangePlan& plan,
                            const MachineProfile& machine, TransportKind transport, LinkThrottle throttle);
 

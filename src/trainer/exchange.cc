@@ -33,6 +33,8 @@ PlanKind KindOf(PlanName plan) {
       return PlanKind::kDoubleRing;
     case PlanName::kMesh:
       return PlanKind::kMesh;
+    case PlanName::kArena:
+      return PlanKind::kArena;
     case PlanName::kKvRing:
     case PlanName::kAuto:
     case PlanName::kUlysses:  // the ring between one group of all ranks: none
@@ -201,6 +203,8 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
   options.latents = exchange.latent;
   options.throttle = ThrottleOf(exchange);
   options.buffer_bytes = BufferBytesOf(exchange);
+  // So that a kernel that gives up says what it waited for before a watchdog ends the job without.
+  if (spec.step_deadline_seconds > 0) options.patience_seconds = 0.9 * spec.step_deadline_seconds;
   return options;
 }
 

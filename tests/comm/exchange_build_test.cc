@@ -46,7 +46,8 @@ size_t MostSlots(const ExchangePlan& plan) {
 TEST(ExchangeBuildTest, CausalZigzagMovesThreeQuarters) {
   for (const int ranks : {2, 3, 4, 8, 16}) {
     const double expected = 0.75 * (ranks - 1);
-    for (const PlanKind kind : {PlanKind::kKvRing, PlanKind::kDirectCast, PlanKind::kAllGather}) {
+    for (const PlanKind kind :
+         {PlanKind::kKvRing, PlanKind::kDirectCast, PlanKind::kAllGather, PlanKind::kArena}) {
       const PlanChoice choice{.kind = kind};
       EXPECT_DOUBLE_EQ(BlocksSent(Build(ranks, Pass::kForward, choice), Payload::kKv), expected);
       const ExchangePlan backward = Build(ranks, Pass::kBackward, choice);
@@ -186,6 +187,59 @@ TEST(ExchangeBuildTest, AnyHeadsCanBeSplit) {
   }
 }
 
+// Forward one step of a rank computes on one buffer, begins with what the rank has and takes the rest as it
+// comes, from one peer after the other.
+TEST(ExchangeBuildTest, ArenaComputesOnOneBufferInOneStep) {
+  for (const int ranks : {2, 3, 8}) {
+    for (const int parts : {1, 2}) {
+      const ExchangePlan plan = Build(ranks, Pass::kForward, {.kind = PlanKind::kArena, .parts = parts});
+      EXPECT_EQ(plan.super_size, ranks * kRows);
+      for (const RankPlan& rank : plan.ranks) {
+        ASSERT_EQ(rank.slots.size(), 4u) << "queries, keys and values, output; the arena";
+        const Step& attend = rank.steps.back();
+        ASSERT_EQ(attend.kind, StepKind::kAttend);
+        EXPECT_EQ(rank.slots[static_cast<size_t>(attend.attend.kv_slot)].span, Span::kSuper);
+        size_t receives = 0, copies = 0;
+        int last_peer = -1;
+        std::vector<int> last;  // sends to the peer before
+        std::vector<int> sends;
+        for (size_t s = 0; s + 1 < rank.steps.size(); ++s) {
+          const Step& step = rank.steps[s];
+          copies += step.kind == StepKind::kCopy;
+          if (step.kind == StepKind::kReceive) {
+            ++receives;
+            EXPECT_TRUE(ArrivesDuring(rank, attend, static_cast<int>(s)));
+            EXPECT_TRUE(step.after.empty()) << "its rows are used once";
+          }
+          if (step.kind != StepKind::kSend) continue;
+          if (step.peer != last_peer) last = std::exchange(sends, {});
+          last_peer = step.peer;
+          sends.push_back(static_cast<int>(s));
+          EXPECT_EQ(step.after, last);
+        }
+        EXPECT_EQ(attend.after.size(), receives);
+        EXPECT_GE(receives, static_cast<size_t>(ranks - 1));
+        EXPECT_EQ(copies, static_cast<size_t>(2 * parts)) << "own rows";
+      }
+    }
+  }
+}
+
+TEST(ExchangeBuildTest, KeysComeDuringForwardStepsOnly) {
+  for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+    ExchangePlan plan = Build(3, pass, {.kind = PlanKind::kArena});
+    EXPECT_EQ(Validate(plan), absl::OkStatus());
+    for (Step& step : plan.ranks[1].steps) {
+      if (step.kind != StepKind::kAttend) continue;
+      step.attend.arrival = KeyArrival::kDuring;
+      if (pass == Pass::kForward) step.attend.kv_slot = 1;  // at home
+    }
+    const absl::Status refused = Validate(plan);
+    EXPECT_TRUE(absl::StrContains(refused.message(), "takes keys as they come: expected a forward plan"))
+        << refused;
+  }
+}
+
 void ExpectRefused(const PlanChoice& choice, const char* words) {
   const absl::StatusOr<ExchangePlan> plan = BuildPlan(CausalZigzag(6, {}), Pass::kForward, choice);
   ASSERT_FALSE(plan.ok()) << words;
@@ -198,6 +252,7 @@ TEST(ExchangeBuildTest, RefusesTheImpossibleOnly) {
   ExpectRefused({.head_split = 0}, "head_split=0");
   ExpectRefused({.kind = PlanKind::kMesh, .inner = 4}, "inner=4: expected a divisor of the 6 places");
   ExpectRefused({.kind = PlanKind::kDoubleRing, .head_split = 2, .inner = 2}, "divisor of the 3 places");
+  ExpectRefused({.kind = PlanKind::kArena, .head_split = 2}, "head_split=2: expected 1 for an arena");
   ExpectRefused({.buffers = 1}, "buffers=1: expected at least 2");
   ExpectRefused({.parts = 0}, "parts=0: expected at least 1");
 }

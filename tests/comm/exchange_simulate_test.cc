@@ -78,6 +78,35 @@ double EndOf(const Simulation& run, int rank, int step) {
 }
 
 // Two ranks: blocks cross while each computes on its own.
+// Rank 1 computes 4 s on what it has and 3 s on each of two messages, which come after 2 and 9 s.
+TEST(Simulate, KeysAreTakenAsTheyCome) {
+  for (const double before : {0.0, 5.0}) {
+    HandMade made(2);
+    if (before > 0) made.Compute(1, before);
+    const auto first = made.Add({.from = 0, .to = 1, .bytes = 2}),
+               second = made.Add({.from = 0, .to = 1, .bytes = 7});
+    const int attend = made.Compute(1, 10, {first.receive, second.receive});
+    Attend& taking = made.plan.ranks[1].steps[static_cast<size_t>(attend)].attend;
+    taking.kv_slot = 0, taking.arrival = KeyArrival::kDuring;
+    ExchangeCost cost = made.Cost();
+    cost.egress_bytes_per_second = 1;
+
+    EXPECT_DOUBLE_EQ(Simulate(made.plan, cost).makespan, 19) << "once all is there";
+    cost.arrival_seconds = [&](int r, size_t s, size_t) {
+      EXPECT_EQ(r, 1);
+      EXPECT_EQ(s, static_cast<size_t>(attend));
+      return 3.0;
+    };
+    const Simulation run = Simulate(made.plan, cost);
+    const StepTiming& timing = run.steps[1][static_cast<size_t>(attend)];
+    EXPECT_DOUBLE_EQ(timing.start, before);
+    EXPECT_DOUBLE_EQ(timing.end, before > 0 ? 15 : 12);  // from 7 to 9 it waits for the second
+    EXPECT_DOUBLE_EQ(run.compute[1], before + 10);
+    EXPECT_DOUBLE_EQ(run.exposed[1], before > 0 ? 0 : 2);
+    EXPECT_DOUBLE_EQ(run.makespan, timing.end);
+  }
+}
+
 TEST(Simulate, HidesTransfersBehindComputing) {
   HandMade made(2);
   for (int r = 0; r < 2; ++r) made.Compute(r, 1);
@@ -371,7 +400,8 @@ TEST(Timeline, ShowsWhatIsComputedAndWhatArrives) {
   ExchangeCost cost = made.Cost();
   cost.link_bytes_per_second = [](int, int) { return 4.0; };
   EXPECT_EQ(Timeline(made.plan, Simulate(made.plan, cost), 25),
-            "by hand, forward: predicted 2500.000 ms; a letter is a block, '*' several, '.' waits to compute, '+' adds "
+            "by hand, forward: predicted 2500.000 ms; a letter is a block, '*' several, '.' waits to "
+            "compute, '+' adds "
             "results up, '~' copies\n"
             "rank 0   on queries |00000.....11111111       |  exposed 1000.000 ms\n"
             "         queries in |1111111111               |\n"

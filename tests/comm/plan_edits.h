@@ -118,9 +118,10 @@ class FieldEdit {
     Field("q_chunk", q_chunk), Field("kv_chunk", kv_chunk), Field("pair keys", keys), Field("pairs", pairs);
   }
   void Visit(Attend& attend) {
-    auto& [q_slot, kv_slot, q_result, kv_result, q_write, kv_write, q_rows, kv_rows, pairs] = attend;
+    auto& [q_slot, kv_slot, q_result, kv_result, q_write, kv_write, arrival, q_rows, kv_rows, pairs] = attend;
     Field("q_slot", q_slot), Field("kv_slot", kv_slot), Field("q_result", q_result);
     Field("kv_result", kv_result), Enum("q_write", q_write, 2), Enum("kv_write", kv_write, 2);
+    Enum("arrival", arrival, 2);
     List("q_rows", q_rows), List("kv_rows", kv_rows), List("pairs", pairs);
   }
   void Visit(Step& step) {

@@ -87,6 +87,10 @@ TEST(ConfigErrors, PlansThatTheRanksCannotHave) {
   EXPECT_EQ(error({"parallel.exchange.plan=KV_RING", "parallel.exchange.inner=2"}),
             "--set parallel.exchange.inner=2: expected 0 with plan=KV_RING, since only DOUBLE_RING and MESH "
             "have it (nearest valid value 0)");
+  EXPECT_EQ(error({"parallel.exchange.plan=ARENA", "parallel.exchange.head_split=3"}),
+            "--set parallel.exchange.head_split=3: expected 0 or 1 with plan=ARENA, whose ranks compute all "
+            "heads (nearest valid value 1)");
+  EXPECT_EQ(error({"parallel.exchange.plan=ARENA", "parallel.exchange.parts=2"}), "ok");
   EXPECT_EQ(error({"parallel.exchange.plan=BALANCED", "parallel.exchange.direction=TOWARD_LOWER"}),
             "--set parallel.exchange.direction=TOWARD_LOWER: expected FEWEST_ROWS with plan=BALANCED, which "
             "is no one-way ring");

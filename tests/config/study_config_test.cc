@@ -90,9 +90,8 @@ TEST(StudyConfig, MistakesAreNamedWhereTheyStand) {
       {With("cp: [1, 2]", "cp: [1, 1]"), "11:3: axes.cp[1]=1: expected each value once"},
       {With("ULYSSES", "ULISSES"),
        "12:3: axes.plan[0]=ULISSES: expected one of AUTO, KV_RING, BIDIRECTIONAL_KV_RING, TOKEN_RING, "
-       "BIDIRECTIONAL_TOKEN_RING, DIRECT_CAST, ALL_GATHER, BALANCED, DOUBLE_RING, MESH, ULYSSES (did you "
-       "mean "
-       "`ULYSSES`?)"},
+       "BIDIRECTIONAL_TOKEN_RING, DIRECT_CAST, ALL_GATHER, BALANCED, DOUBLE_RING, MESH, ULYSSES, "
+       "ARENA (did you mean `ULYSSES`?)"},
       {With("model.pattern", "model.patern"),
        "13:29: axes.model[0].set[0]=\"model.patern=(A -)^8\": `patern`: no such field; did you mean "
        "`pattern`?"},

@@ -165,6 +165,55 @@ TEST(AttendCalls, ComputeEachPairOnce) {
   }
 }
 
+// Rows of the arena that come together, or are there, lie apart at the positions that are said, and have all
+// keys that the rank's queries see; those of messages come first, in their order.
+TEST(AttendCalls, PartsOfAnArenaHaveAllKeys) {
+  uint64_t seed = 0;
+  for (const LayoutKind kind : kLayouts) {
+    for (const int ranks : {2, 3, 5}) {
+      for (const int parts : {1, 2}) {
+        const Documents documents = seed % 2 ? Documents::kRandom : Documents::kNone;
+        const int64_t window = std::array<int64_t, 3>{0, 5, 40}[seed % 3];
+        ++seed;
+        const Drawn c{SequenceLayout(kind, 41, ranks),
+                      RandomSequences(seed, 41, 2, Lengths::kFull, documents), window};
+        const ExchangePlan plan = PlanOf(c, Pass::kForward, {.kind = PlanKind::kArena, .parts = parts});
+        for (int r = 0; r < ranks; ++r) {
+          SCOPED_TRACE(::testing::Message()
+                       << NameOf(kind) << ", rank " << r << " of " << ranks << ", seed " << seed);
+          const RankPlan& rank = plan.ranks[static_cast<size_t>(r)];
+          const Step& attend = rank.steps.back();
+          const SlotSpec& arena = rank.slots[static_cast<size_t>(attend.attend.kv_slot)];
+          const std::vector<int64_t> positions = PositionsOf(c, plan, arena, {Span::kSuper, 0});
+          const ArrivingCall arriving = ArrivingCallOf(c.layout, plan, r, attend);
+          EXPECT_EQ(arriving.call.q_rows, (RowRange{0, c.layout.local_rows()}));
+          for (size_t i = 0; i < attend.after.size(); ++i) {
+            const Step& receive = rank.steps[static_cast<size_t>(attend.after[i])];
+            EXPECT_EQ(arriving.parts[i].rows.begin, RowInSlot(plan, arena, receive.rows));
+            EXPECT_EQ(arriving.parts[i].rows.size(), receive.rows.rows.size());
+          }
+          std::vector<int> there(static_cast<size_t>(c.layout.padded_length()));  // by position
+          for (const KeyPart& part : arriving.parts) {
+            for (int64_t row = part.rows.begin; row < part.rows.end; ++row) {
+              const int64_t position = positions[static_cast<size_t>(row)];
+              EXPECT_EQ(part.positions.offset + part.positions.stride * (row - part.rows.begin), position);
+              EXPECT_EQ(++there[static_cast<size_t>(position)], 1);
+            }
+          }
+          for (const int64_t query : c.layout.LocalPositions(r)) {
+            for (int64_t key = 0; key < c.layout.padded_length(); ++key) {
+              for (int64_t item = 0; item < 2; ++item) {
+                const bool seen = Sees(c.sequences, c.window, item, query, key);
+                EXPECT_TRUE(!seen || there[static_cast<size_t>(key)] == 1) << query << " sees " << key;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 Drawn Causal(LayoutKind kind, int64_t length, int ranks, int64_t window = 0) {
   return {
       SequenceLayout(kind, length, ranks), {.batch = 1, .lengths = {length}, .document_starts = {}}, window};

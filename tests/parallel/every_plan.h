@@ -106,7 +106,7 @@ class JudgedLayer {
     constexpr double kSum = 4 * 0x1p-23;
     const double v = MaxAbs(in.v), score = MaxAbs(in.dout) * std::max(v, 1.0);
     std::map<std::string, std::string> refused;
-    const auto judge = [&](const char* name, std::vector<double> AttentionResults<double>::* result,
+    const auto judge = [&](const char* name, std::vector<double> AttentionResults<double>::*result,
                            double atol) {
       const std::string why = WhyRefused(got.*result, naive.*result, exact.*result, atol);
       if (!why.empty()) refused[name] = why;
@@ -130,7 +130,7 @@ class JudgedLayer {
   // rows; collective over the ranks that have the others.
   std::map<std::string, double> Growth(const AttentionResults<double>& got, Communicator& cp) const {
     std::map<std::string, double> growth;
-    const auto add = [&](const char* name, std::vector<double> AttentionResults<double>::* result) {
+    const auto add = [&](const char* name, std::vector<double> AttentionResults<double>::*result) {
       const double squares = cp.AllReduceValue(Squares(got.*result, exact.*result), ReduceOp::kSum).value();
       growth[name] = std::sqrt(squares / Squares(naive.*result, exact.*result));
     };
@@ -295,14 +295,19 @@ class LayerOnRank {
     Load({&in.dout}, &dout_);
   }
 
-  // Forward and backward with results that are NaN before. Rows of other ranks are exact.
-  AttentionResults<double> Run(AttentionGeometry& geometry, const ContextAttentionShape& shape) {
-    for (GuardedTensor* result : {&out_, &dq_, &dkv_}) Poison<T>(result);
-    Poison<float>(&lse_);
+  void Forward(AttentionGeometry& geometry, const ContextAttentionShape& shape) {
     ExchangeStats stats;
     ANNULUS_CHECK_OK(ContextAttentionForward(
         ctx_, geometry, shape, {.q = q_.ref(), .kv = kv_.ref(), .out = out_.ref(), .lse = lse_.ref()},
         &stats));
+  }
+
+  // Forward and backward with results that are NaN before. Rows of other ranks are exact.
+  AttentionResults<double> Run(AttentionGeometry& geometry, const ContextAttentionShape& shape) {
+    for (GuardedTensor* result : {&out_, &dq_, &dkv_}) Poison<T>(result);
+    Poison<float>(&lse_);
+    Forward(geometry, shape);
+    ExchangeStats stats;
     ANNULUS_CHECK_OK(ContextAttentionBackward(ctx_, geometry, shape,
                                               {.q = q_.ref(),
                                                .kv = kv_.ref(),

@@ -23,6 +23,7 @@ using Strings = std::vector<std::string>;
 TEST(ChoicesOf, ANamedPlanIsThatPlanWithHeadsWhole) {
   EXPECT_EQ(Names({.plan = PlanName::kKvRing}, 4), Strings{"kv_ring"});
   EXPECT_EQ(Names({.plan = PlanName::kAllGather}, 4), Strings{"all_gather"});
+  EXPECT_EQ(Names({.plan = PlanName::kArena, .parts = 2}, 4), Strings{"arena, 2 parts"});
   EXPECT_EQ(Names({.plan = PlanName::kBidirectionalKvRing}, 4), Strings{"bidirectional_kv_ring"});
   EXPECT_EQ(Names({.plan = PlanName::kDirectCast}, 4), Strings{"direct_cast"});
   EXPECT_EQ(Names({.plan = PlanName::kTokenRing}, 4), Strings{"token_ring"});

@@ -40,7 +40,7 @@ TEST(Exchange, EveryPlanTrainsAlike) {
   const std::vector<StepReport> want = StepsOn(spec, {}, 3);
   for (const char* plan :
        {"AUTO", "ALL_GATHER", "KV_RING", "BIDIRECTIONAL_KV_RING", "DIRECT_CAST", "TOKEN_RING",
-        "BIDIRECTIONAL_TOKEN_RING", "BALANCED", "DOUBLE_RING", "MESH", "ULYSSES"}) {
+        "BIDIRECTIONAL_TOKEN_RING", "BALANCED", "DOUBLE_RING", "MESH", "ULYSSES", "ARENA"}) {
     RunSpec planned = SmallRun(
         {"model.pattern=A - A{w=4}", "parallel.cp=4", absl::StrCat("parallel.exchange.plan=", plan)});
     const std::vector<StepReport> got = StepsOn(planned, {.cp = 4}, 3);
@@ -275,7 +275,7 @@ TEST(Training, HoldsWhatWasPlanned) {
       EXPECT_GE(held.activations, plan.activations);
       EXPECT_GE(held.workspace, plan.workspace);
       EXPECT_GT(report->other_memory_bytes, 0);
-      EXPECT_EQ(held.gradients < held.parameters, ranks > 1);
+      EXPECT_EQ(held.gradients<held.parameters, ranks> 1);
     });
   }
 }
@@ -339,9 +339,8 @@ void ExpectMovesBetweenMeshesBitForBit(const RunSpec& spec) {
 }
 
 TEST(Checkpoints, MoveBetweenMeshesBitForBit) {
-  ExpectMovesBetweenMeshesBitForBit(
-      SmallRun({"model.pattern=meta=2 A - A+-{combine=mean-norm}", "model.attention.heads=4",
-                "model.attention.head_dim=2"}));
+  ExpectMovesBetweenMeshesBitForBit(SmallRun({"model.pattern=meta=2 A - A+-{combine=mean-norm}",
+                                              "model.attention.heads=4", "model.attention.head_dim=2"}));
 }
 
 TEST(Checkpoints, OfEveryKindOfLayerMoveBetweenMeshesBitForBit) {

@@ -20,8 +20,10 @@ enum class PlanKind {
                 // the work is even (DistFlashAttn's schedule, for any mask)
   kDoubleRing,  // KV rings inside nodes, and a ring of nodes (LoongTrain)
   kMesh,        // tiles of queries x keys (Mesh-Attention)
+  kArena,       // all needed KV into one buffer, on which one step computes; forward it takes keys as they
+                // come (KeyArrival::kDuring). O(P) memory; heads are not split
 };
-inline constexpr int kPlanKinds = 9;
+inline constexpr int kPlanKinds = 10;
 const char* Name(PlanKind kind);  // "kv_ring"
 
 // Direction in which blocks move: toward lower or higher ranks, or whichever moves fewer rows.
@@ -51,8 +53,8 @@ int ChunkParts(const PlanChoice& choice);
 
 // InvalidArgument, naming field, value and reason, for a choice that cannot be: head_split or inner that does
 // not divide what it splits. Only what some rank needs is moved, whatever the mask. Slots for travelling
-// blocks do not grow with the number of ranks but for kAllGather and, by what they gather, head_split and
-// kMesh.
+// blocks do not grow with the number of ranks but for kAllGather, kArena and, by what they gather, head_split
+// and kMesh.
 absl::StatusOr<ExchangePlan> BuildPlan(const ExchangeProblem& problem, Pass pass, const PlanChoice& choice);
 
 // All choices that can be built for this many ranks and heads, each once; 2-D ones for every divisor.

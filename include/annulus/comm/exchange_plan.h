@@ -134,6 +134,13 @@ enum class ResultWrite {
   kOverwrite,   // the rows that it names become its result alone, empty where no pair adds to them
 };
 
+// When keys that messages bring into an attend's KV slot have to be there.
+enum class KeyArrival {
+  kBefore,  // before it starts
+  kDuring,  // it may start without those of receives that it comes after, and takes each as it comes, in any
+            // order. Where kernels and transport know no such thing they are there before, as with kBefore
+};
+
 // Operands and results of kAttend. Queries and KV may come from one block each or, in slots of Span::kSuper,
 // from several; rows of a slot are named by their block and their row in it.
 struct Attend {
@@ -141,6 +148,7 @@ struct Attend {
   int q_result = -1;   // kOutput; backward: kQueryGrad
   int kv_result = -1;  // backward: kKvGrad
   ResultWrite q_write = ResultWrite::kAccumulate, kv_write = ResultWrite::kAccumulate;
+  KeyArrival arrival = KeyArrival::kBefore;
   std::vector<BlockRows> q_rows = {}, kv_rows = {};  // touched: around all of `pairs`
   std::vector<BlockPair> pairs = {};
   friend bool operator==(const Attend&, const Attend&) = default;
@@ -174,6 +182,10 @@ struct ExchangePlan {
   int64_t super_size = 0;  // rows of such a slot
   std::vector<RankPlan> ranks = {};
 };
+
+// Whether a step of the rank, that starts while keys come, does not wait for this one of those it comes
+// after.
+bool ArrivesDuring(const RankPlan& rank, const Step& step, int before);
 
 inline bool IsCompute(StepKind kind) { return kind <= StepKind::kReduce; }
 inline bool IsTransfer(StepKind kind) { return kind >= StepKind::kSend; }

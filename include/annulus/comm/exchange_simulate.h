@@ -2,7 +2,8 @@
 
 // The time of a plan on a machine, by discrete events.
 //
-// Computing. A rank computes one step at a time, in order of the list.
+// Computing. A rank computes one step at a time, in order of the list. A step that takes keys as they come
+// computes on what is there and waits for more in between, which is not counted as computing.
 //
 // Messages. A message is ready when both of its ends are (rendezvous). Operands and results have a lane each
 // from every rank to every other; a lane moves one message at a time, in order of readiness. A message holds
@@ -30,6 +31,9 @@ enum class MessageOrder { kFree, kRounds };
 struct ExchangeCost {
   // Of a computing step, launches included.
   std::function<double(int cp_rank, size_t step)> compute_seconds = {};
+  // Of a step that takes keys as they come (KeyArrival::kDuring): what of its compute_seconds needs those of
+  // the receive. Null: it waits for all of them first.
+  std::function<double(int cp_rank, size_t step, size_t receive)> arrival_seconds = {};
   // Of one row of a slot.
   std::function<double(const SlotSpec&)> row_bytes = {};
   double egress_bytes_per_second = 0;   // of one rank, to all its peers together; 0: unlimited

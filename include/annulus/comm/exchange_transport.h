@@ -10,6 +10,7 @@
 #include "annulus/comm/communicator.h"
 #include "annulus/comm/exchange_plan.h"
 #include "annulus/device/context.h"
+#include "annulus/device/wait_report.h"
 
 namespace annulus {
 
@@ -38,6 +39,20 @@ struct ExchangeBinding {
   // hundred microseconds; on GPUs it enqueues on ctx.stream(). The step is the one in the plan that Execute
   // was given, so its place there identifies it.
   std::function<absl::Status(const Step&)> compute = {};
+  // By step, of a transport with arrival flags (or empty): `compute` of this step, of KeyArrival::kDuring,
+  // waits for its keys itself (ExchangeTransport::ArrivalsOf), and that is not counted as waiting.
+  std::vector<bool> takes_arrivals = {};
+};
+
+// A number in device memory, raised when a receive of this rank is complete: then *flag - awaited is not
+// negative as a 32-bit integer.
+struct ArrivalFlag {
+  const uint32_t* flag = nullptr;
+  uint32_t awaited = 0;
+};
+struct Arrivals {
+  std::vector<ArrivalFlag> flags = {};  // of the receives that the step takes (ArrivesDuring), in its order
+  WaitReport* report = nullptr;         // for the kernel; its parts are these
 };
 
 struct ExchangeStats {
@@ -86,6 +101,11 @@ class ExchangeTransport {
   // for its peers waits without limit: the deadline of a watchdog ends it.
   virtual absl::Status Execute(Context& ctx, const ExchangePlan& plan, const ExchangeBinding& binding,
                                ExchangeStats* stats) = 0;
+
+  // Whether a kernel can wait for receives itself: what they bring comes without multiprocessors.
+  virtual bool has_arrival_flags() const { return false; }
+  // Within `compute` of a step that takes arrivals.
+  virtual Arrivals ArrivalsOf(const Step& /*step*/) { return {}; }
 
   // Memory on the device that it keeps for slots and flags, ctx.scratch left out.
   virtual int64_t device_bytes() const { return 0; }

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "annulus/comm/exchange_plan.h"
-#include "annulus/ops/attention.h"
+#include "annulus/ops/attention_arrival.h"
 #include "annulus/parallel/mask.h"
 
 namespace annulus {
@@ -45,6 +45,18 @@ struct AttendCall {
   BoundsSource bounds = BoundsSource::kMask;
   KeyPositions key_positions;
 };
+
+// The call of a step that takes keys as they come, and what comes together. The flags of parts are those of a
+// run.
+struct ArrivingCall {
+  AttendCall call;  // by the mask; its keys are those of all parts, wherever they are
+  std::vector<KeyPart> parts;
+};
+
+// Of such a step of rank `cp_rank`, whose queries are at home: all of them. Parts are first those of receives
+// (ArrivesDuring), in the order of step.after, then what is there before.
+ArrivingCall ArrivingCallOf(const SequenceLayout& layout, const ExchangePlan& plan, int cp_rank,
+                            const Step& step);
 
 // Calls that together compute the pairs of a step of rank `cp_rank`, each (query, key) pair once. `plan` is
 // one for MakeExchangeProblem(layout, sequences, ...). Costs the same whatever the number of rows.

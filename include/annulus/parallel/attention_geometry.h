@@ -35,6 +35,7 @@ struct ExchangeOptions {
   int64_t buffer_bytes = 0;  // that chosen plans may take on a rank; 0: no limit
   LatentExchange latents = LatentExchange::kAuto;
   std::vector<int> forward_parts = {}, backward_parts = {};  // PlanOptions::parts
+  double patience_seconds = 600;  // of a kernel that takes keys as they come, for those of a peer
 };
 PlanOptions PlanOptionsOf(const ExchangeOptions& options, Pass pass);
 
@@ -78,9 +79,11 @@ class AttentionGeometry {
     Choice choice = {};
     ExchangePlan plan = {};
     std::vector<std::vector<AttendCall>> calls = {};  // of this rank, by step
-    std::string kernels = {};                         // of these: "hopper", "cuda mma, cudnn"
-    DeviceBounds bounds = {};                         // of these calls
-    std::array<HomeResult, kPayloads> results = {};   // by payload
+    // By step: those of this rank that take keys as they come; `calls` has the call alone.
+    std::map<size_t, ArrivingCall> arriving = {};
+    std::string kernels = {};  // of the calls: "hopper", "cuda mma, cudnn", "hopper on keys as they come"
+    DeviceBounds bounds = {};  // of these calls
+    std::array<HomeResult, kPayloads> results = {};  // by payload
     bool alone = false;  // every rank of the group computes in one step: nothing is sent
     bool whole = false;  // one call with all keys that this rank's queries see: nothing is carried or sent
   };

@@ -73,6 +73,7 @@ enum class PlanName {
   kBalanced,
   kDoubleRing,
   kMesh,
+  kArena,
   kUlysses,
 };
 const char* Name(PlanName name);  // "KV_RING"

@@ -170,9 +170,9 @@ bool ArenaProblem::Check(const ArenaTransport& transport) {
 bool ArenaProblem::CheckGivesUp(const ArenaTransport& transport) {
   const cudaError_t error = Launch(transport);
   std::printf("part %d never arrives: %s; report: chunk %d, flag %u, awaited %u, after %u ms\n", plan_.never,
-              cudaGetErrorString(error), report_.data->chunk, report_.data->value, report_.data->awaited,
+              cudaGetErrorString(error), report_.data->part, report_.data->value, report_.data->awaited,
               report_.data->waited_ms);
-  const auto named = static_cast<size_t>(report_.data->chunk);
+  const auto named = static_cast<size_t>(report_.data->part);
   return error != cudaSuccess && named < part_.size() && part_[named] == plan_.never &&
          report_.data->awaited == Awaited(plan_.never) && report_.data->value == Awaited(plan_.never) - 1 &&
          report_.data->waited_ms >= plan_.patience_ms;
