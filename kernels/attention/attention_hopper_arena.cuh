@@ -20,7 +20,7 @@
 #include <limits>
 
 #include "kernels/attention/attention_hopper_arena.h"
-#include "kernels/attention/attention_hopper_forward.cuh"
+#include "kernels/attention/attention_hopper_forward_launch.cuh"
 #include "kernels/common/arrival.cuh"
 #include "kernels/common/hopper_add.cuh"
 

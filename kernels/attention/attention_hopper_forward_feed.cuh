@@ -3,6 +3,8 @@
 // What feeds the forward on Hopper (attention_hopper_forward.cuh): tiles and the order in which thread blocks
 // take them, the shared memory of a block, and the thread that has it filled.
 
+#include <algorithm>
+
 #include "kernels/attention/attention_hopper_launch.cuh"
 #include "kernels/common/hopper.cuh"
 
@@ -28,6 +30,13 @@ struct HopperForwardTile {
   using K = SharedTile<kKeys, kDim>;
   using V = SharedTile<kKeys, kValueDim>;
   static constexpr int kTileBytes = kQueryStages * Q::kBytes + kStages * (K::kBytes + V::kBytes);
+
+  // Rows of the carry on their way, 8 for each warp and half of its rows, each 8 banks behind the one before:
+  // the last halves, as many as there is room for.
+  static constexpr int kCarryRowBytes = kValueDim * 4 + 32, kCarryHalfBytes = kQueries / 2 * kCarryRowBytes;
+  static constexpr int kSharedLimit = 227 * 1024, kBarrierBytes = 512;
+  static constexpr int kStagedHalves =
+      std::min(2, (kSharedLimit - kBarrierBytes - kTileBytes) / kCarryHalfBytes);
 };
 
 // Tiles in the order in which thread blocks take them: heads whose keys fit into L2 together, one such set
@@ -51,7 +60,7 @@ __device__ inline ForwardTileIndex TileAt(const ForwardOrder& order, const int* 
 }
 
 struct HopperForwardArguments {
-  CUtensorMap q, k, v, out_rows;
+  CUtensorMap q, k, v;
   ForwardTables tables;
   ForwardOrder order;
   CudaHeads<float> out;
@@ -93,8 +102,12 @@ struct ForwardBarriers {
   uint64_t work_full[kForwardWorks], work_empty[kForwardWorks];
   ForwardWork work[kForwardWorks];
 };
-template <typename Tile>
-inline constexpr int kForwardSharedBytes = Tile::kTileBytes + static_cast<int>(sizeof(ForwardBarriers<Tile>));
+template <typename Tile, ForwardMode kMode>
+inline constexpr int kForwardBarriersAt =
+    Tile::kTileBytes + (kMode == ForwardMode::kCarry ? Tile::kStagedHalves * Tile::kCarryHalfBytes : 0);
+template <typename Tile, ForwardMode kMode>
+inline constexpr int kForwardSharedBytes = kForwardBarriersAt<Tile, kMode> +
+                                           static_cast<int>(sizeof(ForwardBarriers<Tile>));
 
 // Place of a ring of kCount buffers, with the parity of the phase in which the place is filled.
 template <int kCount>
@@ -115,6 +128,7 @@ struct RingPlace {
 template <typename Tile>
 struct ForwardShared {
   uint32_t q, k, v;  // of the first stages
+  unsigned char* carry;
   ForwardBarriers<Tile>& barriers;
   __device__ uint32_t Q(int stage) const { return q + static_cast<uint32_t>(stage * Tile::Q::kBytes); }
   __device__ uint32_t K(int stage) const { return k + static_cast<uint32_t>(stage * Tile::K::kBytes); }
@@ -180,7 +194,6 @@ class ForwardLoader : ForwardCopies<Tile> {
     while (work.at.query_tile >= 0) {
       this->HandOver(work);
       this->LoadQueries(work.at);
-      if (kMode == ForwardMode::kCarry) PrefetchCarry(work.at);
       const int kv_head = work.at.head / arguments_.heads_per_kv;
       int key = work.keys.begin;
       this->LoadKeys(key, kv_head, work.at.item);
@@ -212,11 +225,6 @@ class ForwardLoader : ForwardCopies<Tile> {
       }
       return work;
     }
-  }
-
-  __device__ void PrefetchCarry(const ForwardTileIndex& at) {
-    PrefetchTile(arguments_.out_rows, at.query_tile * Tile::kQueries, at.head * (Tile::kValueDim / 32),
-                 at.item);
   }
 
   const HopperForwardArguments& arguments_;
