@@ -85,4 +85,25 @@ __device__ TileBounds LoadKeyRows(const CudaAttentionBlock<T>& block, int64_t fi
   return bounds;
 }
 
+// The range of query row `first` + thread into ranges[thread], as above; the bounds of all to thread 0. All
+// threads of the block call it; warps[..], one for each, are free again behind the block's next barrier.
+template <typename T>
+__device__ TileBounds FillKeyRows(const CudaAttentionBlock<T>& block, int64_t first, int64_t item,
+                                  KeyRows* ranges, TileBounds* warps) {
+  const int64_t row = first + threadIdx.x;
+  KeyRows range{0, 0};
+  TileBounds bounds = TileBounds::OfNoRows();
+  if (row < block.q_rows) {
+    range = AllowedKeyRows(block, row, item);
+    bounds.Include(range);
+  }
+  ranges[threadIdx.x] = range;
+  bounds = bounds.OverWarp();
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = bounds;
+  __syncthreads();
+  if (threadIdx.x > 0) return bounds;
+  for (unsigned w = 1; w < blockDim.x / 32; ++w) bounds.Include(warps[w]);
+  return bounds;
+}
+
 }  // namespace annulus::kernels

@@ -50,20 +50,10 @@ __global__ void FillTables(const __grid_constant__ HopperAttentionBlock block, K
     LetSuccessorStart();
     WaitForPredecessor();
   }
-  const int64_t tile = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x,
-                row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  KeyRows range{0, 0};
-  TileBounds all = TileBounds::OfNoRows();
-  if (row < block.q_rows) {
-    range = AllowedKeyRows(block, row, blockIdx.y);
-    all.Include(range);
-  }
-  ranges[tile * blockDim.x + threadIdx.x] = range;
-  all = all.OverWarp();
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = all;
-  __syncthreads();
+  const int64_t tile = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  const TileBounds all =
+      FillKeyRows(block, int64_t{blockIdx.x} * blockDim.x, blockIdx.y, ranges + tile * blockDim.x, warps);
   if (threadIdx.x > 0) return;
-  for (unsigned w = 1; w < blockDim.x / 32; ++w) all.Include(warps[w]);
   bounds[tile] = all;
   if (tile == 0) *next = 0;
 }

@@ -20,8 +20,7 @@ __global__ void FillChunkTables(const __grid_constant__ HopperAttentionBlock blo
                                 const __grid_constant__ ArenaKeys keys, KeyRows* ranges, TileBounds* bounds,
                                 TileBounds* totals, uint64_t* needed) {
   __shared__ TileBounds warps[2][kLargestTile / 32];
-  const int64_t tiles = int64_t{gridDim.x} * gridDim.y, tile = int64_t{blockIdx.y} * gridDim.x + blockIdx.x,
-                row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t tiles = int64_t{gridDim.x} * gridDim.y, tile = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
   uint64_t seen = 0;
   int64_t length = 0;
   HopperAttentionBlock chunk = block;
@@ -29,18 +28,9 @@ __global__ void FillChunkTables(const __grid_constant__ HopperAttentionBlock blo
     chunk.k_rows = keys.rows[c];
     chunk.key_offset = keys.offset[c];
     chunk.key_stride = keys.stride[c];
-    KeyRows range{0, 0};
-    TileBounds all = TileBounds::OfNoRows();
-    if (row < block.q_rows) {
-      range = AllowedKeyRows(chunk, row, blockIdx.y);
-      all.Include(range);
-    }
-    ranges[(c * tiles + tile) * blockDim.x + threadIdx.x] = range;
-    all = all.OverWarp();
-    if (threadIdx.x % 32 == 0) warps[c % 2][threadIdx.x / 32] = all;
-    __syncthreads();
+    const TileBounds all = FillKeyRows(chunk, int64_t{blockIdx.x} * blockDim.x, blockIdx.y,
+                                       ranges + (c * tiles + tile) * blockDim.x, warps[c % 2]);
     if (threadIdx.x > 0) continue;
-    for (unsigned w = 1; w < blockDim.x / 32; ++w) all.Include(warps[c % 2][w]);
     bounds[c * tiles + tile] = all;
     if (all.empty()) continue;
     seen |= uint64_t{1} << c;

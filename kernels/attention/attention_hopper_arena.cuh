@@ -20,7 +20,7 @@
 #include <limits>
 
 #include "kernels/attention/attention_hopper_arena.h"
-#include "kernels/attention/attention_hopper_forward.cuh"
+#include "kernels/attention/attention_hopper_forward_launch.cuh"
 #include "kernels/common/arrival.cuh"
 #include "kernels/common/hopper_add.cuh"
 
@@ -82,13 +82,12 @@ __device__ void PutBack(const HopperArenaArguments& arguments, const ForwardTile
 
 // Of one thread.
 template <typename Tile>
-class ForwardLoader<Tile, ForwardMode::kArena> {
+class ForwardLoader<Tile, ForwardMode::kArena> : ForwardCopies<Tile> {
  public:
   __device__ ForwardLoader(const HopperArenaArguments& arguments, const ForwardShared<Tile>& shared)
-      : arguments_(arguments),
+      : ForwardCopies<Tile>(arguments, shared),
+        arguments_(arguments),
         state_(arguments.state),
-        shared_(shared),
-        barriers_(shared.barriers),
         arrived_(arguments.arrived) {}
 
   __device__ void Run() {
@@ -195,7 +194,6 @@ class ForwardLoader<Tile, ForwardMode::kArena> {
   __device__ void Load(const Stay& stay) {
     const ForwardTileIndex& at = stay.at;
     const int kv_head = at.head / arguments_.heads_per_kv;
-    const int k_panel = kv_head * (Tile::kDim / 64), v_panel = kv_head * (Tile::kValueDim / 64);
     uint64_t left = stay.chunks;
     int values = -1;  // the row of the arena of the key tile before
     for (bool begins = true; begins || left != 0; begins = false) {
@@ -207,17 +205,17 @@ class ForwardLoader<Tile, ForwardMode::kArena> {
         work.keys = arguments_.tables.bounds[int64_t{table} * arguments_.order.query_tiles + at.query_tile];
       }
       HandOver(work);
-      if (begins) LoadQueries(at);
+      if (begins) this->LoadQueries(at);
       const int first = arguments_.chunks[chunk].first_row;
       int key = work.keys.begin;
       do {
-        LoadKeys(first + key, k_panel, at.item);
-        LoadValues(values, v_panel, at.item);
+        this->LoadKeys(first + key, kv_head, at.item);
+        if (values >= 0) this->LoadValues(values, kv_head, at.item);
         values = first + key;
         key += Tile::kKeys;
       } while (key < work.keys.end);
     }
-    LoadValues(values, v_panel, at.item);
+    this->LoadValues(values, kv_head, at.item);
   }
 
   // The warpgroups store all they have.
@@ -226,42 +224,14 @@ class ForwardLoader<Tile, ForwardMode::kArena> {
   }
   __device__ static ForwardWork NoTile() { return {{0, 0, -1}, {}, {0, 0, 0, 0}}; }
   __device__ void HandOver(const ForwardWork& work) {
-    PhaseBarrierWait(work_place_.Of(barriers_.work_empty), work_place_.parity ^ 1);
-    barriers_.work[work_place_.stage] = work;
-    PhaseBarrierArrive(work_place_.Of(barriers_.work_full));
-    work_place_.Advance();
+    ForwardCopies<Tile>::HandOver(work);
     paused_ = work.at.query_tile < 0;
-  }
-  __device__ void LoadQueries(const ForwardTileIndex& at) {
-    PhaseBarrierWait(q_place_.Of(barriers_.q_empty), q_place_.parity ^ 1);
-    PhaseBarrierExpect(q_place_.Of(barriers_.q_full), Tile::Q::kBytes);
-    LoadTile(shared_.Q(q_place_.stage), arguments_.q, q_place_.Of(barriers_.q_full),
-             at.query_tile * Tile::kQueries, at.head * (Tile::kDim / 64), at.item);
-    q_place_.Advance();
-  }
-  __device__ void LoadKeys(int row, int panel, int item) {
-    PhaseBarrierWait(k_place_.Of(barriers_.k_empty), k_place_.parity ^ 1);
-    PhaseBarrierExpect(k_place_.Of(barriers_.k_full), Tile::K::kBytes);
-    LoadTile(shared_.K(k_place_.stage), arguments_.k, k_place_.Of(barriers_.k_full), row, panel, item);
-    k_place_.Advance();
-  }
-  __device__ void LoadValues(int row, int panel, int item) {
-    if (row < 0) return;
-    PhaseBarrierWait(v_place_.Of(barriers_.v_empty), v_place_.parity ^ 1);
-    PhaseBarrierExpect(v_place_.Of(barriers_.v_full), Tile::V::kBytes);
-    LoadTile(shared_.V(v_place_.stage), arguments_.v, v_place_.Of(barriers_.v_full), row, panel, item);
-    v_place_.Advance();
   }
 
   const HopperArenaArguments& arguments_;
   const ArenaState& state_;
-  const ForwardShared<Tile>& shared_;
-  ForwardBarriers<Tile>& barriers_;
   uint64_t arrived_;    // chunks that were seen to be there
   bool paused_ = true;  // the work handed over last is no tile
-  RingPlace<Tile::kQueryStages> q_place_;
-  RingPlace<Tile::kStages> k_place_, v_place_;
-  RingPlace<kForwardWorks> work_place_;
 };
 
 template <typename Tile>

@@ -100,7 +100,7 @@ struct HopperBackwardBlock {
     init(small.keys, 1);
     for (int stage = 0; stage < Tile::kQStages; ++stage) {
       init(small.q_full[stage], 1);
-      init(small.rows_full[stage], 1);
+      init(small.rows_full[stage], 32);
       init(small.q_empty[stage], Tile::kMathWarps);
     }
     for (int stage = 0; stage < Tile::kDOutStages; ++stage) {
@@ -227,7 +227,8 @@ __device__ void LoadTiles(const HopperBackwardBlock<Tile>& block, const QueryTil
   if (leads) PhaseBarrierArrive(SharedAddress(&small.q_full[end]));
 }
 
-// The warp that brings what belongs to their rows, and says which tiles they are.
+// The warp that brings what belongs to their rows, and says which tiles they are. Each lane arrives for what
+// it has written: race checkers do not follow one that arrives for its warp.
 template <typename Tile>
 __device__ void LoadRows(const HopperBackwardBlock<Tile>& block, const QueryTileShare& share) {
   auto& small = block.small;
@@ -250,13 +251,13 @@ __device__ void LoadRows(const HopperBackwardBlock<Tile>& block, const QueryTile
       to.delta[i] = float2{-factor * stat.rows[0].delta, -factor * stat.rows[1].delta};
     }
     if (lane == 0) small.way[round % Tile::kWay] = at;
-    WarpArrive(small.rows_full[stage]);
+    PhaseBarrierArrive(SharedAddress(&small.rows_full[stage]));
     ++round;
   });
   const int end = round % Tile::kQStages;
   WaitAt(small.q_empty[end], round / Tile::kQStages + 1);
   if (lane == 0) small.way[round % Tile::kWay] = {-1, 0, false, 0};
-  WarpArrive(small.rows_full[end]);
+  PhaseBarrierArrive(SharedAddress(&small.rows_full[end]));
 }
 
 // Sums of dQ in a fixed order: a query tile is added to in order of the keys, each thread block in its turn.

@@ -19,7 +19,8 @@
 // score passes it; so weights are made of scores at once (WeighAhead), with no maximum to wait for, and a
 // weight of 2 or more shows that one was needed: then the warp makes its scores again, by itself, and weighs
 // them the long way (Weigh). The carry (O, LSE) is a partial result like the sums of a tile, and is merged
-// with them where the tile is stored; the loader has brought its rows to L2.
+// with them where the tile is stored. Its rows are brought behind the tile's last scores, while the last
+// values are multiplied: half to registers, half to shared memory, as far as there is room (FetchCarry).
 //
 // Floor: 2 (dim + v_dim) FLOP per visible (query, key) pair and head. In clocks of a multiprocessor (4096
 // FLOP of bf16 products, 16 exponentials, 128 bytes of shared memory each), for a query tile against a key
@@ -44,21 +45,18 @@
 //   128       85 (73)      88 (75)    72 (61)     73
 //   192/128   91 (72)      94 (73)    74 (60)     80
 //
-// Heads of 128, a window of 4K in 128K rows: 82; a carry over 8 chunks of 8K keys: 84, all 64K keys at once:
-// 88. At 1.44 GHz one percent is 7.8 TFLOP/s. What limits long sequences of 128 and more is power; below it,
-// and for heads of 64, the chain of one warpgroup from scores to weights: exponentials are 43% busy with
-// heads of 128, issue slots 34% (46% with 64). Of the products of documents 5% (128 rows) to 8% (192) are
-// masked.
+// Heads of 128, a window of 4K in 128K rows: 82; a carry over 8 chunks of 8K keys 86, causal 85, all 64K at
+// once 88. At 1.44 GHz one percent is 7.8 TFLOP/s. Power limits long sequences of 128 and more; below it, and
+// for heads of 64, the chain of one warpgroup from scores to weights: exponentials are 43% busy with heads of
+// 128, issue slots 34% (46% with 64). Of a carry, stores and what begins with each tile are left: neither
+// 16-byte stores nor the copy engine's were faster. Of documents' products 5% (128 rows) to 8% are masked.
 //
 // The compiler keeps the products in flight only if no code between their start and GroupWait touches their
 // accumulators (ptxas warns, C7510 to C7520), and moves a wait up over everything it sees no use of
 // (MakeWeights). The loop over key tiles has its own code, apart from the step into the next query tile: with
 // both in one loop it moves accumulators between registers in every step.
 
-#include <algorithm>
-
 #include "kernels/attention/attention_hopper_forward_feed.cuh"
-#include "kernels/common/tensor_map.h"
 
 namespace annulus::kernels {
 
@@ -185,6 +183,7 @@ class ForwardGroup {
     WarpArrives(q_place_.Of(barriers_.q_empty));
     q_place_.Advance();
     finished_ = {WorkStage(), {reference_[0], reference_[1]}, {sum_[0], sum_[1]}};
+    if constexpr (kMode == ForwardMode::kCarry) FetchCarry();
     WaitValues();
   }
 
@@ -384,59 +383,118 @@ class ForwardGroup {
     NamedBarrier(kGroupBarrier + group_, 128);
   }
 
+  // Whether the carry's rows of a half wait in shared memory between FetchCarry and Store. Of the others the
+  // first half waits in registers; the second is loaded when it is needed.
+  template <int kHalf>
+  static constexpr bool kStaged = (kMode == ForwardMode::kCarry) && (kHalf >= 2 - Tile::kStagedHalves);
+  // One of the warp's 8.
+  template <int kHalf>
+  __device__ unsigned char* StagedRow(int row) const {
+    constexpr int kPlace = kHalf - (2 - Tile::kStagedHalves);
+    const int warp = static_cast<int>(threadIdx.x / 32) - 4;
+    return shared_.carry + kPlace * Tile::kCarryHalfBytes + (warp * 8 + row) * Tile::kCarryRowBytes;
+  }
+
+  // Starts to bring the carry of the tile at work.
+  __device__ void FetchCarry() {
+    __syncwarp();  // the rows before are read
+    FetchHalf<0>();
+    FetchHalf<1>();
+    CopyAsyncCommit();
+  }
+  template <int kHalf>
+  __device__ void FetchHalf() {
+    const ForwardTileIndex& at = work_.at;
+    const bool inside = Row(at, kHalf) < arguments_.q_rows;
+    carried_[kHalf] = inside ? arguments_.lse[StatIndex(at, kHalf)] * kLog2E : -kInfinity;
+    if constexpr (kStaged<kHalf>) {
+      constexpr int kChunks = Tile::kValueDim / 4;  // of 16 bytes
+#pragma unroll
+      for (int i = 0; i < kChunks / 4; ++i) {
+        const int row = (i * 32 + lane_) / kChunks, chunk = (i * 32 + lane_) % kChunks;
+        const int of_all = Row(at, kHalf) - lane_ / 4 + row;
+        if (of_all >= arguments_.q_rows) continue;
+        CopyAsync16(SharedAddress(StagedRow<kHalf>(row) + chunk * 16),
+                    RowOf(arguments_.out, at, of_all) + chunk * 4);
+      }
+    } else if (kHalf == 0 && inside) {
+      LoadRow(RowOf(arguments_.out, at, Row(at, kHalf)), ahead_);
+    }
+  }
+  // The lane's columns.
+  __device__ void LoadRow(const float* row, float2* to) const {
+#pragma unroll
+    for (int n = 0; n < kValueParts; ++n) {
+      to[n] = *reinterpret_cast<const float2*>(row + n * 8 + lane_ % 4 * 2);
+    }
+  }
+
   // Merges the finished tile into the carry. Rows that saw no key of the block are not written, except to the
   // rounded result; in kArena all are, to one of the two.
   __device__ void Store() {
     const ForwardTileIndex at = barriers_.work[finished_.work].at;
     [[maybe_unused]] const ForwardPart part = barriers_.work[finished_.work].part;
-    const bool carried_before =
-        kMode == ForwardMode::kCarry || (kMode == ForwardMode::kArena && part.carried());
-    const bool unfinished = kMode == ForwardMode::kArena && part.unfinished();
-    const bool carries = kMode == ForwardMode::kCarry ||
-                         (kMode == ForwardMode::kArena && (unfinished || arguments_.result.data == nullptr));
     WarpArrives(SharedAddress(&barriers_.work_empty[finished_.work]));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool inside = Row(at, half) < arguments_.q_rows;
-      float* const out = RowOf(arguments_.out, at, half) + lane_ % 4 * 2;
-      float carried = -kInfinity;
-      float2 before[kValueParts] = {};
-      if (carried_before && inside) {
-        carried = arguments_.lse[StatIndex(at, half)] * kLog2E;
-#pragma unroll
-        for (int n = 0; n < kValueParts; ++n) before[n] = *reinterpret_cast<const float2*>(out + n * 8);
-        if (carried == -kInfinity) {  // what was loaded may be anything
-#pragma unroll
-          for (int n = 0; n < kValueParts; ++n) before[n] = {0, 0};
-        }
-      }
-      const float max = fmaxf(finished_.reference[half], carried), base = max == -kInfinity ? 0 : max;
-      const float sum = QuadSum(finished_.sum[half]);
-      float weight = Exp2(finished_.reference[half] - base), carried_weight = Exp2(carried - base);
-      const float total = fmaf(sum, weight, carried_weight);
-      const float inverse = total == 0 ? 0 : 1 / total;
-      weight *= inverse;
-      carried_weight *= inverse;
-#pragma unroll
-      for (int n = 0; n < kValueParts; ++n) {
-        acc_[n][2 * half] = fmaf(before[n].x, carried_weight, acc_[n][2 * half] * weight);
-        acc_[n][2 * half + 1] = fmaf(before[n].y, carried_weight, acc_[n][2 * half + 1] * weight);
-      }
-      if (!inside || (kMode == ForwardMode::kCarry && sum == 0)) continue;
-      if (carries) {
-#pragma unroll
-        for (int n = 0; n < kValueParts; ++n) {
-          *reinterpret_cast<float2*>(out + n * 8) = {acc_[n][2 * half], acc_[n][2 * half + 1]};
-        }
-      }
-      if (lane_ % 4 == 0) arguments_.lse[StatIndex(at, half)] = (max + log2f(total)) * kLn2;
+    if constexpr (kMode == ForwardMode::kCarry) {
+      CopyAsyncWait<0>();
+      __syncwarp();
     }
+    Merge<1>(at, part);
+    Merge<0>(at, part);
+    const bool unfinished = kMode == ForwardMode::kArena && part.unfinished();
     if (arguments_.result.data != nullptr && !unfinished) StoreResult(at);
     if constexpr (kMode == ForwardMode::kArena) {
       if (!unfinished) return;
       NamedBarrier(kGroupBarrier + group_, 128);  // all rows are stored
       if (threadIdx.x % 128 == 0) PutBack<Tile>(arguments_, at);
     }
+  }
+
+  template <int kHalf>
+  __device__ void Merge(const ForwardTileIndex& at, ForwardPart part) {
+    const bool inside = Row(at, kHalf) < arguments_.q_rows;
+    float carried = -kInfinity;
+    float2 before[kValueParts] = {};
+    if constexpr (kMode == ForwardMode::kCarry) {
+      carried = carried_[kHalf];
+      if constexpr (kStaged<kHalf>) {
+        LoadRow(reinterpret_cast<const float*>(StagedRow<kHalf>(lane_ / 4)), before);
+      } else if constexpr (kHalf == 0) {
+#pragma unroll
+        for (int n = 0; n < kValueParts; ++n) before[n] = ahead_[n];
+      } else if (inside) {
+        LoadRow(RowOf(arguments_.out, at, Row(at, kHalf)), before);
+      }
+    } else if (kMode == ForwardMode::kArena && part.carried() && inside) {
+      carried = arguments_.lse[StatIndex(at, kHalf)] * kLog2E;
+      LoadRow(RowOf(arguments_.out, at, Row(at, kHalf)), before);
+    }
+    if (carried == -kInfinity) {  // what was loaded may be anything
+#pragma unroll
+      for (int n = 0; n < kValueParts; ++n) before[n] = {0, 0};
+    }
+    const float max = fmaxf(finished_.reference[kHalf], carried), base = max == -kInfinity ? 0 : max;
+    const float sum = QuadSum(finished_.sum[kHalf]);
+    float weight = Exp2(finished_.reference[kHalf] - base), carried_weight = Exp2(carried - base);
+    const float total = fmaf(sum, weight, carried_weight);
+    const float inverse = total == 0 ? 0 : 1 / total;
+    weight *= inverse;
+    carried_weight *= inverse;
+#pragma unroll
+    for (int n = 0; n < kValueParts; ++n) {
+      acc_[n][2 * kHalf] = fmaf(before[n].x, carried_weight, acc_[n][2 * kHalf] * weight);
+      acc_[n][2 * kHalf + 1] = fmaf(before[n].y, carried_weight, acc_[n][2 * kHalf + 1] * weight);
+    }
+    if (!inside || (kMode == ForwardMode::kCarry && sum == 0)) return;
+    if (kMode == ForwardMode::kCarry ||
+        (kMode == ForwardMode::kArena && (part.unfinished() || arguments_.result.data == nullptr))) {
+      float* const out = RowOf(arguments_.out, at, Row(at, kHalf)) + lane_ % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kValueParts; ++n) {
+        *reinterpret_cast<float2*>(out + n * 8) = {acc_[n][2 * kHalf], acc_[n][2 * kHalf + 1]};
+      }
+    }
+    if (lane_ % 4 == 0) arguments_.lse[StatIndex(at, kHalf)] = (max + log2f(total)) * kLn2;
   }
 
   // Neighbouring lanes swap columns, so that each stores 8 bytes side by side and four 32.
@@ -446,7 +504,7 @@ class ForwardGroup {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool inside = Row(at, half) < arguments_.q_rows;
-      __nv_bfloat16* const to = RowOf(arguments_.result, at, half) + column;
+      __nv_bfloat16* const to = RowOf(arguments_.result, at, Row(at, half)) + column;
 #pragma unroll
       for (int n = 0; n < kValueParts; n += 2) {
         const uint32_t left = PackBf16(acc_[n][2 * half], acc_[n][2 * half + 1]),
@@ -474,8 +532,8 @@ class ForwardGroup {
     return (row * arguments_.batch + at.item) * arguments_.order.heads + at.head;
   }
   template <typename T>
-  __device__ T* RowOf(const CudaHeads<T>& out, const ForwardTileIndex& at, int half) const {
-    return out.data + Row(at, half) * out.row_stride + at.item * out.batch_stride + at.head * Tile::kValueDim;
+  __device__ static T* RowOf(const CudaHeads<T>& out, const ForwardTileIndex& at, int row) {
+    return out.data + row * out.row_stride + at.item * out.batch_stride + at.head * Tile::kValueDim;
   }
 
   const Arguments& arguments_;
@@ -497,6 +555,9 @@ class ForwardGroup {
   uint32_t weights_[Tile::kKeys / 16][4];
   float reference_[2], sum_[2], correction_[2];
   bool changed_, ready_;
+  // The carry of the finished tile: in units of log2, and rows that are not staged.
+  float carried_[2];
+  float2 ahead_[Tile::kStagedHalves < 2 ? kValueParts : 1];
 };
 
 template <typename Tile>
@@ -520,9 +581,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     AttentionForwardHopper(const __grid_constant__ Arguments arguments) {
   if constexpr (kHopper) {
     unsigned char* const memory = DynamicShared();
-    auto& barriers = *reinterpret_cast<ForwardBarriers<Tile>*>(memory + Tile::kTileBytes);
+    auto& barriers = *reinterpret_cast<ForwardBarriers<Tile>*>(memory + kForwardBarriersAt<Tile, kMode>);
     const uint32_t q = SharedAddress(memory), k = q + Tile::kQueryStages * Tile::Q::kBytes;
-    const ForwardShared<Tile> shared{q, k, k + Tile::kStages * Tile::K::kBytes, barriers};
+    const ForwardShared<Tile> shared{q, k, k + Tile::kStages * Tile::K::kBytes, memory + Tile::kTileBytes,
+                                     barriers};
     if (threadIdx.x == 0) InitForwardBarriers<Tile>(barriers);
     __syncthreads();
     WaitForPredecessor();
@@ -535,91 +597,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ForwardGroup<Tile, kMode, Arguments>(arguments, shared, group - 1).Run();
     }
   }
-}
-
-// Heads, counted over all items, whose keys and values fill about half of L2 together: thread blocks at work
-// on one set read them from there.
-inline int HeadsPerSet(const HopperAttentionBlock& block) {
-  constexpr int64_t kSetBytes = 24 << 20;
-  const int64_t kv_bytes = block.k_rows * (block.dim + block.v_dim) * 2;
-  const int64_t kv_heads =
-      std::clamp<int64_t>(kSetBytes / std::max<int64_t>(kv_bytes, 1), 1, block.batch * block.kv_heads);
-  return static_cast<int>(kv_heads * (block.heads / block.kv_heads));
-}
-
-template <typename Tile, ForwardMode kMode, typename Arguments>
-cudaError_t LaunchHopperForwardMode(const Arguments& arguments, cudaStream_t stream) {
-  const auto kernel = AttentionForwardHopper<Tile, kMode, Arguments>;
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kForwardSharedBytes<Tile>);
-  if (error != cudaSuccess) return error;
-  return LaunchEarly(kernel, dim3(static_cast<unsigned>(std::min(multiprocessors, arguments.order.tiles))),
-                     Tile::kThreads, kForwardSharedBytes<Tile>, stream, arguments);
-}
-
-// All but the tables.
-template <typename Tile>
-cudaError_t MakeForwardArguments(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
-                                 HopperForwardArguments* arguments) {
-  const auto panels = [&](const auto& x, int64_t rows, int64_t heads, int64_t dim) {
-    return PanelsRef{x.data, rows, block.batch, heads * dim / 64, x.row_stride, x.batch_stride};
-  };
-  cudaError_t error = MakeTensorMap(panels(block.q, block.q_rows, block.heads, block.dim), Tile::kQueries,
-                                    Tile::kDim / 64, &arguments->q);
-  if (error != cudaSuccess) return error;
-  // Without keys any memory will do for the masked ones.
-  const auto k = block.k_rows > 0 ? panels(block.k, block.k_rows, block.kv_heads, block.dim)
-                                  : panels(block.q, block.q_rows, block.heads, block.dim);
-  const auto v = block.k_rows > 0 ? panels(block.v, block.k_rows, block.kv_heads, block.v_dim) : k;
-  error = MakeTensorMap(k, Tile::kKeys, Tile::kDim / 64, &arguments->k);
-  if (error != cudaSuccess) return error;
-  error = MakeTensorMap(v, Tile::kKeys, Tile::kValueDim / 64, &arguments->v);
-  if (error != cudaSuccess) return error;
-  if (partial.out.data != nullptr) {
-    error = MakeTensorMap(
-        SumPanelsRef{partial.out.data, block.q_rows, block.batch, block.heads * block.v_dim / 32,
-                     partial.out.row_stride, partial.out.batch_stride},
-        Tile::kQueries, Tile::kValueDim / 32, &arguments->out_rows);
-    if (error != cudaSuccess) return error;
-  }
-  arguments->out = partial.out;
-  arguments->result = partial.result;
-  arguments->lse = partial.lse;
-  arguments->q_rows = static_cast<int>(block.q_rows);
-  arguments->k_rows = static_cast<int>(block.k_rows);
-  arguments->batch = static_cast<int>(block.batch);
-  arguments->all_heads = static_cast<int>(block.batch * block.heads);
-  arguments->heads_per_kv = static_cast<int>(block.heads / block.kv_heads);
-  arguments->scale = block.scale * kLog2E;
-  const int query_tiles = static_cast<int>((block.q_rows + Tile::kQueries - 1) / Tile::kQueries);
-  arguments->order = {HeadsPerSet(block), static_cast<int>(block.heads), query_tiles,
-                      query_tiles * arguments->all_heads};
-  return cudaSuccess;
-}
-
-template <typename Tile>
-cudaError_t LaunchHopperForward(const HopperAttentionBlock& block, const HopperAttentionPartial& partial,
-                                void* workspace, cudaStream_t stream) {
-  HopperForwardArguments arguments{};
-  cudaError_t error = FillForwardTables(block, Tile::kQueries, workspace, &arguments.tables, stream);
-  if (error != cudaSuccess) return error;
-  error = MakeForwardArguments<Tile>(block, partial, &arguments);
-  if (error != cudaSuccess) return error;
-  return partial.out.data == nullptr ? LaunchHopperForwardMode<Tile, ForwardMode::kWhole>(arguments, stream)
-                                     : LaunchHopperForwardMode<Tile, ForwardMode::kCarry>(arguments, stream);
-}
-
-template <typename Tile>
-HopperForwardKernel ForwardKernelOf() {
-  const auto whole = AttentionForwardHopper<Tile, ForwardMode::kWhole, HopperForwardArguments>;
-  const auto carry = AttentionForwardHopper<Tile, ForwardMode::kCarry, HopperForwardArguments>;
-  return {LaunchHopperForward<Tile>, reinterpret_cast<const void*>(whole),
-          reinterpret_cast<const void*>(carry)};
 }
 
 }  // namespace annulus::kernels

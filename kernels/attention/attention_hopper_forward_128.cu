@@ -1,4 +1,4 @@
-#include "kernels/attention/attention_hopper_forward.cuh"
+#include "kernels/attention/attention_hopper_forward_launch.cuh"
 
 namespace annulus::kernels {
 

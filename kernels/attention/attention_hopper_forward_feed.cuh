@@ -3,6 +3,8 @@
 // What feeds the forward on Hopper (attention_hopper_forward.cuh): tiles and the order in which thread blocks
 // take them, the shared memory of a block, and the thread that has it filled.
 
+#include <algorithm>
+
 #include "kernels/attention/attention_hopper_launch.cuh"
 #include "kernels/common/hopper.cuh"
 
@@ -28,6 +30,13 @@ struct HopperForwardTile {
   using K = SharedTile<kKeys, kDim>;
   using V = SharedTile<kKeys, kValueDim>;
   static constexpr int kTileBytes = kQueryStages * Q::kBytes + kStages * (K::kBytes + V::kBytes);
+
+  // Rows of the carry on their way, 8 for each warp and half of its rows, each 8 banks behind the one before:
+  // the last halves, as many as there is room for.
+  static constexpr int kCarryRowBytes = kValueDim * 4 + 32, kCarryHalfBytes = kQueries / 2 * kCarryRowBytes;
+  static constexpr int kSharedLimit = 227 * 1024, kBarrierBytes = 512;
+  static constexpr int kStagedHalves =
+      std::min(2, (kSharedLimit - kBarrierBytes - kTileBytes) / kCarryHalfBytes);
 };
 
 // Tiles in the order in which thread blocks take them: heads whose keys fit into L2 together, one such set
@@ -51,7 +60,7 @@ __device__ inline ForwardTileIndex TileAt(const ForwardOrder& order, const int* 
 }
 
 struct HopperForwardArguments {
-  CUtensorMap q, k, v, out_rows;
+  CUtensorMap q, k, v;
   ForwardTables tables;
   ForwardOrder order;
   CudaHeads<float> out;
@@ -93,8 +102,12 @@ struct ForwardBarriers {
   uint64_t work_full[kForwardWorks], work_empty[kForwardWorks];
   ForwardWork work[kForwardWorks];
 };
-template <typename Tile>
-inline constexpr int kForwardSharedBytes = Tile::kTileBytes + static_cast<int>(sizeof(ForwardBarriers<Tile>));
+template <typename Tile, ForwardMode kMode>
+inline constexpr int kForwardBarriersAt =
+    Tile::kTileBytes + (kMode == ForwardMode::kCarry ? Tile::kStagedHalves * Tile::kCarryHalfBytes : 0);
+template <typename Tile, ForwardMode kMode>
+inline constexpr int kForwardSharedBytes = kForwardBarriersAt<Tile, kMode> +
+                                           static_cast<int>(sizeof(ForwardBarriers<Tile>));
 
 // Place of a ring of kCount buffers, with the parity of the phase in which the place is filled.
 template <int kCount>
@@ -115,40 +128,84 @@ struct RingPlace {
 template <typename Tile>
 struct ForwardShared {
   uint32_t q, k, v;  // of the first stages
+  unsigned char* carry;
   ForwardBarriers<Tile>& barriers;
   __device__ uint32_t Q(int stage) const { return q + static_cast<uint32_t>(stage * Tile::Q::kBytes); }
   __device__ uint32_t K(int stage) const { return k + static_cast<uint32_t>(stage * Tile::K::kBytes); }
   __device__ uint32_t V(int stage) const { return v + static_cast<uint32_t>(stage * Tile::V::kBytes); }
 };
 
-// Of one thread: takes tiles and starts the copies of their operands, in the order in which the warpgroups
-// use them.
+// Of one thread: hands tiles over and starts the copies of their operands, each when its buffer is empty.
+template <typename Tile>
+class ForwardCopies {
+ protected:
+  __device__ ForwardCopies(const HopperForwardArguments& arguments, const ForwardShared<Tile>& shared)
+      : arguments_(arguments), shared_(shared), barriers_(shared.barriers) {}
+
+  __device__ void HandOver(const ForwardWork& work) {
+    PhaseBarrierWait(work_place_.Of(barriers_.work_empty), work_place_.parity ^ 1);
+    barriers_.work[work_place_.stage] = work;
+    PhaseBarrierArrive(work_place_.Of(barriers_.work_full));
+    work_place_.Advance();
+  }
+  __device__ void LoadQueries(const ForwardTileIndex& at) {
+    Load<typename Tile::Q>(q_place_, barriers_.q_full, barriers_.q_empty, shared_.q, arguments_.q,
+                           at.query_tile * Tile::kQueries, at.head * (Tile::kDim / 64), at.item);
+  }
+  // Rows of K and V from `key` on.
+  __device__ void LoadKeys(int key, int kv_head, int item) {
+    Load<typename Tile::K>(k_place_, barriers_.k_full, barriers_.k_empty, shared_.k, arguments_.k, key,
+                           kv_head * (Tile::kDim / 64), item);
+  }
+  __device__ void LoadValues(int key, int kv_head, int item) {
+    Load<typename Tile::V>(v_place_, barriers_.v_full, barriers_.v_empty, shared_.v, arguments_.v, key,
+                           kv_head * (Tile::kValueDim / 64), item);
+  }
+
+ private:
+  template <typename Operand, int kCount>
+  __device__ static void Load(RingPlace<kCount>& place, const uint64_t (&full)[kCount],
+                              const uint64_t (&empty)[kCount], uint32_t first, const CUtensorMap& map,
+                              int row, int panel, int item) {
+    PhaseBarrierWait(place.Of(empty), place.parity ^ 1);
+    PhaseBarrierExpect(place.Of(full), Operand::kBytes);
+    LoadTile(first + static_cast<uint32_t>(place.stage * Operand::kBytes), map, place.Of(full), row, panel,
+             item);
+    place.Advance();
+  }
+
+  const HopperForwardArguments& arguments_;
+  const ForwardShared<Tile>& shared_;
+  ForwardBarriers<Tile>& barriers_;
+  RingPlace<Tile::kQueryStages> q_place_;
+  RingPlace<Tile::kStages> k_place_, v_place_;
+  RingPlace<kForwardWorks> work_place_;
+};
+
+// Takes tiles, in the order in which the warpgroups use them.
 template <typename Tile, ForwardMode kMode>
-class ForwardLoader {
+class ForwardLoader : ForwardCopies<Tile> {
  public:
   __device__ ForwardLoader(const HopperForwardArguments& arguments, const ForwardShared<Tile>& shared)
-      : arguments_(arguments),
-        shared_(shared),
-        barriers_(shared.barriers),
-        index_(static_cast<int>(blockIdx.x)) {}
+      : ForwardCopies<Tile>(arguments, shared), arguments_(arguments), index_(static_cast<int>(blockIdx.x)) {}
 
   __device__ void Run() {
     ForwardWork work = Take();
     while (work.at.query_tile >= 0) {
-      HandOver(work);
-      LoadQueries(work.at);
+      this->HandOver(work);
+      this->LoadQueries(work.at);
       const int kv_head = work.at.head / arguments_.heads_per_kv;
       int key = work.keys.begin;
-      LoadKeys(key, kv_head, work.at.item);
+      this->LoadKeys(key, kv_head, work.at.item);
       const ForwardWork next = Take();  // while the copies run
       for (; key + Tile::kKeys < work.keys.end; key += Tile::kKeys) {
-        LoadKeys(key + Tile::kKeys, kv_head, work.at.item);
-        LoadValues(key, kv_head, work.at.item);
+        this->LoadKeys(key + Tile::kKeys, kv_head, work.at.item);
+        this->LoadValues(key, kv_head, work.at.item);
       }
-      LoadValues(key, kv_head, work.at.item);
+      this->LoadValues(key, kv_head, work.at.item);
       work = next;
     }
-    HandOver(work);
+    this->HandOver(work);
   }
 
  private:
@@ -170,47 +227,7 @@ class ForwardLoader {
     }
   }
 
-  __device__ void HandOver(const ForwardWork& work) {
-    PhaseBarrierWait(work_place_.Of(barriers_.work_empty), work_place_.parity ^ 1);
-    barriers_.work[work_place_.stage] = work;
-    PhaseBarrierArrive(work_place_.Of(barriers_.work_full));
-    work_place_.Advance();
-  }
-
-  __device__ void LoadQueries(const ForwardTileIndex& at) {
-    const int row = at.query_tile * Tile::kQueries;
-    PhaseBarrierWait(q_place_.Of(barriers_.q_empty), q_place_.parity ^ 1);
-    PhaseBarrierExpect(q_place_.Of(barriers_.q_full), Tile::Q::kBytes);
-    LoadTile(shared_.Q(q_place_.stage), arguments_.q, q_place_.Of(barriers_.q_full), row,
-             at.head * (Tile::kDim / 64), at.item);
-    q_place_.Advance();
-    if (kMode == ForwardMode::kCarry) {
-      PrefetchTile(arguments_.out_rows, row, at.head * (Tile::kValueDim / 32), at.item);
-    }
-  }
-
-  __device__ void LoadKeys(int key, int kv_head, int item) {
-    PhaseBarrierWait(k_place_.Of(barriers_.k_empty), k_place_.parity ^ 1);
-    PhaseBarrierExpect(k_place_.Of(barriers_.k_full), Tile::K::kBytes);
-    LoadTile(shared_.K(k_place_.stage), arguments_.k, k_place_.Of(barriers_.k_full), key,
-             kv_head * (Tile::kDim / 64), item);
-    k_place_.Advance();
-  }
-
-  __device__ void LoadValues(int key, int kv_head, int item) {
-    PhaseBarrierWait(v_place_.Of(barriers_.v_empty), v_place_.parity ^ 1);
-    PhaseBarrierExpect(v_place_.Of(barriers_.v_full), Tile::V::kBytes);
-    LoadTile(shared_.V(v_place_.stage), arguments_.v, v_place_.Of(barriers_.v_full), key,
-             kv_head * (Tile::kValueDim / 64), item);
-    v_place_.Advance();
-  }
-
   const HopperForwardArguments& arguments_;
-  const ForwardShared<Tile>& shared_;
-  ForwardBarriers<Tile>& barriers_;
-  RingPlace<Tile::kQueryStages> q_place_;
-  RingPlace<Tile::kStages> k_place_, v_place_;
-  RingPlace<kForwardWorks> work_place_;
   int index_;  // of the tile to look at next
 };
 

@@ -31,6 +31,8 @@ TEST_P(EmulatedForward, SteepScores) {
   c.spread = 6;
   Check(c);
 }
+// In every row.
+TEST_P(EmulatedForward, RisingScores) { Check(RisingScores(0, 0)); }
 TEST_P(EmulatedForward, Documents) {
   Check({"documents 4 chunks", 0, 0, 311, 311, 2, 2, 2, Mask::kDocuments, 4});
 }

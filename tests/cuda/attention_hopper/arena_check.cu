@@ -107,22 +107,12 @@ std::vector<ArenaArrival> ArenaProblem::Poison() {
 
 kernels::HopperAttentionArena ArenaProblem::Arena() const {
   const int64_t q = c_.heads * c_.dim, k = c_.kv_heads * c_.dim, v = c_.kv_heads * c_.v_dim;
-  return {.block = {.q = {q_.data, c_.batch * q, q},
-                    .k = {k_.data, c_.batch * k, k},
-                    .v = {v_.data, c_.batch * v, v},
-                    .q_rows = c_.q_rows,
-                    .k_rows = rows_,
-                    .batch = c_.batch,
-                    .heads = c_.heads,
-                    .kv_heads = c_.kv_heads,
-                    .dim = c_.dim,
-                    .v_dim = c_.v_dim,
-                    .lo = lo_.data,
-                    .hi = hi_.data,
-                    .scale = static_cast<float>(prepared_.p.scale)},
-          .chunks = chunks_,
-          .patience_ms = plan_.patience_ms,
-          .report = report_.data};
+  kernels::HopperAttentionBlock block = BlockOfCase<bf16>(prepared_, lo_.data, hi_.data);
+  block.q = {q_.data, c_.batch * q, q};
+  block.k = {k_.data, c_.batch * k, k};
+  block.v = {v_.data, c_.batch * v, v};
+  block.k_rows = rows_;
+  return {.block = block, .chunks = chunks_, .patience_ms = plan_.patience_ms, .report = report_.data};
 }
 
 cudaError_t ArenaProblem::Launch(const ArenaTransport& transport) {

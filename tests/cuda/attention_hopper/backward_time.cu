@@ -1,71 +1,26 @@
 // Times the backward of block attention on Hopper beside cuDNN and the portable kernel. FLOP are those of
 // pairs that are not masked: 2 (3 dim + 2 v_dim) each.
 
-#include <cmath>
 #include <memory>
 #include <string>
 
 #include "cuda/attention_hopper/backward_time.h"
 #include "cuda/attention_hopper/backward_variants.h"
+#include "cuda/attention_hopper/timed_shapes.h"
 #include "cuda/attention_mma/timing.cuh"
 #include "kernels/attention/attention_hopper_backward.h"
 #include "kernels/attention/attention_mma.h"
 #include "kernels/attention/attention_partial_cuda.h"
-#if ANNULUS_HAS_CUDNN
-#include "kernels/attention/cudnn_attention.h"
-#endif
 
 namespace annulus::testing {
 namespace {
 
 using kernels::MmaQueryGradient;
 
-enum class Shape { kFull, kCausal, kDocuments, kWindow };
-
-struct Timed {
-  int64_t rows, heads, kv_heads, dim, v_dim;
-  Shape shape = Shape::kCausal;
-};
-
-const char* Name(Shape shape) {
-  switch (shape) {
-    case Shape::kFull:
-      return "full";
-    case Shape::kCausal:
-      return "causal";
-    case Shape::kDocuments:
-      return "documents 4K";
-    case Shape::kWindow:
-      return "window 4K";
-  }
-  return "";
-}
-
-// Bounds of each row; the number of pairs of one head.
-double FillBounds(const Timed& t, std::vector<int64_t>* lo, std::vector<int64_t>* hi) {
-  constexpr int64_t kMean = 4096;
-  uint32_t random = 1;
-  int64_t start = 0, end = 0;
-  double pairs = 0;
-  for (int64_t i = 0; i < t.rows; ++i) {
-    if (i == end) {
-      random = random * 1664525 + 1013904223;
-      start = i, end = i + 1 + random % (2 * kMean);
-    }
-    const int64_t first = t.shape == Shape::kDocuments ? start
-                          : t.shape == Shape::kWindow  ? std::max<int64_t>(0, i - kMean + 1)
-                                                       : 0;
-    lo->push_back(first);
-    hi->push_back(t.shape == Shape::kFull ? t.rows : i + 1);
-    pairs += static_cast<double>(hi->back() - first);
-  }
-  return pairs;
-}
-
 // Operands on the device, with statistics of a forward pass.
 class Operands {
  public:
-  explicit Operands(const Timed& t)
+  explicit Operands(const TimedShape& t)
       : t_(t),
         q_(t.rows * t.heads * t.dim),
         k_(t.rows * t.kv_heads * t.dim),
@@ -80,7 +35,7 @@ class Operands {
         delta_(t.rows * t.heads),
         lse_of_heads_(t.rows * t.heads) {
     std::vector<int64_t> lo, hi;
-    pairs_ = FillBounds(t, &lo, &hi);
+    pairs_ = FillTimedBounds(t, &lo, &hi);
     lo_ = std::make_unique<DeviceArray<int64_t>>(lo);
     hi_ = std::make_unique<DeviceArray<int64_t>>(hi);
     uint32_t seed = 1;
@@ -99,20 +54,7 @@ class Operands {
     return pairs_ * static_cast<double>(t_.heads) * 2 * static_cast<double>(3 * t_.dim + 2 * t_.v_dim);
   }
   kernels::MmaAttentionBlock Block() const {
-    const int64_t q = t_.heads * t_.dim, k = t_.kv_heads * t_.dim, v = t_.kv_heads * t_.v_dim;
-    return {.q = {q_.data(), q, q},
-            .k = {k_.data(), k, k},
-            .v = {v_.data(), v, v},
-            .q_rows = t_.rows,
-            .k_rows = t_.rows,
-            .batch = 1,
-            .heads = t_.heads,
-            .kv_heads = t_.kv_heads,
-            .dim = t_.dim,
-            .v_dim = t_.v_dim,
-            .lo = lo_->data,
-            .hi = hi_->data,
-            .scale = static_cast<float>(1 / std::sqrt(double(t_.dim)))};
+    return TimedBlock(t_, q_.data(), k_.data(), v_.data(), lo_->data, hi_->data);
   }
   kernels::MmaAttentionGradients Gradients() const {
     const int64_t q = t_.heads * t_.dim, k = t_.kv_heads * t_.dim, v = t_.kv_heads * t_.v_dim,
@@ -124,26 +66,7 @@ class Operands {
 #if ANNULUS_HAS_CUDNN
   // Seconds of cuDNN, which knows full and causal blocks; its gradients are bf16.
   double TimeCudnn(kernels::CudnnAttention* cudnn) {
-    const int64_t q = t_.heads * t_.dim, k = t_.kv_heads * t_.dim, v = t_.kv_heads * t_.v_dim,
-                  out = t_.heads * t_.v_dim;
-    const kernels::CudnnBlock block{
-        .batch = 1,
-        .heads = t_.heads,
-        .kv_heads = t_.kv_heads,
-        .q_rows = t_.rows,
-        .k_rows = t_.rows,
-        .dim = t_.dim,
-        .v_dim = t_.v_dim,
-        .mask = t_.shape == Shape::kFull ? kernels::CudnnMask::kFull : kernels::CudnnMask::kCausal,
-        .scale = Block().scale,
-        .q = {q, q},
-        .k = {k, k},
-        .v = {v, v},
-        .out = {out, out},
-        .dout = {out, out},
-        .dq = {q, q},
-        .dk = {k, k},
-        .dv = {v, v}};
+    const kernels::CudnnBlock block = CudnnBlockOf(t_, Block().scale);
     const auto forward_bytes = cudnn->ForwardWorkspaceBytes(block),
                backward_bytes = cudnn->BackwardWorkspaceBytes(block);
     if (!forward_bytes.ok() || !backward_bytes.ok()) return 0;
@@ -176,7 +99,7 @@ class Operands {
     DeviceArray<T> array_;
   };
 
-  const Timed t_;
+  const TimedShape t_;
   Sized<bf16> q_, k_, v_, dout_, out_;
   Sized<float> partial_, dq_, dk_, dv_;
   DeviceArray<float> lse_, delta_, lse_of_heads_;
@@ -205,7 +128,7 @@ double TimeMma(const Operands& operands) {
       3);
 }
 
-void TimeVariants(const Timed& t, const Operands& operands) {
+void TimeVariants(const TimedShape& t, const Operands& operands) {
   for (int i = 0; i < kHopperBackwardVariantCount; ++i) {
     const HopperBackwardVariant& variant = kHopperBackwardVariants[i];
     if (variant.dim != t.dim) continue;
@@ -224,16 +147,15 @@ void TimeVariants(const Timed& t, const Operands& operands) {
 }
 
 #if ANNULUS_HAS_CUDNN
-double TimeLibrary(const Timed& t, Operands* operands) {
+double TimeLibrary(const TimedShape& t, Operands* operands) {
   static auto cudnn = kernels::CudnnAttention::Create();
-  const bool plain = t.shape == Shape::kFull || t.shape == Shape::kCausal;
-  return plain && cudnn.ok() ? operands->TimeCudnn(cudnn->get()) : 0;
+  return CudnnKnows(t.mask) && cudnn.ok() ? operands->TimeCudnn(cudnn->get()) : 0;
 }
 #else
-double TimeLibrary(const Timed&, Operands*) { return 0; }
+double TimeLibrary(const TimedShape&, Operands*) { return 0; }
 #endif
 
-void Time(const Timed& t) {
+void Time(const TimedShape& t) {
   Operands operands(t);
   const auto rate = [&](double seconds) { return seconds > 0 ? operands.flop() / seconds * 1e-12 : 0; };
   const double seconds = TimeHopper(operands, MmaQueryGradient::kAtomic);
@@ -242,8 +164,8 @@ void Time(const Timed& t) {
   TimeVariants(t, operands);
   const double library = TimeLibrary(t, &operands);  // the last, as its gradients are bf16
   std::printf(
-      "%3ld/%-3ld %6ld rows %2ld/%-2ld %-12s %9.3f ms %6.1f TFLOP/s, ordered %6.1f, mma %6.1f, cudnn %6.1f\n",
-      long(t.dim), long(t.v_dim), long(t.rows), long(t.heads), long(t.kv_heads), Name(t.shape), seconds * 1e3,
+      "%3ld/%-3ld %6ld rows %2ld/%-2ld %-15s %9.3f ms %6.1f TFLOP/s, ordered %6.1f, mma %6.1f, cudnn %6.1f\n",
+      long(t.dim), long(t.v_dim), long(t.rows), long(t.heads), long(t.kv_heads), Name(t.mask), seconds * 1e3,
       rate(seconds), rate(ordered), rate(mma), rate(library));
 }
 
@@ -252,14 +174,14 @@ void Time(const Timed& t) {
 void TimeBackward() {
   for (const auto& [dim, v_dim] : {std::pair<int64_t, int64_t>{128, 128}, {64, 64}, {192, 128}}) {
     for (const int64_t rows : {8192, 32768}) {
-      for (const Shape shape : {Shape::kCausal, Shape::kFull}) {
-        Time({rows, 16, 16, dim, v_dim, shape});
+      for (const TimedMask mask : {TimedMask::kCausal, TimedMask::kFull}) {
+        Time({dim, v_dim, rows, 16, 16, mask});
       }
     }
-    Time({32768, 16, 16, dim, v_dim, Shape::kDocuments});
-    Time({131072, 4, 4, dim, v_dim, Shape::kWindow});
+    Time({dim, v_dim, 32768, 16, 16, TimedMask::kDocuments});
+    Time({dim, v_dim, 131072, 4, 4, TimedMask::kWindow});
   }
-  Time({32768, 32, 8, 128, 128, Shape::kCausal});
+  Time({128, 128, 32768, 32, 8});
 }
 
 }  // namespace annulus::testing

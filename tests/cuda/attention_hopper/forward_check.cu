@@ -29,19 +29,10 @@ bool CheckWhole(Prepared& prepared) {
   out.Upload(std::vector<bf16>(Size(c.q_rows * c.batch * c.heads * c.v_dim), FromDouble<bf16>(NAN)));
   const GuardedArray<float> lse(std::vector<float>(Size(c.q_rows * c.batch * c.heads), NAN));
   const DeviceArray<int64_t> lo(prepared.lo), hi(prepared.hi);
-  const HopperAttentionBlock block{.q = q.Heads<const bf16>(),
-                                   .k = k.Heads<const bf16>(),
-                                   .v = v.Heads<const bf16>(),
-                                   .q_rows = c.q_rows,
-                                   .k_rows = c.k_rows,
-                                   .batch = c.batch,
-                                   .heads = c.heads,
-                                   .kv_heads = c.kv_heads,
-                                   .dim = c.dim,
-                                   .v_dim = c.v_dim,
-                                   .lo = lo.data,
-                                   .hi = hi.data,
-                                   .scale = static_cast<float>(p.scale)};
+  HopperAttentionBlock block = BlockOfCase<bf16>(prepared, lo.data, hi.data);
+  block.q = q.Heads<const bf16>();
+  block.k = k.Heads<const bf16>();
+  block.v = v.Heads<const bf16>();
   const DeviceArray<char> workspace(kernels::HopperAttentionForwardWorkspaceBytes(block));
   CUDA(kernels::HopperAttentionForwardWhole(block, out.Heads<bf16>(), lse.data(), workspace.data, nullptr));
   CUDA(cudaDeviceSynchronize());

@@ -26,6 +26,7 @@ void AddCases(int64_t dim, int64_t v_dim, std::vector<Case>* cases) {
   cases->push_back({"full mqa", dim, v_dim, 600, 200, 1, 8, 1, Mask::kFull});
   cases->push_back({"causal, 400 tiles", dim, v_dim, 1000, 300, 5, 10, 2});
   cases->push_back({"causal 64 chunks", dim, v_dim, 150, 517, 1, 2, 1, Mask::kCausal, 64});
+  cases->push_back(RisingScores(dim, v_dim));
 }
 
 // And more tiles than buffers.

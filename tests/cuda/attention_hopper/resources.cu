@@ -1,6 +1,8 @@
-#include "cuda/attention_hopper/resources.h"
+#include <array>
+#include <utility>
 
 #include "cuda/attention_hopper/backward_variants.h"
+#include "cuda/attention_hopper/resources.h"
 #include "cuda/attention_hopper/variants.h"
 #include "cuda/attention_mma/device_arrays.h"
 
@@ -8,20 +10,22 @@ namespace annulus::testing {
 namespace {
 
 // Spills are in local memory, with what is indexed at run time; registers are those a block starts with.
-void Print(int dim, const char* name, const char* mode, const void* kernel) {
+void Print(int64_t dim, const char* name, const char* mode, const void* kernel) {
   cudaFuncAttributes attributes;
   CUDA(cudaFuncGetAttributes(&attributes, kernel));
-  std::printf("    %3d %-24s %-8s %4d registers, %4zu bytes of local memory\n", dim, name, mode,
+  std::printf("    %3ld %-24s %-8s %4d registers, %4zu bytes of local memory\n", long(dim), name, mode,
               attributes.numRegs, attributes.localSizeBytes);
 }
 
-void Print(int dim, const char* name, const kernels::HopperForwardKernel& kernel) {
-  Print(dim, name, "whole", kernel.whole);
-  Print(dim, name, "carry", kernel.carry);
+using Mode = std::pair<const char*, const void*>;
+std::array<Mode, 2> ModesOf(const kernels::HopperForwardKernel& kernel) {
+  return {Mode{"whole", kernel.whole}, {"carry", kernel.carry}};
 }
-void Print(int dim, const char* name, const kernels::HopperBackwardKernel& kernel) {
-  Print(dim, name, "added", kernel.added);
-  Print(dim, name, "ordered", kernel.ordered);
+std::array<Mode, 2> ModesOf(const kernels::HopperBackwardKernel& kernel) {
+  return {Mode{"added", kernel.added}, {"ordered", kernel.ordered}};
+}
+void Print(int64_t dim, const char* name, const auto& kernel) {
+  for (const auto& [mode, of_mode] : ModesOf(kernel)) Print(dim, name, mode, of_mode);
 }
 
 }  // namespace
@@ -33,7 +37,7 @@ void PrintForwardResources() {
   Print(192, "", kernels::kHopperForwardDim192);
   for (int i = 0; i < kHopperForwardVariantCount; ++i) {
     const HopperForwardVariant& variant = kHopperForwardVariants[i];
-    Print(static_cast<int>(variant.dim), variant.name, variant.kernel);
+    Print(variant.dim, variant.name, variant.kernel);
   }
 }
 
@@ -44,7 +48,7 @@ void PrintBackwardResources() {
   Print(192, "", kernels::kHopperBackwardDim192);
   for (int i = 0; i < kHopperBackwardVariantCount; ++i) {
     const HopperBackwardVariant& variant = kHopperBackwardVariants[i];
-    Print(static_cast<int>(variant.dim), variant.name, variant.kernel);
+    Print(variant.dim, variant.name, variant.kernel);
   }
 }
 

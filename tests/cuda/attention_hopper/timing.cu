@@ -1,17 +1,13 @@
 #include <functional>
-#include <limits>
 #include <memory>
-#include <random>
 #include <string>
 
+#include "cuda/attention_hopper/timed_shapes.h"
 #include "cuda/attention_hopper/timing.h"
 #include "cuda/attention_hopper/variants.h"
 #include "cuda/attention_mma/timing.cuh"
 #include "kernels/attention/attention_hopper.h"
 #include "kernels/attention/attention_mma.h"
-#if ANNULUS_HAS_CUDNN
-#include "kernels/attention/cudnn_attention.h"
-#endif
 
 namespace annulus::testing {
 namespace {
@@ -19,54 +15,31 @@ namespace {
 using kernels::HopperAttentionBlock;
 using kernels::HopperAttentionPartial;
 
-enum class TimedMask { kCausal, kFull, kDocuments, kWindow };
-
-struct Shape {
-  const char* name;
-  int64_t dim, v_dim, rows, heads, kv_heads;
-  TimedMask mask = TimedMask::kCausal;
-  int64_t extent = 0;  // of windows, and the mean of documents
+struct Timed {
+  TimedShape shape;
   bool variants = false;
   int chunks = 1;  // of the keys, for the carry
 };
 
-constexpr Shape kShapes[] = {
-    {"causal", 128, 128, 32768, 16, 16, TimedMask::kCausal, 0, true},
-    {"full", 128, 128, 32768, 16, 16, TimedMask::kFull, 0, true},
-    {"causal", 128, 128, 8192, 16, 16, TimedMask::kCausal, 0, true},
-    {"full", 128, 128, 8192, 16, 16, TimedMask::kFull, 0, true},
-    {"causal gqa", 128, 128, 32768, 32, 8},
-    {"documents of 4K", 128, 128, 32768, 16, 16, TimedMask::kDocuments, 4096, true},
-    {"window of 4K", 128, 128, 131072, 8, 8, TimedMask::kWindow, 4096},
-    {"full, 8 chunks", 128, 128, 65536, 8, 8, TimedMask::kFull, 0, true, 8},
-    {"causal", 128, 128, 1024, 16, 16, TimedMask::kCausal, 0, true},
-    {"causal", 64, 64, 32768, 16, 16, TimedMask::kCausal, 0, true},
-    {"full", 64, 64, 32768, 16, 16, TimedMask::kFull, 0, true},
-    {"causal", 64, 64, 8192, 16, 16, TimedMask::kCausal, 0, true},
-    {"documents of 4K", 64, 64, 32768, 16, 16, TimedMask::kDocuments, 4096, true},
-    {"causal", 192, 128, 32768, 16, 16, TimedMask::kCausal, 0, true},
-    {"full", 192, 128, 32768, 16, 16, TimedMask::kFull, 0, true},
-    {"causal", 192, 128, 8192, 16, 16, TimedMask::kCausal, 0, true},
-    {"documents of 4K", 192, 128, 32768, 16, 16, TimedMask::kDocuments, 4096, true},
+constexpr Timed kTimed[] = {
+    {{128, 128, 32768, 16, 16}, true},
+    {{128, 128, 32768, 16, 16, TimedMask::kFull}, true},
+    {{128, 128, 8192, 16, 16}, true},
+    {{128, 128, 8192, 16, 16, TimedMask::kFull}, true},
+    {{128, 128, 32768, 32, 8}},
+    {{128, 128, 32768, 16, 16, TimedMask::kDocuments}, true},
+    {{128, 128, 131072, 8, 8, TimedMask::kWindow}},
+    {{128, 128, 65536, 8, 8, TimedMask::kFull}, true, 8},
+    {{128, 128, 1024, 16, 16}, true},
+    {{64, 64, 32768, 16, 16}, true},
+    {{64, 64, 32768, 16, 16, TimedMask::kFull}, true},
+    {{64, 64, 8192, 16, 16}, true},
+    {{64, 64, 32768, 16, 16, TimedMask::kDocuments}, true},
+    {{192, 128, 32768, 16, 16}, true},
+    {{192, 128, 32768, 16, 16, TimedMask::kFull}, true},
+    {{192, 128, 8192, 16, 16}, true},
+    {{192, 128, 32768, 16, 16, TimedMask::kDocuments}, true},
 };
-
-// Bounds of the mask; returns the pairs of query and key that they allow.
-double FillTimedBounds(const Shape& shape, std::vector<int64_t>* lo, std::vector<int64_t>* hi) {
-  std::mt19937 rng(1);
-  double pairs = 0;
-  int64_t start = 0, end = 0;
-  lo->assign(Size(shape.rows), 0);
-  hi->assign(Size(shape.rows), shape.rows);
-  for (int64_t i = 0; i < shape.rows; ++i) {
-    if (i == end) start = i, end = i + 1 + static_cast<int64_t>(rng() % Size(2 * shape.extent + 1));
-    int64_t &first = (*lo)[Size(i)], &last = (*hi)[Size(i)];
-    if (shape.mask != TimedMask::kFull) last = i + 1;
-    if (shape.mask == TimedMask::kDocuments) first = start;
-    if (shape.mask == TimedMask::kWindow) first = std::max<int64_t>(0, i + 1 - shape.extent);
-    pairs += static_cast<double>(last - first);
-  }
-  return pairs;
-}
 
 // Some of n elements: the first, those in the middle and the last.
 template <typename T>
@@ -111,40 +84,30 @@ __global__ void FillMinusInfinity(float* x, int64_t n) {
 
 class Timing {
  public:
-  explicit Timing(const Shape& shape)
-      : shape_(shape),
-        q_(shape.rows * shape.heads * shape.dim),
-        k_(shape.rows * shape.kv_heads * shape.dim),
-        v_(shape.rows * shape.kv_heads * shape.v_dim),
-        result_(shape.rows * shape.heads * shape.v_dim),
-        out_(shape.rows * shape.heads * shape.v_dim),
-        lse_(shape.rows * shape.heads),
-        lo_(shape.rows),
-        hi_(shape.rows),
+  explicit Timing(const Timed& timed)
+      : shape_(timed.shape),
+        variants_(timed.variants),
+        chunks_(timed.chunks),
+        q_(shape_.rows * shape_.heads * shape_.dim),
+        k_(shape_.rows * shape_.kv_heads * shape_.dim),
+        v_(shape_.rows * shape_.kv_heads * shape_.v_dim),
+        result_(shape_.rows * shape_.heads * shape_.v_dim),
+        out_(shape_.rows * shape_.heads * shape_.v_dim),
+        lse_(shape_.rows * shape_.heads),
+        lo_(shape_.rows),
+        hi_(shape_.rows),
         workspace_(kernels::HopperAttentionForwardWorkspaceBytes(
-            {.q = {}, .k = {}, .v = {}, .q_rows = shape.rows, .batch = 1, .heads = shape.heads})) {
-    FillRandom<<<1024, 256>>>(q_.data, shape.rows * shape.heads * shape.dim, 1);
-    FillRandom<<<1024, 256>>>(k_.data, shape.rows * shape.kv_heads * shape.dim, 2);
-    FillRandom<<<1024, 256>>>(v_.data, shape.rows * shape.kv_heads * shape.v_dim, 3);
+            {.q = {}, .k = {}, .v = {}, .q_rows = shape_.rows, .batch = 1, .heads = shape_.heads})) {
+    FillRandom<<<1024, 256>>>(q_.data, shape_.rows * shape_.heads * shape_.dim, 1);
+    FillRandom<<<1024, 256>>>(k_.data, shape_.rows * shape_.kv_heads * shape_.dim, 2);
+    FillRandom<<<1024, 256>>>(v_.data, shape_.rows * shape_.kv_heads * shape_.v_dim, 3);
     std::vector<int64_t> lo, hi;
-    flop_ = FillTimedBounds(shape, &lo, &hi) * static_cast<double>(shape.heads) * 2 *
-            static_cast<double>(shape.dim + shape.v_dim);
+    flop_ = FillTimedBounds(shape_, &lo, &hi) * static_cast<double>(shape_.heads) * 2 *
+            static_cast<double>(shape_.dim + shape_.v_dim);
     CUDA(cudaMemcpy(lo_.data, lo.data(), lo.size() * 8, cudaMemcpyHostToDevice));
     CUDA(cudaMemcpy(hi_.data, hi.data(), hi.size() * 8, cudaMemcpyHostToDevice));
-    block_ = {.q = {q_.data, shape.heads * shape.dim, shape.heads * shape.dim},
-              .k = {k_.data, shape.kv_heads * shape.dim, shape.kv_heads * shape.dim},
-              .v = {v_.data, shape.kv_heads * shape.v_dim, shape.kv_heads * shape.v_dim},
-              .q_rows = shape.rows,
-              .k_rows = shape.rows,
-              .batch = 1,
-              .heads = shape.heads,
-              .kv_heads = shape.kv_heads,
-              .dim = shape.dim,
-              .v_dim = shape.v_dim,
-              .lo = lo_.data,
-              .hi = hi_.data,
-              .scale = static_cast<float>(1 / std::sqrt(double(shape.dim)))};
-    partial_ = {.out = {out_.data, shape.heads * shape.v_dim, shape.heads * shape.v_dim},
+    block_ = TimedBlock(shape_, q_.data, k_.data, v_.data, lo_.data, hi_.data);
+    partial_ = {.out = {out_.data, shape_.heads * shape_.v_dim, shape_.heads * shape_.v_dim},
                 .lse = lse_.data,
                 .result = {}};
     whole_ = {.out = {},
@@ -153,8 +116,9 @@ class Timing {
   }
 
   bool Run() {
-    std::printf("%3ld/%-3ld %-16s %6ld rows %2ld/%-2ld heads\n", long(shape_.dim), long(shape_.v_dim),
-                shape_.name, long(shape_.rows), long(shape_.heads), long(shape_.kv_heads));
+    std::printf("%3ld/%-3ld %-16s %6ld rows %2ld/%-2ld heads, keys in %d\n", long(shape_.dim),
+                long(shape_.v_dim), Name(shape_.mask), long(shape_.rows), long(shape_.heads),
+                long(shape_.kv_heads), chunks_);
     Reset();
     CUDA(kernels::MmaAttentionForward(block_, partial_, nullptr));
     const int64_t size = shape_.rows * shape_.heads * shape_.v_dim, stats = shape_.rows * shape_.heads;
@@ -198,7 +162,7 @@ class Timing {
 
   void AddAlternatives() {
     Add("whole", HopperForward);
-    for (int i = 0; shape_.variants && i < kHopperForwardVariantCount; ++i) {
+    for (int i = 0; variants_ && i < kHopperForwardVariantCount; ++i) {
       if (kHopperForwardVariants[i].dim == shape_.dim) {
         Add(kHopperForwardVariants[i].name, kHopperForwardVariants[i].kernel.launch);
       }
@@ -216,14 +180,14 @@ class Timing {
   void Add(const std::string& name, kernels::HopperForwardLauncher* launch) {
     alternatives_.push_back(
         {name, [=, this] { CUDA(launch(block_, whole_, workspace_.data, nullptr)); }, Output::kResult});
-    if (name != "whole" && shape_.chunks == 1) return;
+    if (name != "whole" && chunks_ == 1) return;
     alternatives_.push_back({name + ", carry",
                              [=, this] {
                                Reset();
                                CUDA(launch(block_, partial_, workspace_.data, nullptr));
                              },
                              Output::kPartial});
-    if (shape_.chunks == 1) return;
+    if (chunks_ == 1) return;
     alternatives_.push_back({name + ", chunks", [=, this] { Chunks(launch); }, Output::kPartial});
   }
 
@@ -269,7 +233,7 @@ class Timing {
 
   void Chunks(kernels::HopperForwardLauncher* launch) {
     Reset();
-    const int64_t rows = shape_.rows / shape_.chunks;
+    const int64_t rows = shape_.rows / chunks_;
     for (int64_t first = 0; first < shape_.rows; first += rows) {
       HopperAttentionBlock chunk = block_;
       chunk.k.data += first * chunk.k.row_stride;
@@ -282,30 +246,14 @@ class Timing {
 
   void AddCudnn() {
 #if ANNULUS_HAS_CUDNN
-    if (shape_.mask != TimedMask::kCausal && shape_.mask != TimedMask::kFull) return;
+    if (!CudnnKnows(shape_.mask)) return;
     auto created = kernels::CudnnAttention::Create();
     if (!created.ok()) {
       std::printf("    cuDNN: %s\n", std::string(created.status().message()).c_str());
       return;
     }
     const std::shared_ptr<kernels::CudnnAttention> library = *std::move(created);
-    const kernels::CudnnBlock block{
-        .heads = shape_.heads,
-        .kv_heads = shape_.kv_heads,
-        .q_rows = shape_.rows,
-        .k_rows = shape_.rows,
-        .dim = shape_.dim,
-        .v_dim = shape_.v_dim,
-        .mask = shape_.mask == TimedMask::kFull ? kernels::CudnnMask::kFull : kernels::CudnnMask::kCausal,
-        .scale = block_.scale,
-        .q = {block_.q.row_stride, block_.q.row_stride},
-        .k = {block_.k.row_stride, block_.k.row_stride},
-        .v = {block_.v.row_stride, block_.v.row_stride},
-        .out = {partial_.out.row_stride, partial_.out.row_stride},
-        .dout = {},
-        .dq = {},
-        .dk = {},
-        .dv = {}};
+    const kernels::CudnnBlock block = CudnnBlockOf(shape_, block_.scale);
     const auto bytes = library->ForwardWorkspaceBytes(block);
     if (!bytes.ok()) {
       std::printf("    cuDNN: %s\n", std::string(bytes.status().message()).c_str());
@@ -324,7 +272,9 @@ class Timing {
 #endif
   }
 
-  const Shape shape_;
+  const TimedShape shape_;
+  const bool variants_;
+  const int chunks_;
   const DeviceArray<bf16> q_, k_, v_, result_;
   const DeviceArray<float> out_, lse_;
   const DeviceArray<int64_t> lo_, hi_;
@@ -340,7 +290,7 @@ class Timing {
 
 bool TimeForward() {
   bool ok = true;
-  for (const Shape& shape : kShapes) ok = Timing(shape).Run() && ok;
+  for (const Timed& timed : kTimed) ok = Timing(timed).Run() && ok;
   return ok;
 }
 

@@ -1,5 +1,5 @@
 #include "cuda/attention_hopper/variants.h"
-#include "kernels/attention/attention_hopper_forward.cuh"
+#include "kernels/attention/attention_hopper_forward_launch.cuh"
 
 namespace annulus::testing {
 

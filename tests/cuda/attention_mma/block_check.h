@@ -84,22 +84,15 @@ class BlockCheck {
     const int64_t rows = (c_.k_rows + c_.chunks - 1) / c_.chunks;
     const int64_t first = c_.striped ? chunk : std::min(c_.k_rows, chunk * rows),
                   step = c_.striped ? c_.chunks : 1;
-    return {.q = q_.template Heads<const T>(),
-            .k = k_.template Heads<const T>(first, step),
-            .v = v_.template Heads<const T>(first, step),
-            .q_rows = c_.q_rows,
-            .k_rows = c_.striped ? (c_.k_rows - chunk + c_.chunks - 1) / c_.chunks
-                                 : std::min(rows, c_.k_rows - first),
-            .batch = c_.batch,
-            .heads = c_.heads,
-            .kv_heads = c_.kv_heads,
-            .dim = c_.dim,
-            .v_dim = c_.v_dim,
-            .lo = lo_.data,
-            .hi = hi_.data,
-            .key_offset = first,
-            .key_stride = step,
-            .scale = static_cast<float>(prepared_.p.scale)};
+    kernels::CudaAttentionBlock<T> block = BlockOfCase<T>(prepared_, lo_.data, hi_.data);
+    block.q = q_.template Heads<const T>();
+    block.k = k_.template Heads<const T>(first, step);
+    block.v = v_.template Heads<const T>(first, step);
+    block.k_rows =
+        c_.striped ? (c_.k_rows - chunk + c_.chunks - 1) / c_.chunks : std::min(rows, c_.k_rows - first);
+    block.key_offset = first;
+    block.key_stride = step;
+    return block;
   }
 
   // The carry before: nothing yet for rows that will see keys, with outputs poisoned; for two in three rows

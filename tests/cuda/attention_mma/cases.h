@@ -21,6 +21,7 @@ struct Case {
   bool far = false;
   int64_t window = 50;
   double spread = 1.5;  // of the scores: neither flat nor one key
+  double growth = 1;    // of the keys, from each 128 to the next: a power of two
 };
 
 // Bounds in key rows; not yet within [0, k_rows].
@@ -76,6 +77,10 @@ Problem MakeProblem(const Case& c, std::mt19937& rng) {
   };
   fill(&p.q, c.q_rows * c.batch * c.heads * c.dim, c.spread);
   fill(&p.k, c.k_rows * c.batch * c.kv_heads * c.dim, 1);
+  const int64_t key_width = c.batch * c.kv_heads * c.dim;
+  for (int64_t i = 0; i < c.k_rows * key_width; ++i) {
+    p.k[Size(i)] *= std::pow(c.growth, static_cast<double>(i / key_width / 128));
+  }
   fill(&p.v, c.k_rows * c.batch * c.kv_heads * c.v_dim, 1);
   fill(&p.dout, c.q_rows * c.batch * c.heads * c.v_dim, 1);
   FillBounds(c, rng, &p);
@@ -117,6 +122,25 @@ Prepared Prepare(const Case& c, uint32_t seed, uint32_t realizations = 1) {
     made.naive = Solver<T>(p, RoundNot).Solve();
   }
   return made;
+}
+
+// The block of all keys but for its operands; bounds are on the device.
+template <typename T>
+kernels::CudaAttentionBlock<T> BlockOfCase(const Prepared& prepared, const int64_t* lo, const int64_t* hi) {
+  const Case& c = prepared.c;
+  return {.q = {},
+          .k = {},
+          .v = {},
+          .q_rows = c.q_rows,
+          .k_rows = c.k_rows,
+          .batch = c.batch,
+          .heads = c.heads,
+          .kv_heads = c.kv_heads,
+          .dim = c.dim,
+          .v_dim = c.v_dim,
+          .lo = lo,
+          .hi = hi,
+          .scale = static_cast<float>(prepared.p.scale)};
 }
 
 template <typename T>

@@ -59,13 +59,13 @@ class Solver {
   }
 
   std::vector<T> SolveOut() {
-    ForEachRow([this](int64_t item, int64_t head, int64_t row) { OutRow(item, head, row); });
+    ForEachRow([this](const Row& row) { OutRow(row); });
     return out_;
   }
   Solution Solve() {
-    ForEachRow([this](int64_t item, int64_t head, int64_t row) {
-      OutRow(item, head, row);
-      GradientRow(item, head, row);
+    ForEachRow([this](const Row& row) {
+      OutRow(row);
+      GradientRow(row);
     });
     const auto doubles = [](const std::vector<T>& x) { return std::vector<double>(x.begin(), x.end()); };
     return {doubles(out_), doubles(lse_), doubles(delta_), doubles(dq_), doubles(dk_), doubles(dv_)};
@@ -77,7 +77,7 @@ class Solver {
   void ForEachRow(const Fn& fn) const {
     for (int64_t item = 0; item < p_.batch; ++item) {
       for (int64_t head = 0; head < p_.heads; ++head) {
-        for (int64_t row = 0; row < p_.q_rows; ++row) fn(item, head, row);
+        for (int64_t row = 0; row < p_.q_rows; ++row) fn(RowAt(item, head, row));
       }
     }
   }
@@ -96,46 +96,60 @@ class Solver {
     for (int64_t d = 0; d < n; ++d) to[d] += factor * static_cast<T>(x[d]);
   }
 
+  // Of one item, head and query row: its keys are [lo, hi), key j at place(j) of all tokens and KV heads.
+  struct Row {
+    int64_t lo, hi;
+    size_t stat;
+    int64_t item, kv_head, batch, kv_heads;
+    size_t place(int64_t j) const { return Size((j * batch + item) * kv_heads + kv_head); }
+  };
+  Row RowAt(int64_t item, int64_t head, int64_t row) const {
+    const int64_t token = row * p_.batch + item;
+    return {p_.lo[Size(token)],
+            p_.hi[Size(token)],
+            Size(token * p_.heads + head),
+            item,
+            head / (p_.heads / p_.kv_heads),
+            p_.batch,
+            p_.kv_heads};
+  }
+
   // Leaves the row's weights.
-  void OutRow(int64_t item, int64_t head, int64_t row) {
-    const int64_t kv_head = head / (p_.heads / p_.kv_heads), token = row * p_.batch + item;
-    const int64_t lo = p_.lo[Size(token)], hi = p_.hi[Size(token)];
-    if (lo >= hi) return;
-    const size_t stat = Size(token * p_.heads + head), dim = Size(p_.dim), v_dim = Size(p_.v_dim);
-    const auto key = [&](int64_t j) { return Size((j * p_.batch + item) * p_.kv_heads + kv_head); };
-    const double* q = &p_.q[stat * dim];
+  void OutRow(const Row& row) {
+    if (row.lo >= row.hi) return;
+    const size_t dim = Size(p_.dim), v_dim = Size(p_.v_dim);
+    const double* q = &p_.q[row.stat * dim];
     const T scale = static_cast<T>(p_.scale);
-    multiple_ = Multiple(realization_, stat);
+    multiple_ = Multiple(realization_, row.stat);
     T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-    for (int64_t j = lo; j < hi; ++j) {
-      weights_[Size(j)] = Dot(q, &p_.k[key(j) * dim], p_.dim) * scale;
+    for (int64_t j = row.lo; j < row.hi; ++j) {
+      weights_[Size(j)] = Dot(q, &p_.k[row.place(j) * dim], p_.dim) * scale;
       largest = std::max(largest, weights_[Size(j)]);
     }
-    for (int64_t j = lo; j < hi; ++j) sum += std::exp(weights_[Size(j)] - largest);
-    lse_[stat] = largest + std::log(sum);
-    T* out = &out_[stat * v_dim];
-    for (int64_t j = lo; j < hi; ++j) {
-      weights_[Size(j)] = std::exp(weights_[Size(j)] - lse_[stat]);
-      Add(Rounded(weights_[Size(j)]), &p_.v[key(j) * v_dim], p_.v_dim, out);
+    for (int64_t j = row.lo; j < row.hi; ++j) sum += std::exp(weights_[Size(j)] - largest);
+    lse_[row.stat] = largest + std::log(sum);
+    T* out = &out_[row.stat * v_dim];
+    for (int64_t j = row.lo; j < row.hi; ++j) {
+      weights_[Size(j)] = std::exp(weights_[Size(j)] - lse_[row.stat]);
+      Add(Rounded(weights_[Size(j)]), &p_.v[row.place(j) * v_dim], p_.v_dim, out);
     }
   }
 
-  void GradientRow(int64_t item, int64_t head, int64_t row) {
-    const int64_t kv_head = head / (p_.heads / p_.kv_heads), token = row * p_.batch + item;
-    const int64_t lo = p_.lo[Size(token)], hi = p_.hi[Size(token)];
-    if (lo >= hi) return;
-    const size_t stat = Size(token * p_.heads + head), dim = Size(p_.dim), v_dim = Size(p_.v_dim);
-    const auto key = [&](int64_t j) { return Size((j * p_.batch + item) * p_.kv_heads + kv_head); };
-    const double *q = &p_.q[stat * dim], *dout = &p_.dout[stat * v_dim];
-    const T scale = static_cast<T>(p_.scale), *out = &out_[stat * v_dim];
-    for (size_t d = 0; d < v_dim; ++d) delta_[stat] += static_cast<T>(dout[d]) * out[d];
-    for (int64_t j = lo; j < hi; ++j) {
+  void GradientRow(const Row& row) {
+    if (row.lo >= row.hi) return;
+    const size_t dim = Size(p_.dim), v_dim = Size(p_.v_dim);
+    const double *q = &p_.q[row.stat * dim], *dout = &p_.dout[row.stat * v_dim];
+    const T scale = static_cast<T>(p_.scale), *out = &out_[row.stat * v_dim];
+    T& delta = delta_[row.stat];
+    for (size_t d = 0; d < v_dim; ++d) delta += static_cast<T>(dout[d]) * out[d];
+    for (int64_t j = row.lo; j < row.hi; ++j) {
+      const size_t key = row.place(j);
       const T weight = weights_[Size(j)];
-      const T dweight = Dot(dout, &p_.v[key(j) * v_dim], p_.v_dim);
-      const T dscore = scale * Rounded(weight * (dweight - delta_[stat]));
-      Add(Rounded(weight), dout, p_.v_dim, &dv_[key(j) * v_dim]);
-      Add(dscore, &p_.k[key(j) * dim], p_.dim, &dq_[stat * dim]);
-      Add(dscore, q, p_.dim, &dk_[key(j) * dim]);
+      const T dweight = Dot(dout, &p_.v[key * v_dim], p_.v_dim);
+      const T dscore = scale * Rounded(weight * (dweight - delta));
+      Add(Rounded(weight), dout, p_.v_dim, &dv_[key * v_dim]);
+      Add(dscore, &p_.k[key * dim], p_.dim, &dq_[row.stat * dim]);
+      Add(dscore, q, p_.dim, &dk_[key * dim]);
     }
   }
 
