@@ -63,12 +63,6 @@ __device__ inline void StoreTile(const CUtensorMap& map, uint32_t tile, int row,
       "r"(0), "r"(row), "r"(panel), "r"(item), "r"(tile)
       : "memory");
 }
-// Brings the box of `map` at (row, panel, item) to L2.
-__device__ inline void PrefetchTile(const CUtensorMap& map, int row, int panel, int item) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(0),
-               "r"(row), "r"(panel), "r"(item)
-               : "memory");
-}
 __device__ inline void PrefetchMap(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

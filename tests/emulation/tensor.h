@@ -14,7 +14,6 @@ void LoadTile(uint32_t tile, const CUtensorMap& map, uint32_t barrier, int row, 
 void StoreTile(const CUtensorMap& map, uint32_t tile, int row, int panel, int item);
 void AddTile(const CUtensorMap& map, uint32_t tile, int row, int panel, int item);
 inline void PrefetchMap(const CUtensorMap&) {}
-inline void PrefetchTile(const CUtensorMap&, int, int, int) {}
 
 void BulkAdd(float* global, uint32_t shared, int bytes);
 void BulkCommit();
