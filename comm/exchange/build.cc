@@ -55,7 +55,7 @@ absl::Status CheckChoice(const ExchangeProblem& problem, const PlanChoice& choic
                    " ranks: groups of neighbouring ranks share out the heads");
   }
   const int places = problem.ranks / choice.head_split;
-  if (!traits.splits_heads && choice.head_split > 1 && places > 1) {
+  if (!traits.splits_heads && choice.head_split > 1) {
     return Invalid("head_split=", choice.head_split, ": expected 1 for an ", traits.name,
                    ", which has all heads");
   }

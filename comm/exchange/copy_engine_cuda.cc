@@ -24,8 +24,9 @@
 //
 // A kernel may wait for `arrived` as streams do (ArrivalsOf), though it holds all multiprocessors: what it
 // waits for was enqueued before it, on other streams, and needs none. On the peer's side nothing but what
-// this rank has enqueued before is waited for either. A throttled link takes a multiprocessor, so there it
-// may not.
+// this rank has enqueued before is waited for either: collectives that may not start beside the kernel are
+// waited for at the same places of all ranks' compute streams. A throttled link takes a multiprocessor, so
+// there it may not.
 //
 // The waits of streams have no limit of their own; Abort() ends them by setting this rank's flags to the last
 // number.

@@ -21,7 +21,8 @@ class PlanHasher {
 
  private:
   template <typename T>
-  void Add(const T& value) requires(std::is_integral_v<T> || std::is_enum_v<T>) {
+    requires(std::is_integral_v<T> || std::is_enum_v<T>)
+  void Add(const T& value) {
     hasher_.UpdateValue(static_cast<int64_t>(value));
   }
   template <typename T>

@@ -168,7 +168,7 @@ Scheme WithoutOptions(const ExchangeProblem& problem, const PlanChoice& choice) 
     case PlanKind::kBidirectionalTokenRing:
       return Rings(problem, Travels::kQueries, {kTowardLower, kTowardHigher}, choice.parts);
     case PlanKind::kAllGather:
-    case PlanKind::kArena:  // of one rank, or between one group of all ranks: nothing moves
+    case PlanKind::kArena:  // of one rank: nothing moves
     case PlanKind::kDirectCast:
       return DirectKv(problem, choice.parts);
     case PlanKind::kBalanced:

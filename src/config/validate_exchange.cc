@@ -38,7 +38,7 @@ class PassPlanCheck {
     if (Is({PlanName::kUlysses}) && spec_.head_split != 0 && spec_.head_split != cp_) {
       Add("head_split", spec_.head_split,
           absl::StrCat("0 or parallel.cp=", cp_, " with plan=ULYSSES (nearest valid value ", cp_, ")"));
-    } else if (Is({PlanName::kArena}) && spec_.head_split > 1 && spec_.head_split != cp_) {
+    } else if (Is({PlanName::kArena}) && spec_.head_split > 1) {
       Add("head_split", spec_.head_split,
           "0 or 1 with plan=ARENA, whose ranks compute all heads (nearest valid value 1)");
     } else if (spec_.head_split > 0 && cp_ % spec_.head_split != 0) {

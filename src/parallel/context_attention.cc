@@ -1,5 +1,8 @@
 #include "annulus/parallel/context_attention.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "annulus/ops/elementwise.h"
 #include "plan_compute.h"
 #include "slot_fields.h"
@@ -33,7 +36,9 @@ absl::Status Exchange(Context& ctx, AttentionGeometry& geometry, const Schedule&
                           }};
   ExchangeBinding binding;
   ANNULUS_ASSIGN_OR_RETURN(binding.slots, transport->Slots(ctx, schedule.plan, source));
-  const auto patience_ms = static_cast<int64_t>(geometry.options().patience_seconds * 1e3);
+  constexpr double kMostMs = std::numeric_limits<int32_t>::max();
+  const auto patience_ms =
+      static_cast<int64_t>(std::clamp(geometry.options().patience_seconds * 1e3, 1.0, kMostMs));
   PlanCompute compute(ctx, schedule, scale, geometry.cp().rank(), binding.slots, latent,
                       {.transport = transport, .patience_ms = patience_ms});
   binding.compute = [&](const Step& step) { return compute.Run(step); };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <set>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -303,11 +304,11 @@ void AddBytes(const StudyResults& results, const Panels& panels, const ByteMetri
 
 // 0 where it is not known, or not the same for all points.
 double MemoryOfRank(const StudyResults& results) {
-  const std::vector<PointMachine> machines = MachinesOf(results);
-  if (machines.empty()) return 0;
-  const int64_t bytes = machines.front().memory_bytes;
-  const auto same = [bytes](const PointMachine& machine) { return machine.memory_bytes == bytes; };
-  return std::all_of(machines.begin(), machines.end(), same) ? static_cast<double>(bytes) : 0;
+  std::set<int64_t> bytes;
+  for (const PointResult& point : results.points) {
+    if (!point.machine.device.empty()) bytes.insert(point.machine.memory_bytes);
+  }
+  return bytes.size() == 1 ? static_cast<double>(*bytes.begin()) : 0;
 }
 
 void AddMemory(const StudyResults& results, const Panels& panels, HtmlPage* page) {

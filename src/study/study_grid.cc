@@ -54,7 +54,7 @@ void Multiply(const std::string& axis, const Values& values, const Apply& apply,
 
 std::vector<Choice> Choices(const StudySpec& spec) {
   std::vector<Choice> choices(1);
-  const auto count = [](int64_t Choice::*member) {
+  const auto count = [](int64_t Choice::* member) {
     return [member](int64_t value, Choice* choice) {
       choice->*member = value;
       return absl::StrCat(value);
@@ -63,7 +63,7 @@ std::vector<Choice> Choices(const StudySpec& spec) {
   Multiply("hosts", spec.hosts, count(&Choice::hosts), &choices);
   Multiply("ranks_per_host", spec.ranks_per_host, count(&Choice::ranks_per_host), &choices);
   for (const StudyAxis& axis : spec.axes) {
-    int64_t Choice::*mesh = axis.name == "dp"   ? &Choice::dp
+    int64_t Choice::* mesh = axis.name == "dp"   ? &Choice::dp
                             : axis.name == "cp" ? &Choice::cp
                             : axis.name == "tp" ? &Choice::tp
                                                 : nullptr;

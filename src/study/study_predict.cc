@@ -8,6 +8,7 @@
 #include "annulus/train/placement.h"
 #include "annulus/train/profile.h"
 #include "annulus/train/report.h"
+#include "step_cost_exchange.h"
 
 namespace annulus {
 namespace {
@@ -56,8 +57,10 @@ absl::StatusOr<MachineProfile> ProfileOf(const PlannedPoint& planned) {
 
 std::string PredictionInputs(const PlannedPoint& planned) {
   static const std::string program = ProgramHash();
-  const absl::StatusOr<MachineProfile> machine = ProfileOf(planned);
-  return absl::StrCat(program, " ",
+  const absl::StatusOr<RunSpec> run = PlannedRun(planned);
+  if (!run.ok()) return absl::StrCat(program, " ", run.status().message());
+  const absl::StatusOr<MachineProfile> machine = ProfileFor(*run, planned.point);
+  return absl::StrCat(program, " ", TypicalBatch(*run).note, " ",
                       machine.ok() ? ProfileText(*machine) : std::string(machine.status().message()));
 }
 

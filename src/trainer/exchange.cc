@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <numeric>
 
@@ -203,8 +204,9 @@ ExchangeOptions ExchangeOptionsOf(const RunSpec& spec, std::vector<TransportKind
   options.latents = exchange.latent;
   options.throttle = ThrottleOf(exchange);
   options.buffer_bytes = BufferBytesOf(exchange);
-  // So that a kernel that gives up says what it waited for before a watchdog ends the job without.
-  if (spec.step_deadline_seconds > 0) options.patience_seconds = 0.9 * spec.step_deadline_seconds;
+  // So that a kernel that gives up says what it waited for before a watchdog ends the job without. 0: never.
+  options.patience_seconds = spec.step_deadline_seconds > 0 ? 0.9 * spec.step_deadline_seconds
+                                                            : std::numeric_limits<double>::infinity();
   return options;
 }
 

@@ -77,7 +77,6 @@ double EndOf(const Simulation& run, int rank, int step) {
   return run.steps[static_cast<size_t>(rank)][static_cast<size_t>(step)].end;
 }
 
-// Two ranks: blocks cross while each computes on its own.
 // Rank 1 computes 4 s on what it has and 3 s on each of two messages, which come after 2 and 9 s.
 TEST(Simulate, KeysAreTakenAsTheyCome) {
   for (const double before : {0.0, 5.0}) {
@@ -107,6 +106,7 @@ TEST(Simulate, KeysAreTakenAsTheyCome) {
   }
 }
 
+// Two ranks: blocks cross while each computes on its own.
 TEST(Simulate, HidesTransfersBehindComputing) {
   HandMade made(2);
   for (int r = 0; r < 2; ++r) made.Compute(r, 1);

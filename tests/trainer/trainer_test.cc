@@ -275,7 +275,7 @@ TEST(Training, HoldsWhatWasPlanned) {
       EXPECT_GE(held.activations, plan.activations);
       EXPECT_GE(held.workspace, plan.workspace);
       EXPECT_GT(report->other_memory_bytes, 0);
-      EXPECT_EQ(held.gradients<held.parameters, ranks> 1);
+      EXPECT_EQ(held.gradients < held.parameters, ranks > 1);
     });
   }
 }

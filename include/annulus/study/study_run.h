@@ -80,7 +80,8 @@ absl::StatusOr<Measurement> MeasurePoint(const StudySpec& spec, const MeasuringM
 absl::StatusOr<MachineProfile> ProfileOf(const PlannedPoint& planned);
 // ResourceExhausted where a rank has not the memory.
 absl::StatusOr<Prediction> PredictPoint(const StudySpec& spec, const PlannedPoint& planned);
-// What a prediction depends on besides the study and the point: the profile and this program.
+// What a prediction depends on besides the study and the point: the profile, this program, and masked
+// documents of the data.
 std::string PredictionInputs(const PlannedPoint& planned);
 
 // What runs a point. `folder` is the point's and exists.
